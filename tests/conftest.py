@@ -1,0 +1,52 @@
+"""What every test shares: the accelerator is chosen before anything imports DeepSpeed, one thread a process, and the folder of test material."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# One thread a process: results do not depend on the machine's core count, and parallel test processes do not fight over it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+# Nothing in the tests may reach for a hub or an account.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tell DeepSpeed which accelerator to use while it can still listen: CUDA for `pytest -m gpu`, the CPU for everything else."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if config.getoption("markexpr").strip() == "gpu" else "cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` where PyTorch finds no CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in marked:
+        item.add_marker(pytest.mark.skip(reason="needs a CUDA device; PyTorch finds none"))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Test material kept outside the repository: $STRUCTMOE_SHARED, or the folder `shared` beside the checkout; skips where there is none."""
+    chosen = os.environ.get("STRUCTMOE_SHARED")
+    folder = Path(chosen) if chosen else REPOSITORY.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"no test material at {folder} (set STRUCTMOE_SHARED to the folder that holds it)")
+    return folder
