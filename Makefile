@@ -1,0 +1,94 @@
+# Every target works in a fresh clone: `make setup` comes first by itself, and does nothing when there is nothing to do.
+# Paths here are relative on purpose, so that a checkout under a path with a space in it works too.
+#   make train TORCH_INDEX_URL=...   take torch from another wheel index (for instance PyTorch's CPU wheels)
+#   make setup PYTHON=python3.12     build .venv with this interpreter
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# A Python path of the user's own would put other code in front of ours.
+unexport PYTHONPATH
+unexport PYTHONHOME
+export PYTHON TORCH_INDEX_URL
+
+python := .venv/bin/python
+quickstart := -d configs quickstart.yml
+# Processes the tests are spread over
+WORKERS ?= 2
+# More arguments for pytest, e.g. make test ARGS="tests/config -k alias"
+ARGS ?=
+
+.PHONY: help
+help: ## list the targets
+	@echo 'make TARGET, where TARGET is one of'
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | while IFS='|' read -r name text; do printf '%-14s%s\n' "$$name" "$$text"; done
+
+# ---------------------------------------------------------------- setting up
+
+.PHONY: setup
+setup: ## make .venv and install everything that development and the tests need
+	@requirements/install.sh dev
+
+.PHONY: setup-run
+setup-run: ## make .venv and install what training needs, no more
+	@requirements/install.sh run
+
+# ---------------------------------------------------------------- the two commands
+
+.PHONY: train
+train: setup-run ## from nothing to a trained, evaluated and sampled language model
+	@$(python) prepare_data.py
+	@$(python) deepy.py train.py $(quickstart)
+	@$(python) eval.py $(quickstart) -o 'eval_text_files=[data/sotu/test.txt]'
+	@$(python) generate.py $(quickstart) -o text_gen_type=unconditional
+
+.PHONY: test
+test: setup ## run the tests (CPU, without the slow ones)
+	@$(python) -m pytest -n $(WORKERS) $(ARGS)
+
+# ---------------------------------------------------------------- checks
+
+.PHONY: test-all
+test-all: setup ## run the tests, the slow ones included
+	@$(python) -m pytest -n $(WORKERS) -m 'not gpu' $(ARGS)
+
+.PHONY: test-gpu
+test-gpu: setup ## run the tests that need a CUDA device
+	@$(python) -m pytest -m gpu $(ARGS)
+
+.PHONY: check
+check: setup ## formatting, lint, types and code shape
+	@$(python) -m ruff format --check .
+	@$(python) -m ruff check .
+	@$(python) -m mypy
+	@$(python) -m pytest -q tests/test_code_shape.py
+
+.PHONY: format
+format: setup ## format the code and mend what the linter can mend
+	@$(python) -m ruff format .
+	@$(python) -m ruff check --fix .
+
+# ---------------------------------------------------------------- the rest
+
+.PHONY: bench
+bench: setup-run ## measure training speed on this machine
+	@$(python) tools/bench/train_step.py
+
+.PHONY: docs
+docs: setup-run ## write configs/neox_arguments.md from the configuration sections
+	@$(python) -m megatron.config.reference
+
+.PHONY: lock
+lock: setup ## write requirements/constraints.txt from what is installed in .venv
+	@$(python) -m pip freeze --exclude-editable | sed -E 's/\+(cpu|cu[0-9]+)$$//' > requirements/constraints.txt
+
+.PHONY: clean
+clean: ## remove caches and build leftovers; runs, data and .venv stay
+	@rm -rf .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.PHONY: clean-all
+clean-all: clean ## also remove .venv
+	@rm -rf .venv
