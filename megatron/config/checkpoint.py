@@ -1,0 +1,50 @@
+"""Saving and resuming."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from megatron.config.section import NaturalInt, PositiveInt, Problem, Section
+
+
+class CheckpointConfig(Section):
+    save: str | None = None
+    """Directory that checkpoints are written to. None: nothing is saved."""
+    load: str | None = None
+    """Directory to start from: the newest checkpoint in it, or `iteration`. None: start from new weights."""
+    resume_if_exists: bool = False
+    """Continue from the newest whole checkpoint under `save`; start from the beginning when there is none."""
+    finetune: bool = False
+    """Take only the weights from `load`: step 0, fresh optimizer and random state."""
+    iteration: NaturalInt | None = None
+    """Step of the checkpoint to load. None: the newest."""
+    checkpoint_factor: float | None = None
+    """Linear scale: save every so many steps. Log scale: save at the powers of this. None: only `extra_save_iters` and the end."""
+    checkpoint_scale: Literal["linear", "log"] = "linear"
+    """How `checkpoint_factor` is read."""
+    extra_save_iters: list[int] | None = None
+    """Further steps to save at; 0 saves the initial weights. None: none."""
+    keep_last_n_checkpoints: PositiveInt | None = None
+    """Older checkpoints than the last n are deleted. None: all are kept."""
+    no_load_optim: bool = False
+    """Do not load the optimizer's state."""
+    no_load_rng: bool = False
+    """Do not load the state of the random generators."""
+    no_save_rng: bool = False
+    """Do not save the state of the random generators."""
+
+    def check(self) -> Iterator[Problem]:
+        factor = self.checkpoint_factor
+        if self.save is not None and factor is None and self.extra_save_iters is None:
+            yield Problem(("save",), "needs checkpoint_factor or extra_save_iters: the steps at which to save")
+        if factor is not None and self.checkpoint_scale == "linear" and (factor < 1 or factor != int(factor)):
+            yield Problem(("checkpoint_factor",), "must be a whole number of steps, 1 or more")
+        if factor is not None and self.checkpoint_scale == "log" and factor <= 1:
+            yield Problem(("checkpoint_factor", "checkpoint_scale"), "must be more than 1 with checkpoint_scale: log")
+        if any(step < 0 for step in self.extra_save_iters or []):
+            yield Problem(("extra_save_iters",), "must be steps of 0 or more")
+        if self.finetune and self.load is None:
+            yield Problem(("finetune", "load"), "needs load: the directory whose weights to start from")
+        if self.resume_if_exists and self.save is None:
+            yield Problem(("resume_if_exists", "save"), "needs save: the directory to look in")

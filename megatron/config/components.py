@@ -1,0 +1,55 @@
+"""The component registries: four plain dictionaries from the name in the YAML to a class, or to "package.module:Class", imported on first use.
+
+Adding a component is one line, from inside or outside the package: `ROUTERS["toy"] = ToyRouter`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+ROUTERS: dict[str, Any] = {"topk": "megatron.model.moe.routers.topk:TopKRouter"}
+EXPERTS: dict[str, Any] = {
+    "grouped": "megatron.model.moe.experts.grouped:GroupedExperts",
+    "structmoe": "megatron.model.moe.experts.structmoe:StructMoEExperts",
+}
+DISPATCHERS: dict[str, Any] = {"local": "megatron.model.moe.dispatch.local:LocalDispatcher"}
+LOSSES: dict[str, Any] = {
+    "load_balance": "megatron.model.moe.losses.load_balance:load_balance_loss",
+    "z_loss": "megatron.model.moe.losses.z_loss:router_z_loss",
+}
+
+
+class UnknownComponent(ValueError):
+    """A name that no registry entry has; the message lists the known ones and the nearest."""
+
+
+def resolve_component(registry: Mapping[str, Any], name: str) -> Any:
+    """The class or function registered under `name`; a "module:attribute" entry is imported now.
+
+    Raises `UnknownComponent` for a name that is not there, and for an entry that does not lead to anything.
+    """
+    check_known(registry, name)
+    entry = registry[name]
+    if not isinstance(entry, str):
+        return entry
+    module_name, _, attribute = entry.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except AttributeError as error:
+        raise UnknownComponent(f"'{name}' is registered as '{entry}', but {module_name} has no '{attribute}'") from error
+
+
+def check_known(registry: Mapping[str, Any], name: str) -> None:
+    """Raises `UnknownComponent` unless the registry has `name`; imports nothing."""
+    if name not in registry:
+        raise UnknownComponent(f"unknown name '{name}'{did_you_mean(name, registry)}; known: {', '.join(sorted(registry))}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest known name, or nothing when none is near."""
+    by_folded = {candidate.lower().replace("-", "_"): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), by_folded, n=1, cutoff=0.65)
+    return f"; did you mean '{by_folded[close[0]]}'?" if close else ""

@@ -1,0 +1,35 @@
+"""What generate.py samples and how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from megatron.config.section import Fraction, NaturalInt, NonNegativeFloat, PositiveInt, Problem, Section
+
+
+class InferenceConfig(Section):
+    text_gen_type: Literal["input-file", "interactive", "unconditional"] | None = None
+    """Where prompts come from. None: `input-file` when `sample_input_file` is given, otherwise `unconditional`."""
+    temperature: NonNegativeFloat = 0.0
+    """Logits are divided by this; 0 together with top_k 0 and top_p 0 is greedy."""
+    top_p: Fraction = 0.0
+    """Sample from the smallest set of tokens with at least this probability; 0 is off."""
+    top_k: NaturalInt = 0
+    """Sample from this many most likely tokens; 0 is off."""
+    maximum_tokens: PositiveInt = 64
+    """Longest continuation."""
+    num_samples: PositiveInt = 1
+    """Continuations (unconditional: texts) per prompt."""
+    prompt_end: str = "\n"
+    """What ends a prompt in the input file and in interactive use."""
+    sample_input_file: str | None = None
+    """File with prompts. None: there is none."""
+    sample_output_file: str = "samples.txt"
+    """File that gets one JSON object per sample."""
+    sample_seed: NaturalInt | None = None
+    """Seed of the sampling. None: `seed`."""
+
+    def check(self) -> Iterator[Problem]:
+        if self.text_gen_type == "input-file" and self.sample_input_file is None:
+            yield Problem(("text_gen_type", "sample_input_file"), "needs sample_input_file: the file with the prompts")

@@ -1,0 +1,101 @@
+"""NeoXConfig: the sections together, and the rules that span them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from megatron.config.checkpoint import CheckpointConfig
+from megatron.config.data import DataConfig
+from megatron.config.evaluation import EvaluationConfig
+from megatron.config.inference import InferenceConfig
+from megatron.config.launcher import LauncherConfig
+from megatron.config.logging import LoggingConfig
+from megatron.config.model import ModelConfig
+from megatron.config.moe import MoEConfig
+from megatron.config.optimizer import OptimizerConfig
+from megatron.config.parallel import ParallelConfig
+from megatron.config.section import ConfigError, Problem, Section
+from megatron.config.training import TrainingConfig, resolve_batch
+
+Precision = Literal["fp32", "fp16", "bfloat16"]
+
+
+class NeoXConfig(Section):
+    """Everything a run was asked to do. In YAML the keys are flat; here each lives in the section that owns it."""
+
+    model: ModelConfig
+    moe: MoEConfig = MoEConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    data: DataConfig = DataConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    inference: InferenceConfig = InferenceConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    launcher: LauncherConfig = LauncherConfig()
+
+    @property
+    def precision(self) -> Precision:
+        """Number format of weights and activations: `precision`, else whichever of `fp16` and `bf16` is enabled, else fp32."""
+        return self.model.precision or _enabled_precision(self.optimizer) or "fp32"
+
+    @property
+    def lr_decay_iters(self) -> int | None:
+        """Steps after which the learning rate reaches its minimum; None when `train_iters` is not given either."""
+        explicit, fraction, total = self.optimizer.lr_decay_iters, self.optimizer.lr_decay_fraction, self.training.train_iters
+        if explicit is None and fraction is not None and total is not None:
+            return max(1, int(fraction * total))
+        return explicit if explicit is not None else total
+
+    def flat(self) -> dict[str, Any]:
+        """Every key under its YAML name with its value, defaults filled in and the precision resolved: plain numbers, texts, lists and dictionaries."""
+        values = {key: value for section in SECTIONS for key, value in getattr(self, section).model_dump(mode="json").items()}
+        return values | {"precision": self.precision}
+
+    def given(self) -> dict[str, Any]:
+        """The keys that were written in a file or on the command line, in the form of `flat`."""
+        dumped = {section: getattr(self, section).model_dump(mode="json", exclude_unset=True) for section in SECTIONS}
+        return {key: value for values in dumped.values() for key, value in values.items()}
+
+    def check(self) -> Iterator[Problem]:
+        enabled = _enabled_precision(self.optimizer)
+        if self.model.precision is not None and enabled is not None and enabled != self.model.precision:
+            other = "fp16.enabled" if enabled == "fp16" else "bf16.enabled"
+            yield Problem(("precision", other), f"contradicts {other}: true; drop one of the two")
+        if self.checkpoint.save is not None and self.training.train_iters is None:
+            yield Problem(("save", "train_iters"), "needs train_iters: a run that saves is a run that trains")
+        warm_iters = self.training.train_iters
+        if warm_iters is not None and self.checkpoint.iteration is not None and self.checkpoint.load is None and self.checkpoint.save is None:
+            yield Problem(("iteration", "load"), "needs load: the directory with the checkpoint")
+
+
+SECTIONS: tuple[str, ...] = tuple(NeoXConfig.model_fields)
+SECTION_CLASSES: dict[str, type[Section]] = {name: field.annotation for name, field in NeoXConfig.model_fields.items() if field.annotation}  # type: ignore[misc]
+OWNER: dict[str, str] = {key: name for name, section in SECTION_CLASSES.items() for key in section.model_fields}
+
+
+def _enabled_precision(optimizer: OptimizerConfig) -> Precision | None:
+    if optimizer.fp16 is not None and optimizer.fp16.enabled:
+        return "fp16"
+    if optimizer.bf16 is not None and optimizer.bf16.enabled:
+        return "bfloat16"
+    return None
+
+
+def check_trainable(config: NeoXConfig, data_parallel_size: int) -> None:
+    """Raises ConfigError with every key that training needs and that is missing, or with batch sizes that do not multiply out."""
+    problems = []
+    if config.training.train_iters is None:
+        problems.append("'train_iters' must be given: the number of steps to train")
+    if config.optimizer.optimizer.params.lr is None:
+        problems.append("'optimizer' must be given with its learning rate, such as {type: Adam, params: {lr: 6.0e-4}}")
+    if config.data.data_path is None and config.data.train_data_paths is None:
+        problems.append("'data_path' or 'train_data_paths' must be given: the tokens to train on")
+    try:
+        resolve_batch(config.training, data_parallel_size)
+    except ConfigError as error:
+        problems.extend(error.problems)
+    if problems:
+        raise ConfigError(problems)

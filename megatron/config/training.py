@@ -1,0 +1,82 @@
+"""How long and in what portions: steps, batch sizes, evaluation cadence, recomputation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from megatron.config.section import ConfigError, NaturalInt, PositiveInt, Problem, Section
+
+
+class TrainingConfig(Section):
+    train_iters: PositiveInt | None = None
+    """Optimizer steps to take in all. None: fine for generation and evaluation, refused when training."""
+    train_batch_size: PositiveInt | None = None
+    """Sequences in one optimizer step over all processes = micro batch * accumulation steps * processes. None: worked out from the other two."""
+    train_micro_batch_size_per_gpu: PositiveInt | None = None
+    """Sequences that one process takes through the model at a time. None: worked out from the other two."""
+    gradient_accumulation_steps: PositiveInt | None = None
+    """Micro batches in one optimizer step. None: worked out from the other two, 1 when only one of them is given."""
+    seed: NaturalInt = 1234
+    """Seed of the initial weights, dropout, and the order of the data."""
+    eval_interval: PositiveInt = 1000
+    """Steps between evaluations on the validation data."""
+    eval_iters: NaturalInt = 100
+    """Batches in one evaluation; 0 turns evaluation off."""
+    checkpoint_activations: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    checkpoint_num_layers: PositiveInt = 1
+    """Layers that are recomputed together."""
+    exit_interval: PositiveInt | None = None
+    """Save and stop whenever the step number is a multiple of this. None: run to `train_iters`."""
+    max_nonfinite_steps: PositiveInt = 20
+    """Steps in a row with a NaN or infinite loss or gradient that stop the run (each such step is skipped)."""
+
+    def check(self) -> Iterator[Problem]:
+        total, micro, steps = self.train_batch_size, self.train_micro_batch_size_per_gpu, self.gradient_accumulation_steps
+        per_process = (micro or 1) * (steps or 1)
+        if total is not None and total % per_process:
+            parts = [("train_micro_batch_size_per_gpu", micro), ("gradient_accumulation_steps", steps)]
+            given = [(key, value) for key, value in parts if value is not None]
+            product = " * ".join(f"{key} ({value})" for key, value in given)
+            yield Problem(("train_batch_size", *(key for key, _ in given)), f"must be a multiple of {product}")
+
+
+class Batch(NamedTuple):
+    """Sequences per process and forward pass, forward passes per optimizer step, sequences per optimizer step over all processes."""
+
+    micro: int
+    accumulation: int
+    global_: int
+
+
+def resolve_batch(training: TrainingConfig, data_parallel_size: int) -> Batch:
+    """The three batch numbers from any two of them, or from one with one accumulation step.
+
+    Raises ConfigError when neither the batch nor the micro batch is given, or when the numbers do not multiply out for that many processes.
+    """
+    total, micro, steps = training.train_batch_size, training.train_micro_batch_size_per_gpu, training.gradient_accumulation_steps
+    if total is None and micro is None:
+        raise ConfigError(["'train_micro_batch_size_per_gpu' or 'train_batch_size' must be given (sequences per process, or per step in all)"])
+    if total is not None and micro is None:
+        steps = steps or 1
+        micro = total // (steps * data_parallel_size)
+    elif total is not None and steps is None:
+        steps = total // (micro * data_parallel_size)
+    steps = steps or 1
+    product = (micro or 0) * steps * data_parallel_size
+    if not product or (total is not None and total != product):
+        raise ConfigError([_mismatch(training, data_parallel_size)])
+    return Batch(micro=micro or 0, accumulation=steps, global_=product)
+
+
+def _mismatch(training: TrainingConfig, data_parallel_size: int) -> str:
+    parts = {
+        "train_micro_batch_size_per_gpu": training.train_micro_batch_size_per_gpu,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "data-parallel processes": data_parallel_size,
+    }
+    given = {name: value for name, value in parts.items() if value is not None}
+    product = " * ".join(f"{name} ({value})" for name, value in given.items())
+    relation = "equal" if len(given) == len(parts) else "be a multiple of"
+    return f"'train_batch_size' = {training.train_batch_size}: must {relation} {product}"
