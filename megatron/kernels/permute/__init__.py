@@ -1,0 +1,148 @@
+"""Bring rows into the order of their groups, and back. The one place this op is defined.
+
+Shapes:  T tokens;  K choices per token;  R = T*K routed rows, sorted by group (stable);  D width;  G groups.
+    permute:  rows_RD[r] = x_TD[order_R[r] // K]
+    combine:  y_TD[t] = sum_k weight_TK[t, k] * rows_RD[inverse_TK[t, k]]     (a weight of None is 1)
+
+Both directions are gathers along a permutation and its inverse, forward and backward, so no atomic or unordered addition is
+involved: results are the same bit for bit on every run.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron.kernels.permute.reference import Reference
+from megatron.kernels.registry import Implementation, Op
+
+
+class Order(NamedTuple):
+    """The sorted order of T*K choices by their group."""
+
+    order_R: Tensor
+    """int64: the flat choice t*K + k that stands at place r."""
+    inverse_TK: Tensor
+    """int64: the place at which choice (t, k) stands."""
+    rows_G: Tensor
+    """int64: rows of each group."""
+
+
+class Permute(Protocol):
+    """What an implementation supplies."""
+
+    def gather(self, x_TD: Tensor, order_R: Tensor, top_k: int) -> Tensor:
+        """rows_RD[r] = x_TD[order_R[r] // top_k]."""
+        ...
+
+    def combine(self, rows_RD: Tensor, inverse_TK: Tensor, weight_TK: Tensor | None) -> Tensor:
+        """y_TD = sum over k of weight * the row at inverse."""
+        ...
+
+    def combine_backward(self, grad_TD: Tensor, rows_RD: Tensor, order_R: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients (of rows_RD, of weight in sorted order R)."""
+        ...
+
+
+OP = Op("permute")
+OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None, Reference))
+
+
+def sort_by_group(group_TK: Tensor, num_groups: int) -> Order:
+    """Stable order of all choices by group; integers only, nothing to differentiate, no transfer to the host."""
+    flat_R = group_TK.reshape(-1)
+    order_R = torch.argsort(flat_R, stable=True)
+    inverse_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+    return Order(order_R, inverse_R.view(group_TK.shape), torch.bincount(flat_R, minlength=num_groups))
+
+
+def permute(x_TD: Tensor, order: Order, *, backend: str = "auto") -> Tensor:
+    """Copies of the tokens in group order, one for each choice. Raises ValueError where the order is of another number of tokens."""
+    _check_tokens("permute", x_TD.shape[0], order)
+    return _permute(x_TD, order.order_R, order.inverse_TK, backend)
+
+
+def combine(rows_RD: Tensor, order: Order, weight_TK: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """Back to token order, the K rows of a token summed with their weights (None: plain sum)."""
+    if rows_RD.shape[0] != order.order_R.shape[0]:
+        raise ValueError(f"combine: {rows_RD.shape[0]} rows for an order of {order.order_R.shape[0]}; give the rows that 'permute' returned")
+    if weight_TK is None:
+        return _combine(rows_RD, order.order_R, order.inverse_TK, backend)
+    if weight_TK.shape != order.inverse_TK.shape:
+        raise ValueError(f"combine: weights {tuple(weight_TK.shape)} for choices {tuple(order.inverse_TK.shape)}; give one weight for each choice")
+    return _weighted_combine(rows_RD, order.order_R, order.inverse_TK, weight_TK, backend)
+
+
+def _check_tokens(what: str, tokens: int, order: Order) -> None:
+    if tokens != order.inverse_TK.shape[0]:
+        raise ValueError(f"{what}: {tokens} tokens for an order of {order.inverse_TK.shape[0]}; sort the choices of these tokens first")
+
+
+@torch.library.custom_op("neox::permute", mutates_args=())
+def _permute(x_TD: Tensor, order_R: Tensor, inverse_TK: Tensor, backend: str) -> Tensor:
+    return OP.resolve(backend, x_TD.device.type).gather(x_TD, order_R, inverse_TK.shape[1])
+
+
+@torch.library.custom_op("neox::combine", mutates_args=())
+def _combine(rows_RD: Tensor, order_R: Tensor, inverse_TK: Tensor, backend: str) -> Tensor:
+    return OP.resolve(backend, rows_RD.device.type).combine(rows_RD, inverse_TK, None)
+
+
+@torch.library.custom_op("neox::weighted_combine", mutates_args=())
+def _weighted_combine(rows_RD: Tensor, order_R: Tensor, inverse_TK: Tensor, weight_TK: Tensor, backend: str) -> Tensor:
+    return OP.resolve(backend, rows_RD.device.type).combine(rows_RD, inverse_TK, weight_TK)
+
+
+@torch.library.custom_op("neox::weighted_combine_backward", mutates_args=())
+def _weighted_combine_backward(grad_TD: Tensor, rows_RD: Tensor, order_R: Tensor, weight_TK: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return OP.resolve(backend, rows_RD.device.type).combine_backward(grad_TD, rows_RD, order_R, weight_TK)
+
+
+@_permute.register_fake
+def _(x_TD: Tensor, order_R: Tensor, inverse_TK: Tensor, backend: str) -> Tensor:
+    return x_TD.new_empty(order_R.shape[0], x_TD.shape[1])
+
+
+@_combine.register_fake
+def _(rows_RD: Tensor, order_R: Tensor, inverse_TK: Tensor, backend: str) -> Tensor:
+    return rows_RD.new_empty(inverse_TK.shape[0], rows_RD.shape[1])
+
+
+@_weighted_combine.register_fake
+def _(rows_RD: Tensor, order_R: Tensor, inverse_TK: Tensor, weight_TK: Tensor, backend: str) -> Tensor:
+    return rows_RD.new_empty(inverse_TK.shape[0], rows_RD.shape[1])
+
+
+@_weighted_combine_backward.register_fake
+def _(grad_TD: Tensor, rows_RD: Tensor, order_R: Tensor, weight_TK: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(rows_RD), weight_TK.new_empty(weight_TK.shape)
+
+
+def _save_order(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, order_R, inverse_TK, ctx.backend = inputs
+    ctx.save_for_backward(order_R, inverse_TK)
+
+
+def _permute_backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+    return _combine(grad_RD, *ctx.saved_tensors, ctx.backend), None, None, None
+
+
+def _combine_backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+    return _permute(grad_TD, *ctx.saved_tensors, ctx.backend), None, None, None
+
+
+def _save_weighted(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows_RD, order_R, _, weight_TK, ctx.backend = inputs
+    ctx.save_for_backward(rows_RD, order_R, weight_TK)
+
+
+def _weighted_backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+    grad_rows, grad_weight = _weighted_combine_backward(grad_TD, *ctx.saved_tensors, ctx.backend)
+    return grad_rows, None, None, grad_weight, None
+
+
+_permute.register_autograd(_permute_backward, setup_context=_save_order)
+_combine.register_autograd(_combine_backward, setup_context=_save_order)
+_weighted_combine.register_autograd(_weighted_backward, setup_context=_save_weighted)

@@ -1,0 +1,88 @@
+"""Which implementation of an op runs: decided by name or by order, with the reason when one cannot."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+LOGGER = logging.getLogger(__name__)
+
+
+class KernelUnavailable(ValueError):
+    """The requested implementation cannot run here; the message says why and what can."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op."""
+
+    name: str
+    devices: frozenset[str]
+    """Device types that it runs on."""
+    unavailable: Callable[[], str | None]
+    """Returns None where the implementation can run, else the reason it cannot."""
+    make: Callable[[], Any]
+    """Imports what it needs and returns the object that satisfies the op's protocol."""
+
+    def reason_against(self, device: str) -> str | None:
+        """Why it cannot run on `device`; None where it can."""
+        reason = self.unavailable()
+        if reason is None and device not in self.devices:
+            return f"runs on {', '.join(sorted(self.devices))} only"
+        return reason
+
+
+class Op:
+    """The implementations of one op, best first."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._known: dict[str, Implementation] = {}
+        self._objects: dict[tuple[str, str], Any] = {}
+
+    def register(self, implementation: Implementation) -> None:
+        """Append an implementation; earlier ones win under `auto`."""
+        if implementation.name in self._known:
+            raise ValueError(f"{self.name}: implementation '{implementation.name}' is registered twice; each name belongs to one implementation")
+        self._known[implementation.name] = implementation
+
+    def implementations(self) -> tuple[Implementation, ...]:
+        """Everything registered, best first."""
+        return tuple(self._known.values())
+
+    def status(self, device: str) -> dict[str, str | None]:
+        """Name -> None where it can run on `device`, else the reason it cannot."""
+        return {name: implementation.reason_against(device) for name, implementation in self._known.items()}
+
+    def choose(self, requested: str, device: str) -> str:
+        """The name that `requested` ("auto" or a name) stands for on `device`; raises KernelUnavailable with every reason."""
+        if requested != "auto" and requested not in self._known:
+            raise KernelUnavailable(f"{self.name}: there is no implementation '{requested}'; known: auto, {', '.join(self._known)}")
+        refused = []
+        for name, implementation in self._known.items():
+            if requested not in ("auto", name):
+                continue
+            reason = implementation.reason_against(device)
+            if reason is None:
+                _log_choice(self.name, name, device)
+                return name
+            refused.append(f"{name}: {reason}")
+        usable = [name for name, reason in self.status(device).items() if reason is None]
+        advice = f"; use {' or '.join(usable)}" if usable else ""
+        raise KernelUnavailable(f"{self.name}: '{requested}' cannot run on {device} ({'; '.join(refused) or 'none is registered'}){advice}")
+
+    def resolve(self, requested: str, device: str) -> Any:
+        """The object that computes the op; made once per (request, device)."""
+        key = (requested, device)
+        if key not in self._objects:
+            self._objects[key] = self._known[self.choose(requested, device)].make()
+        return self._objects[key]
+
+
+@cache
+def _log_choice(op: str, implementation: str, device: str) -> None:
+    """One line per op, implementation and device, whatever the number of layers."""
+    LOGGER.info("kernel %s on %s: %s", op, device, implementation)

@@ -1,0 +1,124 @@
+"""The language model's loss straight from the hidden states: output projection and cross entropy in one, a chunk of tokens at a time.
+
+Shapes: T tokens; D model width; V (padded) vocabulary; C tokens of one chunk.
+
+The logits of all tokens are the largest tensor of a small model's step (T*V). Here the logits of one chunk exist at a time, small enough to stay in
+the cache, and the forward computes the gradients of hidden states and weight from them at once, so that the backward only scales: the idea of
+Liger-Kernel's fused linear cross entropy. Softmax is in float32 (float64 for float64), and so is the sum over chunks of the weight's gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Numbers in the logits of one chunk: 8 MiB of float32, which stays in the last-level cache of the CPUs this was measured on.
+CHUNK_ELEMENTS = 2**21
+MIN_CHUNK_ROWS = 64
+
+
+def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, mask_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(mean loss, loss of each token) of predicting `labels_T` by hidden @ weight^T; both float32 (float64 for float64).
+
+    The mean is weighted: sum(mask * loss) / sum(mask), plain without a mask, 0 where the mask is 0 everywhere. The loss of each token is unweighted
+    and carries no gradient. Raises ValueError on shapes that do not fit.
+    """
+    _check(hidden_TD, weight_VD, labels_T, mask_T)
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, _token_weights(labels_T, mask_T, hidden_TD.dtype))
+
+
+def plain_linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, mask_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The same by PyTorch's own cross entropy on all logits at once: the definition that `linear_cross_entropy` is tested against."""
+    _check(hidden_TD, weight_VD, labels_T, mask_T)
+    logits_TV = (hidden_TD @ weight_VD.t()).to(_wide(hidden_TD.dtype))
+    loss_T = torch.nn.functional.cross_entropy(logits_TV, labels_T, reduction="none")
+    return (loss_T * _token_weights(labels_T, mask_T, hidden_TD.dtype)).sum(), loss_T.detach()
+
+
+def _check(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, mask_T: Tensor | None) -> None:
+    if hidden_TD.ndim != 2 or weight_VD.ndim != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
+        raise ValueError(f"cross entropy: hidden {tuple(hidden_TD.shape)} and weight {tuple(weight_VD.shape)} must be [tokens, width], [vocabulary, width]")
+    for name, given in (("labels", labels_T), ("mask", mask_T)):
+        if given is not None and given.shape != hidden_TD.shape[:1]:
+            raise ValueError(f"cross entropy: {name} of shape {tuple(given.shape)} for {hidden_TD.shape[0]} tokens; give one for each token")
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of softmax and sums."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _token_weights(labels_T: Tensor, mask_T: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What each token's loss counts in the mean."""
+    if mask_T is None:
+        return torch.full(labels_T.shape, 1 / max(1, len(labels_T)), dtype=_wide(dtype), device=labels_T.device)
+    weight_T = mask_T.to(_wide(dtype))
+    total = weight_T.sum()
+    return weight_T / torch.where(total == 0, torch.ones_like(total), total)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Loss and, where wanted, both gradients, computed in the forward chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, scale_T: Tensor) -> tuple[Tensor, Tensor]:
+        loss_T = torch.empty_like(scale_T)
+        grad_hidden = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=_wide(weight_VD.dtype)) if ctx.needs_input_grad[1] else None
+        rows = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // weight_VD.shape[0])
+        for begin in range(0, hidden_TD.shape[0], rows):
+            chunk = slice(begin, begin + rows)
+            softmax_CV = _softmax_into(loss_T[chunk], hidden_TD[chunk], weight_VD, labels_T[chunk])
+            if grad_hidden is None and grad_weight is None:
+                continue
+            _subtract_labels(softmax_CV, labels_T[chunk])
+            error_CV = softmax_CV.to(hidden_TD.dtype)
+            scale_C1 = scale_T[chunk, None].to(hidden_TD.dtype)
+            if grad_hidden is not None:
+                torch.mm(error_CV, weight_VD, out=grad_hidden[chunk]).mul_(scale_C1)
+            if grad_weight is not None:
+                _add_outer(grad_weight, error_CV, hidden_TD[chunk] * scale_C1)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
+        ctx.mark_non_differentiable(loss_T)
+        return torch.dot(loss_T, scale_T), loss_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _grad_tokens: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = (None if saved is None else _scaled(saved, grad) for saved in ctx.saved_tensors)
+        return grad_hidden, grad_weight, None, None
+
+
+def _softmax_into(loss_C: Tensor, hidden_CD: Tensor, weight_VD: Tensor, labels_C: Tensor) -> Tensor:
+    """softmax_CV in float32; writes the chunk's losses. logsumexp = maximum - log(softmax of the maximum): one pass of exponentials, no logarithm of a
+    vanishing number."""
+    logits_CV = torch.mm(hidden_CD, weight_VD.t()).to(loss_C.dtype)
+    top_C = logits_CV.amax(1)
+    label_logit_C = logits_CV.gather(1, labels_C[:, None])[:, 0]
+    softmax_CV = torch.softmax(logits_CV, 1)
+    torch.sub(top_C, softmax_CV.amax(1).log_(), out=loss_C).sub_(label_logit_C)
+    return softmax_CV
+
+
+def _subtract_labels(softmax_CV: Tensor, labels_C: Tensor) -> None:
+    """softmax - one_hot(label), in place: one entry a row, so nothing is added twice and the result is deterministic."""
+    minus_one = torch.full((1, 1), -1, dtype=softmax_CV.dtype, device=softmax_CV.device).expand(len(labels_C), 1)
+    softmax_CV.scatter_add_(1, labels_C[:, None], minus_one)
+
+
+def _add_outer(out_VD: Tensor, error_CV: Tensor, hidden_CD: Tensor) -> None:
+    """out += error^T @ hidden, accumulated in the dtype of `out`."""
+    if out_VD.dtype == error_CV.dtype:
+        out_VD.addmm_(error_CV.t(), hidden_CD)
+    else:
+        out_VD.add_(torch.mm(error_CV.t(), hidden_CD))
+
+
+def _scaled(saved: Tensor, grad: Tensor) -> Tensor:
+    """saved * grad without a pass over memory where grad is 1 (known without waiting on a CPU only). Never in place: a retained graph runs it again."""
+    if grad.device.type == "cpu" and grad.item() == 1:
+        return saved
+    return saved * grad.to(saved.dtype)
