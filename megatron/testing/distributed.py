@@ -69,7 +69,11 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, b
     if world_size < 1:
         raise ValueError(f"world_size = {world_size}: at least one process is needed")
     task = pickle.dumps((function, args))
-    with tempfile.TemporaryDirectory(prefix="run_distributed_") as folder, _store(timeout) as port, _started(world_size, task, backend, port, Path(folder)) as ranks:
+    with (
+        tempfile.TemporaryDirectory(prefix="run_distributed_") as folder,
+        _store(timeout) as port,
+        _started(world_size, task, backend, port, Path(folder)) as ranks,
+    ):
         outcomes = _collect(ranks, deadline=time.monotonic() + timeout)
         _raise_failures(ranks, outcomes, timeout)
         return [pickle.loads(outcomes[rank.number].payload) for rank in ranks]
@@ -78,9 +82,9 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, b
 @contextlib.contextmanager
 def _store(timeout: float) -> Iterator[int]:
     """Serve the store that the processes meet at; gives its port."""
-    import torch.distributed as dist
+    from torch.distributed import TCPStore
 
-    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
     yield store.port
     del store
 
@@ -145,11 +149,12 @@ def _run_rank(task: bytes, backend: str | None, environment: dict[str, str], sen
 
 
 def _call(task: bytes, backend: str | None) -> bytes:
+    function, args = pickle.loads(task)
+    if backend is None:
+        return pickle.dumps(function(*args))
     import torch.distributed as dist
 
-    function, args = pickle.loads(task)
-    if backend is not None:
-        dist.init_process_group(backend)
+    dist.init_process_group(backend)
     result = pickle.dumps(function(*args))
     if dist.is_initialized():
         dist.destroy_process_group()

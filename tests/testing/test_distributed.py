@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from megatron.testing.distributed import DistributedError, run_distributed
+from tests.testing import rank_functions
 
 
 def sum_of_ranks(factor: int) -> tuple[int, torch.Tensor]:
@@ -19,33 +20,14 @@ def sum_of_ranks(factor: int) -> tuple[int, torch.Tensor]:
     return int(os.environ["RANK"]), total_1
 
 
-def environment_without_group() -> tuple[bool, str, str]:
-    return torch.distributed.is_initialized(), os.environ["WORLD_SIZE"], os.environ["DS_ACCELERATOR"]
-
-
-def rank_one_raises() -> None:
+def rank_one_raises_while_rank_zero_waits() -> None:
     if torch.distributed.get_rank() == 1:
         raise KeyError("only rank one says this")
     torch.distributed.barrier()
 
 
-def rank_zero_is_killed() -> None:
-    if torch.distributed.get_rank() == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    torch.distributed.barrier()
-
-
-def rank_one_hangs_here() -> None:
-    if torch.distributed.get_rank() == 1:
-        time.sleep(600)
-
-
-def returns_what_cannot_travel() -> object:
-    return lambda: None
-
-
 @pytest.fixture(autouse=True)
-def nothing_left_behind() -> object:
+def _nothing_left_behind() -> Iterator[None]:
     yield
     assert multiprocessing.active_children() == []
 
@@ -56,30 +38,35 @@ def test_values_come_back_in_the_order_of_the_ranks() -> None:
     assert total_1.item() == same_1.item() == 10.0
 
 
-def test_without_a_backend_there_is_no_group() -> None:
-    assert run_distributed(environment_without_group, 1, backend=None) == [(False, "1", "cpu")]
+def test_without_a_backend_only_the_environment_is_set() -> None:
+    assert run_distributed(rank_functions.environment, 2, backend=None) == [("0", "0", "2", "cpu"), ("1", "1", "2", "cpu")]
 
 
 def test_the_failing_rank_is_named_with_its_traceback() -> None:
+    with pytest.raises(DistributedError, match=r"(?s)^rank 1 of 2 raised.*rank_one_raises_while_rank_zero_waits.*only rank one says this"):
+        run_distributed(rank_one_raises_while_rank_zero_waits, 2)
+
+
+def test_a_rank_that_is_killed_is_named_and_the_others_are_ended() -> None:
     started = time.monotonic()
-    with pytest.raises(DistributedError, match=r"(?s)^rank 1 of 2 raised.*rank_one_raises.*only rank one says this"):
-        run_distributed(rank_one_raises, 2)
+    with pytest.raises(DistributedError, match="rank 1 of 2 died before it returned: killed by SIGKILL"):
+        run_distributed(rank_functions.rank_one_is_killed, 2, backend=None)
     assert time.monotonic() - started < 60
 
 
-def test_a_rank_that_is_killed_is_named() -> None:
-    with pytest.raises(DistributedError, match=r"rank 0 of 2 died before it returned: killed by SIGKILL|rank 1 of 2 raised"):
-        run_distributed(rank_zero_is_killed, 2)
+def test_a_rank_that_leaves_is_named_with_its_exit_code() -> None:
+    with pytest.raises(DistributedError, match="rank 1 of 2 died before it returned: exit code 3"):
+        run_distributed(rank_functions.rank_one_exits, 2, backend=None)
 
 
 def test_a_rank_that_hangs_is_named_with_the_place() -> None:
-    with pytest.raises(DistributedError, match=r"(?s)not done after 15 s: rank 1 of 2\n.*rank_one_hangs_here"):
-        run_distributed(rank_one_hangs_here, 2, timeout=15)
+    with pytest.raises(DistributedError, match=r"(?s)not done after 5 s: rank 1 of 2\n.*rank_one_hangs_here"):
+        run_distributed(rank_functions.rank_one_hangs_here, 2, backend=None, timeout=5)
 
 
 def test_a_result_that_does_not_pickle_says_so() -> None:
     with pytest.raises(DistributedError, match="pickle"):
-        run_distributed(returns_what_cannot_travel, 1, backend=None)
+        run_distributed(rank_functions.returns_what_cannot_travel, 1, backend=None)
 
 
 def test_no_processes_are_refused() -> None:
