@@ -47,8 +47,9 @@ class DataConfig(Section):
     def split_fractions(self) -> tuple[float, float, float]:
         """`split` as three shares that add up to 1; a missing one is 0."""
         shares = [float(part) for part in self.split.replace("/", ",").split(",") if part.strip()]
-        shares = (shares + [0.0, 0.0, 0.0])[:3]
-        return (shares[0] / sum(shares), shares[1] / sum(shares), shares[2] / sum(shares))
+        train, valid, test = [*shares, 0.0, 0.0][:3]
+        total = train + valid + test
+        return (train / total, valid / total, test / total)
 
     def check(self) -> Iterator[Problem]:
         paths = {f"{name}_data_paths": getattr(self, f"{name}_data_paths") for name in SUBSETS}

@@ -50,7 +50,7 @@ class NeoXConfig(Section):
         return explicit if explicit is not None else total
 
     def flat(self) -> dict[str, Any]:
-        """Every key under its YAML name with its value, defaults filled in and the precision resolved: plain numbers, texts, lists and dictionaries."""
+        """Every key under its YAML name, defaults filled in and the precision resolved: plain numbers, texts, lists and dictionaries."""
         values = {key: value for section in SECTIONS for key, value in getattr(self, section).model_dump(mode="json").items()}
         return values | {"precision": self.precision}
 
@@ -66,8 +66,7 @@ class NeoXConfig(Section):
             yield Problem(("precision", other), f"contradicts {other}: true; drop one of the two")
         if self.checkpoint.save is not None and self.training.train_iters is None:
             yield Problem(("save", "train_iters"), "needs train_iters: a run that saves is a run that trains")
-        warm_iters = self.training.train_iters
-        if warm_iters is not None and self.checkpoint.iteration is not None and self.checkpoint.load is None and self.checkpoint.save is None:
+        if self.checkpoint.iteration is not None and self.checkpoint.load is None and self.checkpoint.save is None:
             yield Problem(("iteration", "load"), "needs load: the directory with the checkpoint")
 
 

@@ -1,0 +1,42 @@
+"""NeoXConfig -> the dictionary that DeepSpeed is initialised with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.config.neox import NeoXConfig
+from megatron.config.training import resolve_batch
+
+
+def deepspeed_config(config: NeoXConfig, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's settings for `world_size` data-parallel processes; the same on CPU and CUDA. Pure.
+
+    There is no optimizer section: the engine is given a torch optimizer, which `zero_allow_untested_optimizer` permits under ZeRO.
+    Raises ConfigError when the batch sizes do not multiply out.
+    """
+    batch = resolve_batch(config.training, world_size)
+    optimizer, logging = config.optimizer, config.logging
+    settings: dict[str, Any] = {
+        "train_batch_size": batch.global_,
+        "train_micro_batch_size_per_gpu": batch.micro,
+        "gradient_accumulation_steps": batch.accumulation,
+        "gradient_clipping": optimizer.gradient_clipping,
+        "zero_optimization": optimizer.zero_optimization.model_dump(mode="json"),
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": logging.steps_per_print or None,
+        "wall_clock_breakdown": logging.wall_clock_breakdown,
+        "fp16": _fp16(config),
+        "bf16": {"enabled": config.precision == "bfloat16"},
+    }
+    if optimizer.fp32_allreduce:
+        settings["communication_data_type"] = "fp32"
+    if optimizer.data_types:
+        settings["data_types"] = dict(optimizer.data_types)
+    return settings
+
+
+def _fp16(config: NeoXConfig) -> dict[str, Any]:
+    if config.precision != "fp16":
+        return {"enabled": False}
+    given = config.optimizer.fp16.model_dump(mode="json", exclude_unset=True, exclude={"fp16", "type"}) if config.optimizer.fp16 else {}
+    return given | {"enabled": True}

@@ -1,0 +1,150 @@
+"""Validation errors -> sentences: where, which key, what was given, what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from megatron.config.components import did_you_mean
+from megatron.config.section import Problem, RuleError, Section
+from megatron.config.source import KeyPath, Source
+
+_EXPECTED = {
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a dictionary",
+    "model_type": "must be a dictionary",
+    "model_attributes_type": "must be a dictionary",
+    "finite_number": "must be a finite number",
+}
+_LONGEST_VALUE = 80
+
+
+def describe(error: ValidationError, section: type[Section], source: Source, defaults: dict[str, Any]) -> Iterator[str]:
+    """One line for each thing that is wrong with one section."""
+    for details in error.errors(include_url=False):
+        cause = details.get("ctx", {}).get("error")
+        if isinstance(cause, RuleError):
+            prefix = tuple(str(part) for part in details["loc"])
+            for problem in cause.problems:
+                yield describe_rule(Problem(tuple(".".join((*prefix, key)) for key in problem.keys), problem.message), source, defaults)
+        else:
+            yield _describe_type(details, section, source)
+
+
+def describe_rule(problem: Problem, source: Source, defaults: dict[str, Any]) -> str:
+    """`configs/x.yml:14: 'moe_top_k' = 9: must be at most moe_num_experts (8)`, with the places of further keys that stand in other files."""
+    paths = [tuple(key.split(".")) for key in problem.keys]
+    given = [(path, place) for path in paths if (place := source.place_of(path[:1])) is not None]
+    home = source.place_of(paths[0]) if source.place_of(paths[0][:1]) else (given[0][1] if given else None)
+    elsewhere = [
+        f"{'.'.join(path)} is given at {place}"
+        for path in paths[1:]
+        if (place := source.place_of(path)) is not None and home is not None and place.file != home.file
+    ]
+    value = _look_up(source.values, paths[0])
+    shown = f"{_show(value)}" if value is not _MISSING else f"{_show(_look_up(defaults, paths[0]))} (default)"
+    return _line(home, paths[0], shown, "; ".join([problem.message, *elsewhere]))
+
+
+def _describe_type(details: ErrorDetails, section: type[Section], source: Source) -> str:
+    path = tuple(str(part) for part in details["loc"])
+    kind, context = details["type"], details.get("ctx", {})
+    if kind == "missing":
+        where = source.place_of(path)
+        need = f"'{'.'.join(path)}' must be given: {_first_sentence(section, path)}"
+        return f"{where}: {need}" if where else need
+    if kind == "extra_forbidden":
+        return _unknown_inner_key(path, section, source)
+    return _line(source.place_of(path), path, _show(details["input"]), _sentence(kind, context, details))
+
+
+def _sentence(kind: str, context: dict[str, Any], details: ErrorDetails) -> str:
+    value = details["input"]
+    if kind in _EXPECTED:
+        return _EXPECTED[kind] + _hint(kind, value)
+    bounds = {
+        "greater_than_equal": ("at least", "ge"),
+        "greater_than": ("more than", "gt"),
+        "less_than_equal": ("at most", "le"),
+        "less_than": ("less than", "lt"),
+    }
+    if kind in bounds:
+        words, name = bounds[kind]
+        return f"must be {words} {context[name]:g}"
+    if kind == "literal_error":
+        choices = str(context["expected"])
+        return f"must be {choices}{did_you_mean(str(value), [choice.strip(chr(39)) for choice in choices.replace(' or ', ', ').split(', ')])}"
+    if kind in ("too_long", "missing_argument", "too_short"):
+        return f"must have {context.get('max_length', context.get('min_length'))} entries"
+    return details["msg"][:1].lower() + details["msg"][1:]
+
+
+def _hint(kind: str, value: Any) -> str:
+    if isinstance(value, str) and value.lower() == "none":
+        return f"; YAML reads {value} as text: write null, or leave the key out"
+    if kind.startswith("int") and isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            return ""
+        return f"; write {int(number)}" if number == int(number) else ""
+    if kind == "bool_type" and isinstance(value, str | int):
+        return " (without quotes)" if str(value).lower() in ("true", "false") else ""
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        return ": put it in quotes"
+    return ""
+
+
+def _unknown_inner_key(path: KeyPath, section: type[Section], source: Source) -> str:
+    owner: Any = section
+    for part in path[:-1]:
+        owner = _section_of(owner.model_fields[part].annotation)
+    allowed = list(owner.model_fields)
+    where = source.place_of(path)
+    text = f"unknown key '{path[-1]}' in '{'.'.join(path[:-1])}'{did_you_mean(path[-1], allowed)}; allowed: {', '.join(allowed)}"
+    return f"{where}: {text}" if where else text
+
+
+def _section_of(annotation: Any) -> Any:
+    members = getattr(annotation, "__args__", ())
+    return next((member for member in members if isinstance(member, type) and issubclass(member, Section)), annotation)
+
+
+def _first_sentence(section: type[Section], path: KeyPath) -> str:
+    description = (section.model_fields[path[0]].description if path[0] in section.model_fields else "") or ""
+    return description.split(".")[0].split(";")[0].strip()
+
+
+def _line(place: Any, path: KeyPath, shown: str, message: str) -> str:
+    name = path[0] + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in path[1:])
+    text = f"'{name}' = {shown}: {message}"
+    return f"{place}: {text}" if place else text
+
+
+_MISSING = object()
+
+
+def _look_up(values: Any, path: KeyPath) -> Any:
+    for part in path:
+        if not isinstance(values, dict) or part not in values:
+            return _MISSING
+        values = values[part]
+    return values
+
+
+def _show(value: Any) -> str:
+    if value is None or value is _MISSING:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."

@@ -1,0 +1,198 @@
+"""Reading YAML with the place of every key: file, line, and what was given twice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron.config.components import did_you_mean
+
+YAML_SUFFIXES = (".yml", ".yaml", ".json")
+KeyPath = tuple[str, ...]
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value was written; `line` is None on the command line."""
+
+    file: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.file if self.line is None else f"{self.file}:{self.line}"
+
+
+COMMAND_LINE = Place("command line")
+
+
+@dataclass
+class Source:
+    """Values as written, keys in canonical spelling, with the place of every key at every depth."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[KeyPath, Place] = field(default_factory=dict)
+
+    def place_of(self, path: KeyPath) -> Place | None:
+        """The place of the deepest part of `path` that was written, or None when nothing of it was."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.places:
+                return self.places[path[:length]]
+        return None
+
+    def drop(self, key: str) -> None:
+        """Forgets a key and everything under it."""
+        self.values.pop(key, None)
+        self.places = {path: place for path, place in self.places.items() if path[0] != key}
+
+
+def canonical(key: str) -> str:
+    """NeoX's rule: hyphens and underscores are the same."""
+    return key.replace("-", "_")
+
+
+def find_file(name: Path | str, conf_dir: Path | None) -> Path:
+    """The file meant by a name on the command line: inside `conf_dir` when given, `.yml` added when there is no suffix."""
+    path = Path(name) if conf_dir is None else Path(conf_dir) / name
+    return path if path.suffix.lower() in YAML_SUFFIXES else path.with_name(path.name + ".yml")
+
+
+def read_text(path: Path, problems: list[str]) -> str:
+    """The text of a configuration file; what keeps it from being read becomes a problem."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        folder = path.parent
+        names = [entry.name for entry in folder.iterdir() if entry.suffix in YAML_SUFFIXES] if folder.is_dir() else []
+        reason = f"no such file{did_you_mean(path.name, names)}" if folder.is_dir() else f"no such file: there is no directory '{folder}'"
+    except IsADirectoryError:
+        reason = "is a directory, not a file; give the YAML files in it by name"
+    except UnicodeDecodeError:
+        reason = "is not text in UTF-8"
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+    problems.append(f"{path}: {reason}")
+    return ""
+
+
+def parse(text: str, file: str, problems: list[str]) -> Source:
+    """The keys of one file: YAML, NeoX's JSON with comments, or JSON. Everything wrong with it becomes a problem with its line."""
+    source = Source()
+    try:
+        node = yaml.compose(_without_leading_tabs(text), Loader=_Loader)
+        if node is None:
+            return source
+        if not isinstance(node, yaml.MappingNode):
+            problems.append(f"{file}:{node.start_mark.line + 1}: must be a list of `key: value` lines, but is {_kind(node)}")
+            return source
+        for key_node, value_node in node.value:
+            _take(source, key_node, value_node, file, problems)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that looks right and is not, such as 2024-13-01
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        problems.append(f"{file}:{mark.line + 1}: not valid YAML: {_readable(error)}" if mark else f"{file}: not valid YAML: {_readable(error)}")
+    return source
+
+
+def _take(source: Source, key_node: yaml.Node, value_node: yaml.Node, file: str, problems: list[str]) -> None:
+    written = str(key_node.value)
+    key, place = canonical(written), Place(file, key_node.start_mark.line + 1)
+    if key in source.values:
+        problems.append(f"{place}: '{written}' repeats '{key}', first given at {source.places[(key,)]}")
+        return
+    source.places[(key,)] = place
+    _note_places(source, (key,), value_node, file, problems)
+    source.values[key] = _construct(value_node)
+
+
+def _construct(node: yaml.Node) -> Any:
+    loader = yaml.SafeLoader("")
+    try:
+        return loader.construct_object(node, deep=True)
+    finally:
+        loader.dispose()
+
+
+def _note_places(source: Source, path: KeyPath, node: yaml.Node, file: str, problems: list[str]) -> None:
+    """Lines of nested keys, and keys given twice in a nested dictionary (YAML itself would keep the last one silently)."""
+    if not isinstance(node, yaml.MappingNode) or len(path) > 8:
+        return
+    for key_node, value_node in node.value:
+        inner, place = (*path, str(key_node.value)), Place(file, key_node.start_mark.line + 1)
+        if inner in source.places:
+            problems.append(f"{place}: '{'.'.join(inner)}' is given twice, first at {source.places[inner]}")
+            continue
+        source.places[inner] = place
+        _note_places(source, inner, value_node, file, problems)
+
+
+def _without_leading_tabs(text: str) -> str:
+    """JSON files may be indented with tabs, which YAML forbids; line numbers stay as they are."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    if not lines or not lines[0].lstrip().startswith("{"):
+        return text
+    return "\n".join(line.replace("\t", " ") if line.startswith((" ", "\t")) else line for line in text.splitlines())
+
+
+def _kind(node: yaml.Node) -> str:
+    return "a sequence" if isinstance(node, yaml.SequenceNode) else f"the single value {node.value!r}"
+
+
+def _readable(error: Exception) -> str:
+    parts = [part for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part]
+    return ", ".join(parts) or str(error).splitlines()[0]
+
+
+def merge(sources: list[Source], problems: list[str]) -> Source:
+    """One source of several files. A key in two files is a problem, as in NeoX: neither file silently wins."""
+    merged = Source()
+    for source in sources:
+        for key, value in source.values.items():
+            if key in merged.values:
+                problems.append(f"{source.places[(key,)]}: '{key}' repeats the value given at {merged.places[(key,)]}")
+                continue
+            merged.values[key] = value
+            merged.places.update({path: place for path, place in source.places.items() if path[0] == key})
+    return merged
+
+
+def apply_overrides(source: Source, overrides: list[str], problems: list[str]) -> None:
+    """Writes `key=value` (dots for nested dictionaries, values in YAML) over what the files say."""
+    seen: set[KeyPath] = set()
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        path = tuple(name.strip().split("."))
+        if not equals or not all(path):
+            problems.append(f"{COMMAND_LINE}: '{override}' is not an override; write key=value, or key.inner=value for a value inside a dictionary")
+            continue
+        path = (canonical(path[0]), *path[1:])
+        if path in seen:
+            problems.append(f"{COMMAND_LINE}: '{'.'.join(path)}' is given twice")
+            continue
+        seen.add(path)
+        try:
+            node = yaml.compose(text, Loader=_Loader)
+            value = None if node is None else _construct(node)
+        except (yaml.YAMLError, ValueError) as error:
+            problems.append(f"{COMMAND_LINE}: '{override}': the value is not valid YAML: {_readable(error)}")
+            continue
+        _put(source, path, value, problems)
+
+
+def _put(source: Source, path: KeyPath, value: Any, problems: list[str]) -> None:
+    if len(path) == 1:
+        source.drop(path[0])
+    holder: dict[str, Any] = source.values
+    for depth, part in enumerate(path[:-1], start=1):
+        inner = holder.get(part)
+        if inner is not None and not isinstance(inner, dict):
+            problems.append(f"{COMMAND_LINE}: '{'.'.join(path)}': '{'.'.join(path[:depth])}' is not a dictionary but {inner!r}")
+            return
+        holder[part] = dict(inner or {})
+        holder = holder[part]
+        source.places.setdefault(path[:depth], COMMAND_LINE)
+    holder[path[-1]] = value
+    source.places[path] = COMMAND_LINE
