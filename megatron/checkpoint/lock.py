@@ -1,0 +1,82 @@
+"""One run per directory: a file lock that the system frees when its holder dies, however it dies."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+import weakref
+from pathlib import Path
+from types import TracebackType
+
+from megatron.checkpoint import layout
+from megatron.checkpoint.errors import RunLockError
+
+
+class RunLock:
+    """Context manager that holds <directory>/.lock. Raises RunLockError, naming the holder, when another run has it."""
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> RunLock:
+        file = self.directory / layout.LOCK
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RunLockError(
+                f"Cannot write into {self.directory}: {error.strerror} ({error.filename}). Set `save` to a directory that you may write to."
+            ) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._write_holder(descriptor)
+        except OSError as error:
+            holder = os.pread(descriptor, 4096, 0)
+            os.close(descriptor)
+            raise RunLockError(self._refusal(error, holder)) from error
+        self._descriptor = descriptor
+        _close_in_children(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._descriptor is not None:
+            os.ftruncate(self._descriptor, 0)
+            self.forget()
+
+    def forget(self) -> None:
+        """Closes this process's handle; the lock is free when no process has one."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _write_holder(self, descriptor: int) -> None:
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, (json.dumps(holder) + "\n").encode(), 0)
+
+    def _refusal(self, error: OSError, holder: bytes) -> str:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            return f"Cannot lock {self.directory / layout.LOCK}: {error.strerror}. Set `save` to a disk that has room and supports file locks."
+        try:
+            facts = json.loads(holder)
+            who = f"process {facts['pid']} on {facts['host']}, started {facts['started']}"
+        except (ValueError, KeyError, TypeError):
+            who = "another process"
+        return f"{self.directory} is in use by another run ({who}). Wait for it to end or stop it, or set `save` to another directory."
+
+
+def _close_in_children(lock: RunLock) -> None:
+    """A forked data-loading worker that outlives a killed run must not keep its lock."""
+    reference = weakref.ref(lock)
+
+    def close() -> None:
+        held = reference()
+        if held is not None:
+            held.forget()
+
+    os.register_at_fork(after_in_child=close)

@@ -1,0 +1,58 @@
+"""Which steps are saved, and which checkpoints are kept."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from megatron.checkpoint import layout
+from megatron.checkpoint.manifest import sync_directory
+
+
+def is_save_iteration(iteration: int, factor: float | None, scale: str = "linear", extra: Collection[int] | None = None) -> bool:
+    """Whether NeoX saves at this iteration (`checkpoint_factor`, `checkpoint_scale`, `extra_save_iters`).
+
+    linear: multiples of `factor`; log: int(factor ** k) for k = 0, 1, 2, ...; iteration 0 only when `extra` names it. No factor: only `extra`.
+    """
+    if extra is not None and iteration in extra:
+        return True
+    if factor is None or iteration < 1:
+        return False
+    if scale == "linear":
+        if factor <= 0:
+            raise ValueError(f"checkpoint_factor = {factor}: must be above 0 (checkpoint_scale linear saves every checkpoint_factor iterations).")
+        return iteration % factor == 0
+    if scale == "log":
+        if factor <= 1:
+            raise ValueError(f"checkpoint_factor = {factor}: must be above 1 (checkpoint_scale log saves at its powers).")
+        nearest = round(math.log(iteration) / math.log(factor))
+        # The smallest power that reaches `iteration` decides; a logarithm's rounding may miss it by one.
+        power = next(k for k in range(max(nearest - 1, 0), nearest + 3) if factor**k >= iteration)
+        return int(factor**power) == iteration
+    raise ValueError(f"checkpoint_scale = {scale!r}: must be linear or log.")
+
+
+def prune(directory: Path | str, keep_last_n: int | None) -> list[Path]:
+    """Deletes our checkpoints but the newest `keep_last_n` (None keeps all), oldest step first, and returns the deleted paths. One rank calls it.
+
+    Other programs' checkpoints (no manifest) and the one `latest` names are never touched. A killed deletion is finished by the next call.
+    """
+    directory = Path(directory)
+    if keep_last_n is None or not directory.is_dir():
+        return []
+    if keep_last_n < 1:
+        raise ValueError(f"keep_last_n_checkpoints = {keep_last_n}: must be at least 1.")
+    for leftover in directory.glob(".global_step*.deleting"):
+        shutil.rmtree(leftover)
+    latest = directory / layout.LATEST
+    protected = latest.read_text().strip() if latest.is_file() else None
+    ours = [step for step in layout.iterations_in(directory) if (directory / layout.tag(step) / layout.MANIFEST).is_file()]
+    doomed = [step for step in ours[:-keep_last_n] if layout.tag(step) != protected]
+    for step in doomed:
+        os.replace(directory / layout.tag(step), layout.deleting(directory, step))
+        sync_directory(directory)
+        shutil.rmtree(layout.deleting(directory, step))
+    return [directory / layout.tag(step) for step in doomed]

@@ -1,0 +1,165 @@
+"""Writing a checkpoint so that a kill at any moment leaves either all of it or nothing.
+
+Everything goes into <save>/.incomplete/; when every rank's files are on the disk, the manifest follows, one rename puts the directory in its place,
+and `latest` is replaced. A directory called global_step<N> is therefore whole from the moment it exists.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.checkpoint import layout, ranks
+from megatron.checkpoint.engine import checkpoint_engine, write_tensors
+from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.manifest import FileRecord, sync_directory, write_bytes, write_manifest
+from megatron.checkpoint.random_state import capture_random_state
+
+
+def save_checkpoint(
+    engine: Any, directory: Path | str, iteration: int, *, client_state: Mapping[str, Any], documents: Mapping[str, str], save_rng: bool = True
+) -> Path:
+    """Saves a DeepSpeed engine (ZeRO 0 to 3) as <directory>/global_step<iteration> and returns that path. Collective: every rank calls it.
+
+    `client_state`: plain values and tensors (dict, list, tuple, str, numbers, None), the same on every rank; `iteration` and NeoX's random states
+    are added. `documents`: file name -> text, for configs/. `save_rng` False leaves the random states out.
+    Raises CheckpointError on every rank when any rank could not write (disk full, no permission, ...); what was there stays as it is.
+    """
+    directory = Path(directory)
+    ranks.together(lambda: check_client_state(client_state))
+    ranks.together(lambda: prepare(directory), only_rank=0)
+    staged = layout.staging(directory) / layout.tag(iteration)
+    state = {"iteration": iteration, **client_state, **(capture_random_state() if save_rng else {})}
+    files, failure = _write_rank_files(engine, staged, state, save_rng=save_rng)
+    gathered = ranks.gather((files, failure))
+    facts = {"iteration": iteration, "world_size": ranks.world_size(), "zero_stage": int(engine.zero_optimization_stage())}
+    try:
+        ranks.raise_first([(_explain(directory, iteration, error) if error else None, CheckpointError) for _, error in gathered])
+        all_files = {name: record for rank_files, _ in gathered for name, record in rank_files.items()}
+        ranks.together(lambda: _commit(directory, staged, all_files, documents, facts), only_rank=0)
+    except CheckpointError as error:
+        if ranks.rank() == 0:
+            shutil.rmtree(layout.staging(directory), ignore_errors=True)
+        message = str(error)
+        raise CheckpointError(message if message.startswith("Could not save") else _explain(directory, iteration, message)) from error
+    return directory / layout.tag(iteration)
+
+
+def check_client_state(client_state: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for a key that is DeepSpeed's, or a value that `weights_only` reading would refuse later."""
+    for key, value in client_state.items():
+        if key in layout.DEEPSPEED_KEYS:
+            raise CheckpointError(f"client_state key {key!r} is used by DeepSpeed in the same file: choose another name.")
+        _check_plain(value, f"client_state[{key!r}]")
+
+
+def _check_plain(value: Any, where: str) -> None:
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            _check_plain(key, f"{where} key")
+            _check_plain(entry, f"{where}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for index, entry in enumerate(value):
+            _check_plain(entry, f"{where}[{index}]")
+    elif type(value) not in (str, int, float, bool, bytes, type(None), torch.Tensor, torch.nn.Parameter):
+        raise CheckpointError(
+            f"{where} is a {type(value).__name__}: only tensors, numbers, text, None, lists, tuples and dicts can be read back safely."
+        )
+
+
+def prepare(directory: Path) -> None:
+    """Makes `directory` ready for a save: removes what killed runs left, and undoes a replacement that was cut in two. Raises CheckpointError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        staging = layout.staging(directory)
+        if staging.exists():
+            shutil.rmtree(staging)
+        for step in layout.iterations_in(directory):
+            aside, path = layout.replaced(directory, step), directory / layout.tag(step)
+            if aside.exists() and path.exists():
+                shutil.rmtree(aside)
+            elif aside.exists():
+                os.replace(aside, path)
+        staging.mkdir()
+    except OSError as error:
+        raise CheckpointError(
+            f"Could not save into {directory}: {error.strerror or error} ({error.filename}). Nothing was changed; is the directory writable?"
+        ) from error
+
+
+def _write_rank_files(engine: Any, staged: Path, state: dict[str, Any], *, save_rng: bool) -> tuple[dict[str, FileRecord], str | None]:
+    """This rank's files under their names inside the checkpoint, and what went wrong."""
+    rank = ranks.rank()
+    with checkpoint_engine(engine) as writer:
+        engine.save_checkpoint(str(staged.parent), tag=staged.name, client_state=state, save_latest=False)
+    files, error = {file.name: record for file, record in writer.files.items()}, writer.error
+    if rank > 0 and save_rng and error is None:
+        name = layout.random_state_file(rank)
+        try:
+            files[name] = write_tensors({key: state[key] for key in capture_random_state()}, staged / name)
+        except OSError as failure:
+            error = failure
+    return files, None if error is None else error.strerror or str(error)
+
+
+def _commit(directory: Path, staged: Path, files: dict[str, FileRecord], documents: Mapping[str, str], facts: Mapping[str, Any]) -> None:
+    """Rank 0, when every rank's files are on the disk: documents, manifest, rename, `latest`."""
+    configs = staged / layout.CONFIGS
+    configs.mkdir()
+    for name, text in documents.items():
+        target = _free_name(configs, Path(name).name)
+        files[f"{layout.CONFIGS}/{target.name}"] = write_bytes(target, text.encode())
+    sync_directory(configs)
+    versions = {"torch": str(torch.__version__), "host": socket.gethostname(), "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    write_manifest(staged, files, {**facts, **versions})
+    sync_directory(staged)
+    latest = staged.parent / layout.LATEST
+    write_bytes(latest, staged.name.encode())  # before the rename: from there on nothing needs room on the disk
+    _put_in_place(directory, staged, facts["iteration"])
+    os.replace(latest, directory / layout.LATEST)
+    sync_directory(directory)
+    shutil.rmtree(layout.staging(directory), ignore_errors=True)
+    shutil.rmtree(layout.replaced(directory, facts["iteration"]), ignore_errors=True)
+
+
+def _put_in_place(directory: Path, staged: Path, iteration: int) -> None:
+    """Renames a whole checkpoint to its place. An older one of the same step is moved aside first, where `layout.path_of` still finds it."""
+    path, aside = directory / layout.tag(iteration), layout.replaced(directory, iteration)
+    if path.exists():
+        os.replace(path, aside)
+    try:
+        os.replace(staged, path)
+    except OSError:
+        if aside.exists():
+            os.replace(aside, path)
+        raise
+    sync_directory(directory)
+
+
+def _free_name(configs: Path, name: str) -> Path:
+    """A file name that two configuration files of the same name in different folders do not share."""
+    target, number = configs / name, 1
+    while target.exists():
+        number += 1
+        target = configs / f"{Path(name).stem}.{number}{Path(name).suffix}"
+    return target
+
+
+def _explain(directory: Path, iteration: int, reason: str) -> str:
+    return (
+        f"Could not save {directory / layout.tag(iteration)}: {reason.rstrip('.')}. What was written of it has been removed; "
+        f"the checkpoints that were there and `{layout.LATEST}` are as before. Free space or choose another `save`, then start again."
+    )
+
+
+def resolved_config_document(flat: Mapping[str, Any]) -> dict[str, str]:
+    """The entry of `documents` that load_model_weights reads back: every key of the resolved configuration."""
+    return {layout.RESOLVED_CONFIG: json.dumps(flat, indent=1, sort_keys=True, default=str) + "\n"}
