@@ -1,0 +1,59 @@
+"""Where things computed from a data file are remembered: beside the data, else in the user's cache directory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+def cache_directories(data_prefix: Path) -> tuple[Path, Path]:
+    """The places to look in and to write to, best first. None of them need exist."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return data_prefix.parent / "index_maps", user / "structmoe-neox" / "index_maps"
+
+
+def cache_key(data_prefix: Path, facts: dict[str, Any]) -> str:
+    """A file name that holds everything the content depends on, so that what is stale has another name."""
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
+    return f"{data_prefix.name}-{digest}"
+
+
+def publish(data_prefix: Path, key: str, write: Callable[[Path], None]) -> Path | None:
+    """Let `write` fill an empty directory, then give it its name `key` in one step. Returns where it lies, None when nowhere is writable.
+
+    Safe when several processes do it at once: the first whole one stays (contents with one key are equal).
+    """
+    for place, directory in enumerate(cache_directories(data_prefix)):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=directory))
+        except OSError as error:
+            logger.warning(
+                "%s cannot be written (%s); %s", directory, error.strerror, "using the user cache directory" if place == 0 else "keeping in memory"
+            )
+            continue
+        try:
+            write(temporary)
+            with contextlib.suppress(OSError):  # not empty: another process was first
+                os.rename(temporary, directory / key)
+            return directory / key
+        except OSError as error:
+            logger.warning("%s: writing failed (%s)", directory, error.strerror)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return None
+
+
+def find(data_prefix: Path, key: str) -> Path | None:
+    """The directory published under `key`; None when there is none yet."""
+    return next((directory / key for directory in cache_directories(data_prefix) if (directory / key).is_dir()), None)

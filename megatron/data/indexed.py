@@ -1,0 +1,227 @@
+"""The memory-mapped token files of GPT-NeoX: `PREFIX.bin` (tokens) and `PREFIX.idx` (where each document is).
+
+`.idx`, little endian, no padding: magic `MMIDIDX\\0\\0` (9 bytes), u64 version 1, u8 dtype code, u64 N items, u64 D,
+int32[N] sizes in tokens, int64[N] byte offsets into the `.bin`, int64[D] document boundaries (one item a document: 0..N).
+
+Shapes: N documents, T tokens of one document
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import struct
+from array import array
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+MAGIC = b"MMIDIDX\x00\x00"
+CACHED_MAGIC = b"TNTIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES: dict[int, np.dtype[Any]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    6: np.dtype("<f4"),
+    7: np.dtype("<f8"),
+    8: np.dtype("<u2"),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+WARMUP_BYTES = 64 << 20
+
+
+class DatasetError(ValueError):
+    """Data that cannot be trained on. The message says which file, what is wrong with it and what to do."""
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The type NeoX stores token ids in: uint16 below 65,500 ids, int32 from there on."""
+    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
+
+
+class IndexedDataset:
+    """Random access to the documents of one `.bin/.idx` pair without reading it into memory.
+
+    `prefix` is the path without `.bin`/`.idx`. The pair is checked here, once: raises DatasetError when a file is missing
+    or the two do not belong together. Objects can be pickled; the files are mapped again on the other side.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = Path(prefix)
+        self.idx_path = Path(f"{prefix}.idx")
+        self.bin_path = Path(f"{prefix}.bin")
+        check_files_exist(self.prefix)
+        self._index = map_bytes(self.idx_path)
+        self.dtype, count, boundaries = read_header(self.idx_path, self._index)
+        self.sizes_N = np.frombuffer(self._index, "<i4", count, HEADER.size)
+        self.offsets_N = np.frombuffer(self._index, "<i8", count, HEADER.size + 4 * count)
+        self.boundaries = np.frombuffer(self._index, "<i8", boundaries, HEADER.size + 12 * count)
+        self._check_bin_size()
+        self._tokens = map_bytes(self.bin_path)
+
+    def __reduce__(self) -> tuple[type[IndexedDataset], tuple[Path]]:
+        return IndexedDataset, (self.prefix,)
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return len(self.sizes_N)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """int32 [N]: tokens of each document."""
+        return self.sizes_N
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return int(self.sizes_N.sum(dtype=np.int64))
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Every token of the file in order, as a read-only view of the mapped `.bin`."""
+        return self._tokens[: self.num_tokens * self.dtype.itemsize].view(self.dtype)
+
+    @cached_property
+    def index_hash(self) -> str:
+        """Digest of the whole `.idx`: equal digests mean equal documents, wherever the file lies and whenever it was written."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(self._index.data)
+        return digest.hexdigest()
+
+    def get(self, index: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """Tokens [offset, offset + length) of document `index`, a read-only view; to the document's end when `length` is None."""
+        size = int(self.sizes_N[index])
+        length = size - offset if length is None else length
+        if not 0 <= offset <= offset + length <= size:
+            raise IndexError(f"{self.prefix}: tokens {offset}..{offset + length} of document {index}, which has {size}")
+        start = int(self.offsets_N[index]) + offset * self.dtype.itemsize
+        return self._tokens[start : start + length * self.dtype.itemsize].view(self.dtype)
+
+    def warm_up(self) -> None:
+        """Read the whole `.bin` once, so that the first steps find it in the page cache (`mmap_warmup`)."""
+        with self.bin_path.open("rb") as file:
+            while file.read(WARMUP_BYTES):
+                pass
+
+    def _check_bin_size(self) -> None:
+        have, want = self.bin_path.stat().st_size, self.num_tokens * self.dtype.itemsize
+        if have != want:
+            raise DatasetError(
+                f"{self.bin_path} has {have:,} bytes but {self.idx_path.name} describes {want:,} "
+                f"({self.num_tokens:,} tokens of {self.dtype.itemsize} bytes): the two were not written together or a copy was cut short; "
+                "prepare or copy both again"
+            )
+        if len(self) and (
+            self.offsets_N[0] != 0 or self.offsets_N[-1] + int(self.sizes_N[-1]) * self.dtype.itemsize != want or self.sizes_N.min() < 0
+        ):
+            raise DatasetError(f"{self.idx_path} is damaged: its document sizes and byte offsets contradict each other; prepare the data again")
+
+
+class IndexedDatasetWriter:
+    """Writes one `.bin/.idx` pair, byte for byte as NeoX does; the files get their names only when all of it is on disk.
+
+    Use as a context manager: leaving it normally publishes the pair, leaving it with an exception removes what was written.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype[Any]) -> None:
+        if dtype not in CODES:
+            raise DatasetError(f"{prefix}: tokens of type {dtype} cannot be stored; the format knows {', '.join(str(known) for known in CODES)}")
+        self.prefix = Path(prefix)
+        self.dtype = dtype
+        self._sizes = array("i")
+        self._temporary = {suffix: Path(f"{prefix}.{suffix}.tmp-{os.getpid()}") for suffix in ("bin", "idx")}
+
+    def __enter__(self) -> IndexedDatasetWriter:
+        self._file = self._temporary["bin"].open("wb", buffering=1 << 20)
+        return self
+
+    def add(self, tokens: Sequence[int] | np.ndarray) -> None:
+        """Append one document."""
+        values = np.asarray(tokens)
+        if len(values) and values.dtype != self.dtype and self.dtype.kind in "ui":
+            limits = np.iinfo(self.dtype)
+            if values.min() < limits.min or values.max() > limits.max:
+                raise DatasetError(f"{self.prefix}: token ids {values.min()}..{values.max()} do not fit the file's type {self.dtype}")
+        self._file.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
+        self._sizes.append(len(values))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._publish()
+        finally:
+            self._file.close()
+            for path in self._temporary.values():
+                path.unlink(missing_ok=True)
+
+    def _publish(self) -> None:
+        sync_and_close(self._file)
+        sizes_N = np.frombuffer(self._sizes, np.int32) if self._sizes else np.empty(0, np.int32)
+        offsets_N = np.zeros(len(sizes_N), "<i8")
+        np.cumsum(sizes_N[:-1].astype(np.int64) * self.dtype.itemsize, out=offsets_N[1:])
+        with self._temporary["idx"].open("wb") as file:
+            file.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(sizes_N), len(sizes_N) + 1))
+            for values in (sizes_N.astype("<i4"), offsets_N, np.arange(len(sizes_N) + 1, dtype="<i8")):
+                file.write(values.tobytes())
+            sync_and_close(file)
+        Path(f"{self.prefix}.idx").unlink(missing_ok=True)  # never a new .bin beside an old .idx
+        os.replace(self._temporary["bin"], f"{self.prefix}.bin")
+        os.replace(self._temporary["idx"], f"{self.prefix}.idx")
+
+
+def sync_and_close(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def map_bytes(path: Path) -> np.ndarray:
+    """The file as read-only mapped bytes (an empty file cannot be mapped: an empty array)."""
+    if path.stat().st_size == 0:
+        return np.empty(0, np.uint8)
+    return np.asarray(np.memmap(path, np.uint8, "r"))
+
+
+def read_header(path: Path, index: np.ndarray) -> tuple[np.dtype[Any], int, int]:
+    """(dtype, N, D) of a mapped `.idx`; raises DatasetError when it is not one or is not whole."""
+    start = index[: HEADER.size].tobytes()
+    if start.startswith(CACHED_MAGIC):
+        raise DatasetError(f"{path} is in fairseq's old 'cached' format, which cannot be read here; prepare the text again with prepare_data.py")
+    if not start.startswith(MAGIC[: len(start)]) or not start:
+        raise DatasetError(
+            f"{path} is not an index of a token file: it starts with {start[:9]!r}, not {MAGIC!r}; data_path is the path without .bin/.idx"
+        )
+    if len(start) < HEADER.size:
+        raise DatasetError(f"{path} is cut short: {len(start)} bytes, {HEADER.size} are the header alone; prepare or copy it again")
+    _, version, code, count, boundaries = HEADER.unpack(start)
+    if version != VERSION:
+        raise DatasetError(f"{path} has format version {version}; version {VERSION} is the one there is: the file is damaged or from another program")
+    if code not in DTYPES:
+        known = ", ".join(f"{number} {dtype}" for number, dtype in DTYPES.items())
+        raise DatasetError(f"{path} has the unknown token type code {code} (known: {known}): the file is damaged or from another program")
+    want = HEADER.size + 12 * count + 8 * boundaries
+    if len(index) != want:
+        what = "cut short" if len(index) < want else "too long"
+        raise DatasetError(f"{path} is {what}: {len(index):,} bytes, {want:,} are needed for its {count:,} documents; prepare or copy it again")
+    return DTYPES[code], count, boundaries
+
+
+def check_files_exist(prefix: Path) -> None:
+    """Raises DatasetError naming the missing half and, when there is one, a data set with a similar name beside it."""
+    missing = [suffix for suffix in (".bin", ".idx") if not Path(f"{prefix}{suffix}").is_file()]
+    if not missing:
+        return
+    if prefix.suffix in (".bin", ".idx") and prefix.is_file():
+        raise DatasetError(f"{prefix}: give the path without {prefix.suffix} ({prefix.with_suffix('')}); both files of the pair are found by it")
+    nearby = sorted(path.stem for path in prefix.parent.glob("*.idx")) if prefix.parent.is_dir() else []
+    close = difflib.get_close_matches(prefix.name, nearby, n=1, cutoff=0.4)
+    hint = f"did you mean {prefix.parent / close[0]}?" if close and close[0] != prefix.name else "`python prepare_data.py` makes such files from text"
+    raise DatasetError(f"no file {' and no file '.join(f'{prefix}{suffix}' for suffix in missing)}; {hint}")

@@ -1,0 +1,21 @@
+"""One token a byte of UTF-8: no file, nothing to train. NeoX's CharLevelTokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class CharLevelTokenizer:
+    """Ids 0..255 are bytes (0 doubles as end of document, as in NeoX), 256..511 are never produced and decode to nothing."""
+
+    vocab_size = 512
+    eod = 0
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(token for token in ids if token != self.eod and token < 256).decode(errors="replace")

@@ -1,0 +1,55 @@
+"""Token ids against the vocabulary, before the first step: an id too large would index past the embedding."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+from megatron.data.cache import cache_key, find, publish
+from megatron.data.indexed import DatasetError, IndexedDataset
+
+CHUNK_TOKENS = 1 << 24
+
+
+def check_vocabulary(dataset: IndexedDataset, vocab_size: int) -> None:
+    """Raises DatasetError when a token id is negative or at least `vocab_size`. Scans the file once; later calls remember what it found."""
+    if dataset.dtype.kind == "f":
+        raise DatasetError(f"{dataset.bin_path} holds {dataset.dtype} values, not token ids; it cannot be trained on as text")
+    if not dataset.num_tokens:
+        return
+    low, high = token_range(dataset)
+    if low < 0 or high >= vocab_size:
+        raise DatasetError(
+            f"{dataset.bin_path} holds token ids {low}..{high} but the vocabulary has {vocab_size:,} (0..{vocab_size - 1}): "
+            "it was made with another tokenizer; set vocab_file to that one or prepare the text again"
+        )
+
+
+def token_range(dataset: IndexedDataset) -> tuple[int, int]:
+    """(smallest, largest) token id, remembered under the identity of the `.bin` (size, time, both ends) and the `.idx` (its digest)."""
+    key = cache_key(dataset.prefix, {"token_range": 1, "index": dataset.index_hash, "bin": bin_identity(dataset)})
+    known = find(dataset.prefix, key)
+    if known is not None:
+        with contextlib.suppress(OSError, ValueError):  # a damaged note: look again
+            low, high = json.loads((known / "token_range.json").read_text())
+            return int(low), int(high)
+    low, high = scan(dataset)
+    publish(dataset.prefix, key, lambda directory: save(directory, low, high))
+    return low, high
+
+
+def save(directory: Path, low: int, high: int) -> None:
+    (directory / "token_range.json").write_text(json.dumps([low, high]))
+
+
+def scan(dataset: IndexedDataset) -> tuple[int, int]:
+    tokens = dataset.tokens
+    chunks = [tokens[start : start + CHUNK_TOKENS] for start in range(0, len(tokens), CHUNK_TOKENS)]
+    return min(int(chunk.min()) for chunk in chunks), max(int(chunk.max()) for chunk in chunks)
+
+
+def bin_identity(dataset: IndexedDataset) -> list[int | str]:
+    status = dataset.bin_path.stat()
+    tokens = dataset.tokens
+    return [status.st_size, status.st_mtime_ns, tokens[:2048].tobytes().hex(), tokens[-2048:].tobytes().hex()]

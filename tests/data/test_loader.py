@@ -1,0 +1,185 @@
+"""Which samples a run sees: splits, rank slices, resuming, worker processes; and a sentence for data that cannot serve."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron.data.index_map import load_or_build
+from megatron.data.indexed import DatasetError, IndexedDataset
+from megatron.data.loader import SamplePlan, batches, build_data
+from megatron.data.packed import PackedDataset
+from megatron.data.split import split_documents
+from tests.data.conftest import write
+
+PLAN = SamplePlan(train_samples=10, valid_samples=2, test_samples=0)
+
+
+@pytest.fixture
+def packed(numbered: Callable[..., Path]) -> PackedDataset:
+    """14 tokens, 10 samples asked for: the golden vector's data set."""
+    file = IndexedDataset(numbered([3, 2, 4, 5]))
+    return PackedDataset(file, load_or_build(file, range(4), seq_length=4, num_samples=10, seed=1234), "train")
+
+
+def test_golden_splits(golden: dict[str, Any]) -> None:
+    for case in golden["splits"]:
+        train, valid, test = split_documents(case["split"], case["documents"])
+        assert [train.start, train.stop, valid.stop, test.stop] == case["bounds"]
+        assert (valid.start, test.start) == (train.stop, valid.stop)
+
+
+def test_one_share_means_all_for_training() -> None:
+    assert split_documents("1", 10) == (range(10), range(10, 10), range(10, 10))
+    assert split_documents("8/2", 10) == (range(8), range(8, 10), range(10, 10))
+
+
+@pytest.mark.parametrize("split", ["", "a,b", "1,2,3,4", "-1,2", "0,0,0", "nan"])
+def test_bad_splits_are_explained(split: str) -> None:
+    with pytest.raises(DatasetError, match="give one to three shares"):
+        split_documents(split, 10)
+
+
+def test_length_is_one_short_as_in_neox(packed: PackedDataset) -> None:
+    assert len(packed.maps.shuffle_index) == 10
+    assert len(packed) == 9
+    with pytest.raises(IndexError, match="sample 9 of 9 in train"):
+        packed[9]
+
+
+def test_samples_are_the_documents_in_shuffled_order_overlapping_by_one(packed: PackedDataset) -> None:
+    stream = np.concatenate([packed.tokens.get(document) for document in packed.maps.document_index])
+    for i in range(len(packed)):
+        row = int(packed.maps.shuffle_index[i])
+        text = packed[i]["text"]
+        assert text.dtype == np.int64
+        assert text.tolist() == stream[4 * row : 4 * row + 5].tolist()
+
+
+def take(dataset: PackedDataset, count: int, **options: Any) -> list[list[list[int]]]:
+    source = batches(dataset, **options)
+    taken = [batch["text"].tolist() for batch in itertools.islice(source, count)]
+    source.close()
+    return taken
+
+
+def test_ranks_take_neighbouring_slices_and_the_data_wraps(packed: PackedDataset) -> None:
+    samples = [packed[i]["text"].tolist() for i in range(8)]  # 9 samples, 4 a step: the ninth is dropped
+    for rank in range(2):
+        taken = take(packed, 3, micro_batch=2, rank=rank, world_size=2)
+        assert taken == [samples[2 * rank : 2 * rank + 2], samples[4 + 2 * rank : 6 + 2 * rank], samples[2 * rank : 2 * rank + 2]]
+
+
+@pytest.mark.parametrize("start", [1, 3, 5, 1000])
+def test_resuming_continues_exactly(packed: PackedDataset, start: int) -> None:
+    straight = take(packed, start + 6, micro_batch=2)
+    assert take(packed, 6, micro_batch=2, start_iteration=start) == straight[start:]
+
+
+def test_batches_are_tensors(packed: PackedDataset) -> None:
+    batch = next(batches(packed, micro_batch=3))
+    assert list(batch) == ["text"]
+    assert (batch["text"].dtype, tuple(batch["text"].shape)) == (torch.int64, (3, 5))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_keep_the_order(packed: PackedDataset, num_workers: int) -> None:
+    expected = take(packed, 20, micro_batch=2, start_iteration=3)
+    assert take(packed, 20, micro_batch=2, start_iteration=3, num_workers=num_workers) == expected
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loading_leaves_the_global_random_state_alone(packed: PackedDataset, num_workers: int) -> None:
+    before = torch.get_rng_state()
+    take(packed, 2, micro_batch=2, num_workers=num_workers)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_workers_survive_the_signals_that_end_a_run(packed: PackedDataset) -> None:
+    """Ctrl-C and SIGTERM go to every process of the group; the one that trains still has to finish its step."""
+    expected = take(packed, 30, micro_batch=2)
+    source = batches(packed, micro_batch=2, num_workers=2)
+    taken = [next(source)["text"].tolist() for _ in range(2)]  # one from each: both have started
+    children = [int(pid) for pid in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()]
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+    workers = [pid for pid, command in commands.items() if command == Path("/proc/self/cmdline").read_bytes()]
+    assert len(workers) == 2
+    for pid in workers:
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
+    taken += [batch["text"].tolist() for batch in itertools.islice(source, 28)]
+    assert taken == expected
+    source.close()
+    assert next(source, None) is None
+    assert not any(Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers)
+
+
+def test_a_split_of_one_file(numbered: Callable[..., Path], data_config: Callable[..., Any]) -> None:
+    path = numbered([10] * 10)
+    data = build_data(data_config(data_path=str(path), split="8,2,0"), seq_length=4, plan=PLAN, seed=1)
+    assert isinstance(data.train, PackedDataset)
+    assert isinstance(data.valid, PackedDataset)
+    assert set(data.train.maps.document_index.tolist()) == set(range(8))
+    assert set(data.valid.maps.document_index.tolist()) == {8, 9}
+    assert data.test is None
+
+
+def test_separate_paths(numbered: Callable[..., Path], data_config: Callable[..., Any]) -> None:
+    one, two, held_out = (str(numbered([30, 40], name)) for name in ("one", "two", "held_out"))
+    config = data_config(train_data_paths=[one, two], train_data_weights=[1.0, 3.0], valid_data_paths=[held_out], test_data_paths=[held_out])
+    data = build_data(config, seq_length=4, plan=PLAN, seed=1, vocab_size=70)
+    assert data.train is not None
+    assert data.valid is not None
+    assert data.test is None
+    assert len(data.train) == sum(len(part) for part in data.train.datasets)
+    assert next(batches(data.valid, micro_batch=2))["text"].shape == (2, 5)
+
+
+def test_warm_up_reads_the_file(numbered: Callable[..., Path], data_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(IndexedDataset, "warm_up", lambda self: read.append(self.prefix))
+    path = numbered([30])
+    for wanted in (False, True):
+        build_data(data_config(data_path=str(path), split="1", mmap_warmup=wanted), seq_length=4, plan=PLAN, seed=1)
+    assert read == [path]
+    monkeypatch.undo()
+    IndexedDataset(path).warm_up()
+
+
+def test_no_data_at_all_is_explained(data_config: Callable[..., Any]) -> None:
+    with pytest.raises(DatasetError, match="no training data: set data_path, or train_data_paths"):
+        build_data(data_config(), seq_length=4, plan=PLAN, seed=1)
+
+
+def test_zero_documents_are_explained(tmp_path: Path, data_config: Callable[..., Any]) -> None:
+    path = write(tmp_path / "text", [])
+    with pytest.raises(DatasetError, match="text holds no documents"):
+        build_data(data_config(data_path=str(path)), seq_length=4, plan=PLAN, seed=1)
+    with pytest.raises(DatasetError, match=r"text: no documents to draw samples from \(the file has 0\)"):
+        build_data(data_config(train_data_paths=[str(path)]), seq_length=4, plan=PLAN, seed=1)
+
+
+def test_an_empty_split_is_explained_only_when_it_is_wanted(numbered: Callable[..., Path], data_config: Callable[..., Any]) -> None:
+    config = data_config(data_path=str(numbered([10] * 7)), split="949,50,1")
+    with pytest.raises(DatasetError, match=r"split = '949,50,1' leaves no document of .* \(7 documents\) for valid; give valid a larger share"):
+        build_data(config, seq_length=4, plan=PLAN, seed=1)
+    assert build_data(config, seq_length=4, plan=SamplePlan(train_samples=3, valid_samples=0, test_samples=0), seed=1).valid is None
+
+
+def test_one_sample_is_too_few(numbered: Callable[..., Path]) -> None:
+    file = IndexedDataset(numbered([5]))
+    with pytest.raises(DatasetError, match=r"the train documents give 1 sample\(s\), and the last one is not used"):
+        PackedDataset(file, load_or_build(file, range(1), seq_length=4, num_samples=1, seed=1), "train")
+
+
+def test_fewer_samples_than_a_step_takes_is_explained(packed: PackedDataset) -> None:
+    with pytest.raises(DatasetError, match=r"the data set has 9 samples, fewer than the 10 of one step \(5 on each of 2 ranks\)"):
+        batches(packed, micro_batch=5, world_size=2)
