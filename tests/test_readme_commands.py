@@ -31,12 +31,12 @@ def commands_in(text: str) -> list[str]:
     """The commands of the shell blocks: prompts and comments dropped, continued lines joined, output of `$ ` sessions left out."""
     found: list[str] = []
     for block in SHELL_BLOCK.findall(text):
-        lines = [line.strip() for line in block.replace("\\\n", " ").splitlines()]
+        lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in block.replace("\\\n", " ").splitlines()]
         session = any(line.startswith("$ ") for line in lines)
         for line in lines:
             if session and not line.startswith("$ "):
                 continue
-            found += [part.strip() for part in re.split(r" && |; |\|", line.removeprefix("$ ")) if part.strip() and not part.startswith("#")]
+            found += [part.strip() for part in re.split(r" && |; |\|", line.removeprefix("$ ")) if part.strip()]
     return found
 
 
@@ -216,7 +216,7 @@ def test_wrong_commands_are_found(little_repository: Path, command: str, problem
 def test_commands_are_taken_from_shell_blocks_only() -> None:
     text = """
 ```bash
-make train   # a remark
+make train   # a remark; and more
 python deepy.py train.py \\
     a.yml && make test
 ```
@@ -228,4 +228,4 @@ All checks passed!
 make nonsense
 ```
 """
-    assert commands_in(text) == ["make train   # a remark", "python deepy.py train.py      a.yml", "make test", "make check"]
+    assert commands_in(text) == ["make train", "python deepy.py train.py      a.yml", "make test", "make check"]
