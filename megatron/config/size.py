@@ -91,7 +91,8 @@ def flops_per_token(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int, 
 def training_memory(parameters: int, precision: str, *, zero_stage: int, data_parallel_size: int) -> Memory:
     """Bytes per process for weights, gradients and Adam's state, as DeepSpeed keeps and divides them (`parameters` = all of the model's).
 
-    fp32: 4 + 4 + 8 bytes per parameter. fp16, and bfloat16 under ZeRO: 2 + 2 + 12 (fp32 master weights and both averages). bfloat16 without ZeRO: 2 + 2 + 4.
+    Bytes per parameter: fp32 4 + 4 + 8; fp16, and bfloat16 under ZeRO, 2 + 2 + 12 (fp32 master weights and averages);
+    bfloat16 without ZeRO 2 + 2 + 4.
     """
     weights, gradients, optimizer = (4, 4, 8) if precision == "fp32" else (2, 2, 12)
     if precision == "bfloat16" and zero_stage == 0:

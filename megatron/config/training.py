@@ -58,16 +58,15 @@ def resolve_batch(training: TrainingConfig, data_parallel_size: int) -> Batch:
     total, micro, steps = training.train_batch_size, training.train_micro_batch_size_per_gpu, training.gradient_accumulation_steps
     if total is None and micro is None:
         raise ConfigError(["'train_micro_batch_size_per_gpu' or 'train_batch_size' must be given (sequences per process, or per step in all)"])
-    if total is not None and micro is None:
-        steps = steps or 1
-        micro = total // (steps * data_parallel_size)
-    elif total is not None and steps is None:
+    if micro is None:
+        micro = (total or 0) // ((steps or 1) * data_parallel_size)
+    elif steps is None and total is not None:
         steps = total // (micro * data_parallel_size)
-    steps = steps or 1
-    product = (micro or 0) * steps * data_parallel_size
-    if not product or (total is not None and total != product):
+    steps = 1 if steps is None else steps
+    product = micro * steps * data_parallel_size
+    if product == 0 or (total is not None and total != product):
         raise ConfigError([_mismatch(training, data_parallel_size)])
-    return Batch(micro=micro or 0, accumulation=steps, global_=product)
+    return Batch(micro, steps, product)
 
 
 def _mismatch(training: TrainingConfig, data_parallel_size: int) -> str:

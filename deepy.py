@@ -1,0 +1,12 @@
+#!/usr/bin/env python
+"""Check a configuration, then run a script with it, in as many processes as asked for.
+
+python deepy.py SCRIPT [-d DIR] a.yml b.yml [-o key=value ...] [--check]
+"""
+
+import sys
+
+from megatron.launcher import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,148 @@
+"""Command lines: what deepy.py does, and how a worker script gets its configuration."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from megatron.config.loader import LoadedConfig, load_config
+from megatron.config.neox import check_trainable
+from megatron.config.section import ConfigError
+from megatron.config.transport import decode
+from megatron.launcher.plan import plan_launch, worker_count
+from megatron.launcher.processes import run_until_done, survey
+
+# NeoX's flags that stand for a key; the flag's value wins over the files like any override.
+KEY_FLAGS = {
+    "--wandb_group": "wandb_group",
+    "--wandb_run_name": "wandb_run_name",
+    "--wandb_team": "wandb_team",
+    "--iteration": "iteration",
+    "--eval_tasks": "eval_tasks",
+    "--eval_results_prefix": "eval_results_prefix",
+    "--hostfile": "hostfile",
+    "--sample_input_file": "sample_input_file",
+    "--sample_output_file": "sample_output_file",
+    "--autotuning": "autotuning_run",
+}
+_SHORT = {"--hostfile": "-H", "--sample_input_file": "-i"}
+_USAGE_STATUS = 2
+_PLAIN_WIDTH = 140  # of the summary when it goes to a file or pipe
+
+
+@dataclass(frozen=True)
+class Request:
+    """A command line, taken apart: the words that are not options, and how to load the configuration."""
+
+    words: tuple[str, ...]
+    conf_dir: Path | None
+    overrides: tuple[str, ...]
+    check: bool
+    transported: str | None
+
+
+def main(argv: Sequence[str]) -> int:
+    """deepy.py: load and check the configuration, then run the script with it. Returns the exit status; 2 for a mistake in the input."""
+    parser = _parser("deepy.py", "SCRIPT CONFIG [CONFIG ...]")
+    parser.add_argument("--check", action="store_true", help="show the resolved configuration, sizes, memory and FLOPs, and stop")
+    request = _take_apart(parser, argv)
+    if not request.words:
+        parser.error("name a script and its configuration files, such as: deepy.py train.py -d configs quickstart.yml")
+    script = Path(request.words[0])
+    if not script.is_file():
+        _stop(parser, f"{script}: no such script")
+    try:
+        loaded = _load(request, request.words[1:])
+        machine = survey()
+        processes = worker_count(loaded, machine)
+        if request.check:
+            return _show_check(loaded, processes)
+        if script.stem == "train":
+            check_trainable(loaded.config, processes)
+        launch = plan_launch(script, loaded, machine)
+    except ConfigError as error:
+        _stop(parser, str(error))
+    _note(loaded.notices)
+    if launch.replaces:
+        sys.stderr.flush()
+        os.execve(launch.argv[0], launch.argv, launch.env)
+    return run_until_done(launch.argv, launch.env, launch.processes)
+
+
+def config_from_argv(argv: Sequence[str]) -> LoadedConfig:
+    """The configuration of a worker script: from deepy.py's `--megatron_config`, or from YAML files and overrides given to the script itself.
+
+    Mistakes are printed as sentences and end the process with status 2. `--local_rank` and `--deepspeed_config`, which launchers add, are accepted.
+    """
+    parser = _parser(Path(sys.argv[0]).name or "train.py", "CONFIG [CONFIG ...]")
+    for flag in ("--local_rank", "--local-rank", "--deepspeed_config"):
+        parser.add_argument(flag, help=argparse.SUPPRESS)
+    parser.add_argument("--megatron_config", help=argparse.SUPPRESS)
+    request = _take_apart(parser, argv)
+    try:
+        if request.transported is not None:
+            return decode(request.transported)
+        loaded = _load(request, request.words)
+    except ConfigError as error:
+        _stop(parser, str(error))
+    _note(loaded.notices)
+    return loaded
+
+
+def _parser(program: str, positionals: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, allow_abbrev=False, usage=f"{program} {positionals} [-d DIR] [-o key=value ...]")
+    parser.add_argument("words", nargs="*", help="YAML files; .yml may be left out")
+    parser.add_argument("-d", "--conf_dir", type=Path, help="directory of the YAML files")
+    parser.add_argument(
+        "-o", "--override", nargs="+", action="append", default=[], metavar="key=value", help="wins over the files; key.inner=value too"
+    )
+    for flag, key in KEY_FLAGS.items():
+        names = [_SHORT[flag], flag] if flag in _SHORT else [flag]
+        parser.add_argument(
+            *names, dest=f"key_{key}", metavar="VALUE", nargs="+" if key == "eval_tasks" else None, help=f"the same as -o {key}=VALUE"
+        )
+    return parser
+
+
+def _take_apart(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Request:
+    arguments = parser.parse_intermixed_args(list(argv))
+    given = [word for group in arguments.override for word in group]
+    # `-o a=1 b.yml`: argparse hands everything up to the next option to -o; what is no assignment is a file.
+    words = [*arguments.words, *(word for word in given if "=" not in word)]
+    overrides = [word for word in given if "=" in word]
+    for key in KEY_FLAGS.values():
+        value = getattr(arguments, f"key_{key}")
+        if value is not None:
+            overrides.append(f"{key}={value if key == 'iteration' else json.dumps(value)}")
+    check, transported = getattr(arguments, "check", False), getattr(arguments, "megatron_config", None)
+    return Request(tuple(words), arguments.conf_dir, tuple(overrides), check, transported)
+
+
+def _load(request: Request, names: Sequence[str]) -> LoadedConfig:
+    if not names and not request.overrides:
+        raise ConfigError(["no configuration files are given, such as: -d configs quickstart.yml"])
+    return load_config(names, request.overrides, request.conf_dir)
+
+
+def _stop(parser: argparse.ArgumentParser, sentence: str) -> NoReturn:
+    parser.exit(_USAGE_STATUS, f"{parser.prog}: {sentence}\n")
+
+
+def _note(notices: Sequence[str]) -> None:
+    for notice in notices:
+        sys.stderr.write(f"note: {notice}\n")
+
+
+def _show_check(loaded: LoadedConfig, processes: int) -> int:
+    from rich.console import Console
+
+    from megatron.launcher.summary import summary, vocabulary
+
+    Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH).print(summary(loaded, processes, vocabulary(loaded.config.data)))
+    return 0

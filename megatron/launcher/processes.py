@@ -1,0 +1,171 @@
+"""The machine (GPUs, cores, ports) and the care of child processes: signals reach the workers once, and nobody outlives the run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+_IMPATIENCE_S = 2.0  # a Ctrl-C this long after the first one means: now
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to run on. visible: the entries of CUDA_VISIBLE_DEVICES, or None when it is not set."""
+
+    gpus: int
+    cores: int
+    visible: tuple[str, ...] | None = None
+
+    def devices(self, count: int) -> list[int | str]:
+        """The device numbers of the first `count` processes (just numbers without GPUs)."""
+        if self.gpus and self.visible:
+            return [int(name) if name.isdigit() else name for name in self.visible[:count]]
+        return list(range(count))
+
+
+def survey() -> Machine:
+    """This machine as PyTorch would see it, without importing PyTorch."""
+    text = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = None if text is None else tuple(name.strip() for name in text.split(",") if name.strip() not in ("", "-1"))
+    gpus = 0 if _torch_is_for_cpu() or visible == () or os.environ.get("DS_ACCELERATOR") == "cpu" else _driver_gpus()
+    return Machine(gpus if visible is None else min(gpus, len(visible)), _cores(), visible)
+
+
+def _torch_is_for_cpu() -> bool:
+    try:
+        return importlib.metadata.version("torch").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return True
+
+
+def _driver_gpus() -> int:
+    folder = Path("/proc/driver/nvidia/gpus")
+    if folder.is_dir():
+        return len(list(folder.iterdir()))
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+
+
+def _cores() -> int:
+    """Cores that this process may use: its affinity, and the container's quota when there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return cores
+
+
+def free_port(preferred: int) -> int:
+    """`preferred` when nobody listens on it, else a port that is free now."""
+    for port in (preferred, 0):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    return preferred
+
+
+def run_until_done(argv: Sequence[str], env: Mapping[str, str], workers: int) -> int:
+    """Runs DeepSpeed's launcher in a session of its own and returns its exit status (128 + n for a worker that signal n ended).
+
+    SIGINT and SIGTERM go to the workers alone, once and as SIGTERM, and this waits for as long as they need to save. DeepSpeed's launcher
+    would pass a signal to one worker after the other and kill each after 30 s, while they wait for each other; so it is kept out of it.
+    A second Ctrl-C ends everything at once. When this process dies, the launcher gets SIGTERM from the kernel.
+    """
+    process = subprocess.Popen(list(argv), env=dict(env), start_new_session=True, preexec_fn=_die_with_parent if sys.platform == "linux" else None)
+    first: float | None = None
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if first is None:
+            first = time.monotonic()
+            _terminate_workers(process.pid, workers)
+        elif number == signal.SIGINT and time.monotonic() - first > _IMPATIENCE_S:
+            _signal_group(process.pid, signal.SIGKILL)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        status = process.wait()
+    finally:
+        _signal_group(process.pid, signal.SIGTERM)  # whoever is left, should the launcher have died before its workers
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return _shell_status(status)
+
+
+def _die_with_parent() -> None:
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _terminate_workers(launcher: int, expected: int) -> None:
+    """SIGTERM to every worker; to the whole session when they are not all there yet, or run on other machines."""
+    found = _workers(launcher)
+    if len(found) < expected:
+        _signal_group(launcher, signal.SIGTERM)
+        return
+    for pid in found:
+        try:
+            os.kill(pid, signal.SIGTERM)
+        except ProcessLookupError:
+            continue
+
+
+def _workers(launcher: int) -> list[int]:
+    """The worker processes: children of `deepspeed.launcher.launch`, which is `launcher` itself or somewhere below it. Empty without /proc."""
+    children = _children_by_parent()
+    below = [launcher]
+    for pid in below:
+        below.extend(children.get(pid, []))
+    return [child for pid in below if b"deepspeed.launcher.launch" in _command_line(pid) for child in children.get(pid, [])]
+
+
+def _children_by_parent() -> dict[int, list[int]]:
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            continue  # the process has ended in the meantime
+        children.setdefault(parent, []).append(int(stat.parent.name))
+    return children
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _signal_group(group: int, number: int) -> None:
+    try:
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):
+        return
+
+
+def _shell_status(status: int) -> int:
+    """A process that signal n ended: -n from subprocess, 256 - n when DeepSpeed's launcher has passed -n on as its own status."""
+    if status < 0:
+        return 128 - status
+    return 128 + 256 - status if status > 256 - signal.NSIG else status

@@ -1,0 +1,141 @@
+"""What `deepy.py --check` shows: what was asked for, how large the model is, and what a step takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from megatron.config.data import DataConfig
+from megatron.config.loader import LoadedConfig
+from megatron.config.neox import OWNER, SECTION_CLASSES, NeoXConfig, check_trainable
+from megatron.config.section import ConfigError, Section
+from megatron.config.size import count_parameters, flops_per_token, padded_vocabulary, training_memory
+from megatron.config.training import resolve_batch
+
+_CHARACTER_VOCABULARY = 512  # CharLevelTokenizer
+
+
+class Vocabulary(NamedTuple):
+    """Entries of the tokenizer, or None with the reason why they cannot be counted."""
+
+    size: int | None
+    reason: str
+
+
+def vocabulary(data: DataConfig) -> Vocabulary:
+    """The number of tokens that the configured tokenizer has; read from its file, which need not exist yet."""
+    if data.tokenizer_type == "CharLevelTokenizer":
+        return Vocabulary(_CHARACTER_VOCABULARY, "")
+    if data.vocab_file is None:
+        return Vocabulary(None, "vocab_file is not given")
+    if not Path(data.vocab_file).is_file():
+        return Vocabulary(None, f"vocab_file '{data.vocab_file}' does not exist yet")
+    from tokenizers import Tokenizer
+
+    try:
+        return Vocabulary(Tokenizer.from_file(data.vocab_file).get_vocab_size(), "")
+    except Exception as error:  # the tokenizers package raises bare Exceptions
+        return Vocabulary(None, f"vocab_file '{data.vocab_file}' is not a tokenizer.json ({error})")
+
+
+def summary(loaded: LoadedConfig, processes: int, words: Vocabulary) -> RenderableType:
+    """Tables for a terminal: given keys with their defaults, parameters, batch and tokens, memory and FLOPs, notices."""
+    sources = [*loaded.files, *(["command line"] if loaded.overrides else [])]
+    without = "" if words.size is not None else f" without the vocabulary ({words.reason})"
+    parts: list[RenderableType] = [
+        _heading(f"Given in {', '.join(sources)}"),
+        _given(loaded.config),
+        _heading(f"Parameters{without}"),
+        _parameters(loaded.config, words),
+        _heading("One step"),
+        _work(loaded.config, processes, words),
+        "",
+    ]
+    parts += [f"note: {escape(notice)}" for notice in loaded.notices]
+    try:
+        check_trainable(loaded.config, processes)
+    except ConfigError as error:
+        parts += [f"cannot train yet: {escape(problem)}" for problem in error.problems]
+    return Group(*parts)
+
+
+def _given(config: NeoXConfig) -> Table:
+    table = _table("section", "key", "value", "default")
+    given = config.given() | {"precision": config.precision}
+    for key in (key for key in OWNER if key in given):
+        field = SECTION_CLASSES[OWNER[key]].model_fields[key]
+        default = "required" if field.is_required() else _text(field.get_default(call_default_factory=True))
+        table.add_row(OWNER[key], key, escape(_text(given[key])), escape(default))
+    return table
+
+
+def _parameters(config: NeoXConfig, words: Vocabulary) -> Table:
+    padded = _padded(config, words)
+    count = count_parameters(config.model, config.moe, padded)
+    table = _table("part", "total", "active for one token", numbers=True)
+    for part, number in count.total.items():
+        if number:
+            table.add_row(part, f"{number:,}", f"{count.active[part]:,}")
+    table.add_section()
+    table.add_row("all", f"{count.total_sum:,}", f"{count.active_sum:,}")
+    return table
+
+
+def _work(config: NeoXConfig, processes: int, words: Vocabulary) -> Table:
+    padded = _padded(config, words)
+    table = _table("what", "value")
+    table.add_row("processes", str(processes))
+    if words.size is not None:
+        table.add_row("vocabulary", f"{words.size:,}, padded to {padded:,}")
+    flops = flops_per_token(config.model, config.moe, padded, recompute=config.training.checkpoint_activations)
+    table.add_row("FLOPs per token (training)", f"{flops:.3e}")
+    try:
+        batch = resolve_batch(config.training, processes)
+    except ConfigError:
+        batch = None
+    if batch is not None:
+        tokens = batch.global_ * config.model.seq_length
+        table.add_row("sequences per step", f"{batch.global_:,} = {batch.micro} x {batch.accumulation} accumulation x {processes} processes")
+        table.add_row("tokens per step", f"{tokens:,}")
+        table.add_row("FLOPs per step", f"{tokens * flops:.3e}")
+        if config.training.train_iters is not None:
+            table.add_row("steps, tokens in all", f"{config.training.train_iters:,}, {tokens * config.training.train_iters:,}")
+    table.add_section()
+    total = count_parameters(config.model, config.moe, padded).total_sum
+    stage = config.optimizer.zero_optimization.stage
+    memory = training_memory(total, config.precision, zero_stage=stage, data_parallel_size=processes)
+    table.add_row("memory per process", f"{_bytes(memory.total)} without activations ({config.precision}, ZeRO stage {stage})")
+    table.add_row("", f"weights {_bytes(memory.weights)}, gradients {_bytes(memory.gradients)}, optimizer {_bytes(memory.optimizer)}")
+    return table
+
+
+def _padded(config: NeoXConfig, words: Vocabulary) -> int:
+    return padded_vocabulary(words.size or 0, config.model.make_vocab_size_divisible_by)
+
+
+def _heading(text: str) -> str:
+    return f"\n[bold]{escape(text)}[/bold]"
+
+
+def _table(*columns: str, numbers: bool = False) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="right" if numbers and position else "left", overflow="fold", no_wrap=column in ("section", "key", "what"))
+    return table
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value.model_dump(mode="json") if isinstance(value, Section) else value)
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"
