@@ -40,7 +40,9 @@ def plain_linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: T
 
 def _check(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, mask_T: Tensor | None) -> None:
     if hidden_TD.ndim != 2 or weight_VD.ndim != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
-        raise ValueError(f"cross entropy: hidden {tuple(hidden_TD.shape)} and weight {tuple(weight_VD.shape)} must be [tokens, width], [vocabulary, width]")
+        raise ValueError(
+            f"cross entropy: hidden {tuple(hidden_TD.shape)} and weight {tuple(weight_VD.shape)} must be [tokens, width], [vocabulary, width]"
+        )
     for name, given in (("labels", labels_T), ("mask", mask_T)):
         if given is not None and given.shape != hidden_TD.shape[:1]:
             raise ValueError(f"cross entropy: {name} of shape {tuple(given.shape)} for {hidden_TD.shape[0]} tokens; give one for each token")

@@ -43,7 +43,9 @@ def grouped_gemm(x_RD: Tensor, weight_EDF: Tensor, rows_E: Tensor, *, transposed
     """
     if x_RD.ndim != 2 or weight_EDF.ndim != 3 or x_RD.shape[1] != weight_EDF.shape[2 if transposed else 1]:
         layout = "[experts, out, in]" if transposed else "[experts, in, out]"
-        raise ValueError(f"grouped_gemm: x {tuple(x_RD.shape)} must be [rows, in] and the weight {tuple(weight_EDF.shape)} {layout} with the same 'in'")
+        raise ValueError(
+            f"grouped_gemm: x {tuple(x_RD.shape)} must be [rows, in] and the weight {tuple(weight_EDF.shape)} {layout} with the same 'in'"
+        )
     if rows_E.shape != weight_EDF.shape[:1]:
         raise ValueError(f"grouped_gemm: row counts of shape {tuple(rows_E.shape)} for {weight_EDF.shape[0]} experts; give one count for each")
     return _grouped_gemm(x_RD, weight_EDF, rows_E, transposed, backend)

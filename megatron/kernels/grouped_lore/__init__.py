@@ -54,7 +54,8 @@ def grouped_lore(x_RD: Tensor, weight_EFD: Tensor, a_GQD: Tensor, b_GQF: Tensor,
     total, count = x_RD.shape[0], rows.pi_N.shape[0]
     if (rows.order_N is None and count != total) or (total and count % total):
         raise ValueError(f"grouped_lore: {count} LoRE weights for {total} rows; every row has the same number of LoREs, and one without an order")
-    return _grouped_lore(x_RD, weight_EFD, a_GQD, b_GQF, rows.pi_N, rows.rows_G, rows.order_N, backend)[0]
+    lore_rows = [rows.rows_G] if rows.order_N is None else [rows.rows_G, rows.order_N]
+    return _grouped_lore(x_RD, [weight_EFD, a_GQD, b_GQF], rows.pi_N, lore_rows, backend)[0]
 
 
 def _check_weights(x_RD: Tensor, weight_EFD: Tensor, a_GQD: Tensor, b_GQF: Tensor) -> None:
@@ -64,79 +65,59 @@ def _check_weights(x_RD: Tensor, weight_EFD: Tensor, a_GQD: Tensor, b_GQF: Tenso
     if not x_RD.shape[1] == weight_EFD.shape[2] == a_GQD.shape[2] or weight_EFD.shape[1] != b_GQF.shape[2] or a_GQD.shape[:2] != b_GQF.shape[:2]:
         raise ValueError(f"grouped_lore: {shapes} do not fit: weight is [experts, out, in], a [LoREs, rank, in], b [LoREs, rank, out]")
     if a_GQD.shape[0] % weight_EFD.shape[0]:
-        raise ValueError(f"grouped_lore: {a_GQD.shape[0]} LoREs cannot be shared out among {weight_EFD.shape[0]} experts; every expert has the same number")
+        raise ValueError(
+            f"grouped_lore: {a_GQD.shape[0]} LoREs cannot be shared out among {weight_EFD.shape[0]} experts; every expert has the same number"
+        )
 
 
 @torch.library.custom_op("neox::grouped_lore", mutates_args=())
-def _grouped_lore(
-    x_RD: Tensor,
-    weight_EFD: Tensor,
-    a_GQD: Tensor,
-    b_GQF: Tensor,
-    pi_N: Tensor,
-    rows_G: Tensor,
-    order_N: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    implementation = OP.resolve(backend, x_RD.device.type)
-    return implementation.forward(x_RD, weight_EFD, a_GQD, b_GQF, LoreRows(pi_N, rows_G, order_N))
+def _grouped_lore(x_RD: Tensor, weights: list[Tensor], pi_N: Tensor, lore_rows: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
+    weight_EFD, a_GQD, b_GQF = weights
+    return OP.resolve(backend, x_RD.device.type).forward(x_RD, weight_EFD, a_GQD, b_GQF, _rows(pi_N, lore_rows))
 
 
 @torch.library.custom_op("neox::grouped_lore_backward", mutates_args=())
 def _grouped_lore_backward(
-    grad_RF: Tensor,
-    x_RD: Tensor,
-    weights: list[Tensor],
-    lore_rows: list[Tensor],
-    u_NQ: Tensor,
-    backend: str,
+    saved: list[Tensor], weights: list[Tensor], pi_N: Tensor, lore_rows: list[Tensor], backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (grad_RF, x_RD, u_NQ), (weight_EFD, a_GQD, b_GQF) = saved, weights
     implementation = OP.resolve(backend, x_RD.device.type)
-    weight_EFD, a_GQD, b_GQF = weights
-    pi_N, rows_G, *order = lore_rows
-    return implementation.backward(grad_RF, x_RD, (weight_EFD, a_GQD, b_GQF), LoreRows(pi_N, rows_G, order[0] if order else None), u_NQ)
+    return implementation.backward(grad_RF, x_RD, (weight_EFD, a_GQD, b_GQF), _rows(pi_N, lore_rows), u_NQ)
+
+
+def _rows(pi_N: Tensor, lore_rows: list[Tensor]) -> LoreRows:
+    """An op's schema takes lists of tensors only: counts and, where there is one, the order."""
+    rows_G, *order = lore_rows
+    return LoreRows(pi_N, rows_G, order[0] if order else None)
 
 
 @_grouped_lore.register_fake
-def _(
-    x_RD: Tensor,
-    weight_EFD: Tensor,
-    a_GQD: Tensor,
-    b_GQF: Tensor,
-    pi_N: Tensor,
-    rows_G: Tensor,
-    order_N: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _(x_RD: Tensor, weights: list[Tensor], pi_N: Tensor, lore_rows: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
+    weight_EFD, a_GQD, _b = weights
     return x_RD.new_empty(x_RD.shape[0], weight_EFD.shape[1]), x_RD.new_empty(pi_N.shape[0], a_GQD.shape[1])
 
 
 @_grouped_lore_backward.register_fake
 def _(
-    grad_RF: Tensor,
-    x_RD: Tensor,
-    weights: list[Tensor],
-    lore_rows: list[Tensor],
-    u_NQ: Tensor,
-    backend: str,
+    saved: list[Tensor], weights: list[Tensor], pi_N: Tensor, lore_rows: list[Tensor], backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    weight_EFD, a_GQD, b_GQF = (weight.new_empty(weight.shape) for weight in weights)
-    return x_RD.new_empty(x_RD.shape), weight_EFD, a_GQD, b_GQF, lore_rows[0].new_empty(lore_rows[0].shape)
+    grad_x, grad_weight, grad_a, grad_b, grad_pi = (given.new_empty(given.shape) for given in (saved[1], *weights, pi_N))
+    return grad_x, grad_weight, grad_a, grad_b, grad_pi
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, order_N, ctx.backend = inputs
-    ctx.has_order = order_N is not None
+    x_RD, weights, pi_N, lore_rows, ctx.backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *([order_N] if ctx.has_order else []), output[1])
+    ctx.save_for_backward(x_RD, *weights, pi_N, output[1], *lore_rows)
 
 
-def _backward(ctx: Any, grad_RF: Tensor | None, grad_u: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_RF: Tensor | None, grad_u: None) -> tuple[Any, ...]:
+    x_RD, weight_EFD, a_GQD, b_GQF, pi_N, u_NQ, *lore_rows = ctx.saved_tensors
     if grad_RF is None:
-        return (None,) * 8
-    x_RD, weight_EFD, a_GQD, b_GQF, *lore_rows, u_NQ = ctx.saved_tensors
-    grads = _grouped_lore_backward(grad_RF, x_RD, [weight_EFD, a_GQD, b_GQF], lore_rows, u_NQ, ctx.backend)
-    return (*grads, None, None, None)
+        return None, [None] * 3, None, [None] * len(lore_rows), None
+    weights = [weight_EFD, a_GQD, b_GQF]
+    grad_x, *grad_weights, grad_pi = _grouped_lore_backward([grad_RF, x_RD, u_NQ], weights, pi_N, lore_rows, ctx.backend)
+    return grad_x, grad_weights, grad_pi, [None] * len(lore_rows), None
 
 
 _grouped_lore.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,18 @@
+"""Every op by its name in the config (`kernel_backends`), and the check that what the config asks for can run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron.kernels import grouped_gemm, grouped_lore, permute
+from megatron.kernels.registry import KernelUnavailable, Op
+
+OPS: dict[str, Op] = {"grouped_gemm": grouped_gemm.OP, "grouped_lore": grouped_lore.OP, "permute": permute.OP}
+
+
+def choose_backends(requested: Mapping[str, str], device: str) -> dict[str, str]:
+    """Op -> the implementation that runs on `device`; "auto" for ops that are not named. Raises KernelUnavailable with the reason."""
+    for name in requested:
+        if name not in OPS:
+            raise KernelUnavailable(f"kernel_backends: there is no op '{name}'; known: {', '.join(OPS)}")
+    return {name: op.choose(requested.get(name, "auto"), device) for name, op in OPS.items()}

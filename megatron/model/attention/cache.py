@@ -1,0 +1,51 @@
+"""Keys and values of the tokens seen so far, one cache a layer: allocated once per request and passed as an argument, never kept on a layer.
+
+Shapes: B batch; H key/value heads; P positions that fit; d head dimension; S tokens of this call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from megatron.config.model import ModelConfig
+
+
+class CacheError(ValueError):
+    """Tokens that a cache cannot take."""
+
+
+@dataclass
+class LayerCache:
+    """The cache of one layer and one request."""
+
+    keys_BHPd: Tensor
+    values_BHPd: Tensor
+    length: int = 0
+    """Positions filled."""
+
+    def append(self, keys_BHSd: Tensor, values_BHSd: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new tokens and return all keys and values so far, as views. Raises CacheError where they do not fit."""
+        new, room = keys_BHSd.shape[2], self.keys_BHPd.shape[2]
+        if keys_BHSd.shape[0] != self.keys_BHPd.shape[0]:
+            raise CacheError(f"a batch of {keys_BHSd.shape[0]} for a cache of batch {self.keys_BHPd.shape[0]}; make one cache per request")
+        if self.length + new > room:
+            raise CacheError(
+                f"{self.length} + {new} tokens do not fit into a cache of {room} positions; make it as long as prompt and answer together"
+            )
+        self.keys_BHPd[:, :, self.length : self.length + new] = keys_BHSd
+        self.values_BHPd[:, :, self.length : self.length + new] = values_BHSd
+        self.length += new
+        return self.keys_BHPd[:, :, : self.length], self.values_BHPd[:, :, : self.length]
+
+
+def build_cache(model: ModelConfig, batch: int, max_length: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[LayerCache]:
+    """Empty caches for one request, one a layer. Raises CacheError where the model has no position for `max_length` tokens."""
+    if max_length > model.max_position_embeddings:
+        raise CacheError(f"a cache of {max_length} positions: the model has at most {model.max_position_embeddings} (max_position_embeddings)")
+    shape = (batch, model.kv_heads, max_length, model.head_dim)
+    return [LayerCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))) for _ in range(model.num_layers)]

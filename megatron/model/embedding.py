@@ -1,0 +1,81 @@
+"""Both ends of the model: tokens to hidden states, and hidden states to logits or straight to the loss.
+
+Shapes: B batch; S sequence; D model width; V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megatron.model.initialization import Initializer
+from megatron.mpu.cross_entropy import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from megatron.config.model import ModelConfig
+
+
+class Targets(NamedTuple):
+    """What the model is to predict."""
+
+    labels_BS: Tensor
+    """int64: the token after each token."""
+    loss_mask_BS: Tensor | None
+    """What each token's loss counts; None: all the same."""
+
+
+class Embedding(nn.Module):
+    """Word embeddings, plus a learned table of positions where the model has one."""
+
+    def __init__(self, model: ModelConfig, padded_vocab_size: int, init: Initializer) -> None:
+        super().__init__()
+        self.word_embeddings = nn.utils.skip_init(nn.Embedding, padded_vocab_size, model.hidden_size)
+        init.into(self.word_embeddings.weight)
+        self.position_embeddings: nn.Embedding | None = None
+        if model.pos_emb == "learned":
+            self.position_embeddings = nn.utils.skip_init(nn.Embedding, model.max_position_embeddings, model.hidden_size)
+            init.into(self.position_embeddings.weight)
+        self.dropout = nn.Dropout(model.hidden_dropout)
+
+    def forward(self, tokens_BS: Tensor, position: int = 0) -> Tensor:
+        """hidden_BSD; `position` is the place of the first token in its text."""
+        hidden_BSD = self.word_embeddings(tokens_BS)
+        if self.position_embeddings is not None:
+            hidden_BSD = hidden_BSD + self.position_embeddings(torch.arange(position, position + tokens_BS.shape[1], device=tokens_BS.device))
+        return self.dropout(hidden_BSD)
+
+
+class Head(nn.Module):
+    """An output projection with a weight of its own. With targets it gives the loss without ever holding all logits."""
+
+    def __init__(self, model: ModelConfig, padded_vocab_size: int, init: Initializer) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(padded_vocab_size, model.hidden_size))
+        init.into(self.weight.data)
+
+    def forward(self, hidden_BSD: Tensor, targets: Targets | None = None) -> tuple[Tensor, ...]:
+        """(logits_BSV,) in the model's dtype, or with targets (mean loss, token_loss_BS)."""
+        return project(hidden_BSD, self.weight, targets)
+
+
+class FinalLinear(nn.Module):
+    """The untied head under NeoX's name."""
+
+    def __init__(self, model: ModelConfig, padded_vocab_size: int, init: Initializer) -> None:
+        super().__init__()
+        self.final_linear = Head(model, padded_vocab_size, init)
+
+    def forward(self, hidden_BSD: Tensor, targets: Targets | None = None) -> tuple[Tensor, ...]:
+        """As `Head`."""
+        return self.final_linear(hidden_BSD, targets)
+
+
+def project(hidden_BSD: Tensor, weight_VD: Tensor, targets: Targets | None) -> tuple[Tensor, ...]:
+    """(logits_BSV,), or with targets (mean loss, token_loss_BS): what a head does with its own or a tied weight."""
+    if targets is None:
+        return (nn.functional.linear(hidden_BSD, weight_VD),)
+    mask_T = None if targets.loss_mask_BS is None else targets.loss_mask_BS.reshape(-1)
+    loss, token_loss_T = linear_cross_entropy(hidden_BSD.flatten(0, 1), weight_VD, targets.labels_BS.reshape(-1), mask_T)
+    return loss, token_loss_T.view(targets.labels_BS.shape)

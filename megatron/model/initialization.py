@@ -1,0 +1,76 @@
+"""Initial weights: NeoX's methods by name, drawn from one generator so that a seed gives the same model wherever it is built."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from megatron.config.model import ModelConfig
+
+Fill = Callable[[Tensor], None]
+"""Fills one matrix in place."""
+
+
+class UnknownInitMethod(ValueError):
+    """An init method name that is not known."""
+
+
+@dataclass(frozen=True)
+class Initializer:
+    """How the matrices of a model start. Biases start at 0, norms at 1."""
+
+    into: Fill
+    """Embeddings, head, routers and projections into a layer (`init_method`)."""
+    out: Fill
+    """Projections that write to the residual stream (`output_layer_init_method`)."""
+
+
+def build_initializer(model: ModelConfig, seed: int) -> Initializer:
+    """Both fills draw from one generator; raises UnknownInitMethod."""
+    generator = torch.Generator().manual_seed(seed)
+    return Initializer(_fill(model.init_method, model, generator), _fill(model.output_layer_init_method, model, generator))
+
+
+def fill_each(fill: Fill, matrix: Tensor, count: int) -> None:
+    """Fill `count` matrices stacked along the first dimension one by one, as if each were a parameter of its own."""
+    for part in matrix.chunk(count):
+        fill(part)
+
+
+def zeros(matrix: Tensor) -> None:
+    """Fill with 0."""
+    nn.init.zeros_(matrix)
+
+
+def standard_deviation(method: str, model: ModelConfig) -> float:
+    """Of the methods that are plain normal distributions (NeoX's `init_functions.py`); raises UnknownInitMethod."""
+    width, layers, std = model.hidden_size, model.num_layers, model.init_method_std
+    known = {
+        "normal": std,
+        "scaled_normal": std / math.sqrt(2 * layers),
+        "single_residual_scaled_normal": std / math.sqrt(layers),
+        "small_init": math.sqrt(2 / (5 * width)),
+        "wang_init": 2 / (layers * math.sqrt(width)),
+    }
+    if method not in known:
+        raise UnknownInitMethod(f"init method '{method}': must be one of {', '.join([*known, 'xavier_normal', 'xavier_uniform'])}")
+    return known[method]
+
+
+def _fill(method: str, model: ModelConfig, generator: torch.Generator) -> Fill:
+    xavier = {"xavier_uniform": nn.init.xavier_uniform_, "xavier_normal": nn.init.xavier_normal_}
+    if method in xavier:
+        draw = xavier[method]
+        return lambda matrix: _drop(draw(matrix, generator=generator))
+    std = standard_deviation(method, model)
+    return lambda matrix: _drop(nn.init.normal_(matrix, 0.0, std, generator=generator))
+
+
+def _drop(_filled: Tensor) -> None:
+    """A fill works in place and returns nothing."""

@@ -1,0 +1,70 @@
+"""One transformer layer: attention and a feed-forward part (dense or MoE) around the residual stream.
+
+Shapes: B batch; S sequence; D model width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from megatron.model.attention import LayerCache, SelfAttention
+from megatron.model.initialization import Initializer
+from megatron.model.mlp import build_mlp
+from megatron.model.moe.layer import MoELayer
+from megatron.model.norms import build_norm
+from megatron.model.state import LayerState
+
+if TYPE_CHECKING:
+    from megatron.config.model import ModelConfig
+    from megatron.config.moe import MoEConfig
+
+
+class TransformerLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)) (sequential residual). Dropout follows both branches, experts included."""
+
+    def __init__(self, model: ModelConfig, moe: MoEConfig, index: int, init: Initializer) -> None:
+        super().__init__()
+        self.input_layernorm = build_norm(model)
+        self.attention = SelfAttention(model, init)
+        self.post_attention_layernorm = build_norm(model)
+        self.has_experts = moe.is_moe_layer(index)
+        self.mlp: nn.Module = MoELayer(model, moe, init) if self.has_experts else build_mlp(model, init)
+        self.dropout = nn.Dropout(model.hidden_dropout)
+
+    def forward(self, state: LayerState, cache: LayerCache | None = None) -> LayerState:
+        """The state after this layer; with a cache the hidden states continue the tokens that it holds."""
+        hidden_BSD = state.hidden_BSD
+        hidden_BSD = hidden_BSD + self.dropout(self.attention(self.input_layernorm(hidden_BSD), cache))
+        change_BSD, state = self._feed_forward(hidden_BSD, state)
+        return state._replace(hidden_BSD=hidden_BSD + change_BSD)
+
+    def _feed_forward(self, hidden_BSD: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+        """(what the feed-forward part adds, the state with its losses and loads)."""
+        x_BSD = self.post_attention_layernorm(hidden_BSD)
+        if not self.has_experts:
+            return self.dropout(self.mlp(x_BSD)), state
+        output = self.mlp(x_BSD)
+        return self.dropout(output.y_BSD), state._replace(
+            aux_losses_A=state.aux_losses_A + output.aux_losses_A,
+            expert_load_XE=torch.cat([state.expert_load_XE, output.expert_load_E[None]]),
+            lore_load_XG=torch.cat([state.lore_load_XG, output.lore_load_G[None]]),
+        )
+
+
+class ParallelResidualLayer(TransformerLayer):
+    """x + attention(norm(x)) + mlp(norm'(x)) (`gpt_j_residual`)."""
+
+    def forward(self, state: LayerState, cache: LayerCache | None = None) -> LayerState:
+        """The state after this layer."""
+        hidden_BSD = state.hidden_BSD
+        attended_BSD = self.dropout(self.attention(self.input_layernorm(hidden_BSD), cache))
+        change_BSD, state = self._feed_forward(hidden_BSD, state)
+        return state._replace(hidden_BSD=hidden_BSD + attended_BSD + change_BSD)
+
+
+def build_layer(model: ModelConfig, moe: MoEConfig, index: int, init: Initializer) -> TransformerLayer:
+    """Transformer layer `index` (from 0)."""
+    return (ParallelResidualLayer if model.gpt_j_residual else TransformerLayer)(model, moe, index, init)

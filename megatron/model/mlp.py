@@ -1,0 +1,58 @@
+"""The dense MLP: linear1, activation, linear2; gated activations take a linear1 of twice the width, packed [up ; gate].
+
+Shapes: B batch; S sequence; D model width; F hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from megatron.model.activations import activation_function
+from megatron.model.initialization import Fill, Initializer, zeros
+
+if TYPE_CHECKING:
+    from megatron.config.model import ModelConfig
+
+
+def build_linear(width_in: int, width_out: int, *, bias: bool, fill: Fill) -> nn.Linear:
+    """A linear layer whose weight is filled by `fill` and whose bias starts at 0."""
+    linear = nn.utils.skip_init(nn.Linear, width_in, width_out, bias=bias)
+    fill(linear.weight)
+    if bias:
+        zeros(linear.bias)
+    return linear
+
+
+class MLP(nn.Module):
+    """linear2(act(linear1(x)))."""
+
+    def __init__(self, model: ModelConfig, init: Initializer) -> None:
+        super().__init__()
+        self.linear1 = build_linear(model.hidden_size, self.parts * model.mlp_width, bias=model.use_bias_in_mlp, fill=init.into)
+        self.linear2 = build_linear(model.mlp_width, model.hidden_size, bias=model.use_bias_in_mlp, fill=init.out)
+        self.activation = activation_function(model.activation)
+
+    parts = 1
+    """Matrices packed in linear1."""
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """y_BSD."""
+        return self.linear2(self.activation(self.linear1(x_BSD)))
+
+
+class GatedMLP(MLP):
+    """linear2(act(gate) * up), where linear1(x) = [up ; gate] (NeoX's order)."""
+
+    parts = 2
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """y_BSD."""
+        up_BSF, gate_BSF = self.linear1(x_BSD).chunk(2, dim=-1)
+        return self.linear2(self.activation(gate_BSF) * up_BSF)
+
+
+def build_mlp(model: ModelConfig, init: Initializer) -> MLP:
+    """The dense MLP that the model section describes."""
+    return GatedMLP(model, init) if model.is_gated else MLP(model, init)

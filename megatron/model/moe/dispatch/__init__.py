@@ -1,0 +1,1 @@
+"""Dispatchers: bring every token to its experts and the results back."""
