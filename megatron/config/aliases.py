@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from megatron.config.messages import show
+
 # Another name -> the key that a section has.
 RENAMED: dict[str, str] = {"num_processes": "num_gpus", "expert_interval": "moe_expert_interval"}
 
@@ -45,7 +47,7 @@ def judge(key: str, value: Any) -> Verdict | None:
     if isinstance(entry, Ignored):
         return Verdict(False, "" if entry.quiet(value) else f"'{key}' has no effect here: {entry.reason}")
     if isinstance(entry, Refused):
-        return Verdict(not entry.harmless(value), "" if entry.harmless(value) else f"'{key}' = {value!r} is not supported: {entry.reason}")
+        return Verdict(not entry.harmless(value), "" if entry.harmless(value) else f"'{key}' = {show(value)} is not supported: {entry.reason}")
     return None
 
 

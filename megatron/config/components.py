@@ -48,8 +48,13 @@ def check_known(registry: Mapping[str, Any], name: str) -> None:
         raise UnknownComponent(f"unknown name '{name}'{did_you_mean(name, registry)}; known: {', '.join(sorted(registry))}")
 
 
+_SAME_THING = {"bf16": "bfloat16", "float16": "fp16", "half": "fp16", "float32": "fp32"}  # same meaning, other letters
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest known name, or nothing when none is near."""
     by_folded = {candidate.lower().replace("-", "_"): candidate for candidate in known}
+    if (same := _SAME_THING.get(name.lower())) in by_folded:
+        return f"; did you mean '{same}'?"
     close = difflib.get_close_matches(name.lower().replace("-", "_"), by_folded, n=1, cutoff=0.65)
     return f"; did you mean '{by_folded[close[0]]}'?" if close else ""

@@ -32,8 +32,10 @@ class DataConfig(Section):
     """Format on disk; both mean the memory-mapped .bin/.idx pair."""
     pack_impl: Literal["packed"] = "packed"
     """How documents become sequences: end to end, cut at `seq_length`."""
-    tokenizer_type: Literal["HFTokenizer", "CharLevelTokenizer"] = "HFTokenizer"
-    """HFTokenizer reads a tokenizer.json; CharLevelTokenizer uses bytes and needs no file."""
+    tokenizer_type: Literal["HFTokenizer", "CharLevelTokenizer", "GPT2BPETokenizer", "HFGPT2Tokenizer", "SPMTokenizer", "TiktokenTokenizer"] = (
+        "HFTokenizer"
+    )
+    """HFTokenizer reads a tokenizer.json; CharLevelTokenizer uses bytes and needs no file. NeoX's other tokenizers are refused for now."""
     vocab_file: str | None = None
     """The tokenizer's file (tokenizer.json for HFTokenizer). None: for tokenizers without one."""
     num_workers: NaturalInt = 2
@@ -62,6 +64,9 @@ class DataConfig(Section):
         for name in SUBSETS:
             yield from self._weight_problems(name)
         yield from self._split_problems()
+        if self.tokenizer_type not in ("HFTokenizer", "CharLevelTokenizer"):
+            message = "is not part of this version; convert its files to a tokenizer.json and use HFTokenizer, or use CharLevelTokenizer"
+            yield Problem(("tokenizer_type",), message)
 
     def _weight_problems(self, name: str) -> Iterator[Problem]:
         paths, weights = getattr(self, f"{name}_data_paths"), getattr(self, f"{name}_data_weights")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from megatron.config.section import Fraction, NaturalInt, NonNegativeFloat, PositiveInt, Problem, Section
+from megatron.config.section import Fraction, NaturalInt, NonNegativeFloat, PositiveInt, Problem, Section, Seed
 
 
 class InferenceConfig(Section):
@@ -27,7 +27,7 @@ class InferenceConfig(Section):
     """File with prompts. None: there is none."""
     sample_output_file: str = "samples.txt"
     """File that gets one JSON object per sample."""
-    sample_seed: NaturalInt | None = None
+    sample_seed: Seed | None = None
     """Seed of the sampling. None: `seed`."""
 
     def check(self) -> Iterator[Problem]:

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from megatron.config.aliases import RENAMED, judge
 from megatron.config.coerce import as_declared
 from megatron.config.components import did_you_mean
-from megatron.config.messages import describe, describe_rule
+from megatron.config.messages import describe_rules, describe_types
 from megatron.config.neox import OWNER, SECTION_CLASSES, NeoXConfig
-from megatron.config.section import ConfigError, RuleError, Section
+from megatron.config.section import ConfigError, Section
 from megatron.config.source import Source, apply_overrides, find_file, merge, parse, read_text
 
 
@@ -45,8 +45,9 @@ def load_config(paths: Sequence[Path | str], overrides: Sequence[str] = (), conf
         if path.name in files:
             problems.append(f"{path}: a second file named '{path.name}'; they are saved side by side in checkpoints, so rename one")
             continue
-        files[path.name] = read_text(path, problems)
-        sources.append(_rename(parse(files[path.name], str(path), problems), problems))
+        text = read_text(path, problems)
+        files[path.name] = text or ""
+        sources.append(Source(damaged=True) if text is None else _rename(parse(text, str(path), problems), problems))
     source = merge(sources, problems)
     renamed = [_renamed_override(override) for override in overrides]
     apply_overrides(source, renamed, problems)
@@ -96,30 +97,35 @@ def _build(source: Source, problems: list[str]) -> tuple[NeoXConfig, list[str]]:
             notices.append(prefix + verdict.sentence)
         source.drop(key)
     _import_plugins(source, problems)
-    sections = {name: _build_section(name, section, source, problems) for name, section in SECTION_CLASSES.items()}
-    if not any(section is None for section in sections.values()):
-        try:
-            config = NeoXConfig(**sections)  # type: ignore[arg-type]
-        except ValidationError as error:
-            problems.extend(_cross_section_lines(error, source))
+    broken: set[str] = set()
+    sections = {name: _build_section(name, section, source, broken, problems) for name, section in SECTION_CLASSES.items()}
+    if any(section is None for section in sections.values()):
+        raise ConfigError(problems)
+    try:
+        config = NeoXConfig(**sections)  # type: ignore[arg-type]
+    except ValidationError as error:
+        problems.extend(describe_rules(error, source, _defaults(), without=broken))
     if problems:
         raise ConfigError(problems)
     return config, notices
 
 
-def _build_section(name: str, section: type[Section], source: Source, problems: list[str]) -> Section | None:
+def _build_section(name: str, section: type[Section], source: Source, broken: set[str], problems: list[str]) -> Section | None:
+    """One section. Keys with a value of the wrong type are reported, added to `broken` and left out, so that rules about others still speak."""
     given = {key: as_declared(value, section.model_fields[key].annotation) for key, value in source.values.items() if OWNER[key] == name}
+    source.values.update(given)
     try:
         return section(**given)
     except ValidationError as error:
-        problems.extend(describe(error, section, source, _defaults()))
+        problems.extend(describe_types(error, section, source))
+        wrong = {str(details["loc"][0]) for details in error.errors(include_url=False) if details["loc"]}
+    broken |= wrong
+    usable = {key: value for key, value in given.items() if key not in wrong}
+    try:
+        return section(**usable)
+    except ValidationError as error:
+        problems.extend(describe_rules(error, source, _defaults(), without=broken))
         return None
-
-
-def _cross_section_lines(error: ValidationError, source: Source) -> list[str]:
-    causes = [details.get("ctx", {}).get("error") for details in error.errors(include_url=False)]
-    broken = [problem for cause in causes if isinstance(cause, RuleError) for problem in cause.problems]
-    return [describe_rule(problem, source, _defaults()) for problem in broken]
 
 
 def _defaults() -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import typing
+from collections.abc import Container, Iterator
 from typing import Any
 
 from pydantic import ValidationError
@@ -28,19 +29,26 @@ _EXPECTED = {
 _LONGEST_VALUE = 80
 
 
-def describe(error: ValidationError, section: type[Section], source: Source, defaults: dict[str, Any]) -> Iterator[str]:
-    """One line for each thing that is wrong with one section."""
+def describe_types(error: ValidationError, section: type[Section], source: Source) -> Iterator[str]:
+    """One line for each value of the wrong type, unknown inner key and missing key of a section."""
     for details in error.errors(include_url=False):
-        cause = details.get("ctx", {}).get("error")
-        if isinstance(cause, RuleError):
-            prefix = tuple(str(part) for part in details["loc"])
-            for problem in cause.problems:
-                yield describe_rule(Problem(tuple(".".join((*prefix, key)) for key in problem.keys), problem.message), source, defaults)
-        else:
+        if not isinstance(details.get("ctx", {}).get("error"), RuleError) and not (details["type"] == "missing" and source.damaged):
             yield _describe_type(details, section, source)
 
 
-def describe_rule(problem: Problem, source: Source, defaults: dict[str, Any]) -> str:
+def describe_rules(error: ValidationError, source: Source, defaults: dict[str, Any], *, without: Container[str] = ()) -> Iterator[str]:
+    """One line for each broken rule, except those about a key in `without` (its value is wrong already)."""
+    for details in error.errors(include_url=False):
+        cause = details.get("ctx", {}).get("error")
+        if isinstance(cause, RuleError):
+            yield from (
+                _describe_rule(problem, source, defaults)
+                for problem in cause.problems
+                if not any(key.split(".")[0] in without for key in problem.keys)
+            )
+
+
+def _describe_rule(problem: Problem, source: Source, defaults: dict[str, Any]) -> str:
     """`configs/x.yml:14: 'moe_top_k' = 9: must be at most moe_num_experts (8)`, with the places of further keys that stand in other files."""
     paths = [tuple(key.split(".")) for key in problem.keys]
     given = [(path, place) for path in paths if (place := source.place_of(path[:1])) is not None]
@@ -51,20 +59,24 @@ def describe_rule(problem: Problem, source: Source, defaults: dict[str, Any]) ->
         if (place := source.place_of(path)) is not None and home is not None and place.file != home.file
     ]
     value = _look_up(source.values, paths[0])
-    shown = f"{_show(value)}" if value is not _MISSING else f"{_show(_look_up(defaults, paths[0]))} (default)"
+    shown = f"{show(value)}" if value is not _MISSING else f"{show(_look_up(defaults, paths[0]))} (default)"
     return _line(home, paths[0], shown, "; ".join([problem.message, *elsewhere]))
 
 
 def _describe_type(details: ErrorDetails, section: type[Section], source: Source) -> str:
     path = tuple(str(part) for part in details["loc"])
     kind, context = details["type"], details.get("ctx", {})
+    if kind == "too_long" or (kind == "missing" and path[-1].isdigit()):
+        outer = path if kind == "too_long" else path[:-1]
+        count = len(typing.get_args(_owner(outer, section).model_fields[outer[-1]].annotation))
+        return _line(source.place_of(outer), outer, show(list(_look_up(source.values, outer))), f"must have {count} entries")
     if kind == "missing":
         where = source.place_of(path)
         need = f"'{'.'.join(path)}' must be given: {_first_sentence(section, path)}"
         return f"{where}: {need}" if where else need
     if kind == "extra_forbidden":
         return _unknown_inner_key(path, section, source)
-    return _line(source.place_of(path), path, _show(details["input"]), _sentence(kind, context, details))
+    return _line(source.place_of(path), path, show(details["input"]), _sentence(kind, context, details))
 
 
 def _sentence(kind: str, context: dict[str, Any], details: ErrorDetails) -> str:
@@ -83,8 +95,6 @@ def _sentence(kind: str, context: dict[str, Any], details: ErrorDetails) -> str:
     if kind == "literal_error":
         choices = str(context["expected"])
         return f"must be {choices}{did_you_mean(str(value), [choice.strip(chr(39)) for choice in choices.replace(' or ', ', ').split(', ')])}"
-    if kind in ("too_long", "missing_argument", "too_short"):
-        return f"must have {context.get('max_length', context.get('min_length'))} entries"
     return details["msg"][:1].lower() + details["msg"][1:]
 
 
@@ -105,13 +115,18 @@ def _hint(kind: str, value: Any) -> str:
 
 
 def _unknown_inner_key(path: KeyPath, section: type[Section], source: Source) -> str:
-    owner: Any = section
-    for part in path[:-1]:
-        owner = _section_of(owner.model_fields[part].annotation)
-    allowed = list(owner.model_fields)
+    allowed = list(_owner(path, section).model_fields)
     where = source.place_of(path)
     text = f"unknown key '{path[-1]}' in '{'.'.join(path[:-1])}'{did_you_mean(path[-1], allowed)}; allowed: {', '.join(allowed)}"
     return f"{where}: {text}" if where else text
+
+
+def _owner(path: KeyPath, section: type[Section]) -> Any:
+    """The (possibly nested) section that has the last key of `path`."""
+    owner: Any = section
+    for part in path[:-1]:
+        owner = _section_of(owner.model_fields[part].annotation)
+    return owner
 
 
 def _section_of(annotation: Any) -> Any:
@@ -141,7 +156,8 @@ def _look_up(values: Any, path: KeyPath) -> Any:
     return values
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """A value as YAML writes it, shortened."""
     if value is None or value is _MISSING:
         return "null"
     if isinstance(value, bool):

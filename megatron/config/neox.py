@@ -64,8 +64,6 @@ class NeoXConfig(Section):
         if self.model.precision is not None and enabled is not None and enabled != self.model.precision:
             other = "fp16.enabled" if enabled == "fp16" else "bf16.enabled"
             yield Problem(("precision", other), f"contradicts {other}: true; drop one of the two")
-        if self.checkpoint.save is not None and self.training.train_iters is None:
-            yield Problem(("save", "train_iters"), "needs train_iters: a run that saves is a run that trains")
         if self.checkpoint.iteration is not None and self.checkpoint.load is None and self.checkpoint.save is None:
             yield Problem(("iteration", "load"), "needs load: the directory with the checkpoint")
 

@@ -47,6 +47,9 @@ class Section(BaseModel):
         return self
 
 
+_LARGEST_SEED = 2**32 - 1  # numpy's limit
+
+Seed = Annotated[int, Field(ge=0, le=_LARGEST_SEED)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NaturalInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]

@@ -36,6 +36,7 @@ class Source:
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[KeyPath, Place] = field(default_factory=dict)
+    damaged: bool = False  # part of it could not be read, so that a key that seems to be missing may be there
 
     def place_of(self, path: KeyPath) -> Place | None:
         """The place of the deepest part of `path` that was written, or None when nothing of it was."""
@@ -61,8 +62,8 @@ def find_file(name: Path | str, conf_dir: Path | None) -> Path:
     return path if path.suffix.lower() in YAML_SUFFIXES else path.with_name(path.name + ".yml")
 
 
-def read_text(path: Path, problems: list[str]) -> str:
-    """The text of a configuration file; what keeps it from being read becomes a problem."""
+def read_text(path: Path, problems: list[str]) -> str | None:
+    """The text of a configuration file; what keeps it from being read becomes a problem, and the text None."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -76,7 +77,7 @@ def read_text(path: Path, problems: list[str]) -> str:
     except OSError as error:
         reason = f"cannot be read ({error.strerror})"
     problems.append(f"{path}: {reason}")
-    return ""
+    return None
 
 
 def parse(text: str, file: str, problems: list[str]) -> Source:
@@ -88,12 +89,14 @@ def parse(text: str, file: str, problems: list[str]) -> Source:
             return source
         if not isinstance(node, yaml.MappingNode):
             problems.append(f"{file}:{node.start_mark.line + 1}: must be a list of `key: value` lines, but is {_kind(node)}")
+            source.damaged = True
             return source
         for key_node, value_node in node.value:
             _take(source, key_node, value_node, file, problems)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that looks right and is not, such as 2024-13-01
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         problems.append(f"{file}:{mark.line + 1}: not valid YAML: {_readable(error)}" if mark else f"{file}: not valid YAML: {_readable(error)}")
+        source.damaged = True
     return source
 
 
@@ -105,7 +108,10 @@ def _take(source: Source, key_node: yaml.Node, value_node: yaml.Node, file: str,
         return
     source.places[(key,)] = place
     _note_places(source, (key,), value_node, file, problems)
-    source.values[key] = _construct(value_node)
+    try:
+        source.values[key] = _construct(value_node)
+    except ValueError as error:  # YAML sees a date, such as 2024-13-01
+        problems.append(f"{place}: '{written}' = {value_node.value}: not a value that YAML can read ({error}); put text in quotes")
 
 
 def _construct(node: yaml.Node) -> Any:
@@ -148,7 +154,7 @@ def _readable(error: Exception) -> str:
 
 def merge(sources: list[Source], problems: list[str]) -> Source:
     """One source of several files. A key in two files is a problem, as in NeoX: neither file silently wins."""
-    merged = Source()
+    merged = Source(damaged=any(source.damaged for source in sources))
     for source in sources:
         for key, value in source.values.items():
             if key in merged.values:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from megatron.config.section import ConfigError, NaturalInt, PositiveInt, Problem, Section
+from megatron.config.section import ConfigError, NaturalInt, PositiveInt, Problem, Section, Seed
 
 
 class TrainingConfig(Section):
@@ -17,7 +17,7 @@ class TrainingConfig(Section):
     """Sequences that one process takes through the model at a time. None: worked out from the other two."""
     gradient_accumulation_steps: PositiveInt | None = None
     """Micro batches in one optimizer step. None: worked out from the other two, 1 when only one of them is given."""
-    seed: NaturalInt = 1234
+    seed: Seed = 1234
     """Seed of the initial weights, dropout, and the order of the data."""
     eval_interval: PositiveInt = 1000
     """Steps between evaluations on the validation data."""
