@@ -1,0 +1,26 @@
+"""What every destination of numbers has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+Value = float | list[list[int]]
+"""A number, or a table of counts (MoE layers x experts)."""
+
+
+class Sink(Protocol):
+    """Receives the numbers of a step under NeoX's names (`train/lm_loss`, `runtime/tokens_per_sec`, ...)."""
+
+    def write(self, iteration: int, values: Mapping[str, Value]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class SinkUnavailable(ValueError):
+    """A destination was asked for that cannot be had; the message says what is missing."""
+
+
+def scalars(values: Mapping[str, Value]) -> dict[str, float]:
+    """The plain numbers among the values."""
+    return {key: float(value) for key, value in values.items() if not isinstance(value, list)}

@@ -1,0 +1,36 @@
+"""Weights & Biases, only when the configuration asks for it; WANDB_MODE=offline works as usual."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.config.logging import LoggingConfig
+from megatron.monitor.sink import SinkUnavailable, Value, scalars
+
+
+class WandbSink:
+    """Raises SinkUnavailable when the package is missing or the service refuses the run."""
+
+    def __init__(self, logging: LoggingConfig, config: dict[str, Any], *, run_name: str | None) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise SinkUnavailable("use_wandb: true needs the package 'wandb' (pip install wandb), or set use_wandb: false") from error
+        try:
+            self._run = wandb.init(
+                project=logging.wandb_project,
+                group=logging.wandb_group,
+                name=run_name,
+                entity=logging.wandb_team,
+                config=config,
+                settings=wandb.Settings(base_url=logging.wandb_host, silent=True),
+            )
+        except wandb.errors.Error as error:
+            raise SinkUnavailable(f"use_wandb: true, but wandb refused: {error}. Log in with `wandb login`, or set WANDB_MODE=offline") from error
+
+    def write(self, iteration: int, values: Mapping[str, Value]) -> None:
+        self._run.log(scalars(values), step=iteration)
+
+    def close(self) -> None:
+        self._run.finish(quiet=True)

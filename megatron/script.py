@@ -1,0 +1,33 @@
+"""What every command line does with failures: a sentence for the user, a traceback only for a bug."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from megatron.config.section import ConfigError
+
+CONFIGURATION_STATUS = 2
+FAILURE_STATUS = 1
+INTERRUPTED_STATUS = 130
+
+
+def exit_status(work: Callable[[], object]) -> int:
+    """Does `work` and returns the script's exit status: 0, 2 for a mistake in the configuration, 1 for another failure, 130 after Ctrl-C.
+
+    An exception whose class this package defines explains itself to the user, so its message alone goes to standard error. Any other one is a bug
+    and leaves its traceback.
+    """
+    try:
+        work()
+    except KeyboardInterrupt:
+        sys.stderr.write("\nInterrupted.\n")
+        return INTERRUPTED_STATUS
+    except Exception as error:
+        if type(error).__module__.split(".")[0] != "megatron":
+            raise
+        rank = int(os.environ.get("RANK", "0"))
+        sys.stderr.write(f"{f'[process {rank}] ' if rank else ''}{error}\n")
+        return CONFIGURATION_STATUS if isinstance(error, ConfigError) else FAILURE_STATUS
+    return 0

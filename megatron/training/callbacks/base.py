@@ -1,0 +1,25 @@
+"""The moments at which a callback may act."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron.training.step import StepMetrics
+    from megatron.training.trainer import Trainer
+
+
+class Callback:
+    """Override the moments you need. Every process calls every callback in the same order (the end in reverse), so collectives are allowed."""
+
+    def before_training(self, trainer: Trainer) -> None:
+        """Once, before the first step of this launch."""
+
+    def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        """After each step; `trainer.state.iteration` already counts it."""
+
+    def after_training(self, trainer: Trainer) -> None:
+        """Once, after the last step, also when the run was asked to stop; not when it failed."""
+
+    def close(self) -> None:
+        """Once, whatever happened: give back what is open. No collectives here; another process may have failed."""

@@ -1,0 +1,71 @@
+"""The callbacks of a run, in the order in which they act after each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron.checkpoint.save import resolved_config_document
+from megatron.config.loader import LoadedConfig
+from megatron.config.logging import LoggingConfig
+from megatron.config.size import flops_per_token
+from megatron.monitor.console import ProgressDisplay
+from megatron.monitor.jsonl import JsonlSink
+from megatron.monitor.sink import Sink
+from megatron.monitor.tensorboard import TensorboardSink
+from megatron.monitor.wandb import WandbSink
+from megatron.training.callbacks.base import Callback
+from megatron.training.callbacks.checkpoint import CheckpointCallback
+from megatron.training.callbacks.evaluate import EvaluateCallback
+from megatron.training.callbacks.log import LogCallback
+from megatron.training.callbacks.plot import PlotCallback
+from megatron.training.callbacks.stop import StopCallback
+from megatron.training.callbacks.watchdog import WatchdogCallback
+from megatron.training.trainer import Trainer
+
+
+def build_callbacks(trainer: Trainer, loaded: LoadedConfig, sinks: Sequence[Sink], display: ProgressDisplay | None) -> list[Callback]:
+    """Measure, then judge, then save: a checkpoint of step n follows everything that was to be said about step n.
+
+    The end of the run goes through them backwards: save first, so that nothing after it can lose the last checkpoint, then evaluate, close, draw.
+    """
+    config = loaded.config
+    vocabulary = trainer.checkpoint_args["padded_vocab_size"]
+    flops = flops_per_token(config.model, config.moe, vocabulary, recompute=config.training.checkpoint_activations)
+    metrics_file, picture = metrics_path(config.logging, config.checkpoint.save), plot_path(config.logging, config.checkpoint.save)
+    callbacks: list[Callback] = []
+    if metrics_file is not None and picture is not None:
+        callbacks.append(PlotCallback(metrics_file, picture))
+    callbacks += [
+        StopCallback(config.training.exit_interval),
+        LogCallback(config.logging, sinks, display, flops_per_token=flops),
+        WatchdogCallback(config.training.max_nonfinite_steps),
+        EvaluateCallback(config.training, sinks),
+    ]
+    if config.checkpoint.save is not None:
+        documents = {**loaded.files, **resolved_config_document(config.flat())}
+        callbacks.append(CheckpointCallback(config.checkpoint, Path(config.checkpoint.save), args=trainer.checkpoint_args, documents=documents))
+    return callbacks
+
+
+def build_sinks(trainer: Trainer) -> list[Sink]:
+    """Where the first process writes its numbers. Raises SinkUnavailable for one that was asked for and cannot be had."""
+    config, iteration = trainer.config, trainer.state.iteration
+    sinks: list[Sink] = []
+    if (path := metrics_path(config.logging, config.checkpoint.save)) is not None:
+        sinks.append(JsonlSink(path, resume_from=iteration))
+    if config.logging.tensorboard_dir is not None:
+        sinks.append(TensorboardSink(config.logging.tensorboard_dir, resume_from=iteration))
+    if config.logging.use_wandb:
+        sinks.append(WandbSink(config.logging, config.flat(), run_name=config.logging.wandb_run_name))
+    return sinks
+
+
+def metrics_path(logging: LoggingConfig, save: str | None) -> Path | None:
+    """The metrics file; None when neither it nor `save` is configured."""
+    return Path(logging.metrics_file) if logging.metrics_file is not None else Path(save) / "metrics.jsonl" if save is not None else None
+
+
+def plot_path(logging: LoggingConfig, save: str | None) -> Path | None:
+    """The picture's file; None when neither it nor `save` is configured."""
+    return Path(logging.plot_file) if logging.plot_file is not None else Path(save) / "training.png" if save is not None else None

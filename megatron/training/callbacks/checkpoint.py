@@ -1,0 +1,68 @@
+"""Saving: at the steps the configuration names, and at the end of the run however it ends well."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.checkpoint.retention import is_save_iteration, prune
+from megatron.checkpoint.save import save_checkpoint
+from megatron.config.checkpoint import CheckpointConfig
+from megatron.training.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from megatron.training.step import StepMetrics
+    from megatron.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+STATE = "training_state"
+"""Key of the trainer's counters in a checkpoint's client state."""
+
+
+class CheckpointCallback(Callback):
+    """`args`: NeoX's entries that a later load compares; `documents`: file name -> text for the checkpoint's configs/ folder.
+
+    A save that fails raises CheckpointError and ends the run; the checkpoints that were there stay as they are.
+    """
+
+    def __init__(self, config: CheckpointConfig, directory: Path, *, args: Mapping[str, Any], documents: Mapping[str, str]) -> None:
+        self.config = config
+        self.directory = directory
+        self.args = dict(args)
+        self.documents = documents
+        self._saved: int | None = None
+
+    def before_training(self, trainer: Trainer) -> None:
+        if trainer.state.iteration:
+            self._saved = trainer.state.iteration
+        elif 0 in (self.config.extra_save_iters or []):
+            self._save(trainer)
+
+    def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        config = self.config
+        if is_save_iteration(trainer.state.iteration, config.checkpoint_factor, config.checkpoint_scale, config.extra_save_iters):
+            self._save(trainer)
+
+    def after_training(self, trainer: Trainer) -> None:
+        if self._saved != trainer.state.iteration:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        started = time.perf_counter()
+        iteration = trainer.state.iteration
+        path = save_checkpoint(
+            trainer.engine,
+            self.directory,
+            iteration,
+            client_state={"args": self.args, STATE: trainer.state.state_dict()},
+            documents=self.documents,
+            save_rng=not self.config.no_save_rng,
+        )
+        self._saved = iteration
+        trainer.last_checkpoint = path
+        if trainer.topology.is_first:
+            prune(self.directory, self.config.keep_last_n_checkpoints)
+        log.info("Saved %s in %.1f s.", path, time.perf_counter() - started)

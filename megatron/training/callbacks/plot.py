@@ -1,0 +1,28 @@
+"""A picture of the run when it ends."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron.monitor.plot import plot_metrics
+from megatron.training.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from megatron.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+class PlotCallback(Callback):
+    """Draws losses and expert load from the metrics file; the first process does it."""
+
+    def __init__(self, metrics_file: Path, picture: Path) -> None:
+        self.metrics_file = metrics_file
+        self.picture = picture
+
+    def after_training(self, trainer: Trainer) -> None:
+        if trainer.topology.is_first and trainer.state.iteration:
+            plot_metrics(self.metrics_file, self.picture, title=str(self.metrics_file.parent))
+            log.info("Losses and expert load by step: %s (numbers in %s)", self.picture, self.metrics_file)

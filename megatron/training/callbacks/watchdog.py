@@ -1,0 +1,45 @@
+"""Steps that could not be taken: counted, and too many in a row end the run."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron.training.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from megatron.training.step import StepMetrics
+    from megatron.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradients were NaN or infinite for too many steps in a row; the message says what to go back to."""
+
+
+class WatchdogCallback(Callback):
+    """Warns of each skipped step. Raises TrainingDiverged after `limit` in a row; nothing is saved then, so the last checkpoint is a good one."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+
+    def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        if metrics.applied:
+            return
+        state = trainer.state
+        log.warning(
+            "Step %d skipped: loss %s, gradient norm %s (%d in a row).", state.iteration, metrics.lm_loss, metrics.grad_norm, state.skipped_in_a_row
+        )
+        if state.skipped_in_a_row >= self.limit:
+            raise TrainingDiverged(
+                f"The loss or its gradients were NaN or infinite for {state.skipped_in_a_row} steps in a row (max_nonfinite_steps: {self.limit}), up to "
+                f"step {state.iteration}. {way_back(trainer.last_checkpoint)} Try a lower lr, a longer warmup or a smaller gradient_clipping."
+            )
+
+
+def way_back(last_checkpoint: Path | None) -> str:
+    if last_checkpoint is None:
+        return "There is no checkpoint to go back to."
+    return f"The last good checkpoint is {last_checkpoint}."

@@ -1,0 +1,28 @@
+"""The DeepSpeed engine around model and optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron.config.deepspeed_json import deepspeed_config
+from megatron.config.neox import NeoXConfig
+from megatron.model.gpt import GPT
+from megatron.training.optimizer import SkippingAdamW, build_optimizer
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def build_engine(config: NeoXConfig, model: GPT, *, world_size: int) -> Any:
+    """Model, optimizer and ZeRO stage as one engine: `engine(...)`, `engine.backward(loss)`, `engine.step()`. Runs on CPU and CUDA alike."""
+    import deepspeed
+
+    if config.training.checkpoint_activations:
+        model.enable_activation_checkpointing(config.training.checkpoint_num_layers)
+    optimizer = build_optimizer(config.optimizer, model)
+    settings = deepspeed_config(config, world_size)
+    if isinstance(optimizer, SkippingAdamW):
+        settings["gradient_clipping"] = 0.0  # the optimizer clips while it steps
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    return engine

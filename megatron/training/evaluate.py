@@ -1,0 +1,48 @@
+"""Loss on data that the model does not learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron.data.loader import TextDataset, batches
+from megatron.mpu.topology import Topology
+from megatron.training.step import Tally, forward
+
+
+def evaluate(
+    engine: Any,
+    dataset: TextDataset,
+    topology: Topology,
+    *,
+    first_batch: int,
+    num_batches: int,
+    masked_token: int | None,
+    progress: Callable[[int], None] | None = None,
+) -> float:
+    """Mean loss per token over `num_batches` micro-batches on every process, from micro-batch `first_batch` of the data's order.
+
+    It depends on its arguments only, so a resumed run evaluates on the same samples; nothing random is drawn. `progress` None: nobody is told how far it is.
+    """
+    stream = batches(
+        dataset,
+        micro_batch=engine.train_micro_batch_size_per_gpu(),
+        rank=topology.data_parallel_rank,
+        world_size=topology.data_parallel_size,
+        start_iteration=first_batch,
+    )
+    tally = Tally()
+    engine.eval()
+    try:
+        with torch.no_grad():
+            for index in range(num_batches):
+                tally.add(forward(engine, next(stream), masked_token=masked_token))
+                if progress is not None:
+                    progress(index + 1)
+    finally:
+        engine.train()
+        stream.close()
+    (lm_loss, *_), _, _ = tally.totals()
+    return lm_loss

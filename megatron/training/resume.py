@@ -1,0 +1,69 @@
+"""Where a run starts from: new weights, a checkpoint's weights, or a checkpoint as a whole."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron.checkpoint import layout
+from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.find import find_checkpoint_together
+from megatron.checkpoint.load import load_checkpoint
+from megatron.config.checkpoint import CheckpointConfig
+from megatron.training.callbacks.checkpoint import STATE
+from megatron.training.state import TrainingState
+from megatron.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+class Start(NamedTuple):
+    """A directory to load from, and whether the run goes on from there (else it takes the weights only)."""
+
+    directory: Path
+    go_on: bool
+
+
+def resume(trainer: Trainer) -> None:
+    """Puts `trainer` where the configuration says it starts. Raises CheckpointError, never starts silently at step 0."""
+    config = trainer.config.checkpoint
+    start = choose_start(config)
+    if start is None:
+        log.info("Starting from new weights.")
+        return
+    path = find_checkpoint_together(start.directory, config.iteration)
+    client_state = load_checkpoint(
+        trainer.engine,
+        path,
+        load_optimizer=start.go_on and not config.no_load_optim,
+        load_rng=start.go_on and not config.no_load_rng,
+        expected_args=trainer.checkpoint_args,
+    )
+    if not start.go_on:
+        log.info("Starting at step 0 from the weights of %s.", path)
+        return
+    trainer.state = TrainingState.from_state_dict({"iteration": client_state.get("iteration", 0), **client_state.get(STATE, {})})
+    trainer.last_checkpoint = path
+    if trainer.finished:
+        log.info("%s is at step %d of %d: there is nothing left to train.", path, trainer.state.iteration, trainer.plan.train_iters)
+    else:
+        log.info("Going on from %s, step %d of %d.", path, trainer.state.iteration, trainer.plan.train_iters)
+
+
+def choose_start(config: CheckpointConfig) -> Start | None:
+    """Where to load from; None for new weights.
+
+    Raises CheckpointError when `save` already holds another run's checkpoints and nothing says that this run goes on from them.
+    """
+    saved = layout.iterations_in(Path(config.save)) if config.save is not None and Path(config.save).is_dir() else []
+    if config.resume_if_exists and config.save is not None and saved:
+        return Start(Path(config.save), go_on=True)
+    if config.load is not None:
+        return Start(Path(config.load), go_on=not config.finetune)
+    if saved:
+        raise CheckpointError(
+            f"save: {config.save} already holds checkpoints (up to step {max(saved)}) and nothing says to go on from them. "
+            f"Set `load: {config.save}` or `resume_if_exists: true` to go on, or choose another directory."
+        )
+    return None

@@ -1,0 +1,85 @@
+"""One launch of a training run, from its configuration to its end."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron.checkpoint.lock import RunLock
+from megatron.checkpoint.ranks import together
+from megatron.config.loader import LoadedConfig
+from megatron.config.neox import check_trainable
+from megatron.monitor.console import ProgressDisplay, configure_logging
+from megatron.mpu.topology import Topology
+from megatron.training.callbacks.build import build_callbacks, build_sinks
+from megatron.training.process import end_process, start_process
+from megatron.training.resume import resume
+from megatron.training.setup import build_trainer
+from megatron.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def train(loaded: LoadedConfig) -> Trainer:
+    """Trains as configured, from the beginning or from a checkpoint, and returns the trainer as it stands at the end.
+
+    What is wrong with the configuration, the data, a checkpoint or the disk is raised as the ValueError of that package, with a sentence for the
+    user; a loss that stays NaN or infinite as TrainingDiverged.
+    """
+    config = loaded.config
+    topology = start_process(backend=config.parallel.distributed_backend, threads=config.launcher.threads_per_process)
+    console = configure_logging(rank=topology.rank, log_dir=config.logging.log_dir)
+    with ExitStack() as cleanup:
+        cleanup.callback(end_process)
+        check_trainable(config, topology.data_parallel_size)
+        if config.checkpoint.save is not None:
+            cleanup.callback(lock(Path(config.checkpoint.save), topology).close)
+        trainer = build_trainer(config, topology)
+        announce(trainer, loaded)
+        resume(trainer)
+        sinks = build_sinks(trainer) if topology.is_first else []
+        trainer.callbacks = build_callbacks(trainer, loaded, sinks, display(trainer, console))
+        for callback in trainer.callbacks:
+            cleanup.callback(callback.close)
+        trainer.fit()
+    return trainer
+
+
+def lock(directory: Path, topology: Topology) -> ExitStack:
+    """Holds `directory` against other runs until closed. Raises RunLockError on every process when another run has it."""
+    held = ExitStack()
+    together(lambda: held.enter_context(RunLock(directory) if topology.is_first else nullcontext()), only_rank=0)
+    return held
+
+
+def display(trainer: Trainer, console: Console) -> ProgressDisplay | None:
+    """The progress display, on the first process and where it was asked for or there is a terminal. None: plain lines."""
+    wanted = trainer.config.logging.progress
+    if not trainer.topology.is_first or wanted == "plain" or (wanted == "auto" and not console.is_terminal):
+        return None
+    return ProgressDisplay(console, total=trainer.plan.train_iters, done=trainer.state.iteration)
+
+
+def announce(trainer: Trainer, loaded: LoadedConfig) -> None:
+    """The first lines of a run: what was ignored, what is trained, on how much data."""
+    for notice in loaded.notices:
+        log.info("%s", notice)
+    plan, topology = trainer.plan, trainer.topology
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.engine.module.parameters())
+    log.info(
+        "%s parameters, %s, ZeRO %d, %s.", f"{parameters:,}", loaded.config.precision, trainer.engine.zero_optimization_stage(), trainer.engine.device
+    )
+    log.info(
+        "%s steps of %s tokens (%d sequences of %d, %d process(es) x %d micro-batch x %d accumulation steps): %s tokens in all.",
+        f"{plan.train_iters:,}",
+        f"{plan.tokens_per_step:,}",
+        plan.batch.global_,
+        plan.seq_length,
+        topology.data_parallel_size,
+        plan.batch.micro,
+        plan.batch.accumulation,
+        f"{plan.train_iters * plan.tokens_per_step:,}",
+    )

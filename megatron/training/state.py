@@ -1,0 +1,32 @@
+"""Where a run stands: everything that a resumed run must know besides weights, optimizer and random states."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass
+class TrainingState:
+    """Counters of a run. `iteration` counts steps that were tried, skipped ones included; `skipped` those that changed nothing."""
+
+    iteration: int = 0
+    skipped: int = 0
+    nonfinite: int = 0
+    """Steps whose loss was NaN or infinite."""
+    skipped_in_a_row: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps that were applied: what the learning-rate schedule counts."""
+        return self.iteration - self.skipped
+
+    def state_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+    @classmethod
+    def from_state_dict(cls, values: dict[str, Any]) -> TrainingState:
+        """Unknown entries are left out, missing ones are 0, so that checkpoints outlive this class's fields."""
+        return cls(**{field.name: int(values[field.name]) for field in fields(cls) if field.name in values})

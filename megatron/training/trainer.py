@@ -1,0 +1,97 @@
+"""The training loop. What happens between steps is a callback's business."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.config.neox import NeoXConfig
+from megatron.config.training import Batch
+from megatron.data.indexed import DatasetError
+from megatron.data.loader import Batches, Datasets, batches
+from megatron.mpu.topology import Topology
+from megatron.training.callbacks.base import Callback
+from megatron.training.schedule import Schedule, learning_rate
+from megatron.training.state import TrainingState
+from megatron.training.step import StepMetrics, take_step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run sets out to do: its length, its portions, its learning rate."""
+
+    train_iters: int
+    batch: Batch
+    seq_length: int
+    schedule: Schedule
+    masked_token: int | None
+    """Predictions after this token do not count in the loss. None: all count."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch.global_ * self.seq_length
+
+
+class Trainer:
+    """Holds a run together: engine, data, plan, state, callbacks."""
+
+    def __init__(
+        self, config: NeoXConfig, plan: Plan, topology: Topology, *, engine: Any, datasets: Datasets, checkpoint_args: dict[str, Any]
+    ) -> None:
+        self.config = config
+        self.plan = plan
+        self.topology = topology
+        self.engine = engine
+        self.datasets = datasets
+        self.checkpoint_args = checkpoint_args
+        """NeoX's `args`: what a checkpoint says about its model."""
+        self.state = TrainingState()
+        self.callbacks: Sequence[Callback] = ()
+        self.last_checkpoint: Path | None = None
+        """Newest checkpoint of this run, loaded or saved; None before the first."""
+        self.stop_requested: str | None = None
+        """Why the loop should end after this step; None while it should go on. The same on every process."""
+
+    def fit(self) -> None:
+        """Train to the end of the plan, or until a callback asks to stop."""
+        for callback in self.callbacks:
+            callback.before_training(self)
+        data = self.training_batches()
+        while self.state.iteration < self.plan.train_iters and self.stop_requested is None:
+            rate = learning_rate(self.plan.schedule, self.state.steps_done)
+            metrics = take_step(self.engine, data, learning_rate=rate, masked_token=self.plan.masked_token)
+            self.count(metrics)
+            for callback in self.callbacks:
+                callback.after_step(self, metrics)
+        data.close()
+        for callback in reversed(self.callbacks):
+            callback.after_training(self)
+
+    def training_batches(self) -> Batches:
+        """This process's micro-batches, from where the run stands."""
+        if self.datasets.train is None:
+            raise DatasetError("there is no training data: set data_path or train_data_paths")
+        return batches(
+            self.datasets.train,
+            micro_batch=self.plan.batch.micro,
+            rank=self.topology.data_parallel_rank,
+            world_size=self.topology.data_parallel_size,
+            start_iteration=self.state.iteration * self.plan.batch.accumulation,
+            num_workers=self.config.data.num_workers,
+        )
+
+    def count(self, metrics: StepMetrics) -> None:
+        state = self.state
+        state.iteration += 1
+        state.consumed_samples += self.plan.batch.global_
+        state.consumed_tokens += self.plan.tokens_per_step
+        state.nonfinite += not math.isfinite(metrics.lm_loss)
+        state.skipped += not metrics.applied
+        state.skipped_in_a_row = 0 if metrics.applied else state.skipped_in_a_row + 1
+
+    @property
+    def finished(self) -> bool:
+        return self.state.iteration >= self.plan.train_iters

@@ -1,0 +1,29 @@
+#!/usr/bin/env python
+"""Train a model.
+
+python deepy.py train.py -d configs a.yml b.yml [-o key=value ...]    one or several processes
+python train.py -d configs a.yml b.yml [-o key=value ...]             this process alone
+"""
+
+import sys
+
+from megatron.launcher import config_from_argv
+from megatron.script import exit_status
+
+
+def main(argv: list[str]) -> int:
+    loaded = config_from_argv(argv)
+
+    def work() -> None:
+        from megatron.training.process import choose_accelerator
+
+        choose_accelerator()
+        from megatron.training.run import train
+
+        train(loaded)
+
+    return exit_status(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
