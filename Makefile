@@ -8,9 +8,10 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
-# A Python path of the user's own would put other code in front of ours.
+# A Python path of the user's own would put other code in front of ours; without bytecode every start takes seconds longer.
 unexport PYTHONPATH
 unexport PYTHONHOME
+unexport PYTHONDONTWRITEBYTECODE
 export PYTHON TORCH_INDEX_URL
 
 python := .venv/bin/python

