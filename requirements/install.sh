@@ -4,6 +4,7 @@
 #   TORCH_INDEX_URL=...   where to take torch from (default: the package index that pip is set up with)
 # A second run with nothing changed does nothing and needs no network.
 set -euo pipefail
+export LC_ALL=C
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 set_name=${1:-run}

@@ -32,6 +32,7 @@ LAYERS: list[set[str]] = [
     {"monitor"},
     {"training"},
     {"inference", "convert", "analysis"},
+    {"script"},
     {"launcher", "neox_arguments"},
     {"testing"},
 ]
