@@ -79,7 +79,7 @@ def _type_name(annotation: Any, metadata: list[Any]) -> str:
 def _bound(rule: Any) -> str:
     for attribute, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")):
         if hasattr(rule, attribute):
-            return f" {sign} {getattr(rule, attribute):g}"
+            return f" {sign} {getattr(rule, attribute)}"
     return ""
 
 

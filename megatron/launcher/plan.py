@@ -97,7 +97,8 @@ def _runner_options(loaded: LoadedConfig) -> list[str]:
     scheduler = [f"--{name}={value}" for name, value in (("comment", launcher.comment), ("account", launcher.account)) if value is not None]
     if scheduler:
         options.append(f"--launcher_args={' '.join(scheduler)}")
-    return options + [f"--{name}" for name in ("force_multi", "no_ssh_check") if getattr(launcher, name)]
+    switches = {"--force_multi": launcher.force_multi, "--no_ssh_check": launcher.no_ssh_check}
+    return options + [option for option, chosen in switches.items() if chosen]
 
 
 def _environment(loaded: LoadedConfig, machine: Machine, processes: int) -> dict[str, str]:

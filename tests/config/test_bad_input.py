@@ -1,4 +1,4 @@
-"""Bad YAML -> the exact message. The table is in bad_input.yml; each case is a file `bad.yml` beside a `base.yml` with the required keys it does not give."""
+"""Bad YAML -> the exact message. The table is bad_input.yml; each case is a file beside a `base.yml` with the required keys that it lacks."""
 
 from __future__ import annotations
 

@@ -1,0 +1,56 @@
+"""Every key that NeoX knows is read, accepted with a notice, or refused with a sentence: none is unknown."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from megatron.config.aliases import RENAMED, TABLE, Ignored, judge
+from megatron.config.loader import config_from_dict, load_config
+from megatron.config.neox import OWNER
+from megatron.config.section import ConfigError
+
+MODEL = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32, "max_position_embeddings": 32}
+
+
+def test_the_table_is_about_keys_that_no_section_has() -> None:
+    assert not set(TABLE) & set(OWNER)
+    assert not set(RENAMED) & (set(OWNER) | set(TABLE))
+    assert set(RENAMED.values()) <= set(OWNER)
+
+
+def test_every_neox_key_is_known(shared_dir: Path) -> None:
+    with (shared_dir / "reference" / "neox_keys.tsv").open() as table:
+        keys = {row["key"] for row in csv.DictReader(table, delimiter="\t")}
+    assert len(keys) == 318
+    assert keys - set(OWNER) - set(TABLE) - set(RENAMED) == set()
+
+
+@pytest.mark.parametrize("key", sorted(TABLE))
+def test_null_never_asks_for_anything(key: str) -> None:
+    verdict = judge(key, None)
+    assert verdict is not None
+    assert not verdict.refused
+
+
+@pytest.mark.parametrize("key", sorted(key for key, entry in TABLE.items() if not isinstance(entry, Ignored)))
+def test_a_refusal_is_a_sentence_about_the_key(key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict({**MODEL, key: "unheard-of"})
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].startswith(f"'{key}' = 'unheard-of' is not supported: ")
+
+
+def test_an_ignored_key_gives_a_notice_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.yml").write_text("".join(f"{key}: {value}\n" for key, value in MODEL.items()) + "rope_fusion: false\nlayernorm_fusion: true\n")
+    assert load_config(["a"]).notices == (
+        "a.yml:7: 'layernorm_fusion' has no effect here: attention and activations use PyTorch's own fused operations where there are any",
+    )
+
+
+@pytest.mark.parametrize("value", [[[["flash"], "all"]], [[["global"], 12]], ["flash", "global"], None])
+def test_full_attention_is_what_every_layer_does(value: object) -> None:
+    assert config_from_dict({**MODEL, "attention_config": value})

@@ -1,0 +1,42 @@
+"""Every accepted key acts: somewhere outside the sections, something reads it."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from megatron.config.neox import OWNER, SECTION_CLASSES
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SCRIPTS = ("deepy.py", "train.py", "generate.py", "eval.py", "prepare_data.py")
+# Read by the section itself, through a property or method that others use; or by a rule only, because just one value is allowed.
+THROUGH_THE_SECTION = {
+    "num_kv_heads": "kv_heads",
+    "intermediate_size": "mlp_width",
+    "mlp_multiple_of": "mlp_width",
+    "rotary_pct": "rotary_dim",
+    "moe_expert_interval": "is_moe_layer",
+    "lr_decay_fraction": "lr_decay_iters",
+    "precision": "precision",
+}
+ONE_VALUE_ONLY = {"pipe_parallel_size", "model_parallel_size", "data_impl", "pack_impl"}
+
+
+@cache
+def _readers() -> dict[Path, str]:
+    paths = [*(ROOT / "megatron").rglob("*.py"), *(ROOT / name for name in SCRIPTS if (ROOT / name).exists())]
+    return {path: path.read_text() for path in paths if path.name not in ("aliases.py", "reference.py")}
+
+
+@pytest.mark.parametrize("key", list(OWNER))
+def test_a_key_is_read(key: str) -> None:
+    if key in ONE_VALUE_ONLY:
+        return
+    definition = ROOT / (SECTION_CLASSES[OWNER[key]].__module__.replace(".", "/") + ".py")
+    per_subset = re.fullmatch(r"(?:train|valid|test)_(data_paths|data_weights)", key)
+    name = re.escape(f"}}_{per_subset[1]}") if per_subset else rf"\.{THROUGH_THE_SECTION.get(key, key)}"
+    readers = [path for path, text in _readers().items() if path != definition and re.search(rf"{name}\b", text)]
+    assert readers, f"nothing reads '{key}' of the section '{OWNER[key]}'"

@@ -1,0 +1,104 @@
+"""Sizes from the configuration alone, against sums written out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron.config import config_from_dict
+from megatron.config.neox import NeoXConfig
+from megatron.config.size import count_parameters, flops_per_token, padded_vocabulary, training_memory
+
+D, L, S, V = 64, 3, 32, 256
+
+
+def config(**keys: Any) -> NeoXConfig:
+    shape = {"num_layers": L, "hidden_size": D, "num_attention_heads": 4, "seq_length": S, "max_position_embeddings": S}
+    return config_from_dict({**shape, "pos_emb": "rotary", **keys})
+
+
+def sizes(**keys: Any) -> tuple[int, int]:
+    built = config(**keys)
+    count = count_parameters(built.model, built.moe, V)
+    return count.total_sum, count.active_sum
+
+
+def test_dense_gpt_neox() -> None:
+    layer = 2 * 2 * D + (3 * D * D + 3 * D) + (D * D + D) + (4 * D * D + 4 * D) + (4 * D * D + D)
+    expected = V * D + L * layer + 2 * D + V * D
+    assert sizes(no_weight_tying=True) == (expected, expected)
+
+
+def test_tied_with_learned_positions() -> None:
+    layer = 2 * 2 * D + (3 * D * D + 3 * D) + (D * D + D) + (4 * D * D + 4 * D) + (4 * D * D + D)
+    assert sizes(pos_emb="learned")[0] == V * D + S * D + L * layer + 2 * D
+
+
+def test_dense_llama() -> None:
+    kv = 2 * D // 4 * 2  # two of four heads, for keys and for values
+    layer = 2 * D + D * (D + kv) + D * D + 3 * D * 128
+    keys = {"norm": "rmsnorm", "activation": "swiglu", "intermediate_size": 384, "num_kv_heads": 2, "no_weight_tying": True}
+    assert sizes(**keys, use_bias_in_attn_linear=False, use_bias_in_mlp=False)[0] == V * D + L * layer + D + V * D
+
+
+def test_grouped_experts_in_every_second_layer() -> None:
+    attention = 2 * 2 * D + (3 * D * D + 3 * D) + (D * D + D)
+    dense, expert = (4 * D * D + 4 * D) + (4 * D * D + D), 2 * D * 256
+    common = V * D + L * attention + 2 * D + dense + 2 * 8 * D
+    assert sizes(moe_num_experts=8, moe_top_k=2, moe_expert_interval=2) == (common + 2 * 8 * expert, common + 2 * 2 * expert)
+
+
+def test_structmoe() -> None:
+    width, lores, rank = 256, 8, 16
+    attention = 2 * 2 * D + (3 * D * D + 3 * D) + (D * D + D)
+    expert, lore, router = 2 * D * width, rank * (D + width), lores * D
+    common = V * D + L * attention + 2 * D + L * 4 * D
+    keys = {"moe_num_experts": 4, "moe_expert_type": "structmoe", "moe_num_lores": lores, "moe_lore_rank": rank, "moe_lore_top_k": 2}
+    assert sizes(**keys) == (common + L * 4 * (expert + lores * lore + router), common + L * (expert + 2 * lore + router))
+
+
+def test_the_paper_s_match_of_13_experts_with_8_of_8_lores() -> None:
+    """13 plain experts have as many parameters as 8 experts with 8 LoREs of rank 128 each, LoRE routers apart (d 1024, F 4096)."""
+    shape = {"hidden_size": 1024, "num_attention_heads": 16, "num_layers": 1}
+    plain = config(**shape, moe_num_experts=13)
+    nested = config(**shape, moe_num_experts=8, moe_expert_type="structmoe", moe_num_lores=8, moe_lore_rank=128)
+    count = count_parameters(nested.model, nested.moe, V).total
+    assert count["experts"] + count["lores"] - 8 * 8 * 1024 == count_parameters(plain.model, plain.moe, V).total["experts"] == 109_051_904
+
+
+def test_flops_follow_neox_for_a_dense_model() -> None:
+    """NeoX: 24*3*B*s*L*h^2*(1 + s/6h + V/16Lh) for a batch, with MLPs of width 4h and without counting biases."""
+    built = config(use_bias_in_attn_linear=False, use_bias_in_mlp=False)
+    neox = 72 * L * D * D * (1 + S / (6 * D) + V / (16 * L * D))
+    # NeoX counts V/16 where 2*V*D forward operations are V/12: it takes the output head three quarters seriously.
+    head = 6 * V * D - 72 * L * D * D * V / (16 * L * D)
+    assert flops_per_token(built.model, built.moe, V) == pytest.approx(neox + head)
+    assert flops_per_token(built.model, built.moe, V, recompute=True) * 3 == flops_per_token(built.model, built.moe, V) * 4
+
+
+def test_flops_count_active_experts_only() -> None:
+    few, many = config(moe_num_experts=2), config(moe_num_experts=16)
+    router = 6 * L * 14 * D
+    assert flops_per_token(many.model, many.moe, V) - flops_per_token(few.model, few.moe, V) == router
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "processes", "bytes_"),
+    [
+        ("fp32", 0, 1, (4000, 4000, 8000)),
+        ("fp32", 1, 4, (4000, 4000, 2000)),
+        ("bfloat16", 0, 1, (2000, 2000, 4000)),
+        ("bfloat16", 1, 2, (2000, 2000, 6000)),
+        ("fp16", 2, 4, (2000, 500, 3000)),
+        ("fp16", 3, 4, (500, 500, 3000)),
+    ],
+)
+def test_memory(precision: str, stage: int, processes: int, bytes_: tuple[int, int, int]) -> None:
+    memory = training_memory(1000, precision, zero_stage=stage, data_parallel_size=processes)
+    assert (memory.weights, memory.gradients, memory.optimizer) == bytes_
+    assert memory.total == sum(bytes_)
+
+
+def test_padded_vocabulary() -> None:
+    assert [padded_vocabulary(size, 128) for size in (1, 128, 129, 50257)] == [128, 128, 256, 50304]
