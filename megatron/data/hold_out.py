@@ -1,0 +1,144 @@
+"""Which text is kept from training: rules that depend on the corpus alone, so that every preparation of it agrees.
+
+Shapes: N documents in corpus order
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Protocol
+
+import numpy as np
+
+from megatron.data.indexed import DatasetError
+from megatron.data.split import SPLITS
+
+TRAIN, VALID, TEST = range(3)
+FEW_DOCUMENTS = 100
+SNAP_BYTES = 10_000
+
+
+@dataclass
+class Survey:
+    """What a first reading of the corpus notes of every document: UTF-8 bytes and a hash of its text."""
+
+    sizes: array[int] = field(default_factory=lambda: array("q"))
+    hashes: array[int] = field(default_factory=lambda: array("Q"))
+
+    def note(self, text: str) -> int:
+        """Bytes of the document."""
+        data = text.encode()
+        self.sizes.append(len(data))
+        self.hashes.append(int.from_bytes(blake2b(data, digest_size=8).digest(), "little"))
+        return len(data)
+
+
+class Parts(Protocol):
+    def pieces(self, number: int, text: str) -> list[tuple[str, str]]:
+        """Document `number` as (split, text) pieces: itself, or cut where a split ends inside it."""
+
+
+class HoldOut(Protocol):
+    def divide(self, survey: Survey) -> Parts:
+        """Raises DatasetError when nothing would be left to train on."""
+
+
+@dataclass(frozen=True)
+class ByDocument:
+    """Whole documents. `codes_N` holds TRAIN, VALID or TEST for each."""
+
+    codes_N: np.ndarray
+
+    def pieces(self, number: int, text: str) -> list[tuple[str, str]]:
+        return [(SPLITS[self.codes_N[number]], text)]
+
+
+@dataclass(frozen=True)
+class ByPosition:
+    """Training text up to byte `valid_start` of the whole corpus, validation up to `test_start`, then test."""
+
+    starts_N: np.ndarray
+    valid_start: int
+    test_start: int
+
+    def pieces(self, number: int, text: str) -> list[tuple[str, str]]:
+        data, start = text.encode(), int(self.starts_N[number])
+        first, second = (snap(data, position - start) for position in (self.valid_start, self.test_start))
+        cut = ((SPLITS[TRAIN], data[:first]), (SPLITS[VALID], data[first:second]), (SPLITS[TEST], data[second:]))
+        return [(split, part.decode()) for split, part in cut if part.strip()]
+
+
+def snap(data: bytes, position: int) -> int:
+    """The last start of a line, else of a word, else of a character, at or before `position`; 0 and the end stay."""
+    if position <= 0 or position >= len(data):
+        return min(max(position, 0), len(data))
+    for separator in (b"\n", b" "):
+        found = data.rfind(separator, max(0, position - SNAP_BYTES), position)
+        if found >= 0:
+            return found + 1
+    while data[position] & 0xC0 == 0x80:
+        position -= 1
+    return position
+
+
+@dataclass(frozen=True)
+class Newest:
+    """For documents in order of time: test = the newest, as many as make `test_bytes`; valid = the newest before them."""
+
+    valid_bytes: int
+    test_bytes: int
+
+    def divide(self, survey: Survey) -> ByDocument:
+        from_end_N = np.cumsum(np.array(survey.sizes)[::-1])[::-1]
+        after_N = np.append(from_end_N[1:], 0)  # bytes newer than each document
+        codes_N = np.where(after_N < self.test_bytes, TEST, TRAIN).astype(np.uint8)
+        tested = int(np.array(survey.sizes)[codes_N == TEST].sum())
+        codes_N[(codes_N == TRAIN) & (after_N - tested < self.valid_bytes)] = VALID
+        check_some_left(bool((codes_N == TRAIN).any()), survey.sizes)
+        return ByDocument(codes_N)
+
+
+@dataclass(frozen=True)
+class Fraction:
+    """Shares of the corpus: of its documents, those with the smallest text hashes, when they are many; the tail of the text when few.
+
+    Equal texts have equal hashes and so go to the same split.
+    """
+
+    valid: float
+    test: float
+
+    def __post_init__(self) -> None:
+        if min(self.valid, self.test) < 0 or self.valid + self.test >= 1 or (self.valid == 0) != (self.test == 0):
+            raise DatasetError(
+                f"--valid-fraction {self.valid:g} and --test-fraction {self.test:g}: give shares above 0 that leave something to train on, "
+                "or 0 for both to hold nothing out"
+            )
+
+    def divide(self, survey: Survey) -> Parts:
+        count = len(survey.sizes)
+        if count < FEW_DOCUMENTS:
+            ends_N = np.cumsum(np.array(survey.sizes))
+            total = int(ends_N[-1])
+            check_some_left(total >= 3, survey.sizes)
+            return ByPosition(np.append(0, ends_N[:-1]), round(total * (1 - self.valid - self.test)), round(total * (1 - self.test)))
+        hashes_N = np.array(survey.hashes)
+        order_N = np.sort(hashes_N)
+        codes_N = np.zeros(count, np.uint8)
+        if self.test:
+            tests = max(1, round(count * self.test))
+            held_out = min(max(tests + 1, round(count * (self.test + self.valid))), count)
+            codes_N[hashes_N <= order_N[held_out - 1]] = VALID
+            codes_N[hashes_N <= order_N[tests - 1]] = TEST
+        check_some_left(bool((codes_N == TRAIN).any()), survey.sizes)
+        return ByDocument(codes_N)
+
+
+def check_some_left(some: bool, sizes: Sequence[int]) -> None:
+    if not some:
+        raise DatasetError(
+            f"the corpus has {len(sizes)} document(s) with {sum(sizes):,} bytes in all: nothing would be left to train on after the held-out part"
+        )

@@ -1,0 +1,276 @@
+"""A corpus to a folder that training reads: vocabulary, `.bin/.idx` of each split, held-out text, and a manifest of how it was made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from megatron.data.bpe import train_bpe
+from megatron.data.corpora import TEST_FRACTION, VALID_FRACTION, Corpus, find_corpus
+from megatron.data.hold_out import Fraction, Parts, Survey
+from megatron.data.indexed import DatasetError, IndexedDatasetWriter, token_dtype
+from megatron.data.progress import Reporter
+from megatron.data.split import SPLITS
+from megatron.data.staging import LOCK, check_replaceable, publish, staging_folder
+from megatron.data.tokenizer import Tokenizer, load_tokenizer
+
+FORMAT = 1  # raise it when the same input and settings give other files
+MANIFEST = "prepared.json"
+INDEX_MAPS = "index_maps"
+BATCH_BYTES = 1_000_000
+SHOWN_PROBLEMS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """What the command line says; see `prepare_data.py --help`."""
+
+    inputs: tuple[str, ...] = ()
+    directory: str = "data"
+    name: str | None = None
+    vocab_size: int = 8192
+    tokenizer_type: str = "HFTokenizer"
+    tokenizer_file: str | None = None
+    jsonl_key: str = "text"
+    append_eod: bool = True
+    valid_fraction: float | None = None
+    test_fraction: float | None = None
+    on_error: Literal["stop", "skip"] = "stop"
+    force: bool = False
+
+
+@dataclass
+class Totals:
+    """Of one split."""
+
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """`problems` are the inputs left out, as file:line sentences."""
+
+    folder: Path
+    up_to_date: bool
+    manifest: dict[str, Any]
+    problems: tuple[str, ...] = ()
+
+
+def prepare(options: PrepareOptions, reporter: Reporter) -> Prepared:
+    """Makes `directory/name`, whole or not at all; does nothing when it is there and was made from the same input and settings.
+
+    Raises DatasetError or TokenizerError with a sentence for the user.
+    """
+    corpus = choose_corpus(options)
+    target = Path(options.directory) / (corpus.name if options.name is None else options.name)
+    if target.name in ("", "..") or options.name not in (None, target.name):
+        raise DatasetError(f"--name {options.name!r}: give the name of one folder; -d says where it goes")
+    settings = settings_of(options, corpus)
+    known = read_manifest(target)
+    if known is not None and known["settings"] == settings and not options.force and whole(target, known):
+        return Prepared(target, True, known)
+    if known is not None and not options.force:
+        raise DatasetError(f"{target} {difference(target, known, settings)}; --force replaces it, another --name keeps both")
+    check_replaceable(target, {MANIFEST, INDEX_MAPS, LOCK, *(known["files"] if known else ())})
+    with staging_folder(target) as stage:
+        manifest, problems = Preparation(options, corpus, reporter, stage).run()
+        manifest = {"format": FORMAT, "settings": settings, **manifest}
+        (stage / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        publish(stage, target)
+    return Prepared(target, False, manifest, tuple(problems))
+
+
+def choose_corpus(options: PrepareOptions) -> Corpus:
+    corpus = find_corpus(options.inputs, options.jsonl_key)
+    if options.valid_fraction is None and options.test_fraction is None:
+        return corpus
+    valid = VALID_FRACTION if options.valid_fraction is None else options.valid_fraction
+    test = TEST_FRACTION if options.test_fraction is None else options.test_fraction
+    return replace(corpus, hold_out=Fraction(valid, test))
+
+
+def settings_of(options: PrepareOptions, corpus: Corpus) -> dict[str, Any]:
+    """Everything that the files depend on, as JSON values."""
+    tokenizer_file = Path(options.tokenizer_file) if options.tokenizer_file else None
+    settings = {
+        "format": FORMAT,
+        "input": corpus.identity,
+        "hold_out": [type(corpus.hold_out).__name__, vars(corpus.hold_out)],
+        "tokenizer_type": options.tokenizer_type,
+        "tokenizer_file": [tokenizer_file.stat().st_size, tokenizer_file.stat().st_mtime_ns] if tokenizer_file and tokenizer_file.is_file() else None,
+        "vocab_size": options.vocab_size if options.tokenizer_type == "HFTokenizer" and tokenizer_file is None else None,
+        "append_eod": options.append_eod,
+        "on_error": options.on_error,
+    }
+    return dict(json.loads(json.dumps(settings)))
+
+
+def read_manifest(target: Path) -> dict[str, Any] | None:
+    """None: the folder was not made here, or not to the end."""
+    try:
+        manifest = json.loads((target / MANIFEST).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        raise DatasetError(f"{target / MANIFEST} is damaged; move {target} away, then prepare it again") from None
+    return dict(manifest)
+
+
+def whole(target: Path, manifest: dict[str, Any]) -> bool:
+    return all((target / name).is_file() and (target / name).stat().st_size == size for name, size in manifest["files"].items())
+
+
+def difference(target: Path, known: dict[str, Any], settings: dict[str, Any]) -> str:
+    changed = [key for key, value in settings.items() if known["settings"].get(key) != value]
+    if not changed:
+        return "is damaged (a file is missing or has another size than when it was written)"
+    shown = (
+        f"{key} was {known['settings'].get(key)!r}, now {settings[key]!r}" if key not in ("input", "tokenizer_file") else f"other {key}"
+        for key in changed
+    )
+    return f"was prepared differently ({'; '.join(shown)})"
+
+
+class Preparation:
+    """One run: survey the corpus, get a tokenizer, tokenise. Writes into `stage` only."""
+
+    def __init__(self, options: PrepareOptions, corpus: Corpus, reporter: Reporter, stage: Path) -> None:
+        self.options = options
+        self.corpus = corpus
+        self.reporter = reporter
+        self.stage = stage
+        self.problems: list[str] = []
+
+    def run(self) -> tuple[dict[str, Any], list[str]]:
+        """(the manifest's facts, inputs that were left out)."""
+        survey = self.survey()
+        parts = self.corpus.hold_out.divide(survey)
+        tokenizer = self.tokenizer(parts, sum(survey.sizes))
+        if self.options.append_eod and tokenizer.eod is None:
+            raise DatasetError(
+                f"{self.options.tokenizer_file} has no end-of-document token ({'<|endoftext|>'} or </s>): give --no-append-eod or another tokenizer"
+            )
+        totals = self.tokenise(parts, tokenizer, survey)
+        files = {path.name: path.stat().st_size for path in sorted(self.stage.iterdir()) if path.name != LOCK}
+        splits = {split: asdict(total) for split, total in totals.items() if total.documents}
+        facts = {"tokenizer_type": self.options.tokenizer_type, "vocab_size": tokenizer.vocab_size, "splits": splits, "files": files}
+        return facts, self.problems
+
+    def on_problem(self, problem: str) -> None:
+        if self.options.on_error == "stop":
+            raise DatasetError(f"{problem}. Nothing was written; mend the input, or leave such parts out with --on-error skip")
+        self.problems.append(problem)
+
+    def survey(self) -> Survey:
+        survey = Survey()
+        with self.reporter.stage("reading", None) as stage:
+            for document in self.corpus.documents(self.on_problem):
+                stage.advance(survey.note(document.text))
+        if not survey.sizes:
+            raise DatasetError(
+                f"no text in the input ({len(self.problems)} problem(s)" + (f", first: {self.problems[0]}" if self.problems else "") + ")"
+            )
+        return survey
+
+    def pieces(self, parts: Parts) -> Iterator[tuple[str, str]]:
+        """(split, text) in corpus order; what the survey reported is passed over."""
+        for number, document in enumerate(self.corpus.documents(lambda problem: None)):
+            yield from parts.pieces(number, document.text)
+
+    def tokenizer(self, parts: Parts, total: int) -> Tokenizer:
+        """A given one is copied into the folder; else one is trained on the training part."""
+        if self.options.tokenizer_type != "HFTokenizer":
+            return load_tokenizer(self.options.tokenizer_type, None)
+        path = self.stage / "tokenizer.json"
+        if self.options.tokenizer_file is not None:
+            load_tokenizer("HFTokenizer", self.options.tokenizer_file)  # says what is wrong with the user's path, not with the copy's
+            shutil.copyfile(self.options.tokenizer_file, path)
+            return load_tokenizer("HFTokenizer", path)
+        with self.reporter.stage("counting words", total) as stage:
+
+            def training_text() -> Iterator[str]:
+                for split, text in self.pieces(parts):
+                    stage.advance(len(text.encode()))
+                    if split == "train":
+                        yield text
+                stage.rest(f"merging into {self.options.vocab_size:,} tokens")
+
+            train_bpe(training_text(), self.options.vocab_size, path)
+        return load_tokenizer("HFTokenizer", path)
+
+    def tokenise(self, parts: Parts, tokenizer: Tokenizer, survey: Survey) -> dict[str, Totals]:
+        with ExitStack() as files, self.reporter.stage("tokenising", sum(survey.sizes)) as stage:
+            outputs = {split: SplitOutput(self.stage, split, tokenizer, self.options.append_eod, files) for split in SPLITS}
+            for batch in batched_pieces(self.pieces(parts)):
+                encoded = tokenizer.encode_batch([text for _, text in batch])
+                for (split, text), ids in zip(batch, encoded, strict=True):
+                    size = outputs[split].add(text, ids)
+                    stage.advance(size, tokens=len(ids))
+        for split, output in outputs.items():
+            if not output.totals.documents:
+                for path in self.stage.glob(f"{split}*"):
+                    path.unlink()
+        return {split: output.totals for split, output in outputs.items()}
+
+
+def batched_pieces(pieces: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Lists of about BATCH_BYTES characters, at least one piece each."""
+    position = 0
+
+    def number(piece: tuple[str, str]) -> int:
+        nonlocal position
+        position += len(piece[1])
+        return position // BATCH_BYTES
+
+    for _, group in groupby(pieces, key=number):
+        yield list(group)
+
+
+class SplitOutput:
+    """`SPLIT_text_document.bin/.idx`, and `SPLIT.txt` for the held-out splits (documents separated by an empty line)."""
+
+    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, append_eod: bool, files: ExitStack) -> None:
+        self.totals = Totals()
+        self._end = [tokenizer.eod] if append_eod and tokenizer.eod is not None else []
+        self._tokens = files.enter_context(IndexedDatasetWriter(folder / f"{split}_text_document", token_dtype(tokenizer.vocab_size)))
+        self._text: IO[bytes] | None = files.enter_context((folder / f"{split}.txt").open("wb")) if split != "train" else None
+
+    def add(self, text: str, ids: list[int]) -> int:
+        """Bytes of the text."""
+        data = text.encode()
+        if self._text is not None:
+            self._text.write(b"\n\n" + data if self.totals.documents else data)
+        self._tokens.add(ids + self._end)
+        self.totals.documents += 1
+        self.totals.bytes += len(data)
+        self.totals.tokens += len(ids) + len(self._end)
+        return len(data)
+
+
+def describe(prepared: Prepared) -> str:
+    """What lies in the folder and which config keys read it."""
+    manifest, folder = prepared.manifest, prepared.folder
+    lines = [f"{folder} is up to date" if prepared.up_to_date else f"{folder} written", ""]
+    lines.append(f"{'split':8}{'documents':>12}{'bytes':>16}{'tokens':>14}{'bytes/token':>13}")
+    for split, total in manifest["splits"].items():
+        lines.append(f"{split:8}{total['documents']:12,}{total['bytes']:16,}{total['tokens']:14,}{total['bytes'] / total['tokens']:13.3f}")
+    lines += ["", f"vocabulary: {manifest['vocab_size']:,}. Config keys:", ""]
+    paths = {split: json.dumps(str(folder / f"{split}_text_document")) for split in manifest["splits"]}
+    if len(paths) == len(SPLITS):
+        lines += [f"  {split}_data_paths: [{path}]" for split, path in paths.items()]
+    else:
+        lines += [f"  data_path: {paths['train']}", "  split: '1'"]
+    lines.append(f"  tokenizer_type: {manifest['tokenizer_type']}")
+    if "tokenizer.json" in manifest["files"]:
+        lines.append(f"  vocab_file: {json.dumps(str(folder / 'tokenizer.json'))}")
+    if prepared.problems:
+        lines += ["", f"left out: {len(prepared.problems)}", *(f"  {problem}" for problem in prepared.problems[:SHOWN_PROBLEMS])]
+    return "\n".join(lines)

@@ -1,0 +1,125 @@
+"""How long work on text says that it is alive: bars on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Stage:
+    """Counts of one stage of the work."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.bytes = 0
+        self.documents = 0
+        self.tokens = 0
+
+    def advance(self, size: int, documents: int = 1, tokens: int = 0) -> None:
+        self.bytes += size
+        self.documents += documents
+        self.tokens += tokens
+
+    def rest(self, what: str) -> None:
+        """All input is in; `what` is going on for a while that cannot be measured."""
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self.started, 1e-9)
+
+    def rates(self) -> str:
+        parts = [f"{self.bytes / 1e6:,.1f} MB"]
+        if self.documents:
+            parts.append(f"{self.documents / self.seconds:,.0f} docs/s")
+        if self.tokens:
+            parts.append(f"{self.tokens / self.seconds:,.0f} tokens/s")
+        return ", ".join(parts)
+
+
+class Reporter(Protocol):
+    @contextmanager
+    def stage(self, what: str, total_bytes: int | None) -> Iterator[Stage]:
+        """Shows `what` while the block runs. `total_bytes` None: how much there is is not known."""
+
+
+class TerminalReporter:
+    """One bar a stage: share done, docs/s, tokens/s, time left."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    @contextmanager
+    def stage(self, what: str, total_bytes: int | None) -> Iterator[Stage]:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=12),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[rates]}"),
+        )
+        with Progress(*columns, TimeRemainingColumn(compact=True), console=self._console) as progress:
+            task = progress.add_task(what, total=total_bytes, rates="")
+            stage = BarStage(progress, task)
+            yield stage
+            for number in progress.task_ids:
+                progress.update(number, total=stage.bytes, completed=stage.bytes)
+            progress.update(task, rates=stage.rates())
+
+
+class BarStage(Stage):
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        super().__init__()
+        self._progress = progress
+        self._task = task
+
+    def advance(self, size: int, documents: int = 1, tokens: int = 0) -> None:
+        super().advance(size, documents, tokens)
+        self._progress.update(self._task, completed=self.bytes, rates=self.rates())
+
+    def rest(self, what: str) -> None:
+        self._progress.add_task(what, total=None, rates="")
+
+
+class LineReporter:
+    """A line when a stage ends, and every ten seconds of a long one."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    @contextmanager
+    def stage(self, what: str, total_bytes: int | None) -> Iterator[Stage]:
+        stage = LineStage(self._console, what, total_bytes)
+        yield stage
+        stage.line(f"done in {stage.seconds:.1f} s")
+
+
+class LineStage(Stage):
+    def __init__(self, console: Console, what: str, total_bytes: int | None) -> None:
+        super().__init__()
+        self._console = console
+        self._what = what
+        self._total = total_bytes
+        self._next_line = self.started + SECONDS_BETWEEN_LINES
+
+    def advance(self, size: int, documents: int = 1, tokens: int = 0) -> None:
+        super().advance(size, documents, tokens)
+        if time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+            left = f"{(self._total - self.bytes) * self.seconds / self.bytes:,.0f} s left" if self._total and self.bytes else "running"
+            self.line(left)
+
+    def line(self, state: str) -> None:
+        self._console.print(f"{self._what}: {self.rates()}, {state}", soft_wrap=True, markup=False, highlight=False)
+
+
+def build_reporter() -> Reporter:
+    """Bars when standard error is a terminal, lines when it is not."""
+    console = Console(stderr=True)
+    return TerminalReporter(console) if console.is_terminal else LineReporter(console)

@@ -1,0 +1,73 @@
+"""A folder that appears whole or not at all: filled under a hidden name beside it, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron.data.indexed import DatasetError
+
+LOCK = "lock"
+
+
+@contextmanager
+def staging_folder(target: Path) -> Iterator[Path]:
+    """An empty folder to fill and then `publish`. Held by one process at a time (the lock ends with the process, however it ends).
+
+    What an interrupted run left is cleared first; leaving with an exception clears it too.
+    """
+    stage, old = target.with_name(f".{target.name}.partial"), old_folder(target)
+    stage.mkdir(parents=True, exist_ok=True)
+    with (stage / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DatasetError(f"another process is preparing {target} right now; wait for it or choose another --name") from None
+        if old.is_dir() and not target.exists():
+            os.rename(old, target)  # an earlier run ended between the two renames of `publish`
+        shutil.rmtree(old, ignore_errors=True)
+        clear(stage)
+        try:
+            yield stage
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                clear(stage)
+                (stage / LOCK).unlink()
+                stage.rmdir()
+
+
+def publish(stage: Path, target: Path) -> None:
+    """Give the filled folder its name; a folder that has it goes."""
+    for path in stage.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    (stage / LOCK).unlink()
+    old = old_folder(target)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(stage, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def old_folder(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def clear(stage: Path) -> None:
+    for path in stage.iterdir():
+        if path.name != LOCK:
+            path.unlink()
+
+
+def check_replaceable(target: Path, ours: Collection[str]) -> None:
+    """Raises DatasetError when `target` holds anything but the files in `ours`: nobody's notes are deleted here."""
+    if target.exists() and not target.is_dir():
+        raise DatasetError(f"{target} is a file; choose another --name or directory (-d)")
+    foreign = sorted(path.name for path in target.iterdir() if path.name not in ours) if target.exists() else []
+    if foreign:
+        raise DatasetError(f"{target} holds {foreign[0]}, which prepare_data.py did not write; move it away or choose another --name")
