@@ -9,7 +9,7 @@ Shapes: B batch; S sequence; D model width; V padded vocabulary; A auxiliary los
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +122,7 @@ class GPT(nn.Module):
         key = str(self.num_layers + 4)
         if key in self.sequential:
             return self.sequential[key](hidden_BSD, targets)
-        return project(hidden_BSD, self.sequential["0"].word_embeddings.weight, targets)
+        return project(hidden_BSD, cast(Embedding, self.sequential["0"]).word_embeddings.weight, targets)
 
     def _run_layers(self, state: LayerState, cache: Sequence[LayerCache] | None) -> LayerState:
         if self.recompute_layers and self.training and cache is None and torch.is_grad_enabled():

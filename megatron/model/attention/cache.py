@@ -48,4 +48,5 @@ def build_cache(model: ModelConfig, batch: int, max_length: int, *, dtype: torch
     if max_length > model.max_position_embeddings:
         raise CacheError(f"a cache of {max_length} positions: the model has at most {model.max_position_embeddings} (max_position_embeddings)")
     shape = (batch, model.kv_heads, max_length, model.head_dim)
-    return [LayerCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))) for _ in range(model.num_layers)]
+    keys_and_values = (torch.zeros(2, *shape, dtype=dtype, device=device) for _ in range(model.num_layers))
+    return [LayerCache(keys_BHPd=pair[0], values_BHPd=pair[1]) for pair in keys_and_values]

@@ -2,8 +2,9 @@
 
 Shapes: R routed rows, sorted by expert; E experts; M LoREs per expert; G = E*M; L LoREs per row; Q LoRE rank; D model width; F expert width.
 
-Equation 2: H = x W_up + sum over the L chosen of (x pi_i A_i) B_i, before the activation. pi is the softmax over the expert's M router logits, taken at
-the L largest, and divided by their sum only where `moe_lore_normalize` says so. In a gated expert the LoREs add to the up-projection W_up, not to the gate.
+Equation 2: H = x W_up + sum over the L chosen of (x pi_i A_i) B_i, before the activation. pi is the softmax over the expert's M router logits,
+taken at the L largest, and divided by their sum only where `moe_lore_normalize` says so. In a gated expert the LoREs add to the up-projection
+W_up, not to the gate.
 """
 
 from __future__ import annotations
