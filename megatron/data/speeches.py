@@ -18,7 +18,8 @@ import re
 
 LABEL = "The President. "
 INLINE_NOTE = re.compile(
-    r" ?\[\s*(?:laughter|applause|inaudible|moment of silence|see app note\.?|[^\][]*; White House correction)\s*\]", re.IGNORECASE
+    r"(?: Audience members?\.)? ?\[\s*(?:laughter|applause|inaudible|moment of silence|see app note\.?|[^\][]*; White House correction)\s*\]",
+    re.IGNORECASE,
 )
 STAGE_DIRECTION = re.compile(
     r"\[\s*(?:at (?:this|his) point\b|(?:as )?delivered in person\b|released \w+ \d|recorded on film\b|read before\b|before speaking\b|there was a\b"

@@ -30,27 +30,7 @@ from megatron.data.staging import publish, staging_folder
 from megatron.data.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = [
-    "we",
-    "the",
-    "people",
-    "of",
-    "united",
-    "states",
-    "in",
-    "order",
-    "to",
-    "form",
-    "more",
-    "perfect",
-    "union",
-    "establish",
-    "justice",
-    "insure",
-    "domestic",
-    "tranquility",
-    "provide",
-]
+WORDS = ("we", "the", "people", "of", "united", "states", "in", "order", "to", "form", "more", "perfect", "union", "establish", "justice")
 FILES = [
     "prepared.json",
     *(f"{split}{suffix}" for split in ("test", "train", "valid") for suffix in (".txt", "_text_document.bin", "_text_document.idx")),

@@ -11,6 +11,7 @@ from megatron.data.speeches import clean_speech
     ("given", "kept"),
     [
         ("Thank you. [Applause] And now. [Laughter]", "Thank you. And now."),
+        ("My only agenda—[laughter]. Audience member. [Inaudible]", "My only agenda—."),
         ("the papers [see APP Note] transaction [See APP Note.].", "the papers transaction."),
         ("It costs [caps; White House correction] more.", "It costs more."),
         ("as [to] the efficacy of [the States]", "as [to] the efficacy of [the States]"),
