@@ -1,0 +1,33 @@
+#!/usr/bin/env python
+"""Measure a trained model on text files: loss, perplexity per token, bits per byte.
+
+python deepy.py eval.py -d configs a.yml -o 'eval_text_files=[data/sotu/test.txt]'
+python eval.py -d configs a.yml -o 'eval_text_files=[test.txt]' [-o eval_stride=64] [--eval_results_prefix runs/a]
+
+The model is the newest checkpoint in `load`, else in `save`.
+"""
+
+import os
+import sys
+
+from megatron.launcher import config_from_argv
+from megatron.script import exit_status
+
+
+def main(argv: list[str]) -> int:
+    loaded = config_from_argv(argv)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return 0  # one process does it, however many the configuration starts for training
+
+    def work() -> None:
+        from megatron.data.progress import build_reporter
+        from megatron.inference.evaluation import evaluate
+        from megatron.monitor.console import configure_logging
+
+        evaluate(loaded.config, configure_logging(rank=0, log_dir=None), build_reporter())
+
+    return exit_status(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,38 @@
+#!/usr/bin/env python
+"""Continue text with a trained model.
+
+python deepy.py generate.py -d configs a.yml [-i prompts.txt] [--sample_output_file samples.txt] [-o temperature=0.8 ...]
+python generate.py -d configs a.yml [-o text_gen_type=interactive ...]
+
+Prompts come from `sample_input_file`, from the person at the terminal, or there are none (`text_gen_type`). The model is the newest checkpoint
+in `load`, else in `save`.
+"""
+
+import contextlib
+import os
+import sys
+
+from megatron.launcher import config_from_argv
+from megatron.script import exit_status
+
+
+def main(argv: list[str]) -> int:
+    loaded = config_from_argv(argv)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return 0  # one process does it, however many the configuration starts for training
+
+    def work() -> None:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 -- line editing for input()
+
+        from megatron.inference.session import generate
+        from megatron.monitor.console import configure_logging
+
+        console = configure_logging(rank=0, log_dir=None)
+        generate(loaded.config, console, input, terminal=sys.stdin.isatty())
+
+    return exit_status(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,8 @@
+"""Using a trained model: loading it without DeepSpeed, continuing text, measuring held-out text.
+
+model.py       a checkpoint as a model that is ready to run, with its tokenizer
+sampling.py    the choice of the next token: pure functions
+continuation.py   one prompt to one text, with a key/value cache of its own
+prompts.py     where prompts come from; samples.py   where texts go; session.py   what generate.py does with both
+score.py       loss, perplexity and bits per byte; evaluation.py   what eval.py does with them
+"""

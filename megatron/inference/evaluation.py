@@ -1,0 +1,118 @@
+"""What eval.py does: score text files, show the numbers, write them down."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron.config.evaluation import EvaluationConfig
+from megatron.config.neox import NeoXConfig
+from megatron.config.section import ConfigError
+from megatron.data.progress import Reporter
+from megatron.inference.errors import InferenceError
+from megatron.inference.model import ReadyModel, load_ready_model
+from megatron.inference.prompts import read_text
+from megatron.inference.score import TextScore, score_text
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(config: NeoXConfig, console: Console, reporter: Reporter) -> Path:
+    """Scores `eval_text_files` with the configured checkpoint and returns the path of the results file.
+
+    Raises ConfigError, InferenceError for a file that cannot be read or is empty (before the model is loaded), and what load_ready_model raises.
+    """
+    stride = resolve_stride(config.evaluation, config.model.seq_length)
+    texts = read_texts(config.evaluation)
+    ready = load_ready_model(config)
+    scores = {name: _score(ready, name, text, stride=stride, reporter=reporter) for name, text in texts.items()}
+    console.print(results_table(scores))
+    for name in (name for name, score in scores.items() if not score.exact):
+        log.warning("%s: the tokenizer does not give this text back as it was, so its bits per byte leave something out.", name)
+    path = write_results(results_path(config.evaluation.eval_results_prefix), results(ready, scores, stride))
+    log.info("Results written to %s.", path)
+    return path
+
+
+def resolve_stride(evaluation: EvaluationConfig, seq_length: int) -> int:
+    """`eval_stride`, or half a window where it is not given. Raises ConfigError for one that would leave tokens out."""
+    stride = evaluation.eval_stride or max(1, seq_length // 2)
+    if stride > seq_length:
+        raise ConfigError([f"'eval_stride' = {stride}: must be at most seq_length ({seq_length}); a window that moves further skips tokens"])
+    return stride
+
+
+def read_texts(evaluation: EvaluationConfig) -> dict[str, str]:
+    """The text of each file, by the name it was given under."""
+    if not evaluation.eval_text_files:
+        raise ConfigError(["'eval_text_files' must be given: the text files to measure, such as -o 'eval_text_files=[data/sotu/test.txt]'"])
+    texts = {name: read_text(Path(name), "eval_text_files") for name in evaluation.eval_text_files}
+    empty = [name for name, text in texts.items() if not text]
+    if empty:
+        raise InferenceError(f"eval_text_files: {', '.join(empty)} is empty: there is nothing to predict.")
+    return texts
+
+
+def results(ready: ReadyModel, scores: Mapping[str, TextScore], stride: int) -> dict[str, Any]:
+    """What the results file holds."""
+    entries = {
+        name: {
+            "tokens": score.tokens,
+            "bytes": score.bytes,
+            "loss": score.loss,
+            "perplexity": score.perplexity,
+            "bits_per_byte": score.bits_per_byte,
+            "exact": score.exact,
+        }
+        for name, score in scores.items()
+    }
+    settings = {"checkpoint": str(ready.path), "iteration": ready.iteration, "seq_length": ready.context_length, "eval_stride": stride}
+    return {"results": entries, "config": {**settings, "dtype": str(ready.dtype).removeprefix("torch.")}}
+
+
+def results_table(scores: Mapping[str, TextScore]) -> Table:
+    """One row a file."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("text file", overflow="fold")
+    for title in ("tokens", "bytes", "loss", "perplexity", "bits per byte"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, score in scores.items():
+        table.add_row(name, f"{score.tokens:,}", f"{score.bytes:,}", f"{score.loss:.4f}", f"{score.perplexity:,.2f}", f"{score.bits_per_byte:.4f}")
+    return table
+
+
+def results_path(prefix: str) -> Path:
+    """NeoX's name: [<prefix>_]eval_results_<month-day-year-hour-minute-second>.json."""
+    name = f"eval_results_{time.strftime('%m-%d-%Y-%H-%M-%S')}.json"
+    return Path(f"{prefix}_{name}" if prefix else name)
+
+
+def write_results(path: Path, content: Mapping[str, Any]) -> Path:
+    """Writes the whole file or none. Raises InferenceError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InferenceError(f"eval_results_prefix: {path} cannot be written: {error.strerror or error}.") from error
+    return path
+
+
+def _score(ready: ReadyModel, name: str, text: str, *, stride: int, reporter: Reporter) -> TextScore:
+    size = len(text.encode())
+    with reporter.stage(f"scoring {name}", size) as stage:
+
+        def advance(tokens: int, total: int) -> None:
+            stage.advance(round(size * tokens / total), documents=0, tokens=tokens)
+
+        return score_text(ready, text, stride=stride, progress=advance)

@@ -1,0 +1,122 @@
+"""A checkpoint as a model that is ready to run: no DeepSpeed, no optimizer, no process group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.checkpoint.find import find_checkpoint
+from megatron.checkpoint.load import check_args, check_shapes, module_shapes
+from megatron.checkpoint.weights import load_model_weights
+from megatron.config.checkpoint import CheckpointConfig
+from megatron.config.model import ModelConfig
+from megatron.config.moe import MoEConfig
+from megatron.config.neox import NeoXConfig
+from megatron.config.section import ConfigError
+from megatron.data.tokenizer import Tokenizer, build_tokenizer, padded_vocab_size
+from megatron.inference.errors import InferenceError
+from megatron.model.gpt import GPT, build_model
+from megatron.training.engine import DTYPES
+from megatron.training.setup import checkpoint_args
+
+# Keys of the model that may differ from the checkpoint's: they say how it was trained or how it is run, not what it computes.
+FREE_KEYS = frozenset(
+    {
+        "seq_length",
+        "attention_dropout",
+        "hidden_dropout",
+        "init_method",
+        "output_layer_init_method",
+        "init_method_std",
+        "precision",
+        "moe_jitter_eps",
+        "moe_lore_init",
+        "moe_losses",
+        "kernel_backends",
+    }
+)
+EMBEDDING = "sequential.0.word_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class ReadyModel:
+    """Weights on their device, in evaluation mode and without gradients, and what goes with them.
+
+    iteration: the checkpoint's step; None where it does not say.
+    """
+
+    gpt: GPT
+    tokenizer: Tokenizer
+    sizes: ModelConfig
+    device: torch.device
+    path: Path
+    iteration: int | None
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of prompt and answer together: `seq_length`, what the model was trained on."""
+        return self.sizes.seq_length
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the weights."""
+        return next(self.gpt.parameters()).dtype
+
+
+def load_ready_model(config: NeoXConfig) -> ReadyModel:
+    """The model of the checkpoint that the configuration names (`load`, else `save`; `iteration`, else the newest), on a GPU where there is one.
+
+    Raises ConfigError when no directory is named or the checkpoint is of another architecture, CheckpointError when it cannot be read,
+    TokenizerError, and InferenceError when the tokenizer is another one than the model was trained with.
+    """
+    directory = checkpoint_directory(config.checkpoint)
+    tokenizer = build_tokenizer(config.data)
+    path = find_checkpoint(directory, config.checkpoint.iteration)
+    weights = load_model_weights(path)
+    check_agreement(path, weights.config, config)
+    vocabulary = padded_vocab_size(tokenizer.vocab_size, config.model.make_vocab_size_divisible_by)
+    _check_vocabulary(path, weights.state_dict, tokenizer, vocabulary)
+    check_args(path, weights.client_state.get("args") or {}, checkpoint_args(config, vocabulary))
+    device = choose_device()
+    gpt = build_model(config.model, config.moe, vocabulary, seed=0, dtype=DTYPES[config.precision], device=device)
+    check_shapes(path, {name: tuple(tensor.shape) for name, tensor in weights.state_dict.items()}, module_shapes(gpt))
+    gpt.load_state_dict(weights.state_dict)
+    gpt.eval().requires_grad_(False)
+    return ReadyModel(gpt, tokenizer, config.model, device, path, weights.client_state.get("iteration"))
+
+
+def checkpoint_directory(checkpoint: CheckpointConfig) -> Path:
+    """Where to look for the model. Raises ConfigError when the configuration names no directory."""
+    directory = checkpoint.load or checkpoint.save
+    if directory is None:
+        raise ConfigError(["'load' must be given: the directory with the checkpoint (without it, `save` is used)"])
+    return Path(directory)
+
+
+def choose_device() -> torch.device:
+    """The first GPU, unless there is none or DS_ACCELERATOR=cpu says to leave it alone."""
+    use_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def check_agreement(path: Path, stored: Mapping[str, Any], config: NeoXConfig) -> None:
+    """Raises ConfigError naming every key of the architecture whose value differs from the checkpoint's (`stored`; may be empty)."""
+    given = config.flat()
+    keys = [key for section in (ModelConfig, MoEConfig) for key in section.model_fields if key not in FREE_KEYS]
+    different = [key for key in keys if key in stored and stored[key] != given[key]]
+    if different:
+        raise ConfigError([f"'{key}' = {given[key]!r}: the model in {path} was trained with {stored[key]!r}" for key in different])
+
+
+def _check_vocabulary(path: Path, weights: Mapping[str, torch.Tensor], tokenizer: Tokenizer, vocabulary: int) -> None:
+    rows = weights[EMBEDDING].shape[0] if EMBEDDING in weights else vocabulary
+    if rows != vocabulary:
+        raise InferenceError(
+            f"The tokenizer has {tokenizer.vocab_size:,} entries, padded to {vocabulary:,}, but the model in {path} has {rows:,}: it was trained "
+            "with another tokenizer; set tokenizer_type and vocab_file to that one."
+        )

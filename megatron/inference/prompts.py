@@ -1,0 +1,69 @@
+"""Where prompts come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+from megatron.config.inference import InferenceConfig
+from megatron.inference.errors import InferenceError
+
+Source = Literal["input-file", "interactive", "unconditional"]
+QUIT = "/quit"
+
+
+def choose_source(inference: InferenceConfig, *, terminal: bool) -> Source:
+    """`text_gen_type`; where that is not given, the input file if there is one, else a conversation at a terminal, else no prompts."""
+    if inference.text_gen_type is not None:
+        return inference.text_gen_type
+    if inference.sample_input_file is not None:
+        return "input-file"
+    return "interactive" if terminal else "unconditional"
+
+
+def read_prompts(path: Path, prompt_end: str) -> list[str]:
+    """The prompts in a file, as NeoX splits them. Raises InferenceError when it cannot be read or holds none."""
+    prompts = split_prompts(read_text(path, "sample_input_file"), prompt_end)
+    if not prompts:
+        raise InferenceError(f"sample_input_file: {path} holds no prompt; write one before each {prompt_end!r} (prompt_end).")
+    return prompts
+
+
+def split_prompts(text: str, prompt_end: str) -> list[str]:
+    """The pieces between `prompt_end`, stripped, empty ones dropped; an empty `prompt_end` takes the text as one prompt."""
+    pieces = text.split(prompt_end) if prompt_end else [text]
+    return [piece.strip() for piece in pieces if piece.strip()]
+
+
+def read_text(path: Path, key: str) -> str:
+    """The text of a UTF-8 file, every byte as it is. Raises InferenceError, which names the `key` that named the file."""
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise InferenceError(
+            f"{key}: {path} is not UTF-8 text (byte {error.start:,} is {error.object[error.start]:#04x}); convert it first."
+        ) from error
+    except OSError as error:
+        raise InferenceError(f"{key}: {path} cannot be read: {error.strerror or error}.") from error
+
+
+def typed_prompts(read_line: Callable[[str], str], prompt_end: str) -> Iterator[str]:
+    """Prompts as somebody types them, each ended by `prompt_end`, until /quit or the end of the input (EOFError from `read_line`).
+
+    `read_line` is given the text to show before the line.
+    """
+    while True:
+        lines: list[str] = []
+        while True:
+            try:
+                line = read_line("... " if lines else "> ")
+            except EOFError:
+                return
+            if line.strip() == QUIT:
+                return
+            lines.append(line)
+            typed = "\n".join(lines) + "\n"
+            if not prompt_end or typed.endswith(prompt_end) or typed.rstrip("\n").endswith(prompt_end):
+                break
+        yield (typed.rstrip("\n").removesuffix(prompt_end) if prompt_end else typed).strip()

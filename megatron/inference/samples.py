@@ -1,0 +1,59 @@
+"""Where generated text goes: a file with one JSON object a line, and the screen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.text import Text
+
+from megatron.inference.continuation import Continuation
+from megatron.inference.errors import InferenceError
+
+VISIBLE_CONTROLS = "\n\t"
+
+
+class SampleFile:
+    """A new file of samples; each is on the disk's side as soon as it is written, so an interrupted run keeps those it made. A context manager.
+
+    Raises InferenceError when the file cannot be made or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 -- closed by __exit__
+        except OSError as error:
+            raise self._explained(error) from error
+
+    def write(self, sample: Continuation) -> None:
+        """One line."""
+        try:
+            self._file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._explained(error) from error
+
+    def __enter__(self) -> SampleFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def _explained(self, error: OSError) -> InferenceError:
+        return InferenceError(f"sample_output_file: {self.path} cannot be written: {error.strerror or error}.")
+
+
+def show(console: Console, sample: Continuation, *, number: int, total: int) -> None:
+    """The prompt in bold with its continuation, below a line that says how it ended."""
+    ending = sample.message or ("ended by the model" if sample.finished else "cut off at maximum_tokens")
+    console.print(Text(f"[{number}/{total}] {sample.length} tokens in {sample.duration_seconds:.1f} s, {ending}", "dim"), soft_wrap=True)
+    console.print(Text.assemble((printable(sample.context), "bold"), printable(sample.text), "\n"), soft_wrap=True, highlight=False)
+
+
+def printable(text: str) -> str:
+    """The text with control characters replaced: a model may not steer a terminal."""
+    return "".join(c if c.isprintable() or c in VISIBLE_CONTROLS or ord(c) > 0x9F else "\ufffd" for c in text)
