@@ -1,4 +1,4 @@
 """Checkpoints in GPT-NeoX's layout: written whole or not at all, checked before loading.
 
-Only `save`, `load` and `engine` import DeepSpeed.
+Only `save` and `engine` import DeepSpeed.
 """

@@ -9,11 +9,21 @@ from typing import Any
 from torch import nn
 
 from megatron.checkpoint import layout, ranks
-from megatron.checkpoint.engine import checkpoint_engine, without_wildcards
-from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.errors import CheckpointError, NoCheckpointError
+from megatron.checkpoint.find import find_checkpoint, find_checkpoint_together
 from megatron.checkpoint.random_state import restore_random_state
 from megatron.checkpoint.reading import read_file
-from megatron.checkpoint.weights import StoredCheckpoint, inspect_checkpoint, load_model_weights
+from megatron.checkpoint.weights import ModelWeights, StoredCheckpoint, inspect_checkpoint, load_model_weights
+
+__all__ = [
+    "CheckpointError",
+    "ModelWeights",
+    "NoCheckpointError",
+    "find_checkpoint",
+    "find_checkpoint_together",
+    "load_checkpoint",
+    "load_model_weights",
+]
 
 MAX_LISTED = 4
 
@@ -124,6 +134,8 @@ def _random_state(stored: StoredCheckpoint) -> dict[str, Any]:
 
 
 def _load_everything(engine: Any, path: Path) -> None:
+    from megatron.checkpoint.engine import checkpoint_engine, without_wildcards  # imports DeepSpeed, which reading weights does without
+
     with checkpoint_engine(engine), without_wildcards(path.parent) as directory:
         loaded, _ = engine.load_checkpoint(str(directory), tag=path.name)
     assert loaded is not None, path

@@ -43,7 +43,7 @@ def together(work: Callable[[], T], *, only_rank: int | None = None) -> T | None
         except CheckpointError as error:
             failure, error_class = str(error), type(error)
         except OSError as error:
-            failure = f"{error.filename or 'the disk'}: {error.strerror or error}."
+            failure = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
     raise_first(gather((failure, error_class)))
     return result
 

@@ -56,6 +56,5 @@ def read_file(file: Path, *, mmap: bool, classes: list[Any] | None = None) -> An
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing.") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read: it is damaged or no file of PyTorch's ({type(error).__name__}: {str(error).splitlines()[0][:200]})."
-        ) from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"{file} cannot be read: it is damaged or no file of PyTorch's ({reason[:200]}).") from error

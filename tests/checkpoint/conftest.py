@@ -1,0 +1,77 @@
+"""What these tests share: three groups of processes do all the work that needs DeepSpeed (its import and start cost seconds each time)."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.testing.distributed import run_distributed
+from tests.checkpoint import rank_work
+
+ONE = [(dtype, stage) for dtype in ("fp32", "bf16") for stage in range(4)]
+TWO = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 3)]
+
+DISK_BYTES = 1 << 20
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="session")
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
+    """A disk of one mebibyte; None where none can be mounted."""
+    disk = tmp_path_factory.mktemp("disk")
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        yield None
+        return
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.fixture(scope="session")
+def one(root: Path, small_disk: Path | None) -> dict[str, Any]:
+    """What one process returned, by the name of the work."""
+    work: dict[str, tuple[Any, ...]] = {
+        "save_and_resume": (str(root), ONE),
+        "replace_same_step": (str(root / "replace"),),
+        "bad_client_states": (str(root / "bad"),),
+        "save_without_rng": (str(root / "without_rng"),),
+        "unwritable": (str(root / "file" / "run"),),
+    }
+    (root / "file").write_text("no directory")
+    if small_disk is not None:
+        work["fill_disk"] = (str(small_disk), DISK_BYTES - 80_000)
+    return run_distributed(rank_work.several, 1, work)[0]
+
+
+@pytest.fixture(scope="session")
+def two(root: Path, one: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each of two processes returned, by the name of the work."""
+    work = {
+        "save_and_resume": (str(root), TWO),
+        "load_at_another_size": (one["save_and_resume"]["fp32", 0]["saved"],),
+        "resume_in_other_stage": (str(root),),
+        "fill_up": (str(root / "full"),),
+    }
+    return run_distributed(rank_work.several, 2, work)
+
+
+@pytest.fixture(scope="session")
+def weight_paths(one: dict[str, Any], two: list[dict[str, Any]]) -> list[str]:
+    """Checkpoints of different stages and numbers of processes."""
+    return [results["save_and_resume"]["fp32", stage]["saved"] for results in (one, two[0]) for stage in (0, 1, 3)]
+
+
+@pytest.fixture(scope="session")
+def afterwards(weight_paths: list[str]) -> dict[str, Any]:
+    """What one process returned that loads the others' checkpoints, by the name of the work."""
+    zero0, zero1, _, _, two_zero1, _ = weight_paths
+    return run_distributed(rank_work.several, 1, {"load_weights_only": (weight_paths, [0, 2, 3], "fp32"), "refusals": (zero1, zero0, two_zero1)})[0]
