@@ -144,5 +144,7 @@ def _show_check(loaded: LoadedConfig, processes: int) -> int:
 
     from megatron.launcher.summary import summary, vocabulary
 
-    Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH).print(summary(loaded, processes, vocabulary(loaded.config.data)))
+    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    for part in summary(loaded, processes, vocabulary(loaded.config.data)):
+        console.print(part, soft_wrap=isinstance(part, str))  # sentences stay in one line, tables keep to the width
     return 0

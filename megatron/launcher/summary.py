@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -43,8 +43,8 @@ def vocabulary(data: DataConfig) -> Vocabulary:
         return Vocabulary(None, f"vocab_file '{data.vocab_file}' is not a tokenizer.json ({error})")
 
 
-def summary(loaded: LoadedConfig, processes: int, words: Vocabulary) -> RenderableType:
-    """Tables for a terminal: given keys with their defaults, parameters, batch and tokens, memory and FLOPs, notices."""
+def summary(loaded: LoadedConfig, processes: int, words: Vocabulary) -> list[RenderableType]:
+    """Tables and lines for a terminal: given keys with their defaults, parameters, batch and tokens, memory and FLOPs, notices."""
     sources = [*loaded.files, *(["command line"] if loaded.overrides else [])]
     without = "" if words.size is not None else f" without the vocabulary ({words.reason})"
     parts: list[RenderableType] = [
@@ -61,7 +61,7 @@ def summary(loaded: LoadedConfig, processes: int, words: Vocabulary) -> Renderab
         check_trainable(loaded.config, processes)
     except ConfigError as error:
         parts += [f"cannot train yet: {escape(problem)}" for problem in error.problems]
-    return Group(*parts)
+    return parts
 
 
 def _given(config: NeoXConfig) -> Table:

@@ -1,0 +1,164 @@
+"""deepy.py and the worker scripts as people call them, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFIG = """num_layers: 2
+hidden_size: 64
+num_attention_heads: 4
+seq_length: 32
+max_position_embeddings: 32
+pos_emb: rotary
+moe_num_experts: 4
+moe_top_k: 2
+train_iters: 100
+train_micro_batch_size_per_gpu: 4
+optimizer: {type: Adam, params: {lr: 1e-3}}
+data_path: data/x
+rope_fusion: true
+"""
+# A worker: what it was given, and whether anything heavy was imported on the way.
+SCRIPT = """import os, sys
+from megatron.launcher import config_from_argv
+loaded = config_from_argv(sys.argv[1:])
+print(loaded.config.model.num_layers, loaded.config.training.seed, sorted(loaded.files), loaded.overrides, loaded.config.checkpoint.iteration)
+print(sorted({"torch", "deepspeed", "numpy"} & set(sys.modules)), os.environ.get("DS_ACCELERATOR"))
+raise SystemExit(loaded.config.training.exit_interval or 0)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, repository: Path) -> Path:
+    """A directory with a space in its name that holds deepy.py's configuration and scripts."""
+    place = tmp_path / "a folder"
+    (place / "configs").mkdir(parents=True)
+    (place / "configs" / "small.yml").write_text(CONFIG)
+    (place / "worker.py").write_text(SCRIPT)
+    (place / "train.py").write_text(SCRIPT)
+    shutil.copy(repository / "deepy.py", place)
+    return place
+
+
+def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
+    environment.pop("DS_ACCELERATOR", None)
+    return subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("deepy.py", "worker.py", "-d", "configs", "small.yml", "-o", "seed=7"),
+        ("deepy.py", "worker.py", "small", "--conf_dir", "configs", "-o", "seed=7"),
+        ("deepy.py", "-d", "configs", "worker.py", "-o", "seed=7", "small"),
+        ("worker.py", "-d", "configs", "small", "-o", "seed=7"),
+        ("worker.py", "--local_rank=0", "-o", "seed=7", "-d", "configs", "small", "--deepspeed_config", "x"),
+    ],
+)
+def test_forms_of_the_command(folder: Path, words: tuple[str, ...]) -> None:
+    done = run(folder, *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "2 7 ['small.yml'] ('seed=7',) None"
+    assert done.stdout.splitlines()[1].startswith("[]"), "checking a configuration must import nothing heavy"
+    assert done.stderr.count("note: ") == 1
+
+
+def test_several_overrides_and_neox_s_flags(folder: Path) -> None:
+    words = ("-o", "seed=7", "num_layers=3", "-o", "load=x", "--iteration", "20", "--wandb_group", "a b")
+    done = run(folder, "deepy.py", "worker.py", "-d", "configs", "small", *words)
+    overrides = "('seed=7', 'num_layers=3', 'load=x', 'wandb_group=\"a b\"', 'iteration=20')"
+    assert done.stdout.splitlines()[0] == f"3 7 ['small.yml'] {overrides} 20"
+
+
+def test_one_process_without_a_gpu_gets_the_cpu_accelerator_and_passes_its_status_on(folder: Path) -> None:
+    done = run(folder, "deepy.py", "worker.py", "-d", "configs", "small", "-o", "exit_interval=7")
+    assert done.stdout.splitlines()[1] == "[] cpu"
+    assert done.returncode == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("deepy.py", "worker.py", "-d", "configs", "small", "-o", "moe_top_k=9"),
+            "deepy.py: 1 problem(s) in the configuration:\n  command line: 'moe_top_k' = 9: must be at most moe_num_experts (4); "
+            "moe_num_experts is given at configs/small.yml:7\n",
+        ),
+        (
+            ("worker.py", "-d", "configs", "smal"),
+            "worker.py: 1 problem(s) in the configuration:\n  configs/smal.yml: no such file; did you mean 'small.yml'?\n",
+        ),
+        (("deepy.py", "wrker.py", "-d", "configs", "small"), "deepy.py: wrker.py: no such script\n"),
+        (
+            ("worker.py",),
+            "worker.py: 1 problem(s) in the configuration:\n  no configuration files are given, such as: -d configs quickstart.yml\n",
+        ),
+        (
+            ("worker.py", "--megatron_config", "xyz"),
+            "worker.py: 1 problem(s) in the configuration:\n"
+            "  --megatron_config is not what deepy.py writes; start the script with deepy.py, or give it YAML files\n",
+        ),
+        (
+            ("deepy.py", "train.py", "-d", "configs", "small", "-o", "data_path=null", "train_batch_size=7"),
+            "deepy.py: 1 problem(s) in the configuration:\n  command line: 'train_batch_size' = 7: must be a multiple of "
+            "train_micro_batch_size_per_gpu (4); train_micro_batch_size_per_gpu is given at configs/small.yml:10\n",
+        ),
+        (
+            ("deepy.py", "train.py", "-d", "configs", "small", "-o", "data_path=null"),
+            "deepy.py: 1 problem(s) in the configuration:\n  'data_path' or 'train_data_paths' must be given: the tokens to train on\n",
+        ),
+        (
+            ("deepy.py", "worker.py", "-d", "configs", "small", "--eval_tasks", "piqa", "lambada"),
+            "deepy.py: 1 problem(s) in the configuration:\n  command line: 'eval_tasks' = ['piqa', 'lambada'] is not supported: "
+            "lm-eval tasks are not part of this version; eval.py measures text files (eval_text_files)\n",
+        ),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_a_sentence_and_status_2(folder: Path, words: tuple[str, ...], message: str) -> None:
+    done = run(folder, *words)
+    assert done.stderr == message
+    assert done.stdout == ""
+    assert done.returncode == 2
+
+
+def test_deepy_without_anything_says_how_to_call_it(folder: Path) -> None:
+    done = run(folder, "deepy.py")
+    assert done.returncode == 2
+    assert "name a script and its configuration files, such as: deepy.py train.py -d configs quickstart.yml" in done.stderr
+    assert run(folder, "deepy.py", "--help").returncode == 0
+
+
+def test_check_shows_what_will_happen_and_runs_nothing(folder: Path) -> None:
+    tokenizer = folder / "tokenizer.json"
+    words = ("deepy.py", "train.py", "-d", "configs", "small", "--check", "-o", "num_processes=2", f"vocab_file='{tokenizer}'")
+    done = run(folder, *words)
+    assert done.returncode == 0, done.stderr
+    assert "Given in small.yml, command line" in done.stdout
+    assert "does not exist yet" in done.stdout
+    shown = {" ".join(line.split()) for line in done.stdout.splitlines()}
+    assert "model num_layers 2 required" in shown
+    assert "moe moe_top_k 2 1" in shown
+    # 2 layers x 4 experts x two matrices of 64 x 256, of which a token meets 2 experts
+    assert "experts 262,144 131,072" in shown
+    assert "sequences per step 8 = 4 x 1 accumulation x 2 processes" in shown
+    assert "tokens per step 256" in shown
+    assert "steps, tokens in all 100, 25,600" in shown
+    assert any(line.startswith("memory per process") and "ZeRO stage 0" in line for line in shown)
+    assert "'rope_fusion' has no effect here" in done.stdout
+
+    tokenizer.write_text('{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "c": 2}, "unk_token": "a"}}')
+    done = run(folder, *words, "-o", "train_iters=null")
+    shown = {" ".join(line.split()) for line in done.stdout.splitlines()}
+    assert "vocabulary 3, padded to 128" in shown
+    assert "embedding 8,192 8,192" in shown
+    assert "cannot train yet: 'train_iters' must be given: the number of steps to train" in shown
+
+    tokenizer.write_text("{}")
+    assert "is not a tokenizer.json" in run(folder, *words).stdout

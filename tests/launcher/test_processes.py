@@ -1,0 +1,129 @@
+"""Several processes: signals reach each worker once and at the same time, statuses come back, nobody is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+# Stands in for DeepSpeed's local launcher where only its behaviour towards signals and statuses matters (DeepSpeed's own takes seconds to import).
+# Its path must contain the name by which the real one is recognised.
+STAND_IN = """import signal, subprocess, sys, time
+workers = [subprocess.Popen([sys.executable, sys.argv[1], sys.argv[2], str(rank)]) for rank in (0, 1)]
+def stop(number, frame):
+    for worker in workers:
+        worker.kill()
+    sys.exit(99)
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, stop)
+statuses = [worker.wait() for worker in workers]
+sys.exit(next((status for status in statuses if status), 0))
+"""
+# A worker that, on SIGTERM, waits until the other one has had its SIGTERM too (as a checkpoint does), takes its time, and notes how many came.
+WORKER = """import os, signal, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+rank = sys.argv[2] if len(sys.argv) > 2 and sys.argv[2] in "01" else os.environ["RANK"]
+signals = []
+signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
+(folder / f"started{rank}").write_text(str(os.getpid()))
+while not signals:
+    time.sleep(0.02)
+(folder / f"stopping{rank}").write_text("x")
+while not all((folder / f"stopping{other}").exists() for other in (0, 1)):
+    time.sleep(0.02)
+time.sleep(0.5)
+(folder / f"saved{rank}").write_text(str(len(signals)))
+"""
+RUN = """import sys
+from megatron.launcher.processes import run_until_done
+import os
+sys.exit(run_until_done(sys.argv[1:], os.environ, 2))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "deepspeed.launcher.launch.py").write_text(STAND_IN)
+    (tmp_path / "worker.py").write_text(WORKER)
+    return tmp_path
+
+
+def start(folder: Path, worker: str = "worker.py") -> subprocess.Popen[bytes]:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [sys.executable, "-c", RUN, sys.executable, str(folder / "deepspeed.launcher.launch.py"), str(folder / worker), str(folder)]
+    return subprocess.Popen(command, env=environment)
+
+
+def wait_for(*paths: Path, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not all(path.exists() and path.stat().st_size for path in paths):
+        assert time.monotonic() < end, f"{paths} did not appear"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGINT,), (signal.SIGINT, signal.SIGTERM, signal.SIGTERM)])
+def test_workers_stop_together_and_have_time_to_save(folder: Path, signals: tuple[signal.Signals, ...]) -> None:
+    process = start(folder)
+    wait_for(folder / "started0", folder / "started1")
+    for number in signals:
+        process.send_signal(number)
+    assert process.wait(30) == 0
+    assert [(folder / f"saved{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+
+
+def test_a_second_interrupt_after_a_while_ends_everything_at_once(folder: Path) -> None:
+    (folder / "stubborn.py").write_text(WORKER.replace("time.sleep(0.5)", "time.sleep(600)"))
+    process = start(folder, "stubborn.py")
+    wait_for(folder / "started0", folder / "started1")
+    process.send_signal(signal.SIGINT)
+    wait_for(folder / "stopping0", folder / "stopping1")
+    time.sleep(2.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 128 + signal.SIGKILL
+
+
+@pytest.mark.parametrize(("code", "status"), [("sys.exit(7)", 7), ("os.kill(os.getpid(), signal.SIGKILL)", 128 + signal.SIGKILL), ("pass", 0)])
+def test_the_workers_status_comes_back(folder: Path, code: str, status: int) -> None:
+    (folder / "short.py").write_text(f"import os, signal, sys\n{code}\n")
+    assert start(folder, "short.py").wait(30) == status
+
+
+def test_when_the_parent_is_killed_the_launcher_is_told(folder: Path) -> None:
+    process = start(folder)
+    wait_for(folder / "started0", folder / "started1")
+    commands = [Path("/proc") / (folder / f"started{rank}").read_text() / "cmdline" for rank in (0, 1)]
+    if not commands[0].exists():
+        pytest.skip("the kernel's notice of a parent's death is Linux's, and so is /proc")
+    assert all(b"worker.py" in command.read_bytes() for command in commands)
+    process.kill()
+    process.wait(10)
+    end = time.monotonic() + 10
+    while any(command.exists() and b"worker.py" in command.read_bytes() for command in commands):
+        assert time.monotonic() < end, "workers outlived the run"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_deepspeed_s_own_launcher(folder: Path, repository: Path) -> None:
+    (folder / "a.yml").write_text(
+        "num_layers: 2\nhidden_size: 64\nnum_attention_heads: 4\nseq_length: 32\nmax_position_embeddings: 32\nnum_gpus: 2\n"
+    )
+    command = [sys.executable, str(repository / "deepy.py"), "script.py", "a.yml"]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(repository)}
+    note = "(folder / f'environment{rank}').write_text(os.environ['WORLD_SIZE'] + os.environ['LOCAL_RANK'])\nsignals = []\n"
+    (folder / "script.py").write_text("import sys; sys.argv[1:] = ['.']\n" + WORKER.replace("signals = []\n", note))
+    process = subprocess.Popen(command, cwd=folder, env=environment)
+    wait_for(folder / "started0", folder / "started1", seconds=60)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert [(folder / f"saved{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+    assert [(folder / f"environment{rank}").read_text() for rank in (0, 1)] == ["20", "21"]
+
+    (folder / "script.py").write_text("raise SystemExit(7)\n")
+    assert subprocess.run(command, cwd=folder, env=environment, check=False).returncode == 7
