@@ -87,9 +87,7 @@ def load_or_build(dataset: IndexedDataset, documents: range, *, seq_length: int,
     if maps is not None:
         return maps
     try:
-        maps = build_index_maps(
-            dataset.sizes_N, np.arange(documents.start, documents.stop), seq_length=seq_length, num_samples=num_samples, seed=seed
-        )
+        maps = build_index_maps(dataset.sizes, np.arange(documents.start, documents.stop), seq_length=seq_length, num_samples=num_samples, seed=seed)
     except DatasetError as error:
         raise DatasetError(f"{dataset.prefix}: {error}; use more text or a shorter seq_length") from None
     written = publish(dataset.prefix, key, lambda directory: save(maps, directory))

@@ -53,6 +53,7 @@ class IndexedDataset:
 
     `prefix` is the path without `.bin`/`.idx`. The pair is checked here, once: raises DatasetError when a file is missing
     or the two do not belong together. Objects can be pickled; the files are mapped again on the other side.
+    `sizes` (int32 [N]) are the documents' tokens.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -62,7 +63,7 @@ class IndexedDataset:
         check_files_exist(self.prefix)
         self._index = map_bytes(self.idx_path)
         self.dtype, count, boundaries = read_header(self.idx_path, self._index)
-        self.sizes_N = np.frombuffer(self._index, "<i4", count, HEADER.size)
+        self.sizes = np.frombuffer(self._index, "<i4", count, HEADER.size)
         self.offsets_N = np.frombuffer(self._index, "<i8", count, HEADER.size + 4 * count)
         self.boundaries = np.frombuffer(self._index, "<i8", boundaries, HEADER.size + 12 * count)
         self._check_bin_size()
@@ -73,16 +74,11 @@ class IndexedDataset:
 
     def __len__(self) -> int:
         """Number of documents."""
-        return len(self.sizes_N)
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """int32 [N]: tokens of each document."""
-        return self.sizes_N
+        return len(self.sizes)
 
     @cached_property
     def num_tokens(self) -> int:
-        return int(self.sizes_N.sum(dtype=np.int64))
+        return int(self.sizes.sum(dtype=np.int64))
 
     @property
     def tokens(self) -> np.ndarray:
@@ -98,7 +94,7 @@ class IndexedDataset:
 
     def get(self, index: int, offset: int = 0, length: int | None = None) -> np.ndarray:
         """Tokens [offset, offset + length) of document `index`, a read-only view; to the document's end when `length` is None."""
-        size = int(self.sizes_N[index])
+        size = int(self.sizes[index])
         length = size - offset if length is None else length
         if not 0 <= offset <= offset + length <= size:
             raise IndexError(f"{self.prefix}: tokens {offset}..{offset + length} of document {index}, which has {size}")
@@ -119,9 +115,7 @@ class IndexedDataset:
                 f"({self.num_tokens:,} tokens of {self.dtype.itemsize} bytes): the two were not written together or a copy was cut short; "
                 "prepare or copy both again"
             )
-        if len(self) and (
-            self.offsets_N[0] != 0 or self.offsets_N[-1] + int(self.sizes_N[-1]) * self.dtype.itemsize != want or self.sizes_N.min() < 0
-        ):
+        if len(self) and (self.offsets_N[0] != 0 or self.offsets_N[-1] + int(self.sizes[-1]) * self.dtype.itemsize != want or self.sizes.min() < 0):
             raise DatasetError(f"{self.idx_path} is damaged: its document sizes and byte offsets contradict each other; prepare the data again")
 
 
