@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -103,7 +104,8 @@ def write_results(path: Path, content: Mapping[str, Any]) -> Path:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise InferenceError(f"eval_results_prefix: {path} cannot be written: {error.strerror or error}.") from error
     return path
 

@@ -41,7 +41,11 @@ class SampleFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as failure:  # tries again what `write` could not
+            if error is None:
+                raise self._explained(failure) from failure
 
     def _explained(self, error: OSError) -> InferenceError:
         return InferenceError(f"sample_output_file: {self.path} cannot be written: {error.strerror or error}.")
