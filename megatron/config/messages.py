@@ -54,7 +54,7 @@ def _describe_rule(problem: Problem, source: Source, defaults: dict[str, Any]) -
     given = [(path, place) for path in paths if (place := source.place_of(path[:1])) is not None]
     home = source.place_of(paths[0]) if source.place_of(paths[0][:1]) else (given[0][1] if given else None)
     elsewhere = [
-        f"{'.'.join(path)} is given at {place}"
+        f"{'.'.join(path)} is given {'on the' if place.line is None else 'at'} {place}"
         for path in paths[1:]
         if (place := source.place_of(path)) is not None and home is not None and place.file != home.file
     ]

@@ -68,9 +68,7 @@ def main(argv: Sequence[str]) -> int:
         launch = plan_launch(script, loaded, machine)
     except ConfigError as error:
         _stop(parser, str(error))
-    _note(loaded.notices)
     if launch.replaces:
-        sys.stderr.flush()
         os.execve(launch.argv[0], launch.argv, launch.env)
     return run_until_done(launch.argv, launch.env, launch.processes)
 
@@ -88,11 +86,9 @@ def config_from_argv(argv: Sequence[str]) -> LoadedConfig:
     try:
         if request.transported is not None:
             return decode(request.transported)
-        loaded = _load(request, request.words)
+        return _load(request, request.words)
     except ConfigError as error:
         _stop(parser, str(error))
-    _note(loaded.notices)
-    return loaded
 
 
 def _parser(program: str, positionals: str) -> argparse.ArgumentParser:
@@ -132,11 +128,6 @@ def _load(request: Request, names: Sequence[str]) -> LoadedConfig:
 
 def _stop(parser: argparse.ArgumentParser, sentence: str) -> NoReturn:
     parser.exit(_USAGE_STATUS, f"{parser.prog}: {sentence}\n")
-
-
-def _note(notices: Sequence[str]) -> None:
-    for notice in notices:
-        sys.stderr.write(f"note: {notice}\n")
 
 
 def _show_check(loaded: LoadedConfig, processes: int) -> int:

@@ -218,7 +218,7 @@ class TestOverrides:
             ("seed=[", "command line: 'seed=[': the value is not valid YAML: while parsing a flow node, did not find expected node content"),
             ("seed.x=1", "command line: 'seed.x': 'seed' is not a dictionary but 7"),
             ("moe_top_k=9", "command line: 'moe_top_k' = 9: must be at most moe_num_experts (1)"),
-            ("hidden_size=66", "a.yml:3: 'num_attention_heads' = 4: must divide hidden_size (66); hidden_size is given at command line"),
+            ("hidden_size=66", "a.yml:3: 'num_attention_heads' = 4: must divide hidden_size (66); hidden_size is given on the command line"),
             ("optimizer.params.mom=1", "command line: unknown key 'mom' in 'optimizer.params'; allowed: lr, betas, eps"),
         ],
     )

@@ -102,3 +102,21 @@ def test_memory(precision: str, stage: int, processes: int, bytes_: tuple[int, i
 
 def test_padded_vocabulary() -> None:
     assert [padded_vocabulary(size, 128) for size in (1, 128, 129, 50257)] == [128, 128, 256, 50304]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"pos_emb": "learned"},
+        {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "use_bias_in_mlp": False, "use_bias_in_attn_linear": False},
+        {"moe_num_experts": 4, "moe_expert_interval": 2, "no_weight_tying": True},
+        {"moe_num_experts": 4, "moe_expert_type": "structmoe", "moe_num_lores": 4, "moe_lore_rank": 8},
+        {"moe_num_experts": 4, "moe_expert_type": "structmoe", "activation": "geglu", "gpt_j_residual": True},
+    ],
+)
+def test_the_model_that_is_built_has_this_many(keys: dict[str, Any]) -> None:
+    from megatron.model import build_model
+
+    built = config(**keys)
+    model = build_model(built.model, built.moe, V, seed=1)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count_parameters(built.model, built.moe, V).total_sum
