@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -48,10 +49,16 @@ sys.exit(run_until_done(sys.argv[1:], os.environ, 2))
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """The stand-in and a worker; workers that a failing test leaves behind are ended by the ids that they wrote."""
     (tmp_path / "deepspeed.launcher.launch.py").write_text(STAND_IN)
     (tmp_path / "worker.py").write_text(WORKER)
-    return tmp_path
+    yield tmp_path
+    for started in tmp_path.glob("started?"):
+        pid = started.read_text()
+        command = Path("/proc") / pid / "cmdline"
+        if pid and command.exists() and str(tmp_path).encode() in command.read_bytes():
+            os.kill(int(pid), signal.SIGKILL)
 
 
 def start(folder: Path, worker: str = "worker.py") -> subprocess.Popen[bytes]:
