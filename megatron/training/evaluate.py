@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,11 +19,10 @@ def evaluate(
     first_batch: int,
     num_batches: int,
     masked_token: int | None,
-    progress: Callable[[int], None] | None = None,
 ) -> float:
     """Mean loss per token over `num_batches` micro-batches on every process, from micro-batch `first_batch` of the data's order.
 
-    It depends on its arguments only, so a resumed run evaluates on the same samples; nothing random is drawn. `progress` None: nobody is told how far it is.
+    It depends on its arguments only, so a resumed run evaluates on the same samples; nothing random is drawn.
     """
     stream = batches(
         dataset,
@@ -37,10 +35,8 @@ def evaluate(
     engine.eval()
     try:
         with torch.no_grad():
-            for index in range(num_batches):
+            for _ in range(num_batches):
                 tally.add(forward(engine, next(stream), masked_token=masked_token))
-                if progress is not None:
-                    progress(index + 1)
     finally:
         engine.train()
         stream.close()

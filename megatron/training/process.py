@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import socket
+import warnings
 
 import torch
 
@@ -14,17 +16,20 @@ from megatron.mpu.topology import Topology, current_topology
 def start_process(*, backend: str | None, threads: int | None) -> Topology:
     """Joins the other processes (or makes a group of one) through DeepSpeed and returns the topology.
 
-    `backend` None: nccl where there is a GPU, else gloo; nccl without a GPU becomes gloo. `threads` None: this machine's cores divided by its processes.
+    `backend` None: nccl where there is a GPU, else gloo; nccl without a GPU becomes gloo.
+    `threads` None: this machine's cores divided by its processes.
     """
     choose_accelerator()
     single_process_defaults(os.environ)
     torch.set_num_threads(threads or max(1, _cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
     import deepspeed
 
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)  # DeepSpeed's calls, not the user's
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("LOGLEVEL", "WARNING").upper())
     decline_compiled_collectives()
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(dist_backend=choose_backend(backend), auto_mpi_discovery=False, verbose=False)
+        atexit.register(end_process)
     return current_topology()
 
 

@@ -15,7 +15,7 @@ from megatron.config.neox import check_trainable
 from megatron.monitor.console import ProgressDisplay, configure_logging
 from megatron.mpu.topology import Topology
 from megatron.training.callbacks.build import build_callbacks, build_sinks
-from megatron.training.process import end_process, start_process
+from megatron.training.process import start_process
 from megatron.training.resume import resume
 from megatron.training.setup import build_trainer
 from megatron.training.trainer import Trainer
@@ -33,7 +33,6 @@ def train(loaded: LoadedConfig) -> Trainer:
     topology = start_process(backend=config.parallel.distributed_backend, threads=config.launcher.threads_per_process)
     console = configure_logging(rank=topology.rank, log_dir=config.logging.log_dir)
     with ExitStack() as cleanup:
-        cleanup.callback(end_process)
         check_trainable(config, topology.data_parallel_size)
         if config.checkpoint.save is not None:
             cleanup.callback(lock(Path(config.checkpoint.save), topology).close)

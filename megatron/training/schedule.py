@@ -22,7 +22,8 @@ class Schedule:
 def schedule_of(config: NeoXConfig) -> Schedule:
     """The schedule that a configuration asks for. It must have a learning rate and a number of steps (see check_trainable)."""
     peak, steps = config.optimizer.optimizer.params.lr, config.lr_decay_iters
-    assert peak is not None and steps is not None
+    assert peak is not None
+    assert steps is not None
     return Schedule(
         peak=peak,
         minimum=config.optimizer.min_lr,
@@ -35,8 +36,8 @@ def schedule_of(config: NeoXConfig) -> Schedule:
 def learning_rate(schedule: Schedule, steps_done: int) -> float:
     """The rate of the step that follows `steps_done` completed ones.
 
-    Linear warm-up from below `minimum` if need be, then constant, linear or cosine down to it. The cosine is not clamped at its end: it rises again when training goes on
-    longer than `decay_steps`, as in NeoX.
+    Linear warm-up from below `minimum` if need be, then constant, linear or cosine down to it. As in NeoX the cosine is not clamped at its end:
+    it rises again when training goes on longer than `decay_steps`.
     """
     peak, minimum, warmup = schedule.peak, schedule.minimum, schedule.warmup_steps
     if warmup > 0 and steps_done <= warmup:

@@ -34,8 +34,8 @@ class WatchdogCallback(Callback):
         )
         if state.skipped_in_a_row >= self.limit:
             raise TrainingDiverged(
-                f"The loss or its gradients were NaN or infinite for {state.skipped_in_a_row} steps in a row (max_nonfinite_steps: {self.limit}), up to "
-                f"step {state.iteration}. {way_back(trainer.last_checkpoint)} Try a lower lr, a longer warmup or a smaller gradient_clipping."
+                f"The loss or its gradients were NaN or infinite for {state.skipped_in_a_row} steps in a row (max_nonfinite_steps: {self.limit}), "
+                f"up to step {state.iteration}. {way_back(trainer.last_checkpoint)} Try a lower lr, a longer warmup or a smaller gradient_clipping."
             )
 
 

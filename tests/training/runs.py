@@ -1,0 +1,55 @@
+"""Training runs inside a test's own processes: what to train, and what to bring home from it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.config.loader import LoadedConfig
+from megatron.testing.tiny import TINY_STRUCTMOE, tiny_config
+
+
+def run_values(corpus: Path, save: Path | None, **overrides: Any) -> dict[str, Any]:
+    """Key values of a tiny StructMoE on the fox corpus; `save` None saves nothing."""
+    saving = {"save": str(save), "checkpoint_factor": 4} if save is not None else {}
+    return {
+        **TINY_STRUCTMOE,
+        "data_path": str(corpus),
+        "split": "80, 10, 10",
+        "tokenizer_type": "CharLevelTokenizer",
+        **saving,
+        **overrides,
+    }
+
+
+def train_losses(values: Mapping[str, Any]) -> list[float]:
+    """Trains in this process and returns the loss of every step (NaN as None). For run_distributed(..., backend=None)."""
+    from megatron.training.run import train
+
+    config = tiny_config(values)
+    metrics = Path(config.logging.metrics_file or Path(str(config.checkpoint.save)) / "metrics.jsonl")
+    train(LoadedConfig(config))
+    return losses_of(metrics)
+
+
+def losses_of(metrics: Path, key: str = "train/lm_loss") -> list[float]:
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [record[key] for record in records if key in record]
+
+
+def train_with_bad_losses(values: Mapping[str, Any], bad: Mapping[int, float]) -> list[float]:
+    """`train_losses`, but the micro-batch number n (from 0) of this process gets `bad[n]` added to its loss."""
+    from megatron.training import step
+
+    original, counter = step.forward, itertools.count()
+
+    def forward(*args: Any, **settings: Any) -> Any:
+        output = original(*args, **settings)
+        wrong = bad.get(next(counter))
+        return output if wrong is None else output._replace(loss=output.loss + wrong, lm_loss=output.lm_loss + wrong)
+
+    step.forward = forward
+    return train_losses(values)
