@@ -68,10 +68,10 @@ def _find_step(directory: Path, iteration: int, steps: list[int]) -> Path:
 
 
 def _find_latest(directory: Path, latest: Path, steps: list[int]) -> Path:
-    name = latest.read_text().strip()
+    name = latest.read_text(errors="replace").strip()
     step = layout.iteration_of(name)
     path = layout.path_of(directory, step) if step is not None else directory / name
-    if not name or Path(name).name != name:
+    if not name or not name.isprintable() or Path(name).name != name:
         raise CheckpointError(f"{latest} holds {name[:80]!r}, which names no directory beside it. {_offer(directory, steps)}")
     if not path.is_dir():
         raise CheckpointError(f"{latest} names {name}, which is missing. {_unfinished(directory)}{_offer(directory, steps)}")

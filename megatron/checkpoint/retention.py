@@ -9,6 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from megatron.checkpoint import layout
+from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.manifest import sync_directory
 
 
@@ -39,16 +40,26 @@ def prune(directory: Path | str, keep_last_n: int | None) -> list[Path]:
     """Deletes our checkpoints but the newest `keep_last_n` (None keeps all), oldest step first, and returns the deleted paths. One rank calls it.
 
     Other programs' checkpoints (no manifest) and the one `latest` names are never touched. A killed deletion is finished by the next call.
+    Raises CheckpointError when a checkpoint cannot be deleted.
     """
     directory = Path(directory)
     if keep_last_n is None or not directory.is_dir():
         return []
     if keep_last_n < 1:
         raise ValueError(f"keep_last_n_checkpoints = {keep_last_n}: must be at least 1.")
+    try:
+        return _delete_old(directory, keep_last_n)
+    except OSError as error:
+        raise CheckpointError(
+            f"Could not delete old checkpoints in {directory} (keep_last_n_checkpoints = {keep_last_n}): {error.strerror} ({error.filename})."
+        ) from error
+
+
+def _delete_old(directory: Path, keep_last_n: int) -> list[Path]:
     for leftover in directory.glob(".global_step*.deleting"):
         shutil.rmtree(leftover)
     latest = directory / layout.LATEST
-    protected = latest.read_text().strip() if latest.is_file() else None
+    protected = latest.read_text(errors="replace").strip() if latest.is_file() else None
     ours = [step for step in layout.iterations_in(directory) if (directory / layout.tag(step) / layout.MANIFEST).is_file()]
     doomed = [step for step in ours[:-keep_last_n] if layout.tag(step) != protected]
     for step in doomed:

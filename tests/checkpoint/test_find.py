@@ -102,7 +102,7 @@ def test_latest_names_a_missing_one(run: Path) -> None:
         find_checkpoint(run)
 
 
-@pytest.mark.parametrize("content", ["", "../elsewhere", "/etc"])
+@pytest.mark.parametrize("content", ["", "../elsewhere", "/etc", "\x00"])
 def test_latest_names_nothing_here(run: Path, content: str) -> None:
     (run / "latest").write_text(content)
     with says(f"holds {content!r}, which names no directory beside it. The newest whole checkpoint is that of iteration 100"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron.checkpoint import layout
+from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.retention import is_save_iteration, prune
 from tests.checkpoint.made import make_checkpoint
 
@@ -75,3 +76,11 @@ def test_nothing_to_do(tmp_path: Path) -> None:
     assert prune(tmp_path, None) == prune(tmp_path / "nowhere", 3) == []
     with pytest.raises(ValueError, match=r"keep_last_n_checkpoints = 0: must be at least 1"):
         prune(tmp_path, 0)
+
+
+def test_a_checkpoint_that_cannot_be_deleted(tmp_path: Path) -> None:
+    for iteration in (1, 2):
+        make_checkpoint(tmp_path, iteration)
+    layout.deleting(tmp_path, 1).write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"Could not delete old checkpoints in .*keep_last_n_checkpoints = 1\): Not a directory"):
+        prune(tmp_path, 1)
