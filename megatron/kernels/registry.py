@@ -6,7 +6,10 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Generic, TypeVar
+
+P = TypeVar("P")
+"""The protocol of an op: what its implementations supply."""
 
 LOGGER = logging.getLogger(__name__)
 
@@ -16,7 +19,7 @@ class KernelUnavailable(ValueError):
 
 
 @dataclass(frozen=True)
-class Implementation:
+class Implementation(Generic[P]):
     """One way to compute an op."""
 
     name: str
@@ -24,7 +27,7 @@ class Implementation:
     """Device types that it runs on."""
     unavailable: Callable[[], str | None]
     """Returns None where the implementation can run, else the reason it cannot."""
-    make: Callable[[], Any]
+    make: Callable[[], P]
     """Imports what it needs and returns the object that satisfies the op's protocol."""
 
     def reason_against(self, device: str) -> str | None:
@@ -35,21 +38,21 @@ class Implementation:
         return reason
 
 
-class Op:
+class Op(Generic[P]):
     """The implementations of one op, best first."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._known: dict[str, Implementation] = {}
-        self._objects: dict[tuple[str, str], Any] = {}
+        self._known: dict[str, Implementation[P]] = {}
+        self._objects: dict[tuple[str, str], P] = {}
 
-    def register(self, implementation: Implementation) -> None:
+    def register(self, implementation: Implementation[P]) -> None:
         """Append an implementation; earlier ones win under `auto`."""
         if implementation.name in self._known:
             raise ValueError(f"{self.name}: implementation '{implementation.name}' is registered twice; each name belongs to one implementation")
         self._known[implementation.name] = implementation
 
-    def implementations(self) -> tuple[Implementation, ...]:
+    def implementations(self) -> tuple[Implementation[P], ...]:
         """Everything registered, best first."""
         return tuple(self._known.values())
 
@@ -74,7 +77,7 @@ class Op:
         advice = f"; use {' or '.join(usable)}" if usable else ""
         raise KernelUnavailable(f"{self.name}: '{requested}' cannot run on {device} ({'; '.join(refused) or 'none is registered'}){advice}")
 
-    def resolve(self, requested: str, device: str) -> Any:
+    def resolve(self, requested: str, device: str) -> P:
         """The object that computes the op; made once per (request, device)."""
         key = (requested, device)
         if key not in self._objects:

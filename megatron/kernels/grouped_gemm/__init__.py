@@ -32,7 +32,7 @@ class GroupedGemm(Protocol):
         ...
 
 
-OP = Op("grouped_gemm")
+OP: Op[GroupedGemm] = Op("grouped_gemm")
 OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None, Reference))
 
 

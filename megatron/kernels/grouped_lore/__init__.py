@@ -1,7 +1,7 @@
 """The up-projection of StructMoE: every row through its expert's matrix plus its low-rank experts (LoREs). The one place this op is defined.
 
-Shapes:  R rows, sorted by expert;  E experts;  M LoREs per expert;  G = E*M LoREs, of rank Q;  D in;  F out;  L LoREs per row;  N = R*L LoRE rows,
-         sorted by LoRE (key e*M + m).
+Shapes:  R rows, sorted by expert;  E experts;  M LoREs per expert;  G = E*M LoREs, of rank Q;  D in;  F out;  L LoREs per row;
+         N = R*L LoRE rows, sorted by LoRE (key e*M + m).
     h_RF[r] = x_RD[r] @ weight_EFD[e]^T + sum over the LoREs g chosen for r of (pi * x_RD[r] @ a_GQD[g]^T) @ b_GQF[g]
 which is equation 2 of the StructMoE paper, H = x W_up + sum_i (x pi_i A_i) B_i, with W_up and A stored transposed as linear layers are.
 
@@ -16,46 +16,48 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.grouped_lore.reference import Reference
+from megatron.kernels.permute import Order
 from megatron.kernels.registry import Implementation, Op
 
 
-class LoreRows(NamedTuple):
-    """Which LoRE every row uses, and how strongly."""
+class LoreChoice(NamedTuple):
+    """Which LoREs every row uses, and how strongly."""
 
-    pi_N: Tensor
-    """Weights pi of the LoRE rows, in LoRE order."""
-    rows_G: Tensor
-    """int64: LoRE rows of each LoRE; LoRE g belongs to expert g // M."""
-    order_N: Tensor | None
-    """int64: the flat choice r*L + l that stands at place n. None: LoRE row n is row n of x (L = 1 and x already in LoRE order)."""
+    pi_RL: Tensor
+    """Weights pi of each row's LoREs."""
+    order: Order
+    """The R*L choices sorted by LoRE: `sort_by_group(e*M + m)`. LoRE g belongs to expert g // M, so the order keeps experts together."""
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class GroupedLore(Protocol):
     """What an implementation supplies."""
 
-    def forward(self, x_RD: Tensor, weight_EFD: Tensor, a_GQD: Tensor, b_GQF: Tensor, rows: LoreRows) -> tuple[Tensor, Tensor]:
+    def forward(self, x_RD: Tensor, weight_EFD: Tensor, a_GQD: Tensor, b_GQF: Tensor, choice: LoreChoice) -> tuple[Tensor, Tensor]:
         """(h_RF, u_NQ)."""
         ...
 
-    def backward(self, grad_RF: Tensor, x_RD: Tensor, weights: tuple[Tensor, Tensor, Tensor], rows: LoreRows, u_NQ: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of (x_RD, weight_EFD, a_GQD, b_GQF, pi_N); `weights` are (weight_EFD, a_GQD, b_GQF)."""
+    def backward(self, grad_RF: Tensor, x_RD: Tensor, weights: tuple[Tensor, Tensor, Tensor], choice: LoreChoice, u_NQ: Tensor) -> Gradients:
+        """Gradients of (x_RD, weight_EFD, a_GQD, b_GQF, pi_RL); `weights` are (weight_EFD, a_GQD, b_GQF)."""
         ...
 
 
-OP = Op("grouped_lore")
+OP: Op[GroupedLore] = Op("grouped_lore")
 OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None, Reference))
 
 
-def grouped_lore(x_RD: Tensor, weight_EFD: Tensor, a_GQD: Tensor, b_GQF: Tensor, rows: LoreRows, *, backend: str = "auto") -> Tensor:
+def grouped_lore(x_RD: Tensor, weight_EFD: Tensor, a_GQD: Tensor, b_GQF: Tensor, choice: LoreChoice, *, backend: str = "auto") -> Tensor:
     """h_RF as above. Raises ValueError on shapes that do not fit, KernelUnavailable where `backend` cannot run."""
     _check_weights(x_RD, weight_EFD, a_GQD, b_GQF)
-    if rows.rows_G.shape != a_GQD.shape[:1]:
-        raise ValueError(f"grouped_lore: row counts of shape {tuple(rows.rows_G.shape)} for {a_GQD.shape[0]} LoREs; give one count for each")
-    total, count = x_RD.shape[0], rows.pi_N.shape[0]
-    if (rows.order_N is None and count != total) or (total and count % total):
-        raise ValueError(f"grouped_lore: {count} LoRE weights for {total} rows; every row has the same number of LoREs, and one without an order")
-    lore_rows = [rows.rows_G] if rows.order_N is None else [rows.rows_G, rows.order_N]
-    return _grouped_lore(x_RD, [weight_EFD, a_GQD, b_GQF], rows.pi_N, lore_rows, backend)[0]
+    rows_G = choice.order.rows_G
+    if rows_G.shape != a_GQD.shape[:1]:
+        raise ValueError(f"grouped_lore: row counts of shape {tuple(rows_G.shape)} for {a_GQD.shape[0]} LoREs; give one count for each")
+    shapes = tuple(choice.pi_RL.shape), tuple(choice.order.inverse_TK.shape)
+    if choice.pi_RL.ndim != 2 or shapes[0] != shapes[1] or shapes[0][0] != x_RD.shape[0]:
+        raise ValueError(f"grouped_lore: weights {shapes[0]} and order of {shapes[1]} for {x_RD.shape[0]} rows; both are [rows, LoREs per row]")
+    return _grouped_lore(x_RD, [weight_EFD, a_GQD, b_GQF], choice.pi_RL, list(choice.order), backend)[0]
 
 
 def _check_weights(x_RD: Tensor, weight_EFD: Tensor, a_GQD: Tensor, b_GQF: Tensor) -> None:
@@ -71,53 +73,43 @@ def _check_weights(x_RD: Tensor, weight_EFD: Tensor, a_GQD: Tensor, b_GQF: Tenso
 
 
 @torch.library.custom_op("neox::grouped_lore", mutates_args=())
-def _grouped_lore(x_RD: Tensor, weights: list[Tensor], pi_N: Tensor, lore_rows: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
+def _grouped_lore(x_RD: Tensor, weights: list[Tensor], pi_RL: Tensor, order: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
     weight_EFD, a_GQD, b_GQF = weights
-    return OP.resolve(backend, x_RD.device.type).forward(x_RD, weight_EFD, a_GQD, b_GQF, _rows(pi_N, lore_rows))
+    return OP.resolve(backend, x_RD.device.type).forward(x_RD, weight_EFD, a_GQD, b_GQF, LoreChoice(pi_RL, Order(*order)))
 
 
 @torch.library.custom_op("neox::grouped_lore_backward", mutates_args=())
-def _grouped_lore_backward(
-    saved: list[Tensor], weights: list[Tensor], pi_N: Tensor, lore_rows: list[Tensor], backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _grouped_lore_backward(saved: list[Tensor], weights: list[Tensor], pi_RL: Tensor, order: list[Tensor], backend: str) -> Gradients:
     (grad_RF, x_RD, u_NQ), (weight_EFD, a_GQD, b_GQF) = saved, weights
     implementation = OP.resolve(backend, x_RD.device.type)
-    return implementation.backward(grad_RF, x_RD, (weight_EFD, a_GQD, b_GQF), _rows(pi_N, lore_rows), u_NQ)
-
-
-def _rows(pi_N: Tensor, lore_rows: list[Tensor]) -> LoreRows:
-    """An op's schema takes lists of tensors only: counts and, where there is one, the order."""
-    rows_G, *order = lore_rows
-    return LoreRows(pi_N, rows_G, order[0] if order else None)
+    return implementation.backward(grad_RF, x_RD, (weight_EFD, a_GQD, b_GQF), LoreChoice(pi_RL, Order(*order)), u_NQ)
 
 
 @_grouped_lore.register_fake
-def _(x_RD: Tensor, weights: list[Tensor], pi_N: Tensor, lore_rows: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
+def _(x_RD: Tensor, weights: list[Tensor], pi_RL: Tensor, order: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
     weight_EFD, a_GQD, _b = weights
-    return x_RD.new_empty(x_RD.shape[0], weight_EFD.shape[1]), x_RD.new_empty(pi_N.shape[0], a_GQD.shape[1])
+    return x_RD.new_empty(x_RD.shape[0], weight_EFD.shape[1]), x_RD.new_empty(pi_RL.numel(), a_GQD.shape[1])
 
 
 @_grouped_lore_backward.register_fake
-def _(
-    saved: list[Tensor], weights: list[Tensor], pi_N: Tensor, lore_rows: list[Tensor], backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad_x, grad_weight, grad_a, grad_b, grad_pi = (given.new_empty(given.shape) for given in (saved[1], *weights, pi_N))
+def _(saved: list[Tensor], weights: list[Tensor], pi_RL: Tensor, order: list[Tensor], backend: str) -> Gradients:
+    grad_x, grad_weight, grad_a, grad_b, grad_pi = (given.new_empty(given.shape) for given in (saved[1], *weights, pi_RL))
     return grad_x, grad_weight, grad_a, grad_b, grad_pi
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x_RD, weights, pi_N, lore_rows, ctx.backend = inputs
+    x_RD, weights, pi_RL, order, ctx.backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x_RD, *weights, pi_N, output[1], *lore_rows)
+    ctx.save_for_backward(x_RD, *weights, pi_RL, output[1], *order)
 
 
 def _backward(ctx: Any, grad_RF: Tensor | None, grad_u: None) -> tuple[Any, ...]:
-    x_RD, weight_EFD, a_GQD, b_GQF, pi_N, u_NQ, *lore_rows = ctx.saved_tensors
+    x_RD, weight_EFD, a_GQD, b_GQF, pi_RL, u_NQ, *order = ctx.saved_tensors
     if grad_RF is None:
-        return None, [None] * 3, None, [None] * len(lore_rows), None
+        return None, [None] * 3, None, [None] * 3, None
     weights = [weight_EFD, a_GQD, b_GQF]
-    grad_x, *grad_weights, grad_pi = _grouped_lore_backward([grad_RF, x_RD, u_NQ], weights, pi_N, lore_rows, ctx.backend)
-    return grad_x, grad_weights, grad_pi, [None] * len(lore_rows), None
+    grad_x, *grad_weights, grad_pi = _grouped_lore_backward([grad_RF, x_RD, u_NQ], weights, pi_RL, order, ctx.backend)
+    return grad_x, grad_weights, grad_pi, [None] * 3, None
 
 
 _grouped_lore.register_autograd(_backward, setup_context=_save)

@@ -46,7 +46,7 @@ class Permute(Protocol):
         ...
 
 
-OP = Op("permute")
+OP: Op[Permute] = Op("permute")
 OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None, Reference))
 
 

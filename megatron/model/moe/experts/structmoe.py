@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron.kernels.grouped_gemm import grouped_gemm
-from megatron.kernels.grouped_lore import LoreRows, grouped_lore
-from megatron.kernels.permute import Order, combine, permute, sort_by_group
+from megatron.kernels.grouped_lore import LoreChoice, grouped_lore
+from megatron.kernels.permute import Order, sort_by_group
 from megatron.model.initialization import Initializer, fill_each, zeros
 from megatron.model.moe.experts.grouped import GroupedExperts
 from megatron.model.moe.routers.topk import top_k
@@ -68,33 +68,13 @@ class StructMoEExperts(GroupedExperts):
         self.lores = LoREs(model, moe, init)
         self.num_lores = moe.moe_num_experts * moe.moe_num_lores
         self.backend = moe.kernel_backends.get("grouped_lore", "auto")
-        self.permute_backend = moe.kernel_backends.get("permute", "auto")
-        self._compute = self._in_lore_order if moe.moe_lore_top_k == 1 else self._in_expert_order
 
     def forward(self, x_RD: Tensor, rows_E: Tensor) -> tuple[Tensor, LoreRouting]:  # type: ignore[override]
         """(y_RD, the second routing, in the order of the given rows)."""
         routing, order = self.lores(x_RD, rows_E)
-        pi_N = permute(routing.weight_RL.reshape(-1, 1), _flat(order), backend=self.permute_backend)[:, 0]
-        return self._compute(x_RD, rows_E, order, pi_N), routing
 
-    def _in_lore_order(self, x_RD: Tensor, rows_E: Tensor, order: Order, pi_N: Tensor) -> Tensor:
-        """One LoRE a row: sort the rows by LoRE, which leaves each with its expert, and no LoRE product needs a gather of width F."""
-        rows = LoreRows(pi_N, order.rows_G, None)
-        y_RD = self._run(permute(x_RD, order, backend=self.permute_backend), rows_E, rows)
-        return combine(y_RD, order, backend=self.permute_backend)
-
-    def _in_expert_order(self, x_RD: Tensor, rows_E: Tensor, order: Order, pi_N: Tensor) -> Tensor:
-        """Several LoREs a row: the rows stay, and the op gathers and sums."""
-        return self._run(x_RD, rows_E, LoreRows(pi_N, order.rows_G, order.order_R))
-
-    def _run(self, x_RD: Tensor, rows_E: Tensor, rows: LoreRows) -> Tensor:
         def up(x_RD: Tensor, w1_EFD: Tensor) -> Tensor:
             a_GQD, b_GQF = self.lores.matrices()
-            return grouped_lore(x_RD, w1_EFD, a_GQD, b_GQF, rows, backend=self.backend)
+            return grouped_lore(x_RD, w1_EFD, a_GQD, b_GQF, LoreChoice(routing.weight_RL, order), backend=self.backend)
 
-        return self.mlp(x_RD, rows_E, up)
-
-
-def _flat(order: Order) -> Order:
-    """The order as one of R*L single choices, for what has one value per choice."""
-    return order._replace(inverse_TK=order.inverse_TK.view(-1, 1))
+        return self.mlp(x_RD, rows_E, up), routing

@@ -1,0 +1,218 @@
+"""Every op, every implementation that can run here, every edge: values and gradients against a definition written out row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron.kernels import grouped_gemm as gemm
+from megatron.kernels import grouped_lore as lore
+from megatron.kernels import permute as perm
+from megatron.kernels.backends import OPS
+from megatron.testing.devices import DEVICES
+
+ROWS = {"even": [3, 3, 3], "empty_expert": [5, 0, 4], "all_on_one": [0, 9, 0], "single_row": [1, 0, 0], "no_rows": [0, 0, 0]}
+D, F, M, Q = 7, 5, 2, 3
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 6e-2}
+
+
+def implementations(op: str) -> list[Any]:
+    return [pytest.param(implementation.name, id=f"{op}-{implementation.name}") for implementation in OPS[op].implementations()]
+
+
+def skip_unless_it_runs(op: str, backend: str, device: str) -> None:
+    reason = OPS[op].status(device)[backend]
+    if reason is not None:
+        pytest.skip(f"{op} {backend} on {device}: {reason}")
+
+
+class Draw:
+    """Random tensors from one seed."""
+
+    def __init__(self, dtype: torch.dtype, device: str) -> None:
+        self.generator, self.dtype, self.device = torch.Generator().manual_seed(0), dtype, device
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator).to(self.device, self.dtype).requires_grad_()
+
+
+def owners(rows: list[int]) -> list[int]:
+    return [e for e, count in enumerate(rows) for _ in range(count)]
+
+
+def check(ours: Callable[..., Tensor], definition: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+    """Same values and gradients; the definition is computed in float64."""
+    wide = tuple(t.detach().double().requires_grad_() for t in inputs)
+    got, wanted = ours(*inputs), definition(*wide)
+    grad = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(wanted.device)
+    tolerance = TOLERANCE[got.dtype]
+    torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
+    for g, w in zip(torch.autograd.grad(got, inputs, grad.to(got.dtype)), torch.autograd.grad(wanted, wide, grad), strict=True):
+        assert g.dtype == got.dtype
+        torch.testing.assert_close(g.double(), w, rtol=tolerance, atol=4 * tolerance)
+
+
+def gemm_definition(rows: list[int], transposed: bool) -> Callable[..., Tensor]:
+    def compute(x: Tensor, weight: Tensor) -> Tensor:
+        parts = [x[r] @ (weight[e].T if transposed else weight[e]) for r, e in enumerate(owners(rows))]
+        return torch.stack(parts) if parts else 0 * (x.sum() + weight.sum()) + x.new_zeros(0, F)
+
+    return compute
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+@pytest.mark.parametrize("backend", implementations("grouped_gemm"))
+def test_grouped_gemm(backend: str, rows: list[int], transposed: bool, dtype: torch.dtype, device: str) -> None:
+    skip_unless_it_runs("grouped_gemm", backend, device)
+    draw, counts = Draw(dtype, device), torch.tensor(rows, device=device)
+    inputs = draw(sum(rows), D), draw(len(rows), F, D) if transposed else draw(len(rows), D, F)
+    check(lambda x, w: gemm.grouped_gemm(x, w, counts, transposed=transposed, backend=backend), gemm_definition(rows, transposed), inputs)
+
+
+def lore_case(rows: list[int], choices: int) -> tuple[perm.Order, list[list[int]]]:
+    """Random LoREs of each row: the order by LoRE, and for each row the LoREs (numbered over all experts) that it uses."""
+    generator = torch.Generator().manual_seed(2)
+    local = [torch.randperm(M, generator=generator)[:choices] + e * M for e in owners(rows)]
+    chosen = torch.stack(local) if local else torch.zeros(0, choices, dtype=torch.int64)
+    return perm.sort_by_group(chosen, len(rows) * M), chosen.tolist()
+
+
+def lore_definition(rows: list[int], chosen: list[list[int]]) -> Callable[..., Tensor]:
+    """Equation 2, a row at a time."""
+
+    def compute(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, pi: Tensor) -> Tensor:
+        parts = []
+        for r, e in enumerate(owners(rows)):
+            h = weight[e] @ x[r]
+            for choice, g in enumerate(chosen[r]):
+                h = h + pi[r, choice] * (a[g] @ x[r]) @ b[g]
+            parts.append(h)
+        return torch.stack(parts) if parts else 0 * sum(t.sum() for t in (x, weight, a, b, pi)) + x.new_zeros(0, F)
+
+    return compute
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("choices", [1, 2])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+@pytest.mark.parametrize("backend", implementations("grouped_lore"))
+def test_grouped_lore(backend: str, rows: list[int], choices: int, dtype: torch.dtype, device: str) -> None:
+    skip_unless_it_runs("grouped_lore", backend, device)
+    draw, (order, chosen), groups = Draw(dtype, device), lore_case(rows, choices), len(rows) * M
+    inputs = draw(sum(rows), D), draw(len(rows), F, D), draw(groups, Q, D), draw(groups, Q, F), draw(sum(rows), choices)
+    order = perm.Order(*(t.to(device) for t in order))
+    check(lambda x, w, a, b, pi: lore.grouped_lore(x, w, a, b, lore.LoreChoice(pi, order), backend=backend), lore_definition(rows, chosen), inputs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("tokens", "top_k"), [(0, 1), (5, 1), (6, 2), (1, 3)])
+@pytest.mark.parametrize("backend", implementations("permute"))
+def test_permute_and_combine(backend: str, tokens: int, top_k: int, dtype: torch.dtype, device: str) -> None:
+    skip_unless_it_runs("permute", backend, device)
+    draw = Draw(dtype, device)
+    expert_TK = torch.randint(3, (tokens, top_k), generator=torch.Generator().manual_seed(3))
+    order = perm.Order(*(t.to(device) for t in perm.sort_by_group(expert_TK, 4)))
+    x, weight, scale = draw(tokens, D), draw(tokens, top_k), draw(tokens * top_k, 1)
+
+    flat = expert_TK.flatten().tolist()
+    by_expert = sorted(range(tokens * top_k), key=lambda choice: flat[choice])
+    assert order.order_R.tolist() == by_expert
+    assert order.rows_G.tolist() == [flat.count(e) for e in range(4)]
+    assert perm.permute(x, order, backend=backend).tolist() == [x[choice // top_k].tolist() for choice in by_expert]
+
+    def ours(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        rows = perm.permute(x, order, backend=backend) * scale
+        return perm.combine(rows, order, weight, backend=backend) + perm.combine(rows, order, backend=backend)
+
+    def definition(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        y = 0 * (x + weight.sum() + scale.sum())
+        for place, choice in enumerate(by_expert):
+            token, k = divmod(choice, top_k)
+            y = y + torch.nn.functional.one_hot(torch.tensor(token), tokens)[:, None].to(y) * x[token] * scale[place] * (1 + weight[token, k])
+        return y
+
+    check(ours, definition, (x, weight, scale))
+
+
+@pytest.mark.parametrize("backend", implementations("grouped_gemm"))
+def test_grouped_gemm_takes_any_strides(backend: str) -> None:
+    skip_unless_it_runs("grouped_gemm", backend, "cpu")
+    draw, counts = Draw(torch.float32, "cpu"), torch.tensor([4, 0, 2])
+    x, weight = draw(D, 6), draw(F, 3, D)
+    strided = gemm.grouped_gemm(x.t(), weight.permute(1, 2, 0), counts, backend=backend)
+    plain = gemm.grouped_gemm(x.t().contiguous(), weight.permute(1, 2, 0).contiguous(), counts, backend=backend)
+    torch.testing.assert_close(strided, plain)
+    for got, wanted in zip(torch.autograd.grad(strided.sum(), (x, weight)), torch.autograd.grad(plain.sum(), (x, weight)), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_the_ops_keep_pytorch_rules() -> None:
+    """Schemas, fake tensors and autograd registration, as torch checks them."""
+    draw, (order, _), counts = Draw(torch.float64, "cpu"), lore_case([4, 0, 2], 2), torch.tensor([4, 0, 2])
+    x, pi = draw(6, D), draw(6, 2)
+    weights = [draw(3, F, D), draw(6, Q, D), draw(6, Q, F)]
+    torch.library.opcheck(gemm._grouped_gemm, (x, weights[0], counts, True, "reference"))
+    torch.library.opcheck(lore._grouped_lore, (x, weights, pi, list(order), "reference"))
+    order = perm.sort_by_group(torch.tensor([[0, 1], [1, 0], [2, 0]]), 3)
+    torch.library.opcheck(perm._permute, (draw(3, D), order.order_R, order.inverse_TK, "reference"))
+    torch.library.opcheck(perm._combine, (x, order.order_R, order.inverse_TK, "reference"))
+    torch.library.opcheck(perm._weighted_combine, (x, order.order_R, order.inverse_TK, draw(3, 2), "reference"))
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+def test_gradcheck_of_the_lore_op(choices: int) -> None:
+    rows = [3, 0, 2]
+    draw, (order, _) = Draw(torch.float64, "cpu"), lore_case(rows, choices)
+    inputs = draw(5, 4), draw(3, 3, 4), draw(6, 2, 4), draw(6, 2, 3), draw(5, choices)
+    assert torch.autograd.gradcheck(lambda x, w, a, b, pi: lore.grouped_lore(x, w, a, b, lore.LoreChoice(pi, order)), inputs)
+
+
+def test_two_runs_are_equal_bit_for_bit() -> None:
+    def gradients() -> list[Tensor]:
+        draw = Draw(torch.float32, "cpu")
+        x, weight = draw(64, D), draw(64, 2)
+        order = perm.sort_by_group(torch.randint(5, (64, 2), generator=torch.Generator().manual_seed(4)), 5)
+        y = perm.combine(perm.permute(x, order).tanh(), order, weight)
+        return [y, *torch.autograd.grad(y.square().sum(), (x, weight))]
+
+    assert all(torch.equal(one, two) for one, two in zip(gradients(), gradients(), strict=True))
+
+
+COUNTS = torch.tensor([1, 1])
+ORDER = perm.sort_by_group(torch.tensor([[0], [1]]), 2)
+CHOICE = lore.LoreChoice(torch.ones(2, 1), ORDER)
+
+
+def z(*shape: int) -> Tensor:
+    return torch.zeros(shape)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: gemm.grouped_gemm(z(2, 3), z(2, 4, 5), COUNTS), r"x \(2, 3\) must be \[rows, in\] and the weight \(2, 4, 5\) \[experts, in, out\]"),
+        (lambda: gemm.grouped_gemm(z(2, 3), z(2, 3, 5), COUNTS, transposed=True), r"\[experts, out, in\]"),
+        (lambda: gemm.grouped_gemm(z(2, 3), z(3, 3, 5), COUNTS), r"row counts of shape \(2,\) for 3 experts; give one count for each"),
+        (lambda: gemm.grouped_gemm(z(3, 3), z(2, 3, 5), COUNTS), "row counts sum to 2, but there are 3 rows"),
+        (lambda: lore.grouped_lore(z(2), z(2, 5, 3), z(2, 2, 3), z(2, 2, 5), CHOICE), "weights three-dimensional"),
+        (lambda: lore.grouped_lore(z(2, 3), z(2, 5, 3), z(2, 2, 4), z(2, 2, 5), CHOICE), "do not fit: weight is"),
+        (lambda: lore.grouped_lore(z(2, 3), z(2, 5, 3), z(3, 2, 3), z(3, 2, 5), CHOICE), "3 LoREs cannot be shared out among 2 experts"),
+        (lambda: lore.grouped_lore(z(2, 3), z(2, 5, 3), z(4, 2, 3), z(4, 2, 5), CHOICE), r"row counts of shape \(2,\) for 4 LoREs"),
+        (lambda: lore.grouped_lore(z(3, 3), z(2, 5, 3), z(2, 2, 3), z(2, 2, 5), CHOICE), r"weights \(2, 1\) and order of \(2, 1\) for 3 rows"),
+        (lambda: perm.permute(z(3, 4), ORDER), "permute: 3 tokens for an order of 2"),
+        (lambda: perm.combine(z(3, 4), ORDER), "combine: 3 rows for an order of 2"),
+        (lambda: perm.combine(z(2, 4), ORDER, z(2, 2)), r"weights \(2, 2\) for choices \(2, 1\)"),
+    ],
+)
+def test_shapes_that_do_not_fit(call: Callable[[], Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
