@@ -34,8 +34,11 @@ def evaluate(config: NeoXConfig, console: Console, reporter: Reporter) -> Path:
     stride = resolve_stride(config.evaluation, config.model.seq_length)
     texts = read_texts(config.evaluation)
     ready = load_ready_model(config)
+    log.info("%s, windows of %d tokens that move by %d.", ready.description, ready.context_length, stride)
     scores = {name: _score(ready, name, text, stride=stride, reporter=reporter) for name, text in texts.items()}
     console.print(results_table(scores))
+    first = "a uniform guess" if ready.tokenizer.eod is None else "predicted from the end-of-document token"
+    log.info("Loss in nats per token. Bits per byte: -log2 p of all tokens, the first one %s, over the bytes of the text in UTF-8.", first)
     for name in (name for name, score in scores.items() if not score.exact):
         log.warning("%s: the tokenizer does not give this text back as it was, so its bits per byte leave something out.", name)
     path = write_results(results_path(config.evaluation.eval_results_prefix), results(ready, scores, stride))

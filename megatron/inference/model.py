@@ -67,14 +67,23 @@ class ReadyModel:
         """Number format of the weights."""
         return next(self.gpt.parameters()).dtype
 
+    @property
+    def description(self) -> str:
+        """Which model this is, for people: path, step, number format, device."""
+        step = "" if self.iteration is None else f", step {self.iteration}"
+        return f"{self.path}{step}, {str(self.dtype).removeprefix('torch.')} on {self.device}"
+
 
 def load_ready_model(config: NeoXConfig) -> ReadyModel:
     """The model of the checkpoint that the configuration names (`load`, else `save`; `iteration`, else the newest), on a GPU where there is one.
 
+    On a CPU it runs with `threads_per_process` threads where that is given.
     Raises ConfigError when no directory is named or the checkpoint is of another architecture, CheckpointError when it cannot be read,
     TokenizerError, and InferenceError when the tokenizer is another one than the model was trained with.
     """
     directory = checkpoint_directory(config.checkpoint)
+    if config.launcher.threads_per_process is not None:
+        torch.set_num_threads(config.launcher.threads_per_process)
     tokenizer = build_tokenizer(config.data)
     path = find_checkpoint(directory, config.checkpoint.iteration)
     weights = load_model_weights(path)

@@ -42,8 +42,7 @@ def generate(config: NeoXConfig, console: Console, read_line: Callable[[str], st
 
 def announce(ready: ReadyModel, inference: InferenceConfig, source: Source, seed: int) -> None:
     sampling = sampling_of(inference)
-    step = "" if ready.iteration is None else f", step {ready.iteration}"
-    log.info("%s%s, %s on %s, %s.", ready.path, step, str(ready.dtype).removeprefix("torch."), ready.device, source)
+    log.info("%s, %s.", ready.description, source)
     if not sampling.is_greedy:
         log.info("temperature %g, top_k %d, top_p %g, seed %d.", *sampling, seed)
     elif sampling.top_k or sampling.top_p:

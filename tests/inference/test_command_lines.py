@@ -59,6 +59,8 @@ def test_eval_measures_a_file(run: Any, checkpoint: dict[str, Any], yaml_file: W
     score = json.loads(path.read_text())["results"]["text.txt"]
     assert f"{score['bits_per_byte']:.4f}" in finished.stdout
     assert f"Results written to {path.name}." in finished.stdout
+    assert f"{checkpoint['load']}/global_step2, step 2, float32 on cpu, windows of 32 tokens that move by 16." in finished.stdout
+    assert "-log2 p of all tokens, the first one predicted from the end-of-document token" in finished.stdout
 
 
 def test_at_a_terminal_a_conversation_begins(run: Any, checkpoint: dict[str, Any], yaml_file: Write) -> None:
@@ -72,17 +74,17 @@ def test_at_a_terminal_a_conversation_begins(run: Any, checkpoint: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("script", "changes", "status", "sentence"),
+    ("case", "status", "sentence"),
     [
-        ("generate.py", {"load": "nowhere"}, 1, "nowhere does not exist: there is no checkpoint to load."),
-        ("eval.py", {}, 2, "'eval_text_files' must be given"),
+        (("generate.py", {"load": "nowhere"}), 1, "nowhere does not exist: there is no checkpoint to load."),
+        (("eval.py", {}), 2, "'eval_text_files' must be given"),
     ],
 )
 def test_mistakes_get_a_sentence(
-    run: Any, checkpoint: dict[str, Any], yaml_file: Write, script: str, changes: dict[str, Any], status: int, sentence: str
+    run: Any, checkpoint: dict[str, Any], yaml_file: Write, case: tuple[str, dict[str, Any]], status: int, sentence: str
 ) -> None:
-    keys = {key: value for key, value in {**checkpoint, **changes}.items() if value is not None}
-    finished = run(script, yaml_file(keys))
+    script, changes = case
+    finished = run(script, yaml_file({**checkpoint, **changes}))
     assert finished.returncode == status
     assert sentence in finished.stderr
     assert "Traceback" not in finished.stderr
@@ -114,6 +116,7 @@ def test_what_was_trained_is_generated_from_and_measured(run: Any, yaml_file: Wr
         "eval_interval": 100,
         "save": "run",
         "checkpoint_factor": 100,
+        "threads_per_process": 1,
         "maximum_tokens": 6,
         "eval_text_files": ["text.txt"],
     }

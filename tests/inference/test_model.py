@@ -112,6 +112,15 @@ def test_no_checkpoint_there(checkpoint: dict[str, Any], tmp_path: Path) -> None
         load(checkpoint, load=str(tmp_path / "nothing"))
 
 
+def test_threads(checkpoint: dict[str, Any]) -> None:
+    before = torch.get_num_threads()
+    try:
+        load(checkpoint, threads_per_process=before + 1)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_tied_embeddings(tmp_path: Path) -> None:
     config = lively_config(no_weight_tying=False, load=str(tmp_path))
     write_checkpoint(tmp_path, config, build_ready(config).gpt)
