@@ -16,18 +16,25 @@ INTERRUPTED_STATUS = 130
 def exit_status(work: Callable[[], object]) -> int:
     """Does `work` and returns the script's exit status: 0, 2 for a mistake in the configuration, 1 for another failure, 130 after Ctrl-C.
 
-    An exception whose class this package defines explains itself to the user, so its message alone goes to standard error. Any other one is a bug
-    and leaves its traceback.
+    An exception whose class this package defines explains itself to the user, so its message alone goes to standard error; so does what the system
+    refused (a full disk, a missing permission). Any other exception is a bug and leaves its traceback.
     """
     try:
         work()
     except KeyboardInterrupt:
         sys.stderr.write("\nInterrupted.\n")
         return INTERRUPTED_STATUS
+    except OSError as error:
+        sys.stderr.write(f"{_speaker()}{error.filename or 'The system'}: {error.strerror or error}.\n")
+        return FAILURE_STATUS
     except Exception as error:
         if type(error).__module__.split(".")[0] != "megatron":
             raise
-        rank = int(os.environ.get("RANK", "0"))
-        sys.stderr.write(f"{f'[process {rank}] ' if rank else ''}{error}\n")
+        sys.stderr.write(f"{_speaker()}{error}\n")
         return CONFIGURATION_STATUS if isinstance(error, ConfigError) else FAILURE_STATUS
     return 0
+
+
+def _speaker() -> str:
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"[process {rank}] "

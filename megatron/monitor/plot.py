@@ -11,14 +11,18 @@ from megatron.monitor.jsonl import read_jsonl
 LOAD = "moe/expert_load"
 
 
+class NothingToDraw(ValueError):
+    """A metrics file without a loss in it."""
+
+
 def plot_metrics(metrics_file: Path, picture: Path, *, title: str) -> None:
-    """Draws `picture` (PNG) from a metrics.jsonl. The file appears whole or not at all. Raises ValueError when there is no loss to draw."""
+    """Draws `picture` (PNG) from a metrics.jsonl. The file appears whole or not at all. Raises NothingToDraw when it has no loss."""
     from matplotlib.figure import Figure
 
     records = list(read_jsonl(metrics_file))
     train = _series(records, "train/lm_loss")
     if not train[0]:
-        raise ValueError(f"{metrics_file}: no line has train/lm_loss, so there is nothing to draw")
+        raise NothingToDraw(f"{metrics_file}: no line has train/lm_loss, so there is nothing to draw")
     loads = [(record["iteration"], record[LOAD]) for record in records if record.get(LOAD)]
     figure = Figure(figsize=(11, 4.2 if loads else 4), layout="constrained")
     figure.suptitle(title)

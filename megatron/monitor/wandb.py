@@ -12,7 +12,7 @@ from megatron.monitor.sink import SinkUnavailable, Value, scalars
 class WandbSink:
     """Raises SinkUnavailable when the package is missing or the service refuses the run."""
 
-    def __init__(self, logging: LoggingConfig, config: dict[str, Any], *, run_name: str | None) -> None:
+    def __init__(self, logging: LoggingConfig, config: dict[str, Any], *, rank: int) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -21,7 +21,7 @@ class WandbSink:
             self._run = wandb.init(
                 project=logging.wandb_project,
                 group=logging.wandb_group,
-                name=run_name,
+                name=_run_name(logging.wandb_run_name, rank),
                 entity=logging.wandb_team,
                 config=config,
                 settings=wandb.Settings(base_url=logging.wandb_host, silent=True),
@@ -33,4 +33,9 @@ class WandbSink:
         self._run.log(scalars(values), step=iteration)
 
     def close(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
+
+
+def _run_name(name: str | None, rank: int) -> str | None:
+    """The configured name, with the rank where several processes have a run each; None lets wandb choose."""
+    return name if name is None or rank == 0 else f"{name}-rank{rank}"

@@ -16,6 +16,8 @@ from megatron.training.state import TrainingState
 from megatron.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
+OWN_SETTINGS = ("betas", "eps", "weight_decay")
+"""Settings of an optimizer's parameter groups that this run's configuration decides, not the checkpoint."""
 
 
 class Start(NamedTuple):
@@ -33,6 +35,7 @@ def resume(trainer: Trainer) -> None:
         log.info("Starting from new weights.")
         return
     path = find_checkpoint_together(start.directory, config.iteration)
+    settings = [{key: group[key] for key in OWN_SETTINGS} for group in trainer.engine.optimizer.param_groups]
     client_state = load_checkpoint(
         trainer.engine,
         path,
@@ -40,6 +43,8 @@ def resume(trainer: Trainer) -> None:
         load_rng=start.go_on and not config.no_load_rng,
         expected_args=trainer.checkpoint_args,
     )
+    for group, own in zip(trainer.engine.optimizer.param_groups, settings, strict=True):
+        group.update(own)
     if not start.go_on:
         log.info("Starting at step 0 from the weights of %s.", path)
         return

@@ -39,8 +39,7 @@ def train(loaded: LoadedConfig) -> Trainer:
         trainer = build_trainer(config, topology)
         announce(trainer, loaded)
         resume(trainer)
-        sinks = build_sinks(trainer) if topology.is_first else []
-        trainer.callbacks = build_callbacks(trainer, loaded, sinks, display(trainer, console))
+        trainer.callbacks = build_callbacks(trainer, loaded, build_sinks(trainer), display(trainer, console))
         for callback in trainer.callbacks:
             cleanup.callback(callback.close)
         trainer.fit()

@@ -49,15 +49,20 @@ def build_callbacks(trainer: Trainer, loaded: LoadedConfig, sinks: Sequence[Sink
 
 
 def build_sinks(trainer: Trainer) -> list[Sink]:
-    """Where the first process writes its numbers. Raises SinkUnavailable for one that was asked for and cannot be had."""
-    config, iteration = trainer.config, trainer.state.iteration
+    """Where this process writes its numbers: the first one everywhere, the others to Weights & Biases when `wandb_init_all_ranks` is on.
+
+    Raises SinkUnavailable for a destination that was asked for and cannot be had.
+    """
+    config, iteration, first = trainer.config, trainer.state.iteration, trainer.topology.is_first
     sinks: list[Sink] = []
+    if config.logging.use_wandb and (first or config.logging.wandb_init_all_ranks):
+        sinks.append(WandbSink(config.logging, config.flat(), rank=trainer.topology.rank))
+    if not first:
+        return sinks
     if (path := metrics_path(config.logging, config.checkpoint.save)) is not None:
         sinks.append(JsonlSink(path, resume_from=iteration))
     if config.logging.tensorboard_dir is not None:
         sinks.append(TensorboardSink(config.logging.tensorboard_dir, resume_from=iteration))
-    if config.logging.use_wandb:
-        sinks.append(WandbSink(config.logging, config.flat(), run_name=config.logging.wandb_run_name))
     return sinks
 
 

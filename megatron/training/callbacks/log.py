@@ -44,7 +44,7 @@ class Window:
 
 
 class LogCallback(Callback):
-    """`sinks` and `display` are empty and None on all processes but the first. `flops_per_token`: forward and backward, active parameters only."""
+    """`display` is None where there is none to see it. `flops_per_token`: forward and backward, active parameters only."""
 
     def __init__(self, config: LoggingConfig, sinks: Sequence[Sink], display: ProgressDisplay | None, *, flops_per_token: float) -> None:
         self.config = config

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron.monitor.plot import plot_metrics
+from megatron.monitor.plot import NothingToDraw, plot_metrics
 from megatron.training.callbacks.base import Callback
 
 if TYPE_CHECKING:
@@ -23,6 +23,11 @@ class PlotCallback(Callback):
         self.picture = picture
 
     def after_training(self, trainer: Trainer) -> None:
-        if trainer.topology.is_first and trainer.state.iteration:
+        if not trainer.topology.is_first:
+            return
+        try:
             plot_metrics(self.metrics_file, self.picture, title=str(self.metrics_file.parent))
+        except NothingToDraw as error:
+            log.warning("No picture: %s.", error)
+        else:
             log.info("Losses and expert load by step: %s (numbers in %s)", self.picture, self.metrics_file)

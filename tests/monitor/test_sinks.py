@@ -1,0 +1,86 @@
+"""Files and dashboards get what they are given, and resumed runs leave one record of each step."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron.config.logging import LoggingConfig
+from megatron.monitor.jsonl import JsonlSink, read_jsonl
+from megatron.monitor.sink import SinkUnavailable, scalars
+from megatron.monitor.tensorboard import TensorboardSink
+from megatron.monitor.wandb import WandbSink
+
+
+def write_steps(path: Path, steps: range, *, resume_from: int) -> None:
+    sink = JsonlSink(path, resume_from=resume_from)
+    for step in steps:
+        sink.write(step, {"train/lm_loss": float(step)})
+    sink.close()
+
+
+def test_jsonl_of_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
+    path = tmp_path / "run/metrics.jsonl"
+    write_steps(path, range(1, 8), resume_from=0)
+    write_steps(path, range(5, 10), resume_from=4)
+    assert [record["iteration"] for record in read_jsonl(path)] == list(range(1, 10))
+
+
+def test_jsonl_survives_a_line_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, range(1, 4), resume_from=0)
+    with path.open("a") as file:
+        file.write('{"iteration": 4, "train/lm_l')
+    write_steps(path, range(4, 6), resume_from=3)
+    assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
+
+
+def test_jsonl_is_strict_json_for_nan_and_keeps_tables(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path, resume_from=0)
+    sink.write(1, {"train/lm_loss": math.nan, "train/grad_norm": math.inf, "moe/expert_load": [[1, 2]]})
+    assert path.read_text() == '{"iteration": 1, "train/lm_loss": null, "train/grad_norm": null, "moe/expert_load": [[1, 2]]}\n'
+
+
+def test_scalars_leave_tables_out() -> None:
+    assert scalars({"a": 1, "b": [[1]]}) == {"a": 1.0}
+
+
+def test_tensorboard_writes_events(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
+    sink = TensorboardSink(str(tmp_path), resume_from=0)
+    sink.write(3, {"train/lm_loss": 2.5, "moe/expert_load": [[1, 2]]})
+    sink.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["train/lm_loss"]
+    assert [(event.step, event.value) for event in events.Scalars("train/lm_loss")] == [(3, 2.5)]
+
+
+def test_tensorboard_missing_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SinkUnavailable, match="tensorboard_dir: .* needs the package 'tensorboard'"):
+        TensorboardSink(str(tmp_path), resume_from=0)
+
+
+def test_wandb_missing_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SinkUnavailable, match="use_wandb: true needs the package 'wandb'"):
+        WandbSink(LoggingConfig(use_wandb=True), {}, rank=0)
+
+
+def test_wandb_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="the package wandb is not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    sink = WandbSink(LoggingConfig(use_wandb=True, wandb_run_name="fox"), {"num_layers": 2}, rank=1)
+    sink.write(1, {"train/lm_loss": 2.5})
+    assert sink._run.name == "fox-rank1"
+    sink.close()
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
