@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 
+from megatron.data.tokenizer.huggingface import HFTokenizer
 from megatron.inference import score
 from megatron.inference.errors import InferenceError
 from megatron.inference.model import ReadyModel
@@ -19,7 +26,7 @@ TEXT = "My fellow citizens, the state of the Union — as ever — is strong, an
 
 def naive_losses(ready: ReadyModel, tokens: list[int], stride: int) -> list[float]:
     """-log p of each token by itself: everything before it that its window holds goes through the model, alone, for that one prediction."""
-    text = [0, *tokens]
+    text = [ready.tokenizer.eod, *tokens]
     length, losses = ready.context_length, []
     end, begin = min(length, len(tokens)), 0
     for i in range(len(tokens)):
@@ -49,6 +56,29 @@ def test_bits_per_byte_is_the_sum_over_all_bytes(any_ready: ReadyModel) -> None:
     assert result.loss == pytest.approx(nats / result.tokens, rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(nats / result.tokens), rel=1e-5)
     assert result.exact
+
+
+def byte_pair_tokenizer(path: Path) -> HFTokenizer:
+    """A tokenizer whose tokens are longer than a byte, and whose end of a document is not id 0."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    trainer = BpeTrainer(vocab_size=290, special_tokens=["<unused>", "<|endoftext|>"], initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.save(str(path))
+    return HFTokenizer(path)
+
+
+def test_bits_are_per_byte_not_per_token(tmp_path: Path) -> None:
+    tokenizer = byte_pair_tokenizer(tmp_path / "tokenizer.json")
+    ready = build_ready(lively_config(), tokenizer)
+    tokens = tokenizer.encode(TEXT)
+    assert tokenizer.eod == 1
+    assert len(tokens) < len(TEXT.encode())
+    nats = sum(naive_losses(ready, tokens, 16))
+    result = score_text(ready, TEXT, stride=16)
+    assert (result.tokens, result.bytes, result.exact) == (len(tokens), len(TEXT.encode()), True)
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / len(TEXT.encode()), rel=1e-5)
+    assert result.loss == pytest.approx(nats / len(tokens), rel=1e-5)
 
 
 def test_the_size_of_a_batch_changes_nothing(ready: ReadyModel, monkeypatch: pytest.MonkeyPatch) -> None:
