@@ -17,6 +17,8 @@ from megatron.data.indexed import DatasetError
 from megatron.data.split import SPLITS
 
 TRAIN, VALID, TEST = range(3)
+RECENT = "recent"
+"""An extra file with the newest training documents once more, so that a configuration can give them weight."""
 FEW_DOCUMENTS = 100
 SNAP_BYTES = 10_000
 
@@ -48,12 +50,18 @@ class HoldOut(Protocol):
 
 @dataclass(frozen=True)
 class ByDocument:
-    """Whole documents. `codes_N` holds TRAIN, VALID or TEST for each."""
+    """Whole documents. `codes_N` holds TRAIN, VALID or TEST for each; training documents from number `recent_from` on are pieces of RECENT as well.
+
+    `recent_from` None: there is no such file.
+    """
 
     codes_N: np.ndarray
+    recent_from: int | None = None
 
     def pieces(self, number: int, text: str) -> list[tuple[str, str]]:
-        return [(SPLITS[self.codes_N[number]], text)]
+        code = self.codes_N[number]
+        again = [(RECENT, text)] if self.recent_from is not None and code == TRAIN and number >= self.recent_from else []
+        return [(SPLITS[code], text), *again]
 
 
 @dataclass(frozen=True)
@@ -86,10 +94,11 @@ def snap(data: bytes, position: int) -> int:
 
 @dataclass(frozen=True)
 class Newest:
-    """For documents in order of time: test = the newest, as many as make `test_bytes`; valid = the newest before them."""
+    """For documents in order of time: test = the newest, as many as make `test_bytes`; valid = the newest before them; recent = the newest before those."""
 
     valid_bytes: int
     test_bytes: int
+    recent_bytes: int = 0
 
     def divide(self, survey: Survey) -> ByDocument:
         from_end_N = np.cumsum(np.array(survey.sizes)[::-1])[::-1]
@@ -98,7 +107,9 @@ class Newest:
         tested = int(np.array(survey.sizes)[codes_N == TEST].sum())
         codes_N[(codes_N == TRAIN) & (after_N - tested < self.valid_bytes)] = VALID
         check_some_left(bool((codes_N == TRAIN).any()), survey.sizes)
-        return ByDocument(codes_N)
+        held_out = int(np.array(survey.sizes)[codes_N != TRAIN].sum())
+        recent_N = (codes_N == TRAIN) & (after_N - held_out < self.recent_bytes)
+        return ByDocument(codes_N, int(np.argmax(recent_N)) if recent_N.any() else None)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from typing import IO, Any, Literal
 
 from megatron.data.bpe import train_bpe
 from megatron.data.corpora import TEST_FRACTION, VALID_FRACTION, Corpus, find_corpus
-from megatron.data.hold_out import Fraction, Parts, Survey
+from megatron.data.hold_out import RECENT, Fraction, Parts, Survey
 from megatron.data.indexed import DatasetError, IndexedDatasetWriter, token_dtype
 from megatron.data.progress import Reporter
 from megatron.data.split import SPLITS
 from megatron.data.staging import LOCK, check_replaceable, publish, staging_folder
 from megatron.data.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT = 1  # raise it when the same input and settings give other files
+FORMAT = 2  # raise it when the same input and settings give other files
 MANIFEST = "prepared.json"
 INDEX_MAPS = "index_maps"
 BATCH_BYTES = 1_000_000
@@ -198,7 +198,8 @@ class Preparation:
 
             def training_text() -> Iterator[str]:
                 for split, text in self.pieces(parts):
-                    stage.advance(len(text.encode()))
+                    if split != RECENT:
+                        stage.advance(len(text.encode()))
                     if split == "train":
                         yield text
                 stage.rest(f"merging into {self.options.vocab_size:,} tokens")
@@ -208,15 +209,16 @@ class Preparation:
 
     def tokenise(self, parts: Parts, tokenizer: Tokenizer, survey: Survey) -> dict[str, Totals]:
         with ExitStack() as files, self.reporter.stage("tokenising", sum(survey.sizes)) as stage:
-            outputs = {split: SplitOutput(self.stage, split, tokenizer, self.options.append_eod, files) for split in SPLITS}
+            outputs = {split: SplitOutput(self.stage, split, tokenizer, self.options.append_eod, files) for split in (*SPLITS, RECENT)}
             for batch in batched_pieces(self.pieces(parts)):
                 encoded = tokenizer.encode_batch([text for _, text in batch])
                 for (split, text), ids in zip(batch, encoded, strict=True):
                     size = outputs[split].add(text, ids)
-                    stage.advance(size, tokens=len(ids))
+                    if split != RECENT:
+                        stage.advance(size, tokens=len(ids))
         for split, output in outputs.items():
             if not output.totals.documents:
-                for path in self.stage.glob(f"{split}*"):
+                for path in self.stage.glob(f"{split}[_.]*"):
                     path.unlink()
         return {split: output.totals for split, output in outputs.items()}
 
@@ -241,7 +243,7 @@ class SplitOutput:
         self.totals = Totals()
         self._end = [tokenizer.eod] if append_eod and tokenizer.eod is not None else []
         self._tokens = files.enter_context(IndexedDatasetWriter(folder / f"{split}_text_document", token_dtype(tokenizer.vocab_size)))
-        self._text: IO[bytes] | None = files.enter_context((folder / f"{split}.txt").open("wb")) if split != "train" else None
+        self._text: IO[bytes] | None = files.enter_context((folder / f"{split}.txt").open("wb")) if split not in ("train", RECENT) else None
 
     def add(self, text: str, ids: list[int]) -> int:
         """Bytes of the text."""
@@ -264,6 +266,7 @@ def describe(prepared: Prepared) -> str:
         lines.append(f"{split:8}{total['documents']:12,}{total['bytes']:16,}{total['tokens']:14,}{total['bytes'] / total['tokens']:13.3f}")
     lines += ["", f"vocabulary: {manifest['vocab_size']:,}. Config keys:", ""]
     paths = {split: json.dumps(str(folder / f"{split}_text_document")) for split in manifest["splits"]}
+    recent = paths.pop(RECENT, None)
     if len(paths) == len(SPLITS):
         lines += [f"  {split}_data_paths: [{path}]" for split, path in paths.items()]
     else:
@@ -271,6 +274,8 @@ def describe(prepared: Prepared) -> str:
     lines.append(f"  tokenizer_type: {manifest['tokenizer_type']}")
     if "tokenizer.json" in manifest["files"]:
         lines.append(f"  vocab_file: {json.dumps(str(folder / 'tokenizer.json'))}")
+    if recent is not None:
+        lines.append(f"  (the newest training documents again, to blend in by train_data_weights: {recent})")
     if prepared.problems:
         lines += ["", f"left out: {len(prepared.problems)}", *(f"  {problem}" for problem in prepared.problems[:SHOWN_PROBLEMS])]
     return "\n".join(lines)

@@ -77,3 +77,19 @@ def test_zero_holds_nothing_out_and_other_shares_are_explained() -> None:
     for valid, test in ((0.5, 0.5), (-0.1, 0.1), (0.1, 0), (0, 0.1)):
         with pytest.raises(DatasetError, match=r"--valid-fraction .* and --test-fraction .*: give shares above 0"):
             Fraction(valid, test)
+
+
+def test_recent_is_the_newest_of_the_training_part_once_more() -> None:
+    survey = Survey()
+    texts = ["x" * 10] * 6
+    for text in texts:
+        survey.note(text)
+    parts = Newest(valid_bytes=10, test_bytes=10, recent_bytes=15).divide(survey)
+    assert [[split for split, _ in parts.pieces(number, text)] for number, text in enumerate(texts)] == [
+        ["train"],
+        ["train"],
+        ["train", "recent"],
+        ["train", "recent"],
+        ["valid"],
+        ["test"],
+    ]
