@@ -6,7 +6,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+import torch
 
 P = TypeVar("P")
 """The protocol of an op: what its implementations supply."""
@@ -89,3 +91,18 @@ class Op(Generic[P]):
 def _log_choice(op: str, implementation: str, device: str) -> None:
     """One line per op, implementation and device, whatever the number of layers."""
     LOGGER.info("kernel %s on %s: %s", op, device, implementation)
+
+
+def torch_operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function the torch operator `name` ("neox::op") and return the operator; its annotations are its schema, it changes no argument.
+
+    As `torch.library.custom_op`, which would also import torch's compiler at the first call: two seconds of every start.
+    """
+
+    def register(function: Callable[..., Any]) -> Any:
+        torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
+        torch.library.impl(name, "CompositeExplicitAutograd", function)
+        namespace, operator = name.split("::")
+        return getattr(getattr(torch.ops, namespace), operator).default
+
+    return register

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron.model import LayerCache, build_cache
 from megatron.model.attention import CacheError, SelfAttention
 from megatron.model.attention.rotary import HeadLayout, rotary_table, split_rotated
+from megatron.model.attention.self_attention import widened
 from megatron.model.initialization import build_initializer
 from tests.model.tiny_model import DENSE, VOCAB, model_section, moe_section, tiny_model, tokens
 
@@ -120,3 +121,17 @@ def test_a_cache_is_of_one_request() -> None:
     assert isinstance(first[0], LayerCache)
     assert (first[0].length, second[0].length) == (3, 0)
     assert not second[0].keys_BHPd.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_attend_in_float32_on_a_cpu(dtype: torch.dtype) -> None:
+    section = model_section(num_kv_heads=2)
+    model, text = tiny_model(section, DENSE, dtype=dtype).eval(), tokens()
+    assert widened(torch.zeros(1, dtype=dtype)).dtype == torch.float32
+    assert widened(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+    cache = build_cache(section, 2, 9, dtype=dtype)
+    with torch.inference_mode():
+        full = model(text).logits_BSV
+        parts = [model(part, cache=cache).logits_BSV for part in text.split([5, 1, 3], dim=1)]
+    assert full.dtype == cache[0].keys_BHPd.dtype == dtype
+    torch.testing.assert_close(torch.cat(parts, 1).float(), full.float(), rtol=0.05, atol=0.05)

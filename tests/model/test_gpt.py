@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,8 @@ from megatron.kernels.registry import KernelUnavailable
 from megatron.model import build_cache
 from megatron.model.gpt import InputError
 from tests.model.tiny_model import DENSE, LOSSES, VOCAB, model_section, moe_section, tiny_model, tokens
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -185,3 +190,13 @@ def test_a_kernel_that_cannot_run_is_refused_when_the_model_is_built() -> None:
 
 def test_losses_of_the_config_are_all_named() -> None:
     assert len(tiny_model().coefficients) == len(LOSSES)
+
+
+def test_a_step_does_not_load_the_compiler() -> None:
+    """Importing torch's compiler takes two seconds of every start, and nothing here is compiled."""
+    program = (
+        "import sys; from tests.model.tiny_model import tiny_model, tokens\n"
+        "tiny_model()(tokens()[:, :-1], labels_BS=tokens()[:, 1:]).loss.backward()\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=False).returncode == 0

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.grouped_gemm.reference import Reference
-from megatron.kernels.registry import Implementation, Op
+from megatron.kernels.registry import Implementation, Op, torch_operator
 
 
 class GroupedGemm(Protocol):
@@ -51,22 +51,22 @@ def grouped_gemm(x_RD: Tensor, weight_EDF: Tensor, rows_E: Tensor, *, transposed
     return _grouped_gemm(x_RD, weight_EDF, rows_E, transposed, backend)
 
 
-@torch.library.custom_op("neox::grouped_gemm", mutates_args=())
+@torch_operator("neox::grouped_gemm")
 def _grouped_gemm(x_RD: Tensor, weight_EDF: Tensor, rows_E: Tensor, transposed: bool, backend: str) -> Tensor:
     return OP.resolve(backend, x_RD.device.type).matmul(x_RD, weight_EDF, rows_E, transposed=transposed)
 
 
-@torch.library.custom_op("neox::grouped_gemm_outer", mutates_args=())
+@torch_operator("neox::grouped_gemm_outer")
 def _outer(x_RD: Tensor, y_RF: Tensor, rows_E: Tensor, backend: str) -> Tensor:
     return OP.resolve(backend, x_RD.device.type).outer(x_RD, y_RF, rows_E)
 
 
-@_grouped_gemm.register_fake
+@torch.library.register_fake("neox::grouped_gemm")
 def _(x_RD: Tensor, weight_EDF: Tensor, rows_E: Tensor, transposed: bool, backend: str) -> Tensor:
     return x_RD.new_empty(x_RD.shape[0], weight_EDF.shape[1 if transposed else 2])
 
 
-@_outer.register_fake
+@torch.library.register_fake("neox::grouped_gemm_outer")
 def _(x_RD: Tensor, y_RF: Tensor, rows_E: Tensor, backend: str) -> Tensor:
     return x_RD.new_empty(rows_E.shape[0], x_RD.shape[1], y_RF.shape[1])
 
@@ -87,4 +87,4 @@ def _backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_weight, None, None, None
 
 
-_grouped_gemm.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd("neox::grouped_gemm", _backward, setup_context=_save)

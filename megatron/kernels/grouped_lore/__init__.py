@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron.kernels.grouped_lore.reference import Reference
 from megatron.kernels.permute import Order
-from megatron.kernels.registry import Implementation, Op
+from megatron.kernels.registry import Implementation, Op, torch_operator
 
 
 class LoreChoice(NamedTuple):
@@ -72,26 +72,26 @@ def _check_weights(x_RD: Tensor, weight_EFD: Tensor, a_GQD: Tensor, b_GQF: Tenso
         )
 
 
-@torch.library.custom_op("neox::grouped_lore", mutates_args=())
+@torch_operator("neox::grouped_lore")
 def _grouped_lore(x_RD: Tensor, weights: list[Tensor], pi_RL: Tensor, order: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
     weight_EFD, a_GQD, b_GQF = weights
     return OP.resolve(backend, x_RD.device.type).forward(x_RD, weight_EFD, a_GQD, b_GQF, LoreChoice(pi_RL, Order(*order)))
 
 
-@torch.library.custom_op("neox::grouped_lore_backward", mutates_args=())
+@torch_operator("neox::grouped_lore_backward")
 def _grouped_lore_backward(saved: list[Tensor], weights: list[Tensor], pi_RL: Tensor, order: list[Tensor], backend: str) -> Gradients:
     (grad_RF, x_RD, u_NQ), (weight_EFD, a_GQD, b_GQF) = saved, weights
     implementation = OP.resolve(backend, x_RD.device.type)
     return implementation.backward(grad_RF, x_RD, (weight_EFD, a_GQD, b_GQF), LoreChoice(pi_RL, Order(*order)), u_NQ)
 
 
-@_grouped_lore.register_fake
+@torch.library.register_fake("neox::grouped_lore")
 def _(x_RD: Tensor, weights: list[Tensor], pi_RL: Tensor, order: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
     weight_EFD, a_GQD, _b = weights
     return x_RD.new_empty(x_RD.shape[0], weight_EFD.shape[1]), x_RD.new_empty(pi_RL.numel(), a_GQD.shape[1])
 
 
-@_grouped_lore_backward.register_fake
+@torch.library.register_fake("neox::grouped_lore_backward")
 def _(saved: list[Tensor], weights: list[Tensor], pi_RL: Tensor, order: list[Tensor], backend: str) -> Gradients:
     grad_x, grad_weight, grad_a, grad_b, grad_pi = (given.new_empty(given.shape) for given in (saved[1], *weights, pi_RL))
     return grad_x, grad_weight, grad_a, grad_b, grad_pi
@@ -112,4 +112,4 @@ def _backward(ctx: Any, grad_RF: Tensor | None, grad_u: None) -> tuple[Any, ...]
     return grad_x, grad_weights, grad_pi, [None] * 3, None
 
 
-_grouped_lore.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd("neox::grouped_lore", _backward, setup_context=_save)

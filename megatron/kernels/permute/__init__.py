@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.permute.reference import Reference
-from megatron.kernels.registry import Implementation, Op
+from megatron.kernels.registry import Implementation, Op, torch_operator
 
 
 class Order(NamedTuple):
@@ -80,42 +80,42 @@ def _check_tokens(what: str, tokens: int, order: Order) -> None:
         raise ValueError(f"{what}: {tokens} tokens for an order of {order.inverse_TK.shape[0]}; sort the choices of these tokens first")
 
 
-@torch.library.custom_op("neox::permute", mutates_args=())
+@torch_operator("neox::permute")
 def _permute(x_TD: Tensor, order_R: Tensor, inverse_TK: Tensor, backend: str) -> Tensor:
     return OP.resolve(backend, x_TD.device.type).gather(x_TD, order_R, inverse_TK.shape[1])
 
 
-@torch.library.custom_op("neox::combine", mutates_args=())
+@torch_operator("neox::combine")
 def _combine(rows_RD: Tensor, order_R: Tensor, inverse_TK: Tensor, backend: str) -> Tensor:
     return OP.resolve(backend, rows_RD.device.type).combine(rows_RD, inverse_TK, None)
 
 
-@torch.library.custom_op("neox::weighted_combine", mutates_args=())
+@torch_operator("neox::weighted_combine")
 def _weighted_combine(rows_RD: Tensor, order_R: Tensor, inverse_TK: Tensor, weight_TK: Tensor, backend: str) -> Tensor:
     return OP.resolve(backend, rows_RD.device.type).combine(rows_RD, inverse_TK, weight_TK)
 
 
-@torch.library.custom_op("neox::weighted_combine_backward", mutates_args=())
+@torch_operator("neox::weighted_combine_backward")
 def _weighted_combine_backward(grad_TD: Tensor, rows_RD: Tensor, order_R: Tensor, weight_TK: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return OP.resolve(backend, rows_RD.device.type).combine_backward(grad_TD, rows_RD, order_R, weight_TK)
 
 
-@_permute.register_fake
+@torch.library.register_fake("neox::permute")
 def _(x_TD: Tensor, order_R: Tensor, inverse_TK: Tensor, backend: str) -> Tensor:
     return x_TD.new_empty(order_R.shape[0], x_TD.shape[1])
 
 
-@_combine.register_fake
+@torch.library.register_fake("neox::combine")
 def _(rows_RD: Tensor, order_R: Tensor, inverse_TK: Tensor, backend: str) -> Tensor:
     return rows_RD.new_empty(inverse_TK.shape[0], rows_RD.shape[1])
 
 
-@_weighted_combine.register_fake
+@torch.library.register_fake("neox::weighted_combine")
 def _(rows_RD: Tensor, order_R: Tensor, inverse_TK: Tensor, weight_TK: Tensor, backend: str) -> Tensor:
     return rows_RD.new_empty(inverse_TK.shape[0], rows_RD.shape[1])
 
 
-@_weighted_combine_backward.register_fake
+@torch.library.register_fake("neox::weighted_combine_backward")
 def _(grad_TD: Tensor, rows_RD: Tensor, order_R: Tensor, weight_TK: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return torch.empty_like(rows_RD), weight_TK.new_empty(weight_TK.shape)
 
@@ -143,6 +143,6 @@ def _weighted_backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
     return grad_rows, None, None, grad_weight, None
 
 
-_permute.register_autograd(_permute_backward, setup_context=_save_order)
-_combine.register_autograd(_combine_backward, setup_context=_save_order)
-_weighted_combine.register_autograd(_weighted_backward, setup_context=_save_weighted)
+torch.library.register_autograd("neox::permute", _permute_backward, setup_context=_save_order)
+torch.library.register_autograd("neox::combine", _combine_backward, setup_context=_save_order)
+torch.library.register_autograd("neox::weighted_combine", _weighted_backward, setup_context=_save_weighted)
