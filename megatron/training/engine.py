@@ -25,4 +25,6 @@ def build_engine(config: NeoXConfig, model: GPT, *, world_size: int) -> Any:
     if isinstance(optimizer, SkippingAdamW):
         settings["gradient_clipping"] = 0.0  # the optimizer clips while it steps
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    if world_size == 1 and isinstance(optimizer, SkippingAdamW):
+        engine.enable_backward_allreduce = False  # a sum over one process: DeepSpeed would copy all gradients together and back for it
     return engine
