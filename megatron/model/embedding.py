@@ -31,12 +31,10 @@ class Embedding(nn.Module):
 
     def __init__(self, model: ModelConfig, padded_vocab_size: int, init: Initializer) -> None:
         super().__init__()
-        self.word_embeddings = nn.utils.skip_init(nn.Embedding, padded_vocab_size, model.hidden_size)
-        init.into(self.word_embeddings.weight)
+        self.word_embeddings = _table(padded_vocab_size, model.hidden_size, init)
         self.position_embeddings: nn.Embedding | None = None
         if model.pos_emb == "learned":
-            self.position_embeddings = nn.utils.skip_init(nn.Embedding, model.max_position_embeddings, model.hidden_size)
-            init.into(self.position_embeddings.weight)
+            self.position_embeddings = _table(model.max_position_embeddings, model.hidden_size, init)
         self.dropout = nn.Dropout(model.hidden_dropout)
 
     def forward(self, tokens_BS: Tensor, position: int = 0) -> Tensor:
@@ -79,3 +77,10 @@ def project(hidden_BSD: Tensor, weight_VD: Tensor, targets: Targets | None) -> t
     mask_T = None if targets.loss_mask_BS is None else targets.loss_mask_BS.reshape(-1)
     loss, token_loss_T = linear_cross_entropy(hidden_BSD.flatten(0, 1), weight_VD, targets.labels_BS.reshape(-1), mask_T)
     return loss, token_loss_T.view(targets.labels_BS.shape)
+
+
+def _table(entries: int, width: int, init: Initializer) -> nn.Embedding:
+    """An embedding drawn by `init` alone."""
+    weight = torch.empty(entries, width)
+    init.into(weight)
+    return nn.Embedding.from_pretrained(weight, freeze=False)

@@ -16,12 +16,19 @@ if TYPE_CHECKING:
     from megatron.config.model import ModelConfig
 
 
+class Linear(nn.Linear):
+    """A linear layer left empty for its builder to fill: PyTorch's own start would draw from the global random state."""
+
+    def reset_parameters(self) -> None:
+        """Nothing."""
+
+
 def build_linear(width_in: int, width_out: int, *, bias: bool, fill: Fill) -> nn.Linear:
     """A linear layer whose weight is filled by `fill` and whose bias starts at 0."""
-    linear = nn.utils.skip_init(nn.Linear, width_in, width_out, bias=bias)
-    fill(linear.weight)
+    linear = Linear(width_in, width_out, bias=bias)
+    fill(linear.weight.data)
     if bias:
-        zeros(linear.bias)
+        zeros(linear.bias.data)
     return linear
 
 
