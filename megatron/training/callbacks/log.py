@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -54,12 +56,16 @@ class LogCallback(Callback):
         self.window = Window()
         self._open = ExitStack()
         self._memory_reported = False
+        self._first_step = True
 
     def before_training(self, trainer: Trainer) -> None:
         if self.display is not None:
             self._open.enter_context(self.display)
 
     def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        if self._first_step:
+            log.info("First step finished %.1f s after launch.", time.time() - psutil.Process().create_time())
+            self._first_step = False
         self.window.metrics.append(metrics)
         iteration = trainer.state.iteration
         values = step_values(metrics, trainer.config.moe.moe_losses)
