@@ -6,12 +6,14 @@ from typing import Any
 
 from megatron.config.neox import NeoXConfig
 from megatron.config.training import resolve_batch
+from megatron.config.zero import deepspeed_settings
 
 
 def deepspeed_config(config: NeoXConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's settings for `world_size` data-parallel processes; the same on CPU and CUDA. Pure.
 
     There is no optimizer section: the engine is given a torch optimizer, which `zero_allow_untested_optimizer` permits under ZeRO.
+    A step with a NaN or infinite gradient is skipped in bfloat16 as it is in fp16 (`check_grad_overflow`; with fp32 gradients at stage 1 always).
     Raises ConfigError when the batch sizes do not multiply out.
     """
     batch = resolve_batch(config.training, world_size)
@@ -21,12 +23,12 @@ def deepspeed_config(config: NeoXConfig, world_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": batch.micro,
         "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": optimizer.gradient_clipping,
-        "zero_optimization": optimizer.zero_optimization.model_dump(mode="json"),
+        "zero_optimization": deepspeed_settings(optimizer.zero_optimization.model_dump(mode="json")),
         "zero_allow_untested_optimizer": True,
         "steps_per_print": logging.steps_per_print or None,
         "wall_clock_breakdown": logging.wall_clock_breakdown,
         "fp16": _fp16(config),
-        "bf16": {"enabled": config.precision == "bfloat16"},
+        "bf16": {"enabled": config.precision == "bfloat16", "check_grad_overflow": True},
     }
     if optimizer.fp32_allreduce:
         settings["communication_data_type"] = "fp32"

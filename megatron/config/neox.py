@@ -64,8 +64,22 @@ class NeoXConfig(Section):
         if self.model.precision is not None and enabled is not None and enabled != self.model.precision:
             other = "fp16.enabled" if enabled == "fp16" else "bf16.enabled"
             yield Problem(("precision", other), f"contradicts {other}: true; drop one of the two")
+        yield from self._accumulation_problems()
         if self.checkpoint.iteration is not None and self.checkpoint.load is None and self.checkpoint.save is None:
             yield Problem(("iteration", "load"), "needs load: the directory with the checkpoint")
+
+    def _accumulation_problems(self) -> Iterator[Problem]:
+        """DeepSpeed sums gradients in the weights' number format; ZeRO can also sum 16-bit ones in fp32."""
+        own = {"fp32": "fp32", "fp16": "fp16", "bfloat16": "bf16"}[self.precision]
+        given = self.optimizer.data_types.get("grad_accum_dtype", own)
+        if given not in ("fp32", "fp16", "bf16"):
+            return  # the section says so
+        if given not in (own, "fp32"):
+            choice = own if own == "fp32" else f"{own} or fp32"
+            yield Problem(("data_types.grad_accum_dtype", "precision"), f"must be {choice} with precision {self.precision}")
+        elif given != own and self.optimizer.zero_optimization.stage == 0:
+            message = f"needs zero_optimization.stage 1 or more with precision {self.precision}; stage 0 accumulates in {own}"
+            yield Problem(("data_types.grad_accum_dtype", "zero_optimization.stage"), message)
 
 
 SECTIONS: tuple[str, ...] = tuple(NeoXConfig.model_fields)
@@ -96,3 +110,10 @@ def check_trainable(config: NeoXConfig, data_parallel_size: int) -> None:
         problems.extend(error.problems)
     if problems:
         raise ConfigError(problems)
+
+
+def check_device(config: NeoXConfig, device_type: str) -> None:
+    """Raises ConfigError when the number format cannot be trained in on a device of this type (PyTorch's name: "cpu", "cuda", ...)."""
+    if config.precision == "fp16" and device_type == "cpu":
+        key = "precision" if config.model.precision == "fp16" else "fp16.enabled"
+        raise ConfigError([f"'{key}' asks for fp16: training in it needs a GPU; on a CPU use precision fp32 or bfloat16"])

@@ -3,69 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ConfigDict
 
-from megatron.config.components import did_you_mean
 from megatron.config.section import Fraction, NaturalInt, NonNegativeFloat, PositiveFloat, PositiveInt, Problem, Section
-
-# DeepSpeed's own names under zero_optimization, compared with the installed DeepSpeed in tests/config/test_deepspeed_json.py.
-ZERO_KEYS = frozenset(
-    {
-        "allgather_bucket_size",
-        "allgather_partitions",
-        "allgather_sequential",
-        "compute_grad_norm",
-        "contiguous_gradients",
-        "cpu_offload",
-        "cpu_offload_param",
-        "cpu_offload_use_pin_memory",
-        "elastic_checkpoint",
-        "enable_sanity_checks",
-        "gather_16bit_weights_on_model_save",
-        "ignore_unused_parameters",
-        "leaf_module",
-        "legacy_stage1",
-        "load_from_fp32_weights",
-        "log_trace_cache_warnings",
-        "max_live_parameters",
-        "max_reuse_distance",
-        "memory_efficient_linear",
-        "model_persistence_threshold",
-        "module_granularity_threshold",
-        "offload_optimizer",
-        "offload_param",
-        "overlap_comm",
-        "override_module_apply",
-        "param_persistence_threshold",
-        "parameter_alignment",
-        "pipeline_loading_checkpoint",
-        "prefetch_bucket_size",
-        "reduce_bucket_size",
-        "reduce_scatter",
-        "round_robin_gradients",
-        "save_muon_momentum_buffer_in_memory",
-        "stage3_allgather_sequential",
-        "stage3_gather_16bit_weights_on_model_save",
-        "stage3_gather_fp16_weights_on_model_save",
-        "stage3_max_live_parameters",
-        "stage3_max_reuse_distance",
-        "stage3_model_persistence_threshold",
-        "stage3_module_granularity_threshold",
-        "stage3_param_persistence_threshold",
-        "stage3_prefetch_bucket_size",
-        "stage3_use_all_reduce_for_fetch_params",
-        "sub_group_size",
-        "use_all_reduce_for_fetch_params",
-        "use_multi_rank_bucket_allreduce",
-        "zenflow",
-        "zero_hpz_partition_size",
-        "zero_quantized_gradients",
-        "zero_quantized_nontrainable_weights",
-        "zero_quantized_weights",
-    }
-)
+from megatron.config.zero import zero_problems
 
 
 class OptimizerParams(Section):
@@ -133,7 +76,7 @@ class OptimizerConfig(Section):
     warmup: Fraction = 0.01
     """Share of the decay steps in which the learning rate rises from 0 to its peak."""
     zero_optimization: ZeroOptimization = ZeroOptimization()
-    """{stage: 0..3} and DeepSpeed's other ZeRO settings, passed through."""
+    """{stage: 0..3} and DeepSpeed's other ZeRO settings, passed through; offloading is refused for now."""
     fp16: Fp16 | None = None
     """fp16 training: {enabled, loss_scale, loss_scale_window, initial_scale_power, hysteresis, min_loss_scale}. None: as `precision` says."""
     bf16: Bf16 | None = None
@@ -141,7 +84,8 @@ class OptimizerConfig(Section):
     fp32_allreduce: bool = False
     """Sum gradients over processes in fp32 whatever the precision."""
     data_types: dict[str, str] = {}
-    """{grad_accum_dtype: fp32|fp16|bf16}: the number format in which gradients are accumulated; DeepSpeed's choice when empty."""
+    """{grad_accum_dtype: fp32|fp16|bf16}: the number format in which gradients are accumulated: `precision`, which is what empty means, or fp32 (with
+    16-bit weights from ZeRO stage 1 on)."""
 
     def check(self) -> Iterator[Problem]:
         lr = self.optimizer.params.lr
@@ -154,10 +98,6 @@ class OptimizerConfig(Section):
         for key, value in self.data_types.items():
             if key != "grad_accum_dtype" or value not in ("fp32", "fp16", "bf16"):
                 yield Problem((f"data_types.{key}",), "only grad_accum_dtype: fp32, fp16 or bf16 is known here")
-        yield from _unknown_zero_keys(self.zero_optimization.model_extra or {})
-
-
-def _unknown_zero_keys(extra: dict[str, Any]) -> Iterator[Problem]:
-    for key in extra:
-        if key not in ZERO_KEYS:
-            yield Problem((f"zero_optimization.{key}",), f"DeepSpeed has no such setting{did_you_mean(key, ZERO_KEYS)}")
+        if self.fp16 is not None and (self.fp16.min_loss_scale < 1 or self.fp16.min_loss_scale % 1):
+            yield Problem(("fp16.min_loss_scale",), "must be a whole number, 1 or more")
+        yield from zero_problems(self.zero_optimization.model_extra or {})
