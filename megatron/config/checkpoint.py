@@ -12,13 +12,14 @@ class CheckpointConfig(Section):
     save: str | None = None
     """Directory that checkpoints are written to. None: nothing is saved."""
     load: str | None = None
-    """Directory to start from: the newest checkpoint in it, or `iteration`. None: start from new weights."""
+    """Directory to start from: the checkpoint that its `latest` names, or `iteration`. None: start from new weights."""
     resume_if_exists: bool = False
-    """Continue from the newest whole checkpoint under `save`; start from the beginning when there is none."""
+    """Continue from the checkpoint that `save`/latest names; start from the beginning when `save` holds none. If that one is damaged, the run stops
+    and names the newest whole one."""
     finetune: bool = False
     """Take only the weights from `load`: step 0, fresh optimizer and random state."""
     iteration: NaturalInt | None = None
-    """Step of the checkpoint to load. None: the newest."""
+    """Step of the checkpoint to load. None: the one that `latest` names."""
     checkpoint_factor: float | None = None
     """Linear scale: save every so many steps. Log scale: save at the powers of this. None: only `extra_save_iters` and the end."""
     checkpoint_scale: Literal["linear", "log"] = "linear"

@@ -10,9 +10,9 @@ from megatron.config.section import Fraction, NaturalInt, NonNegativeFloat, Posi
 
 class InferenceConfig(Section):
     text_gen_type: Literal["input-file", "interactive", "unconditional"] | None = None
-    """Where prompts come from. None: `input-file` when `sample_input_file` is given, otherwise `unconditional`."""
+    """Where prompts come from. None: `input-file` when `sample_input_file` is given, else `interactive` on a terminal, else `unconditional`."""
     temperature: NonNegativeFloat = 0.0
-    """Logits are divided by this; 0 together with top_k 0 and top_p 0 is greedy."""
+    """Logits are divided by this; 0 takes the most likely token always, whatever top_k and top_p say."""
     top_p: Fraction = 0.0
     """Sample from the smallest set of tokens with at least this probability; 0 is off."""
     top_k: NaturalInt = 0

@@ -11,7 +11,7 @@ class LoggingConfig(Section):
     log_interval: PositiveInt = 100
     """Steps between log lines."""
     metrics_file: str | None = None
-    """File that gets one JSON object per logged step. None: metrics.jsonl in `save`, when that is given."""
+    """File that gets one JSON object for every step. None: metrics.jsonl in `save`, when that is given."""
     plot_file: str | None = None
     """Picture of loss and expert load, drawn at the end. None: training.png in `save`, when that is given."""
     tensorboard_dir: str | None = None

@@ -14,7 +14,7 @@ class ParallelConfig(Section):
     model_parallel_size: PositiveInt = 1
     """Processes that share one layer (tensor parallelism); 1 for now."""
     distributed_backend: Literal["nccl", "gloo"] | None = None
-    """Communication library. None: nccl with GPUs, gloo without; nccl on a machine without GPUs gives gloo and a notice."""
+    """Communication library. None: nccl with GPUs, gloo without; nccl on a machine without GPUs means gloo."""
 
     def check(self) -> Iterator[Problem]:
         if self.pipe_parallel_size > 1:
