@@ -45,14 +45,6 @@ class DataConfig(Section):
     eod_mask_loss: bool = False
     """Leave the token after an end-of-document out of the loss."""
 
-    @property
-    def split_fractions(self) -> tuple[float, float, float]:
-        """`split` as three shares that add up to 1; a missing one is 0."""
-        shares = [float(part) for part in self.split.replace("/", ",").split(",") if part.strip()]
-        train, valid, test = [*shares, 0.0, 0.0][:3]
-        total = train + valid + test
-        return (train / total, valid / total, test / total)
-
     def check(self) -> Iterator[Problem]:
         paths = {f"{name}_data_paths": getattr(self, f"{name}_data_paths") for name in SUBSETS}
         given = [key for key, value in paths.items() if value is not None]

@@ -118,8 +118,3 @@ def test_what_training_needs_is_asked_for_in_one_message() -> None:
         "'train_micro_batch_size_per_gpu' or 'train_batch_size' must be given (sequences per process, or per step in all)",
     ]
     check_trainable(config(train_iters=1, optimizer={"params": {"lr": 1.0}}, data_path="x", train_batch_size=2), 2)
-
-
-def test_split_fractions() -> None:
-    assert config().data.split_fractions == (0.969, 0.03, 0.001)
-    assert config(split="3/1").data.split_fractions == (0.75, 0.25, 0.0)
