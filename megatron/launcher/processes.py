@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import os
 import signal
 import socket
@@ -14,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+
+from megatron.config.machine import usable_cores
 
 _IMPATIENCE_S = 2.0  # a Ctrl-C this long after the first one means: now
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -39,7 +40,7 @@ def survey() -> Machine:
     text = os.environ.get("CUDA_VISIBLE_DEVICES")
     visible = None if text is None else tuple(name.strip() for name in text.split(",") if name.strip() not in ("", "-1"))
     gpus = 0 if _torch_is_for_cpu() or visible == () or os.environ.get("DS_ACCELERATOR") == "cpu" else _driver_gpus()
-    return Machine(gpus if visible is None else min(gpus, len(visible)), _cores(), visible)
+    return Machine(gpus if visible is None else min(gpus, len(visible)), usable_cores(), visible)
 
 
 def _torch_is_for_cpu() -> bool:
@@ -58,16 +59,6 @@ def _driver_gpus() -> int:
     except (OSError, subprocess.TimeoutExpired):
         return 0
     return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
-
-
-def _cores() -> int:
-    """Cores that this process may use: its affinity, and the container's quota when there is one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):
-        return cores
 
 
 def free_port(preferred: int) -> int:
