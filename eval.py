@@ -10,16 +10,16 @@ The model is the newest checkpoint in `load`, else in `save`.
 import os
 import sys
 
-from megatron.launcher import config_from_argv
 from megatron.script import exit_status
 
 
 def main(argv: list[str]) -> int:
-    loaded = config_from_argv(argv)
-    if int(os.environ.get("RANK", "0")) > 0:
-        return 0  # one process does it, however many the configuration starts for training
-
     def work() -> None:
+        from megatron.launcher import config_from_argv
+
+        loaded = config_from_argv(argv)
+        if int(os.environ.get("RANK", "0")) > 0:
+            return  # one process does it, however many the configuration starts for training
         from megatron.data.progress import build_reporter
         from megatron.inference.evaluation import evaluate
         from megatron.monitor.console import configure_logging

@@ -12,16 +12,16 @@ import contextlib
 import os
 import sys
 
-from megatron.launcher import config_from_argv
 from megatron.script import exit_status
 
 
 def main(argv: list[str]) -> int:
-    loaded = config_from_argv(argv)
-    if int(os.environ.get("RANK", "0")) > 0:
-        return 0  # one process does it, however many the configuration starts for training
-
     def work() -> None:
+        from megatron.launcher import config_from_argv
+
+        loaded = config_from_argv(argv)
+        if int(os.environ.get("RANK", "0")) > 0:
+            return  # one process does it, however many the configuration starts for training
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 -- line editing for input()
 

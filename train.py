@@ -7,14 +7,14 @@ python train.py -d configs a.yml b.yml [-o key=value ...]             this proce
 
 import sys
 
-from megatron.launcher import config_from_argv
 from megatron.script import exit_status
 
 
 def main(argv: list[str]) -> int:
-    loaded = config_from_argv(argv)
-
     def work() -> None:
+        from megatron.launcher import config_from_argv
+
+        loaded = config_from_argv(argv)
         from megatron.training.process import choose_accelerator
 
         choose_accelerator()

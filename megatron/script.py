@@ -6,21 +6,20 @@ import os
 import sys
 from collections.abc import Callable
 
-from megatron.config.section import ConfigError
-
 CONFIGURATION_STATUS = 2
 FAILURE_STATUS = 1
 INTERRUPTED_STATUS = 130
 
 
-def exit_status(work: Callable[[], object]) -> int:
-    """Does `work` and returns the script's exit status: 0, 2 for a mistake in the configuration, 1 for another failure, 130 after Ctrl-C.
+def exit_status(work: Callable[[], int | None]) -> int:
+    """Does `work` and returns the script's exit status: what `work` returns (None is 0), 2 for a mistake in the configuration, 1 for another
+    failure, 130 after Ctrl-C.
 
     An exception whose class this package defines explains itself to the user, so its message alone goes to standard error; so does what the system
     refused (a full disk, a missing permission). Any other exception is a bug and leaves its traceback.
     """
     try:
-        work()
+        return work() or 0
     except KeyboardInterrupt:
         sys.stderr.write("\nInterrupted.\n")
         return INTERRUPTED_STATUS
@@ -31,8 +30,13 @@ def exit_status(work: Callable[[], object]) -> int:
         if type(error).__module__.split(".")[0] != "megatron":
             raise
         sys.stderr.write(f"{_speaker()}{error}\n")
-        return CONFIGURATION_STATUS if isinstance(error, ConfigError) else FAILURE_STATUS
-    return 0
+        return CONFIGURATION_STATUS if _is_about_configuration(error) else FAILURE_STATUS
+
+
+def _is_about_configuration(error: Exception) -> bool:
+    from megatron.config.section import ConfigError  # not above: this module loads at once, so that Ctrl-C is a sentence from the start
+
+    return isinstance(error, ConfigError)
 
 
 def _speaker() -> str:
