@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,7 +143,18 @@ def _import_plugins(source: Source, problems: list[str]) -> None:
             continue  # the section says that it must be text
         try:
             importlib.import_module(name)
-        except ImportError as error:
+        except Exception as error:  # whatever a person's module may raise
             where = source.place_of(("plugins",))
-            text = f"'plugins' = '{name}': cannot be imported ({error}); install it or put its folder on PYTHONPATH"
+            text = f"'plugins' = '{name}': {_why_not_imported(name, error)}"
             problems.append(f"{where}: {text}" if where else text)
+
+
+def _why_not_imported(name: str, error: Exception) -> str:
+    """A plugin that is not there, or what went wrong in which line of which file."""
+    if isinstance(error, ModuleNotFoundError) and error.name is not None and f"{name}.".startswith(f"{error.name}."):
+        return f"cannot be imported ({error}); install it or put its folder on PYTHONPATH"
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"cannot be read: {error.filename}:{error.lineno}: {error.msg}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+    place = f" at {frames[-1].filename}:{frames[-1].lineno}" if len(frames) > 2 else ""
+    return f"fails when imported{place}: {type(error).__name__}: {error}"

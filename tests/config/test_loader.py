@@ -245,6 +245,27 @@ def test_plugins_are_imported_before_names_are_checked(here: Path, monkeypatch: 
     assert config.moe.moe_router_type == "toy"
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("x = (\n", "cannot be read: {file}:1: '(' was never closed"),
+        ("\nx = undefined\n", "fails when imported at {file}:2: NameError: name 'undefined' is not defined"),
+        ("import no_such_module_here\n", "fails when imported at {file}:1: ModuleNotFoundError: No module named 'no_such_module_here'"),
+        ("raise ValueError('no')\n", "fails when imported at {file}:1: ValueError: no"),
+    ],
+)
+def test_a_plugin_that_fails_is_named_with_its_line(text: str, problem: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(here)
+    file = here / "broken_plugin.py"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(PLAIN + "plugins: [broken_plugin, '']\n")
+    assert [line.partition(": ")[2] for line in caught.value.problems] == [
+        f"'plugins' = 'broken_plugin': {problem.format(file=file)}",
+        "'plugins' = '': fails when imported: ValueError: Empty module name",
+    ]
+
+
 def test_config_from_dict_names_problems_without_a_place() -> None:
     with pytest.raises(ConfigError) as caught:
         config_from_dict({**MODEL, "moe_num_experts": 8, "moe_top_k": 9, "rope_fusion": True, "sede": 1})
