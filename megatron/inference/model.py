@@ -6,16 +6,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from megatron.checkpoint.agreement import check_architecture
 from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.load import check_args, check_shapes, module_shapes
 from megatron.checkpoint.weights import load_model_weights
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.model import ModelConfig
-from megatron.config.moe import MoEConfig
 from megatron.config.neox import NeoXConfig
 from megatron.config.section import ConfigError
 from megatron.data.tokenizer import Tokenizer, build_tokenizer, padded_vocab_size
@@ -24,22 +23,6 @@ from megatron.model.gpt import GPT, build_model
 from megatron.training.engine import DTYPES
 from megatron.training.setup import checkpoint_args
 
-# Keys of the model that may differ from the checkpoint's: they say how it was trained or how it is run, not what it computes.
-FREE_KEYS = frozenset(
-    {
-        "seq_length",
-        "attention_dropout",
-        "hidden_dropout",
-        "init_method",
-        "output_layer_init_method",
-        "init_method_std",
-        "precision",
-        "moe_jitter_eps",
-        "moe_lore_init",
-        "moe_losses",
-        "kernel_backends",
-    }
-)
 EMBEDDING = "sequential.0.word_embeddings.weight"
 
 
@@ -87,7 +70,7 @@ def load_ready_model(config: NeoXConfig) -> ReadyModel:
     tokenizer = build_tokenizer(config.data)
     path = find_checkpoint(directory, config.checkpoint.iteration)
     weights = load_model_weights(path)
-    check_agreement(path, weights.config, config)
+    check_architecture(path, config.flat())
     vocabulary = padded_vocab_size(tokenizer.vocab_size, config.model.make_vocab_size_divisible_by)
     _check_vocabulary(path, weights.state_dict, tokenizer, vocabulary)
     check_args(path, weights.client_state.get("args") or {}, checkpoint_args(config, vocabulary))
@@ -111,15 +94,6 @@ def choose_device() -> torch.device:
     """The first GPU, unless there is none or DS_ACCELERATOR=cpu says to leave it alone."""
     use_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     return torch.device("cuda" if use_gpu else "cpu")
-
-
-def check_agreement(path: Path, stored: Mapping[str, Any], config: NeoXConfig) -> None:
-    """Raises ConfigError naming every key of the architecture whose value differs from the checkpoint's (`stored`; may be empty)."""
-    given = config.flat()
-    keys = [key for section in (ModelConfig, MoEConfig) for key in section.model_fields if key not in FREE_KEYS]
-    different = [key for key in keys if key in stored and stored[key] != given[key]]
-    if different:
-        raise ConfigError([f"'{key}' = {given[key]!r}: the model in {path} was trained with {stored[key]!r}" for key in different])
 
 
 def _check_vocabulary(path: Path, weights: Mapping[str, torch.Tensor], tokenizer: Tokenizer, vocabulary: int) -> None:

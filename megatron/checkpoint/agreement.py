@@ -1,0 +1,68 @@
+"""Whether a configuration describes the model and the steps of a checkpoint: differences that no tensor's shape shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint.manifest import read_manifest
+from megatron.checkpoint.weights import read_config
+from megatron.config.model import ModelConfig
+from megatron.config.moe import MoEConfig
+from megatron.config.section import ConfigError
+from megatron.config.training import Batch, TrainingConfig, resolve_batch
+
+# Keys of the model that may differ from the checkpoint's: they say how it was trained or how it is run, not what it computes.
+FREE_KEYS = frozenset(
+    {
+        "seq_length",
+        "attention_dropout",
+        "hidden_dropout",
+        "init_method",
+        "output_layer_init_method",
+        "init_method_std",
+        "precision",
+        "moe_jitter_eps",
+        "moe_lore_init",
+        "moe_losses",
+        "kernel_backends",
+    }
+)
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def check_architecture(path: Path, flat_config: Mapping[str, Any]) -> None:
+    """Raises ConfigError naming every key of the architecture whose value in `flat_config` (NeoXConfig.flat) differs from that in the checkpoint.
+
+    Keys that the checkpoint does not know, all of them in another program's, are not compared. Raises CheckpointError when its configuration cannot
+    be read.
+    """
+    stored = read_config(path)
+    keys = [key for section in (ModelConfig, MoEConfig) for key in section.model_fields if key not in FREE_KEYS]
+    different = [key for key in keys if key in stored and stored[key] != flat_config[key]]
+    if different:
+        raise ConfigError([f"'{key}' = {flat_config[key]!r}: the model in {path} was trained with {stored[key]!r}" for key in different])
+
+
+def batch_change(path: Path, batch: Batch) -> str | None:
+    """A sentence for the log when a run that goes on from the checkpoint takes steps of another size, so that the step number no longer tells how
+    much of the data was read. None when nothing changed, or the checkpoint does not say. Raises CheckpointError.
+    """
+    before = _stored_batch(path)
+    if before is None or before.global_ == batch.global_:
+        return None
+    return (
+        f"{path} was trained with {before.global_} sequences a step, this run takes {batch.global_}: the schedule goes on by steps, "
+        "the data by the sequences that were read."
+    )
+
+
+def _stored_batch(path: Path) -> Batch | None:
+    manifest, stored = read_manifest(path), read_config(path)
+    if manifest is None or not stored:
+        return None
+    try:
+        return resolve_batch(TrainingConfig.model_validate({key: stored.get(key) for key in BATCH_KEYS}), manifest.facts["world_size"])
+    except (KeyError, TypeError, ValueError):
+        return None  # written by a version whose keys or facts were others
