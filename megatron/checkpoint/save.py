@@ -30,7 +30,7 @@ def save_checkpoint(
     """Saves a DeepSpeed engine (ZeRO 0 to 3) as <directory>/global_step<iteration> and returns that path. Collective: every rank calls it.
 
     `client_state`: plain values and tensors (dict, list, tuple, str, numbers, None), the same on every rank; `iteration` and NeoX's random states
-    are added. `documents`: file name -> text, for configs/. `save_rng` False leaves the random states out.
+    are added. `documents`: file name (without folders) -> text, for configs/. `save_rng` False leaves the random states out.
     Raises CheckpointError on every rank when any rank could not write (disk full, no permission, ...); what was there stays as it is.
     """
     directory = Path(directory)
@@ -115,8 +115,7 @@ def _commit(directory: Path, staged: Path, files: dict[str, FileRecord], documen
     configs = staged / layout.CONFIGS
     configs.mkdir()
     for name, text in documents.items():
-        target = _free_name(configs, Path(name).name)
-        files[f"{layout.CONFIGS}/{target.name}"] = write_bytes(target, text.encode())
+        files[f"{layout.CONFIGS}/{name}"] = write_bytes(configs / name, text.encode())
     sync_directory(configs)
     versions = {"torch": str(torch.__version__), "host": socket.gethostname(), "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     write_manifest(staged, files, {**facts, **versions})
@@ -142,15 +141,6 @@ def _put_in_place(directory: Path, staged: Path, iteration: int) -> None:
             os.replace(aside, path)
         raise
     sync_directory(directory)
-
-
-def _free_name(configs: Path, name: str) -> Path:
-    """A file name that two configuration files of the same name in different folders do not share."""
-    target, number = configs / name, 1
-    while target.exists():
-        number += 1
-        target = configs / f"{Path(name).stem}.{number}{Path(name).suffix}"
-    return target
 
 
 def _explain(directory: Path, iteration: int, reason: str) -> str:
