@@ -15,7 +15,7 @@ from megatron.checkpoint.save import resolved_config_document, save_checkpoint
 from tests.checkpoint.toy import build_engine, content, seed_ranks, train
 
 CLIENT_STATE = {"args": {"hidden_size": 7, "num_attention_heads": 1}, "structmoe": {"consumed_samples": 12, "skipped": 0}}
-DOCUMENTS = {"conf/a.yml": "x: 1\n", "other/a.yml": "x: 2\n", **resolved_config_document({"hidden_size": 7})}
+DOCUMENTS = {"a.yml": "x: 1\n", "b.yml": "x: 2\n", **resolved_config_document({"hidden_size": 7})}
 
 
 def several(work: dict[str, tuple[Any, ...]]) -> dict[str, Any]:

@@ -74,8 +74,8 @@ def test_files_are_named_as_neox_names_them(saved: Saved) -> None:
     assert sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()) == [
         "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
         "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
-        "configs/a.2.yml",
         "configs/a.yml",
+        "configs/b.yml",
         "configs/resolved.json",
         "manifest.json",
         "mp_rank_00_model_states.pt",
