@@ -94,7 +94,7 @@ def snap(data: bytes, position: int) -> int:
 
 @dataclass(frozen=True)
 class Newest:
-    """For documents in order of time: test = the newest that make up `test_bytes`; valid = the newest before them; recent = the newest before those."""
+    """Documents in order of time. test: the newest that make up `test_bytes`; valid: the newest before them; recent: the newest before those."""
 
     valid_bytes: int
     test_bytes: int
