@@ -50,3 +50,21 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no test material at {folder} (set STRUCTMOE_SHARED to the folder that holds it)")
     return folder
+
+
+SENTENCE = "the quick brown fox jumps over the lazy dog and the dog looks up at the fox "
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefix of an indexed file of 60 documents of characters below 128, with something to learn in them."""
+    import numpy as np
+
+    from megatron.data.indexed import IndexedDatasetWriter
+
+    prefix = tmp_path_factory.mktemp("corpus") / "foxes"
+    with IndexedDatasetWriter(prefix, np.dtype("uint16")) as writer:
+        for number in range(60):
+            text = (SENTENCE * 3)[number % 40 :][: 120 + number]
+            writer.add(np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16))
+    return prefix

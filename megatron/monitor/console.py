@@ -29,12 +29,19 @@ class ConsoleHandler(logging.Handler):
         self.console.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
+class LastingConsole(Console):
+    """A console that falls silent when its reader is gone (`| head`), where rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 def configure_logging(*, rank: int, log_dir: str | None) -> Console:
     """The package's messages go to standard output on rank 0, and on every rank to a file of its own in `log_dir`, which is appended to.
 
     `log_dir` None: no files. Returns the console, for a display on top of it.
     """
-    console = Console()
+    console = LastingConsole()
     logger = logging.getLogger(LOGGER)
     logger.handlers.clear()
     logger.propagate = False

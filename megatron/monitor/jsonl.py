@@ -11,19 +11,26 @@ from typing import Any
 
 from megatron.monitor.sink import Value
 
+TRAIN_LOSS = "train/lm_loss"
+"""Every training step's line has this."""
+
 
 class JsonlSink:
-    """Appends to `path`. Lines of steps after `resume_from` are dropped first: the run is about to take those steps again.
+    """Appends to `path`, one flushed line a call, so that a killed run leaves what it measured.
 
-    A line that a kill cut short is dropped as well. Each line is flushed, so that a killed run leaves what it measured.
+    A run that goes on from step `resume_from` drops the lines of later steps first: it is about to take those steps again; so with the final
+    evaluation where that follows at once. A line that a kill cut short is dropped as well. A run from the beginning moves an older file aside,
+    to `<name>.previous`.
     """
 
-    def __init__(self, path: Path, *, resume_from: int) -> None:
+    def __init__(self, path: Path, *, resume_from: int, final_evaluation_follows: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            kept = [json.dumps(record) + "\n" for record in read_jsonl(path) if record["iteration"] <= resume_from]
+        if path.exists() and not resume_from:
+            os.replace(path, path.with_name(f"{path.name}.previous"))
+        elif path.exists():
+            kept = [r for r in read_jsonl(path) if r["iteration"] <= resume_from and not (final_evaluation_follows and TRAIN_LOSS not in r)]
             replacement = path.with_name(f".{path.name}.new")
-            replacement.write_text("".join(kept), encoding="utf-8")
+            replacement.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
             os.replace(replacement, path)
         self._file = path.open("a", encoding="utf-8")
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron.monitor.jsonl import read_jsonl
+from megatron.monitor.jsonl import TRAIN_LOSS, read_jsonl
 
 LOAD = "moe/expert_load"
 
@@ -20,7 +20,7 @@ def plot_metrics(metrics_file: Path, picture: Path, *, title: str) -> None:
     from matplotlib.figure import Figure
 
     records = list(read_jsonl(metrics_file))
-    train = _series(records, "train/lm_loss")
+    train = _series(records, TRAIN_LOSS)
     if not train[0]:
         raise NothingToDraw(f"{metrics_file}: no line has train/lm_loss, so there is nothing to draw")
     loads = [(record["iteration"], record[LOAD]) for record in records if record.get(LOAD)]

@@ -10,13 +10,11 @@ from megatron.monitor.sink import SinkUnavailable, Value, scalars
 
 
 class WandbSink:
-    """Raises SinkUnavailable when the package is missing or the service refuses the run."""
+    """Needs the package `wandb`. Raises SinkUnavailable when the service refuses the run."""
 
     def __init__(self, logging: LoggingConfig, config: dict[str, Any], *, rank: int) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise SinkUnavailable("use_wandb: true needs the package 'wandb' (pip install wandb), or set use_wandb: false") from error
+        import wandb
+
         try:
             self._run = wandb.init(
                 project=logging.wandb_project,

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import logging
 import os
 import socket
+import sys
 import warnings
 
 import torch
 
+from megatron.config.machine import usable_cores
 from megatron.mpu.topology import Topology, current_topology
+
+# From glibc's malloc.h: blocks from this size on are mapped one by one; free memory at the top of the heap is given back from this size on; the heap
+# grows by this much more than is needed.
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD = -3, -1, -2
+KEPT_BYTES = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 1 << 26}
 
 
 def start_process(*, backend: str | None, threads: int | None) -> Topology:
     """Joins the other processes (or makes a group of one) through DeepSpeed and returns the topology.
 
     `backend` None: nccl where there is a GPU, else gloo; nccl without a GPU becomes gloo.
-    `threads` None: this machine's cores divided by its processes.
+    `threads` None: OMP_NUM_THREADS (deepy.py sets it), else this machine's cores divided by its processes.
     """
     choose_accelerator()
+    keep_freed_memory()
     single_process_defaults(os.environ)
-    torch.set_num_threads(threads or max(1, _cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads or max(1, usable_cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    if os.environ["DS_ACCELERATOR"] == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     import deepspeed
 
     warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)  # DeepSpeed's calls, not the user's
@@ -38,6 +50,17 @@ def choose_accelerator() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
+def keep_freed_memory() -> None:
+    """Tells glibc to keep large freed blocks for the next step instead of giving them back to the system, which must then clear them again.
+
+    A sixth of a small model's step on a CPU. Elsewhere than on glibc nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for setting in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD):
+            mallopt(setting, KEPT_BYTES[setting])
+
+
 def end_process() -> None:
     """Leaves the process group, so that the interpreter can end without a warning."""
     if torch.distributed.is_initialized():
@@ -45,9 +68,8 @@ def end_process() -> None:
 
 
 def choose_backend(requested: str | None) -> str:
-    if not torch.cuda.is_available():
-        return "gloo"
-    return requested or "nccl"
+    """What was asked for, on the accelerator that DeepSpeed was told to use: nccl exists on GPUs only."""
+    return (requested or "nccl") if os.environ["DS_ACCELERATOR"] == "cuda" else "gloo"
 
 
 def single_process_defaults(environment: os._Environ[str] | dict[str, str]) -> None:
@@ -62,10 +84,6 @@ def decline_compiled_collectives() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _free_port() -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron.checkpoint import layout
+from megatron.checkpoint.agreement import batch_change, check_architecture
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.find import find_checkpoint_together
 from megatron.checkpoint.load import load_checkpoint
@@ -28,13 +29,16 @@ class Start(NamedTuple):
 
 
 def resume(trainer: Trainer) -> None:
-    """Puts `trainer` where the configuration says it starts. Raises CheckpointError, never starts silently at step 0."""
+    """Puts `trainer` where the configuration says it starts. Raises CheckpointError, or ConfigError when the checkpoint's model
+    is another one; never starts silently at step 0.
+    """
     config = trainer.config.checkpoint
     start = choose_start(config)
     if start is None:
         log.info("Starting from new weights.")
         return
     path = find_checkpoint_together(start.directory, config.iteration)
+    check_architecture(path, trainer.config.flat())
     settings = [{key: group[key] for key in OWN_SETTINGS} for group in trainer.engine.optimizer.param_groups]
     client_state = load_checkpoint(
         trainer.engine,
@@ -48,8 +52,12 @@ def resume(trainer: Trainer) -> None:
     if not start.go_on:
         log.info("Starting at step 0 from the weights of %s.", path)
         return
-    trainer.state = TrainingState.from_state_dict({"iteration": client_state.get("iteration", 0), **client_state.get(STATE, {})})
+    iteration = client_state.get("iteration", 0)
+    upstreams = {"iteration": iteration, "consumed_samples": iteration * trainer.plan.batch.global_}  # in a checkpoint without our counters
+    trainer.state = TrainingState.from_state_dict({**upstreams, **client_state.get(STATE, {})})
     trainer.last_checkpoint = path
+    if (changed := batch_change(path, trainer.plan.batch)) is not None:
+        log.info("%s", changed)
     if trainer.finished:
         log.info("%s is at step %d of %d: there is nothing left to train.", path, trainer.state.iteration, trainer.plan.train_iters)
     else:

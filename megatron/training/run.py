@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
@@ -11,10 +12,10 @@ from rich.console import Console
 from megatron.checkpoint.lock import RunLock
 from megatron.checkpoint.ranks import together
 from megatron.config.loader import LoadedConfig
-from megatron.config.neox import check_trainable
+from megatron.config.neox import check_device, check_trainable
 from megatron.monitor.console import ProgressDisplay, configure_logging
 from megatron.mpu.topology import Topology
-from megatron.training.callbacks.build import build_callbacks, build_sinks
+from megatron.training.callbacks.build import build_callbacks, build_sinks, check_sinks
 from megatron.training.process import start_process
 from megatron.training.resume import resume
 from megatron.training.setup import build_trainer
@@ -34,6 +35,8 @@ def train(loaded: LoadedConfig) -> Trainer:
     console = configure_logging(rank=topology.rank, log_dir=config.logging.log_dir)
     with ExitStack() as cleanup:
         check_trainable(config, topology.data_parallel_size)
+        check_device(config, os.environ["DS_ACCELERATOR"])
+        check_sinks(config.logging)
         if config.checkpoint.save is not None:
             cleanup.callback(lock(Path(config.checkpoint.save), topology).close)
         trainer = build_trainer(config, topology)

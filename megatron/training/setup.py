@@ -6,7 +6,8 @@ from typing import Any
 
 from megatron.config.neox import NeoXConfig
 from megatron.config.training import resolve_batch
-from megatron.data.loader import SamplePlan, build_data
+from megatron.data.loader import Datasets, SamplePlan, build_data
+from megatron.data.sampler import MicroBatchSampler
 from megatron.data.tokenizer import Tokenizer, build_tokenizer, padded_vocab_size
 from megatron.model.gpt import build_model
 from megatron.mpu.topology import Topology
@@ -21,10 +22,18 @@ def build_trainer(config: NeoXConfig, topology: Topology) -> Trainer:
     plan = build_plan(config, tokenizer, topology)
     samples = plan_samples(config, plan)
     datasets = build_data(config.data, seq_length=plan.seq_length, plan=samples, seed=config.training.seed, vocab_size=tokenizer.vocab_size)
+    check_evaluation_data(datasets, plan, topology)
     vocabulary = padded_vocab_size(tokenizer.vocab_size, config.model.make_vocab_size_divisible_by)
     model = build_model(config.model, config.moe, vocabulary, seed=config.training.seed)
     engine = build_engine(config, model, world_size=topology.world_size)
     return Trainer(config, plan, topology, engine=engine, datasets=datasets, checkpoint_args=checkpoint_args(config, vocabulary))
+
+
+def check_evaluation_data(datasets: Datasets, plan: Plan, topology: Topology) -> None:
+    """Raises DatasetError now, not at the first evaluation, when a held-out part is too small for one batch."""
+    for dataset in (datasets.valid, datasets.test):
+        if dataset is not None:
+            MicroBatchSampler(len(dataset), micro_batch=plan.batch.micro, rank=0, world_size=topology.data_parallel_size)
 
 
 def build_plan(config: NeoXConfig, tokenizer: Tokenizer, topology: Topology) -> Plan:

@@ -79,7 +79,7 @@ class Trainer:
             micro_batch=self.plan.batch.micro,
             rank=self.topology.data_parallel_rank,
             world_size=self.topology.data_parallel_size,
-            start_iteration=self.state.iteration * self.plan.batch.accumulation,
+            start_iteration=self.state.consumed_samples // (self.plan.batch.micro * self.topology.data_parallel_size),
             num_workers=self.config.data.num_workers,
         )
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron.config.logging import LoggingConfig
 from megatron.monitor.jsonl import JsonlSink, read_jsonl
-from megatron.monitor.sink import SinkUnavailable, scalars
+from megatron.monitor.sink import scalars
 from megatron.monitor.tensorboard import TensorboardSink
 from megatron.monitor.wandb import WandbSink
 
@@ -28,6 +27,24 @@ def test_jsonl_of_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
     write_steps(path, range(1, 8), resume_from=0)
     write_steps(path, range(5, 10), resume_from=4)
     assert [record["iteration"] for record in read_jsonl(path)] == list(range(1, 10))
+
+
+def test_jsonl_of_a_new_run_moves_the_old_one_aside(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, range(1, 4), resume_from=0)
+    write_steps(path, range(1, 3), resume_from=0)
+    assert [record["iteration"] for record in read_jsonl(path)] == [1, 2]
+    assert [record["iteration"] for record in read_jsonl(tmp_path / "metrics.jsonl.previous")] == [1, 2, 3]
+
+
+def test_jsonl_has_the_final_evaluation_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, range(1, 4), resume_from=0)
+    for _ in range(2):
+        sink = JsonlSink(path, resume_from=3, final_evaluation_follows=True)
+        sink.write(3, {"test/lm_loss": 1.0})
+        sink.close()
+    assert [list(record)[1] for record in read_jsonl(path)] == ["train/lm_loss"] * 3 + ["test/lm_loss"]
 
 
 def test_jsonl_survives_a_line_cut_short(tmp_path: Path) -> None:
@@ -61,18 +78,6 @@ def test_tensorboard_writes_events(tmp_path: Path) -> None:
     events.Reload()
     assert events.Tags()["scalars"] == ["train/lm_loss"]
     assert [(event.step, event.value) for event in events.Scalars("train/lm_loss")] == [(3, 2.5)]
-
-
-def test_tensorboard_missing_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(SinkUnavailable, match="tensorboard_dir: .* needs the package 'tensorboard'"):
-        TensorboardSink(str(tmp_path), resume_from=0)
-
-
-def test_wandb_missing_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(SinkUnavailable, match="use_wandb: true needs the package 'wandb'"):
-        WandbSink(LoggingConfig(use_wandb=True), {}, rank=0)
 
 
 def test_wandb_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,11 +132,12 @@ def test_a_missing_checkpoint_is_no_silent_start(corpus: Path, tmp_path: Path) -
         train_losses(run_values(corpus, tmp_path / "run", load=str(tmp_path / "nowhere")))
 
 
-def test_a_checkpoint_of_another_shape_is_refused(corpus: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_refused(corpus: Path, tmp_path: Path) -> None:
     values = run_values(corpus, tmp_path / "run", train_iters=4, eval_iters=0, resume_if_exists=True)
     train_losses(values)
-    with pytest.raises(CheckpointError, match="another shape"):
-        train_losses({**values, "intermediate_size": 32})
+    for key, value in (("intermediate_size", 32), ("activation", "silu"), ("moe_top_k", 1)):
+        with pytest.raises(ConfigError, match=f"'{key}' = .* was trained with"):
+            train_losses({**values, key: value})
 
 
 def test_a_router_from_outside_the_package_trains(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,13 @@ def our_step(precision: str, zero_stage: int) -> Callable[[torch.Tensor], Any]:
     from megatron.training.engine import build_engine
     from megatron.training.step import take_step
 
-    model = {"num_layers": LAYERS, "hidden_size": WIDTH, "num_attention_heads": HEADS, "seq_length": SEQ_LENGTH, "max_position_embeddings": SEQ_LENGTH}
+    model = {
+        "num_layers": LAYERS,
+        "hidden_size": WIDTH,
+        "num_attention_heads": HEADS,
+        "seq_length": SEQ_LENGTH,
+        "max_position_embeddings": SEQ_LENGTH,
+    }
     run = {"train_micro_batch_size_per_gpu": BATCH, "optimizer": {"type": "Adam", "params": {"lr": 1e-4}}, "precision": precision}
     config = config_from_dict({**model, **run, "pos_emb": "rotary", "no_weight_tying": True, "zero_optimization": {"stage": zero_stage}})
     engine = build_engine(config, build_model(config.model, config.moe, VOCABULARY, seed=1), world_size=1)
@@ -71,7 +77,10 @@ def measure(precision: str, zero_stage: int, *, rounds: int, steps: int) -> dict
     pairs = [(seconds(ours, steps), seconds(plain, steps)) for _ in range(rounds)]
     tokens = BATCH * SEQ_LENGTH
     ratio = statistics.median(b / a for a, b in pairs)
-    speeds = {"tokens_per_second": tokens / statistics.median(a for a, _ in pairs), "plain_tokens_per_second": tokens / statistics.median(b for _, b in pairs)}
+    speeds = {
+        "tokens_per_second": tokens / statistics.median(a for a, _ in pairs),
+        "plain_tokens_per_second": tokens / statistics.median(b for _, b in pairs),
+    }
     return {**speeds, "ratio_to_plain": ratio, "ratio_to_upstream": ratio / UPSTREAM_SHARE[precision], "matmul_flops": matmul_rate(DTYPES[precision])}
 
 

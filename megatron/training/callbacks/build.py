@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from megatron.config.logging import LoggingConfig
 from megatron.config.size import flops_per_token
 from megatron.monitor.console import ProgressDisplay
 from megatron.monitor.jsonl import JsonlSink
-from megatron.monitor.sink import Sink
+from megatron.monitor.sink import Sink, SinkUnavailable
 from megatron.monitor.tensorboard import TensorboardSink
 from megatron.monitor.wandb import WandbSink
 from megatron.training.callbacks.base import Callback
@@ -37,21 +38,21 @@ def build_callbacks(trainer: Trainer, loaded: LoadedConfig, sinks: Sequence[Sink
     if metrics_file is not None and picture is not None:
         callbacks.append(PlotCallback(metrics_file, picture))
     callbacks += [
-        StopCallback(config.training.exit_interval),
         LogCallback(config.logging, sinks, display, flops_per_token=flops),
         WatchdogCallback(config.training.max_nonfinite_steps),
-        EvaluateCallback(config.training, sinks),
+        EvaluateCallback(config.training, trainer.plan.batch.accumulation, sinks),
     ]
     if config.checkpoint.save is not None:
         documents = {**loaded.files, **resolved_config_document(config.flat())}
         callbacks.append(CheckpointCallback(config.checkpoint, Path(config.checkpoint.save), args=trainer.checkpoint_args, documents=documents))
+    callbacks.append(StopCallback(config.training.exit_interval))
     return callbacks
 
 
 def build_sinks(trainer: Trainer) -> list[Sink]:
     """Where this process writes its numbers: the first one everywhere, the others to Weights & Biases when `wandb_init_all_ranks` is on.
 
-    Raises SinkUnavailable for a destination that was asked for and cannot be had.
+    Raises SinkUnavailable when Weights & Biases refuses the run.
     """
     config, iteration, first = trainer.config, trainer.state.iteration, trainer.topology.is_first
     sinks: list[Sink] = []
@@ -60,10 +61,18 @@ def build_sinks(trainer: Trainer) -> list[Sink]:
     if not first:
         return sinks
     if (path := metrics_path(config.logging, config.checkpoint.save)) is not None:
-        sinks.append(JsonlSink(path, resume_from=iteration))
+        sinks.append(JsonlSink(path, resume_from=iteration, final_evaluation_follows=trainer.finished))
     if config.logging.tensorboard_dir is not None:
         sinks.append(TensorboardSink(config.logging.tensorboard_dir, resume_from=iteration))
     return sinks
+
+
+def check_sinks(logging: LoggingConfig) -> None:
+    """Raises SinkUnavailable for a package that a sink needs and that is not installed: on every process alike, before anything long begins."""
+    wanted = {"wandb": logging.use_wandb, "tensorboard": logging.tensorboard_dir is not None}
+    for package, key in (("wandb", "use_wandb: true"), ("tensorboard", "tensorboard_dir")):
+        if wanted[package] and importlib.util.find_spec(package) is None:
+            raise SinkUnavailable(f"{key} needs the package '{package}': pip install {package}, or leave the key out")
 
 
 def metrics_path(logging: LoggingConfig, save: str | None) -> Path | None:

@@ -36,9 +36,9 @@ class CheckpointCallback(Callback):
         self._saved: int | None = None
 
     def before_training(self, trainer: Trainer) -> None:
-        if trainer.state.iteration:
+        if trainer.last_checkpoint is not None and trainer.last_checkpoint.parent.resolve() == self.directory.resolve():
             self._saved = trainer.state.iteration
-        elif 0 in (self.config.extra_save_iters or []):
+        elif not trainer.state.iteration and 0 in (self.config.extra_save_iters or []):
             self._save(trainer)
 
     def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:

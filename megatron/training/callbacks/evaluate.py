@@ -23,11 +23,14 @@ MAX_EXPONENT = 700.0
 
 
 class EvaluateCallback(Callback):
-    """The n-th evaluation reads the n-th `eval_iters` batches of the validation data, as in NeoX, whether or not the run was resumed in between."""
+    """The n-th evaluation reads the n-th `eval_iters` batches of the validation data, whether or not the run was resumed in between.
 
-    def __init__(self, config: TrainingConfig, sinks: Sequence[Sink]) -> None:
+    A batch is as large as one of a training step, in as many micro-batches (`accumulation`), as in NeoX.
+    """
+
+    def __init__(self, config: TrainingConfig, accumulation: int, sinks: Sequence[Sink]) -> None:
         self.interval = config.eval_interval
-        self.num_batches = config.eval_iters
+        self.num_batches = config.eval_iters * accumulation
         self.sinks = sinks
 
     def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:

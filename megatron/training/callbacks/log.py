@@ -82,6 +82,10 @@ class LogCallback(Callback):
             self.window = Window()
 
     def after_training(self, trainer: Trainer) -> None:
+        if self.window.metrics:
+            for sink in self.sinks:
+                sink.write(trainer.state.iteration, self._interval_values(trainer))
+            self._log(trainer, self.window.metrics[-1])
         self.close()
 
     def close(self) -> None:

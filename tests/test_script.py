@@ -1,0 +1,48 @@
+"""A command line's failures: sentences for the user's mistakes, tracebacks for ours."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from megatron.config.section import ConfigError
+from megatron.data.indexed import DatasetError
+from megatron.script import exit_status
+
+
+def failing(error: BaseException) -> int:
+    def work() -> None:
+        raise error
+
+    return exit_status(work)
+
+
+def test_success_is_0() -> None:
+    assert exit_status(lambda: None) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "sentence"),
+    [
+        (ConfigError(["'x' is wrong"]), 2, "1 problem(s) in the configuration:\n  'x' is wrong\n"),
+        (DatasetError("a.bin is missing"), 1, "a.bin is missing\n"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl"), 1, "metrics.jsonl: No space left on device.\n"),
+        (KeyboardInterrupt(), 130, "\nInterrupted.\n"),
+    ],
+)
+def test_the_users_mistakes_are_sentences(error: BaseException, status: int, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert failing(error) == status
+    assert capsys.readouterr().err == sentence
+
+
+def test_other_processes_say_who_they_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "3")
+    failing(DatasetError("a.bin is missing"))
+    assert capsys.readouterr().err == "[process 3] a.bin is missing\n"
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        exit_status(lambda: 1 / 0)

@@ -1,0 +1,46 @@
+"""Optional destinations, asked for in the configuration."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from megatron.config.logging import LoggingConfig
+from megatron.monitor.sink import SinkUnavailable
+from megatron.training.callbacks.build import check_sinks
+from tests.training.runs import losses_of, run_values, train_losses
+
+
+@pytest.mark.parametrize(
+    ("logging", "sentence"),
+    [
+        (LoggingConfig(use_wandb=True), "use_wandb: true needs the package 'wandb': pip install wandb, or leave the key out"),
+        (LoggingConfig(tensorboard_dir="tb"), "tensorboard_dir needs the package 'tensorboard': pip install tensorboard, or leave the key out"),
+    ],
+)
+def test_a_missing_package_is_a_sentence(monkeypatch: pytest.MonkeyPatch, logging: LoggingConfig, sentence: str) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SinkUnavailable) as raised:
+        check_sinks(logging)
+    assert str(raised.value) == sentence
+
+
+def test_a_run_with_every_sink(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="the package wandb is not installed")
+    pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wanted = {"use_wandb": True, "tensorboard_dir": "tb", "log_dir": "logs", "progress": "rich"}
+    train_losses(run_values(corpus, tmp_path / "run", train_iters=4, eval_iters=1, **wanted))
+    assert list(tmp_path.glob("wandb/offline-run-*"))
+    assert list(tmp_path.glob("tb/events*"))
+    (log,) = tmp_path.glob("logs/*_rank_00_stdout.txt")
+    assert "number of nan iterations:   0 |" in log.read_text()
+
+
+def test_the_last_steps_are_logged_when_the_interval_is_longer(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_losses(run_values(corpus, tmp_path / "run", train_iters=3, eval_iters=0, log_interval=100))
+    assert "| iteration        3/       3 |" in capsys.readouterr().out
+    assert len(losses_of(tmp_path / "run/metrics.jsonl", "moe/expert_load")) == 1
