@@ -42,8 +42,14 @@ setup-run: ## make .venv and install what training needs, no more
 train: setup-run ## from nothing to a trained, evaluated and sampled language model
 	@$(python) prepare_data.py
 	@$(python) deepy.py train.py $(quickstart)
-	@$(python) eval.py $(quickstart) -o 'eval_text_files=[data/sotu/test.txt]'
-	@$(python) generate.py $(quickstart) -o text_gen_type=unconditional
+	@echo && echo 'The newest speeches, which the model has not seen:'
+	@$(python) eval.py $(quickstart) -o 'eval_text_files=[data/sotu/test.txt]' -o eval_results_prefix=runs/quickstart/test
+	@echo && echo 'A sample:'
+	@$(python) generate.py $(quickstart) -i configs/quickstart_prompts.txt --sample_output_file runs/quickstart/samples.jsonl
+	@echo
+	@printf '%-12s%s\n' checkpoint "runs/quickstart/$$(cat runs/quickstart/latest)" metrics runs/quickstart/metrics.jsonl plot runs/quickstart/training.png \
+		samples runs/quickstart/samples.jsonl
+	@echo 'make train again does nothing but measure and sample; rm -r runs/quickstart starts afresh.'
 
 .PHONY: test
 test: setup ## run the tests (CPU, without the slow ones)

@@ -28,6 +28,6 @@ def build_engine(config: NeoXConfig, model: GPT, *, world_size: int) -> Any:
     if world_size == 1 and isinstance(optimizer, SkippingAdamW):
         engine.enable_backward_allreduce = False  # a sum over one process: DeepSpeed would copy all gradients together and back for it
     scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if hasattr(scaler, "raise_error_at_min_scale"):
+    if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # `max_nonfinite_steps` decides when a streak ends the run, with a sentence
     return engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,4 +53,12 @@ def train_with_bad_losses(values: Mapping[str, Any], bad: Mapping[int, float]) -
         return output if wrong is None else output._replace(loss=output.loss + wrong, lm_loss=output.lm_loss + wrong)
 
     step.forward = forward
-    return train_losses(values)
+    try:
+        return train_losses(values)
+    finally:
+        step.forward = original
+
+
+def train_with_one_bad_process(values: Mapping[str, Any]) -> list[float]:
+    """`train_losses` with a NaN in the third micro-batch of the second process only."""
+    return train_with_bad_losses(values, {2: float("nan")} if os.environ["RANK"] == "1" else {})

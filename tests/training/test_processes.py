@@ -9,7 +9,7 @@ import pytest
 
 from megatron.testing.distributed import run_distributed
 from megatron.testing.tiny import TINY_DENSE
-from tests.training.runs import run_values, train_losses
+from tests.training.runs import run_values, train_losses, train_with_one_bad_process
 
 STEPS = 50
 
@@ -37,6 +37,13 @@ def test_two_structmoe_processes_give_the_losses_of_one_that_accumulates(corpus:
     one = train_losses({**values, "metrics_file": str(tmp_path / "one.jsonl")})
     settings = {"zero_optimization": {"stage": 1}, "metrics_file": str(tmp_path / "two.jsonl")}
     assert run_distributed(train_losses, 2, {**values, **settings}, backend=None)[0] == pytest.approx(one, abs=1e-4)
+
+
+def test_a_loss_that_is_not_finite_on_one_process_is_skipped_on_both(corpus: Path, tmp_path: Path) -> None:
+    values = run_values(corpus, None, train_iters=6, eval_iters=0, train_batch_size=4, metrics_file=str(tmp_path / "m.jsonl"))
+    for losses in run_distributed(train_with_one_bad_process, 2, values, backend=None):
+        assert losses[2] is None
+        assert all(loss is not None and loss < 20 for number, loss in enumerate(losses) if number != 2)
 
 
 def test_a_resumed_pair_is_bit_for_bit_the_same(corpus: Path, tmp_path: Path) -> None:

@@ -35,6 +35,14 @@ def test_zero_stages_agree(corpus: Path, tmp_path: Path, stage: int) -> None:
     assert train_losses(run_values(corpus, tmp_path / "n", zero_optimization={"stage": stage})) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("untied", [True, False])
+def test_zero_3_may_cut_up_every_parameter(corpus: Path, tmp_path: Path, untied: bool) -> None:
+    """DeepSpeed leaves parameters as small as a test's whole unless told otherwise."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    expected = train_losses(run_values(corpus, tmp_path / "0", no_weight_tying=untied))
+    assert train_losses(run_values(corpus, tmp_path / "3", no_weight_tying=untied, zero_optimization=zero)) == pytest.approx(expected, abs=1e-6)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bfloat16_trains_and_follows_fp32(corpus: Path, tmp_path: Path, stage: int) -> None:
     values = run_values(corpus, None, train_iters=5, eval_iters=0, optimizer={"type": "Adam", "params": {"lr": 1e-3}})
@@ -92,10 +100,12 @@ def test_finetune_takes_only_the_weights(corpus: Path, tmp_path: Path) -> None:
     assert second[0] < 0.7 * first[0]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_step_that_is_not_finite_is_skipped(corpus: Path, tmp_path: Path, stage: int, bad: float) -> None:
-    values = run_values(corpus, tmp_path / "run", zero_optimization={"stage": stage}, eval_iters=0)
+@pytest.mark.parametrize(
+    ("stage", "precision", "bad"),
+    [*((stage, "fp32", bad) for stage in (0, 1, 2, 3) for bad in (math.nan, math.inf)), *((stage, "bfloat16", math.nan) for stage in (0, 1, 2))],
+)
+def test_a_step_that_is_not_finite_is_skipped(corpus: Path, tmp_path: Path, stage: int, precision: str, bad: float) -> None:
+    values = run_values(corpus, tmp_path / "run", zero_optimization={"stage": stage}, precision=precision, eval_iters=0)
     losses = train_with_bad_losses(values, {2: bad})
     assert losses[2] is None
     assert all(loss is not None and loss < 20 for number, loss in enumerate(losses) if number != 2)
