@@ -37,11 +37,11 @@ def learning_rate(schedule: Schedule, steps_done: int) -> float:
     """The rate of the step that follows `steps_done` completed ones.
 
     Linear warm-up from below `minimum` if need be, then constant, linear or cosine down to it. As in NeoX the cosine is not clamped at its end:
-    it rises again when training goes on longer than `decay_steps`.
+    it rises again when training goes on longer than `decay_steps`. A warm-up of less than one step stays at the peak, which NeoX's exceeds.
     """
     peak, minimum, warmup = schedule.peak, schedule.minimum, schedule.warmup_steps
     if warmup > 0 and steps_done <= warmup:
-        return peak * max(1, steps_done) / warmup
+        return peak * min(1.0, max(1, steps_done) / warmup)
     done, total = steps_done - warmup, schedule.decay_steps - warmup
     if schedule.style == "constant" or total <= 0:
         return max(minimum, peak)

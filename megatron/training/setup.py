@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
+
+import numpy as np
+import torch
 
 from megatron.config.neox import NeoXConfig
 from megatron.config.training import resolve_batch
@@ -26,7 +30,15 @@ def build_trainer(config: NeoXConfig, topology: Topology) -> Trainer:
     vocabulary = padded_vocab_size(tokenizer.vocab_size, config.model.make_vocab_size_divisible_by)
     model = build_model(config.model, config.moe, vocabulary, seed=config.training.seed)
     engine = build_engine(config, model, world_size=topology.world_size)
+    seed_random(config.training.seed + topology.data_parallel_rank)
     return Trainer(config, plan, topology, engine=engine, datasets=datasets, checkpoint_args=checkpoint_args(config, vocabulary))
+
+
+def seed_random(seed: int) -> None:
+    """What dropout and jitter draw from; each data-parallel process has its own stream."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def check_evaluation_data(datasets: Datasets, plan: Plan, topology: Topology) -> None:

@@ -26,6 +26,8 @@ def test_loss_falls_and_everything_is_written(corpus: Path, tmp_path: Path) -> N
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     loads = next(record["moe/expert_load"] for record in records if "moe/expert_load" in record)
     assert [sum(layer) for layer in loads] == [2 * 16 * 2] * 2, "2 sequences of 16 tokens, 2 experts a token, 2 layers"
+    lore_loads = next(record["moe/lore_load"] for record in records if "moe/lore_load" in record)
+    assert [sum(layer) for layer in lore_loads] == [2 * 16 * 2 * 2] * 2, "two LoREs for each of them"
     assert {"validation/lm_loss", "test/lm_loss"} <= {key for record in records for key in record}
 
 

@@ -30,6 +30,10 @@ def test_warmup_is_a_share_that_is_not_rounded() -> None:
     assert [learning_rate(schedule, n) for n in range(4)] == pytest.approx([0.4, 0.4, 0.8, 1.0])
 
 
+def test_a_warmup_of_less_than_a_step_does_not_exceed_the_peak() -> None:
+    assert learning_rate(Schedule(peak=1.0, minimum=0.0, decay_steps=8, warmup_steps=0.08, style="linear"), 0) == pytest.approx(1.0)
+
+
 def test_warmup_may_start_below_the_minimum() -> None:
     schedule = Schedule(peak=1.0, minimum=0.5, decay_steps=100, warmup_steps=10.0, style="linear")
     assert learning_rate(schedule, 1) == pytest.approx(0.1)

@@ -41,8 +41,10 @@ class Window:
         columns = zip(*((m.lm_loss, *m.aux_losses) for m in chosen), strict=True)
         return {name: sum(values) / len(values) for name, values in zip(names, columns, strict=True)}
 
-    def expert_load_XE(self) -> Tensor:
-        return torch.stack([m.expert_load_XE for m in self.metrics]).sum(0)
+    def loads(self) -> tuple[Tensor, Tensor]:
+        """(expert_load_XE, lore_load_XG): tokens of all steps."""
+        experts, lores = zip(*((m.expert_load_XE, m.lore_load_XG) for m in self.metrics), strict=True)
+        return torch.stack(experts).sum(0), torch.stack(lores).sum(0)
 
 
 class LogCallback(Callback):
@@ -110,10 +112,12 @@ class LogCallback(Callback):
         }
         if self.config.peak_theoretical_tflops:
             values["runtime/model_flops_utilization"] = flops / (self.config.peak_theoretical_tflops * 1e12)
-        load = self.window.expert_load_XE()
-        if load.numel():
-            values["moe/expert_load"] = load.tolist()
-            values["moe/load_imbalance"] = float((load.max(1).values / load.float().mean(1)).mean())
+        expert_load, lore_load = self.window.loads()
+        if expert_load.numel():
+            values["moe/expert_load"] = expert_load.tolist()
+            values["moe/load_imbalance"] = float((expert_load.max(1).values / expert_load.float().mean(1)).mean())
+        if lore_load.numel():
+            values["moe/lore_load"] = lore_load.tolist()
         return values
 
     def _flops_per_device(self, trainer: Trainer) -> float:
