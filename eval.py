@@ -7,6 +7,7 @@ python eval.py -d configs a.yml -o 'eval_text_files=[test.txt]' [-o eval_stride=
 The model is the newest checkpoint in `load`, else in `save`.
 """
 
+import logging
 import os
 import sys
 
@@ -24,7 +25,9 @@ def main(argv: list[str]) -> int:
         from megatron.inference.evaluation import evaluate
         from megatron.monitor.console import configure_logging
 
-        evaluate(loaded.config, configure_logging(rank=0, log_dir=None), build_reporter())
+        console = configure_logging(rank=0, log_dir=None)
+        logging.getLogger("megatron.kernels").setLevel(logging.WARNING)
+        evaluate(loaded.config, console, build_reporter())
 
     return exit_status(work)
 

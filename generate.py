@@ -9,6 +9,7 @@ in `load`, else in `save`.
 """
 
 import contextlib
+import logging
 import os
 import sys
 
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> int:
         from megatron.monitor.console import configure_logging
 
         console = configure_logging(rank=0, log_dir=None)
+        logging.getLogger("megatron.kernels").setLevel(logging.WARNING)
         generate(loaded.config, console, input, terminal=sys.stdin.isatty())
 
     return exit_status(work)

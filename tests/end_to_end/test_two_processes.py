@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.runs import losses_of, run_values
+from tests.training.runs import losses_of, outer_environment, run_values
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def start(file: Path) -> subprocess.Popen[str]:
     command = [sys.executable, str(REPOSITORY / "deepy.py"), "train.py", str(file)]
-    return subprocess.Popen(command, cwd=REPOSITORY, env=dict(os.environ), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=REPOSITORY, env=outer_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def write_run(folder: Path, values: dict[str, object]) -> Path:

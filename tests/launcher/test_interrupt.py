@@ -14,7 +14,9 @@ MODEL = "num_layers: 2\nhidden_size: 64\nnum_attention_heads: 4\nseq_length: 32\
 
 @pytest.mark.parametrize("words", [("deepy.py", "train.py"), ("train.py",), ("generate.py",), ("eval.py",)], ids=lambda words: words[0])
 def test_interrupted_while_the_configuration_is_loaded(words: tuple[str, ...], tmp_path: Path, repository: Path) -> None:
-    (tmp_path / "interrupting.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    # Where the tests run in the background, the shell has them and their children ignore Ctrl-C: undo that first.
+    listening = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    (tmp_path / "interrupting.py").write_text(f"import os, signal\n{listening}\nos.kill(os.getpid(), signal.SIGINT)\n")
     (tmp_path / "a.yml").write_text(MODEL + "plugins: [interrupting]\n")
     environment = os.environ | {"PYTHONPATH": f"{repository}{os.pathsep}{tmp_path}"}
     command = [sys.executable, *(str(repository / word) for word in words), str(tmp_path / "a.yml")]

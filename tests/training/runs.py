@@ -62,3 +62,9 @@ def train_with_bad_losses(values: Mapping[str, Any], bad: Mapping[int, float]) -
 def train_with_one_bad_process(values: Mapping[str, Any]) -> list[float]:
     """`train_losses` with a NaN in the third micro-batch of the second process only."""
     return train_with_bad_losses(values, {2: float("nan")} if os.environ["RANK"] == "1" else {})
+
+
+def outer_environment() -> dict[str, str]:
+    """This process's environment without what a run in it has left there: its rank and its port, which a run in another process must not take."""
+    own = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return {key: value for key, value in os.environ.items() if key not in own}

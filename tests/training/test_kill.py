@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.training.runs import losses_of, run_values, train_losses
+from tests.training.runs import losses_of, outer_environment, run_values, train_losses
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KEYS = ("train/lm_loss", "validation/lm_loss", "test/lm_loss")
@@ -30,7 +29,7 @@ class Run:
 
     def start(self) -> subprocess.Popen[str]:
         command = [sys.executable, str(REPOSITORY / "train.py"), str(self.file)]
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        environment = {**outer_environment(), "PYTHONPATH": str(REPOSITORY)}
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def wait_for_a_step(self, process: subprocess.Popen[str]) -> None:
@@ -91,7 +90,8 @@ def test_user_errors_are_sentences(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     values = run_values(tmp_path / "nothing", tmp_path / "save")
     file.write_text(json.dumps(values))
-    finished = subprocess.run([sys.executable, str(REPOSITORY / "train.py"), str(file)], capture_output=True, text=True, check=False, timeout=120)
+    command = [sys.executable, str(REPOSITORY / "train.py"), str(file)]
+    finished = subprocess.run(command, env=outer_environment(), capture_output=True, text=True, check=False, timeout=120)
     assert finished.returncode == 1
     assert "Traceback" not in finished.stderr
     assert str(tmp_path / "nothing") in finished.stderr
