@@ -35,7 +35,7 @@ class Run:
     def wait_for_a_step(self, process: subprocess.Popen[str]) -> None:
         """Until the process has written a line of metrics, or ended."""
         before = self.state()
-        while process.poll() is None and self.state() == before:
+        while process.poll() is None and self.state() in (before, (self.state()[0], 0)):
             time.sleep(0.005)
 
     def state(self) -> tuple[int, int]:
