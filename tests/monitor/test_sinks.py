@@ -81,7 +81,8 @@ def test_tensorboard_writes_events(tmp_path: Path) -> None:
 
 
 def test_wandb_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="the package wandb is not installed")
+    wandb = pytest.importorskip("wandb", reason="the package wandb is not installed")
+    wandb.teardown()  # it remembers the folder of an earlier run in this process
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     sink = WandbSink(LoggingConfig(use_wandb=True, wandb_run_name="fox"), {"num_layers": 2}, rank=1)

@@ -28,7 +28,8 @@ def test_a_missing_package_is_a_sentence(monkeypatch: pytest.MonkeyPatch, loggin
 
 
 def test_a_run_with_every_sink(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="the package wandb is not installed")
+    wandb = pytest.importorskip("wandb", reason="the package wandb is not installed")
+    wandb.teardown()  # it remembers the folder of an earlier run in this process
     pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
