@@ -67,6 +67,8 @@ class NeoXConfig(Section):
         yield from self._accumulation_problems()
         if self.checkpoint.iteration is not None and self.checkpoint.load is None and self.checkpoint.save is None:
             yield Problem(("iteration", "load"), "needs load: the directory with the checkpoint")
+        if self.logging.plot_file is not None and self.logging.metrics_file is None and self.checkpoint.save is None:
+            yield Problem(("plot_file", "metrics_file"), "needs save or metrics_file: the picture is drawn from the metrics written there")
 
     def _accumulation_problems(self) -> Iterator[Problem]:
         """DeepSpeed sums gradients in the weights' number format; ZeRO can also sum 16-bit ones in fp32."""

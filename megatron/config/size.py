@@ -47,7 +47,7 @@ class Memory:
         return self.weights + self.gradients + self.optimizer
 
 
-def padded_vocabulary(vocab_size: int, divisible_by: int) -> int:
+def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
     """The vocabulary rounded up as in NeoX; it does not depend on the number of processes."""
     return -(-vocab_size // divisible_by) * divisible_by
 

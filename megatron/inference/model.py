@@ -17,7 +17,8 @@ from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.model import ModelConfig
 from megatron.config.neox import NeoXConfig
 from megatron.config.section import ConfigError
-from megatron.data.tokenizer import Tokenizer, build_tokenizer, padded_vocab_size
+from megatron.config.size import padded_vocab_size
+from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.inference.errors import InferenceError
 from megatron.model.gpt import GPT, build_model
 from megatron.training.engine import DTYPES

@@ -14,7 +14,7 @@ from megatron.config.data import DataConfig
 from megatron.config.loader import LoadedConfig
 from megatron.config.neox import OWNER, SECTION_CLASSES, NeoXConfig, check_trainable
 from megatron.config.section import ConfigError, Section
-from megatron.config.size import count_parameters, flops_per_token, padded_vocabulary, training_memory
+from megatron.config.size import count_parameters, flops_per_token, padded_vocab_size, training_memory
 from megatron.config.training import resolve_batch
 
 _CHARACTER_VOCABULARY = 512  # CharLevelTokenizer
@@ -115,7 +115,7 @@ def _work(config: NeoXConfig, processes: int, words: Vocabulary) -> Table:
 
 
 def _padded(config: NeoXConfig, words: Vocabulary) -> int:
-    return padded_vocabulary(words.size or 0, config.model.make_vocab_size_divisible_by)
+    return padded_vocab_size(words.size or 0, config.model.make_vocab_size_divisible_by)
 
 
 def _heading(text: str) -> str:

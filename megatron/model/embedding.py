@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megatron.kernels.precision import linear
 from megatron.model.initialization import Initializer
 from megatron.mpu.cross_entropy import linear_cross_entropy
 
@@ -73,7 +74,7 @@ class FinalLinear(nn.Module):
 def project(hidden_BSD: Tensor, weight_VD: Tensor, targets: Targets | None) -> tuple[Tensor, ...]:
     """(logits_BSV,), or with targets (mean loss, token_loss_BS): what a head does with its own or a tied weight."""
     if targets is None:
-        return (nn.functional.linear(hidden_BSD, weight_VD),)
+        return (linear(hidden_BSD, weight_VD),)
     mask_T = None if targets.loss_mask_BS is None else targets.loss_mask_BS.reshape(-1)
     loss, token_loss_T = linear_cross_entropy(hidden_BSD.flatten(0, 1), weight_VD, targets.labels_BS.reshape(-1), mask_T)
     return loss, token_loss_T.view(targets.labels_BS.shape)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from megatron.kernels.precision import linear
 from megatron.model.activations import activation_function
 from megatron.model.initialization import Fill, Initializer, zeros
 
@@ -22,14 +23,17 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Nothing."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
 
 def build_linear(width_in: int, width_out: int, *, bias: bool, fill: Fill) -> nn.Linear:
     """A linear layer whose weight is filled by `fill` and whose bias starts at 0."""
-    linear = Linear(width_in, width_out, bias=bias)
-    fill(linear.weight.data)
+    layer = Linear(width_in, width_out, bias=bias)
+    fill(layer.weight.data)
     if bias:
-        zeros(linear.bias.data)
-    return linear
+        zeros(layer.bias.data)
+    return layer
 
 
 class MLP(nn.Module):

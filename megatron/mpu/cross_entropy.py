@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron.kernels.precision import product_dtype
+
 # Numbers in the logits of one chunk. 16 MiB of float32 is the fastest on the CPUs this was measured on: large enough for fast matrix products, small
 # enough for the last-level cache. The two buffers are made once a call: fresh ones for every chunk cost a third more (page faults).
 CHUNK_ELEMENTS = 2**22
@@ -30,7 +32,8 @@ def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor,
     _check(hidden_TD, weight_VD, labels_T, mask_T)
     if not torch.is_grad_enabled():
         hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, _token_weights(labels_T, mask_T, hidden_TD.dtype))
+    dtype = product_dtype(hidden_TD.dtype, hidden_TD.device)
+    return _LinearCrossEntropy.apply(hidden_TD.to(dtype), weight_VD.to(dtype), labels_T, _token_weights(labels_T, mask_T, dtype))
 
 
 def plain_linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, mask_T: Tensor | None = None) -> tuple[Tensor, Tensor]:

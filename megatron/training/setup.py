@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from megatron.config.neox import NeoXConfig
+from megatron.config.size import padded_vocab_size
 from megatron.config.training import resolve_batch
 from megatron.data.loader import Datasets, SamplePlan, build_data
 from megatron.data.sampler import MicroBatchSampler
-from megatron.data.tokenizer import Tokenizer, build_tokenizer, padded_vocab_size
+from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.model.gpt import build_model
 from megatron.mpu.topology import Topology
 from megatron.training.engine import build_engine

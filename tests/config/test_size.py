@@ -8,7 +8,7 @@ import pytest
 
 from megatron.config import config_from_dict
 from megatron.config.neox import NeoXConfig
-from megatron.config.size import count_parameters, flops_per_token, padded_vocabulary, training_memory
+from megatron.config.size import count_parameters, flops_per_token, padded_vocab_size, training_memory
 
 D, L, S, V = 64, 3, 32, 256
 
@@ -100,8 +100,8 @@ def test_memory(precision: str, stage: int, processes: int, bytes_: tuple[int, i
     assert memory.total == sum(bytes_)
 
 
-def test_padded_vocabulary() -> None:
-    assert [padded_vocabulary(size, 128) for size in (1, 128, 129, 50257)] == [128, 128, 256, 50304]
+def test_padded_vocab_size() -> None:
+    assert [padded_vocab_size(size, 128) for size in (1, 128, 129, 50257)] == [128, 128, 256, 50304]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from megatron.data.tokenizer import TokenizerError, build_tokenizer, load_tokenizer, padded_vocab_size
+from megatron.data.tokenizer import TokenizerError, build_tokenizer, load_tokenizer
 
 TEXTS = ["", "Fellow-Citizens of the Senate", "naïve — ½ of 日本", "\n\n  x\t\r\n"]
 
@@ -65,11 +65,6 @@ def test_missing_and_broken_files_are_explained(tmp_path: Path) -> None:
             load_tokenizer("HFTokenizer", broken)
     with pytest.raises(TokenizerError, match="'SPMTokenizer' is not one of those there are: HFTokenizer, CharLevelTokenizer"):
         load_tokenizer("SPMTokenizer", None)
-
-
-@pytest.mark.parametrize(("size", "divisor", "padded"), [(8192, 128, 8192), (8193, 128, 8320), (50277, 128, 50304), (3, 1, 3)])
-def test_padding_the_vocabulary(size: int, divisor: int, padded: int) -> None:
-    assert padded_vocab_size(size, divisor) == padded
 
 
 def test_the_20b_tokenizer(shared_dir: Path) -> None:

@@ -13,7 +13,8 @@ import torch
 from megatron.checkpoint.layout import tag
 from megatron.checkpoint.save import resolved_config_document
 from megatron.config.neox import NeoXConfig
-from megatron.data.tokenizer import Tokenizer, padded_vocab_size
+from megatron.config.size import padded_vocab_size
+from megatron.data.tokenizer import Tokenizer
 from megatron.data.tokenizer.character import CharLevelTokenizer
 from megatron.inference.model import ReadyModel
 from megatron.model.gpt import GPT, build_model

@@ -52,8 +52,3 @@ def load_tokenizer(tokenizer_type: str, vocab_file: str | Path | None) -> Tokeni
             raise TokenizerError("tokenizer_type HFTokenizer needs vocab_file: the path of a tokenizer.json (`python prepare_data.py` makes one)")
         return HFTokenizer(vocab_file)
     raise TokenizerError(f"tokenizer_type = {tokenizer_type!r} is not one of those there are: {', '.join(TYPES)}")
-
-
-def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
-    """The smallest multiple of `divisible_by` that holds `vocab_size` ids (rows of the embedding)."""
-    return -(-vocab_size // divisible_by) * divisible_by

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron.kernels.precision import product_dtype
+
 
 def row_counts(rows_E: Tensor, total: int) -> list[int]:
     """The counts on the host; raises ValueError unless they sum to `total` rows."""
@@ -38,17 +40,24 @@ def slices(weight_EDF: Tensor, *, transposed: bool) -> tuple[Tensor, ...]:
     return (weight_EDF.mT if transposed else weight_EDF).unbind()
 
 
+def widened(*given: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype that their device multiplies in; themselves where that is their own."""
+    return tuple(t.to(product_dtype(t.dtype, t.device)) for t in given)
+
+
 class Reference:
     """The loop, as the op's two products."""
 
     def matmul(self, x_RD: Tensor, weight_EDF: Tensor, rows_E: Tensor, *, transposed: bool) -> Tensor:
         """y_RF."""
+        x_RD, weight_EDF, dtype = *widened(x_RD, weight_EDF), x_RD.dtype
         out_RF = x_RD.new_empty(x_RD.shape[0], weight_EDF.shape[1 if transposed else 2])
         matmul_into(out_RF, x_RD, slices(weight_EDF, transposed=transposed), row_counts(rows_E, x_RD.shape[0]))
-        return out_RF
+        return out_RF.to(dtype)
 
     def outer(self, x_RD: Tensor, y_RF: Tensor, rows_E: Tensor) -> Tensor:
         """out_EDF."""
+        x_RD, y_RF, dtype = *widened(x_RD, y_RF), x_RD.dtype
         out_EDF = x_RD.new_empty(rows_E.shape[0], x_RD.shape[1], y_RF.shape[1])
         outer_into(out_EDF, x_RD, y_RF, row_counts(rows_E, x_RD.shape[0]))
-        return out_EDF
+        return out_EDF.to(dtype)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron.kernels.grouped_gemm.reference import matmul_into, outer_into, row_counts
+from megatron.kernels.grouped_gemm.reference import matmul_into, outer_into, row_counts, widened
 
 if TYPE_CHECKING:
     from megatron.kernels.grouped_lore import Gradients, LoreChoice
@@ -37,6 +37,8 @@ class Reference:
 
     def forward(self, x_RD: Tensor, weight_EFD: Tensor, a_GQD: Tensor, b_GQF: Tensor, choice: LoreChoice) -> tuple[Tensor, Tensor]:
         """(h_RF, u_NQ)."""
+        dtype = x_RD.dtype
+        x_RD, weight_EFD, a_GQD, b_GQF = widened(x_RD, weight_EFD, a_GQD, b_GQF)
         groups = row_counts(choice.order.rows_G, choice.pi_RL.numel())
         h_RF = x_RD.new_empty(x_RD.shape[0], weight_EFD.shape[1])
         u_NQ = x_RD.new_empty(sum(groups), a_GQD.shape[1])
@@ -49,13 +51,15 @@ class Reference:
             y_nF = h_RF.new_empty(sum(part.counts), h_RF.shape[1])
             matmul_into(y_nF, z_NQ[part.lore_rows], b_matrices[part.lores], part.counts)
             _add_rows(h_rF, y_nF, choice.order.inverse_TK[part.rows] - part.lore_rows.start)
-        return h_RF, u_NQ
+        return h_RF.to(dtype), u_NQ.to(dtype)
 
     def backward(self, grad_RF: Tensor, x_RD: Tensor, weights: tuple[Tensor, Tensor, Tensor], choice: LoreChoice, u_NQ: Tensor) -> Gradients:
         """Gradients of (x_RD, weight_EFD, a_GQD, b_GQF, pi_RL)."""
-        weight_EFD, a_GQD, b_GQF = weights
+        dtype = x_RD.dtype
+        grad_RF, x_RD, u_NQ, *weights_wide = widened(grad_RF, x_RD, u_NQ, *weights)
+        weight_EFD, a_GQD, b_GQF = weights_wide
         groups, source_N, pi_N1 = choice.order.rows_G.tolist(), _sources(choice), _weights(choice, u_NQ.dtype)
-        grad_x, grad_weight, grad_a, grad_b = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x_RD, *weights))
+        grad_x, grad_weight, grad_a, grad_b = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x_RD, *weights_wide))
         z_NQ, grad_z_NQ, b_matrices = u_NQ * pi_N1, torch.empty_like(u_NQ), b_GQF.mT.unbind()
         for part in parts(groups, weight_EFD.shape[0], choice):
             grad_rF = grad_RF[part.rows]
@@ -73,7 +77,7 @@ class Reference:
         y_ND = x_RD.new_empty(len(grad_u_NQ), x_RD.shape[1])
         matmul_into(y_ND, grad_u_NQ, a_GQD.unbind(), groups)
         _add_rows(grad_x, y_ND, choice.order.inverse_TK)
-        return grad_x, grad_weight, grad_a, grad_b, grad_pi_RL
+        return grad_x.to(dtype), grad_weight.to(dtype), grad_a.to(dtype), grad_b.to(dtype), grad_pi_RL
 
 
 def parts(groups: list[int], num_experts: int, choice: LoreChoice) -> Iterator[Part]:
