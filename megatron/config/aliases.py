@@ -92,7 +92,6 @@ _OF_FEATURES_THAT_ARE_OFF = [
     "gradient_noise_scale_cpu_offload",
     "s3_chunk_size",
     "weighted_sampler_alpha",
-    "scalenorm_epsilon",
     "rpe_num_buckets",
     "rpe_max_distance",
     "gmlp_attn_dim",
@@ -151,16 +150,12 @@ _WITHOUT_EFFECT: dict[str, Ignored | Refused] = {
         "use_flashattn_swiglu",
         "fused_kernels_build_path",
     ),
-    "bias_gelu_fusion": Ignored(
-        "upstream's fused kernel is GELU in the tanh approximation; 'gelu' is computed exactly here (they differ by less than 0.001)"
-    ),
     **_entries(Ignored, _ONE_PROCESS_MODEL, "partition_activations", "pipe_partition_method", unless=_is(False, "type:transformer|mlp")),
     "output_layer_parallelism": Ignored(_ONE_PROCESS_MODEL, _is("column")),
     **_entries(
         Ignored, "PyTorch's activation checkpointing has no such setting", "synchronize_each_layer", "contiguous_checkpointing", "profile_backward"
     ),
     "deepspeed_activation_checkpointing": Ignored("PyTorch's activation checkpointing is used", _is(True, False)),
-    "use_bias_in_norms": Ignored("layernorm always has a bias and rmsnorm never has one, as upstream", _is(True, False)),
     "attention_softmax_in_fp32": Ignored("the softmax of attention keeps fp32 sums in every precision"),
     "use_cpu_initialization": Ignored("weights are initialised the same way on every device"),
     "rotary_save_freqs_buffer": Ignored("rotary frequencies are computed, never saved"),
@@ -185,9 +180,7 @@ _NOT_BUILT: dict[str, Ignored | Refused] = {
     "attention_config": Refused("every layer has full causal attention ('global' or 'flash')", _only_full_attention),
     "sliding_window_width": Refused("sliding-window attention is not part of this version; remove it"),
     **_entries(Refused, "sparse attention is not part of this version; remove it", "sparsity_config", "sparse_attention"),
-    "expansion_factor": Refused("write intermediate_size (the factor times hidden_size)"),
     "use_qk_layernorm": Refused("norms on queries and keys are not part of this version; remove it"),
-    "gpt_j_tied": Refused("one norm for attention and MLP is not part of this version; remove it"),
     "apply_query_key_layer_scaling": Refused("attention scores are scaled by 1/sqrt(head dimension); remove it"),
     "fp16_lm_cross_entropy": Refused("the loss is computed in fp32; remove it"),
     "opt_pos_emb_offset": Refused("position 0 is the first row of the position table; remove it", _is(0)),

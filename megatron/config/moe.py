@@ -45,8 +45,8 @@ class MoEConfig(Section):
         return self.moe_num_experts > 1 and layer % self.moe_expert_interval == 0
 
     def expert_width(self, model: ModelConfig) -> int:
-        """Hidden width F of one expert: `intermediate_size` as it is, else 4 * hidden_size rounded up to a multiple of 256."""
-        return model.intermediate_size or -(-4 * model.hidden_size // 256) * 256
+        """Hidden width F of one expert: `ffn_hidden_size` or `intermediate_size` as it is, else 4 * hidden_size rounded up to a multiple of 256."""
+        return model.ffn_hidden_size or model.mlp_size or -(-4 * model.hidden_size // 256) * 256
 
     def check(self) -> Iterator[Problem]:
         if self.moe_top_k > self.moe_num_experts:

@@ -69,6 +69,8 @@ def count_parameters(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int)
         "head": padded_vocab_size * model.hidden_size if model.no_weight_tying else 0,
     }
     active = total | {"experts": moe_layers * moe.moe_top_k * _expert(model, moe)}
+    if model.gpt_j_tied:
+        active["norms"] -= model.num_layers * _norm(model)
     if moe.moe_expert_type == "structmoe":
         lore_router = moe.moe_num_lores * model.hidden_size
         total["lores"] = moe_layers * moe.moe_num_experts * (moe.moe_num_lores * _lore(model, moe) + lore_router)
@@ -79,11 +81,13 @@ def count_parameters(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int)
 def flops_per_token(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int, *, recompute: bool = False) -> int:
     """Floating-point operations for one token of one training step: forward, twice that for backward, and forward again with recomputation.
 
-    Two per weight of every matrix that the token meets, and 4*S*D per layer for the attention scores and their use (NeoX's convention: the whole
-    S x S square is counted, although half of it is masked).
+    Two per weight of every matrix that the token meets (grouped key/value heads, gates and the chosen experts as they are), and 4*S*D per layer for
+    the attention scores and their use (NeoX's convention: the whole S x S square is counted, although half of it is masked).
     """
     active = count_parameters(model, moe, padded_vocab_size).active
-    matrices = sum(active[part] for part in ("attention", "mlp", "experts", "lores", "routers")) + padded_vocab_size * model.hidden_size
+    dense = model.num_layers - sum(moe.is_moe_layer(layer) for layer in range(model.num_layers))
+    matrices = model.num_layers * _attention_matrices(model) + dense * _mlp_matrices(model) + padded_vocab_size * model.hidden_size
+    matrices += sum(active[part] for part in ("experts", "lores", "routers"))
     scores = 4 * model.seq_length * model.hidden_size * model.num_layers
     return (2 * matrices + scores) * (4 if recompute else 3)
 
@@ -104,20 +108,37 @@ def training_memory(parameters: int, precision: str, *, zero_stage: int, data_pa
     return Memory(weights=share(weights, 3), gradients=share(gradients, 2), optimizer=share(optimizer, 1))
 
 
+def _attention_matrices(model: ModelConfig) -> int:
+    return model.hidden_size * _projected(model) + model.hidden_size * model.hidden_size
+
+
 def _attention(model: ModelConfig) -> int:
-    projected = (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim
-    weights = model.hidden_size * projected + model.hidden_size * model.hidden_size
-    return weights + (projected + model.hidden_size if model.use_bias_in_attn_linear else 0)
+    biases = _projected(model) + model.hidden_size if model.use_bias_in_attn_linear else 0
+    return _attention_matrices(model) + biases
+
+
+def _projected(model: ModelConfig) -> int:
+    """Queries, keys and values of one token."""
+    return (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim
 
 
 def _norm(model: ModelConfig) -> int:
-    return model.hidden_size * (2 if model.norm == "layernorm" else 1)
+    """Of a norm over the model's width."""
+    return {
+        "layernorm": model.hidden_size * (1 + model.use_bias_in_norms),
+        "rmsnorm": model.hidden_size,
+        "scalenorm": 1,
+        "non_parametric_layernorm": 0,
+    }[model.norm]
+
+
+def _mlp_matrices(model: ModelConfig) -> int:
+    return ((2 if model.is_gated else 1) + 1) * model.hidden_size * model.mlp_width
 
 
 def _mlp(model: ModelConfig) -> int:
-    projections = 2 if model.is_gated else 1
-    weights = (projections + 1) * model.hidden_size * model.mlp_width
-    return weights + (projections * model.mlp_width + model.hidden_size if model.use_bias_in_mlp else 0)
+    biases = (2 if model.is_gated else 1) * model.mlp_width + model.hidden_size
+    return _mlp_matrices(model) + (biases if model.use_bias_in_mlp else 0)
 
 
 def _expert(model: ModelConfig, moe: MoEConfig) -> int:

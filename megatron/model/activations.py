@@ -1,22 +1,40 @@
-"""Activation functions by their config names, for dense MLPs and experts alike. GELU is the exact (erf) one."""
+"""Activation functions by their config names, for dense MLPs and experts alike."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu}
-# A gated unit is act(gate) * up; the table names the activation of its gate.
-GATED: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
+
+def identity(x: Tensor) -> Tensor:
+    """The gate of a bilinear unit: none."""
+    return x
+
+
+Function = Callable[[Tensor], Tensor]
+
+PLAIN: dict[str, Function] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "softsign": F.softsign,
+    "swish": F.silu,
+    "mish": F.mish,
+    "silu": F.silu,
+}
+# A gated unit is act(gate) * up; the table names the activation of its gate (Shazeer, 2020, equations 5 and 6).
+GATED: dict[str, Function] = {"geglu": F.gelu, "reglu": F.relu, "swiglu": F.silu, "glu": torch.sigmoid, "bilinear": identity}
 
 
 class UnknownActivation(ValueError):
     """An activation name that is in neither table."""
 
 
-def activation_function(name: str) -> Callable[[Tensor], Tensor]:
+def activation_function(name: str) -> Function:
     """The elementwise function: of the hidden layer, or for a gated unit of its gate. Raises UnknownActivation."""
     functions = PLAIN | GATED
     if name not in functions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 Fill = Callable[[Tensor], None]
 """Fills one matrix in place."""
+Draw = Callable[..., Tensor]
+"""One of PyTorch's initialisers: (matrix, generator=)."""
 
 
 class UnknownInitMethod(ValueError):
@@ -49,7 +52,7 @@ def zeros(matrix: Tensor) -> None:
 
 
 def standard_deviation(method: str, model: ModelConfig) -> float:
-    """Of the methods that are plain normal distributions (NeoX's `init_functions.py`); raises UnknownInitMethod."""
+    """Of the methods that are plain normal distributions (NeoX's names); raises UnknownInitMethod."""
     width, layers, std = model.hidden_size, model.num_layers, model.init_method_std
     known = {
         "normal": std,
@@ -59,18 +62,26 @@ def standard_deviation(method: str, model: ModelConfig) -> float:
         "wang_init": 2 / (layers * math.sqrt(width)),
     }
     if method not in known:
-        raise UnknownInitMethod(f"init method '{method}': must be one of {', '.join([*known, 'xavier_normal', 'xavier_uniform'])}")
+        raise UnknownInitMethod(f"init method '{method}': must be one of {', '.join(sorted([*known, *_drawing_methods(model)]))}")
     return known[method]
 
 
+def _drawing_methods(model: ModelConfig) -> dict[str, Draw]:
+    """The methods that look at the shape of the matrix."""
+    return {
+        "xavier_uniform": nn.init.xavier_uniform_,
+        "xavier_normal": nn.init.xavier_normal_,
+        "orthogonal": partial(nn.init.orthogonal_, gain=math.sqrt(2)),
+        "scaled_orthogonal": partial(nn.init.orthogonal_, gain=math.sqrt(2 / model.num_layers)),
+    }
+
+
 def _fill(method: str, model: ModelConfig, generator: torch.Generator) -> Fill:
-    xavier = {"xavier_uniform": nn.init.xavier_uniform_, "xavier_normal": nn.init.xavier_normal_}
-    if method in xavier:
-        draw = xavier[method]
-        return lambda matrix: _drop(draw(matrix, generator=generator))
-    std = standard_deviation(method, model)
-    return lambda matrix: _drop(nn.init.normal_(matrix, 0.0, std, generator=generator))
+    draw = _drawing_methods(model).get(method)
+    if draw is None:
+        draw = partial(nn.init.normal_, mean=0.0, std=standard_deviation(method, model))
 
+    def fill(matrix: Tensor) -> None:
+        draw(matrix, generator=generator)
 
-def _drop(_filled: Tensor) -> None:
-    """A fill works in place and returns nothing."""
+    return fill

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class TransformerLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)) (sequential residual). Dropout follows both branches, experts included."""
+    """x + attention(norm(x)), then x + mlp(norm(x)) (sequential residual).
+
+    Dropout follows both branches whatever is in them. (GPT-NeoX leaves it out after experts and after an MLP without biases.)
+    """
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, index: int, init: Initializer) -> None:
         super().__init__()
@@ -38,12 +41,11 @@ class TransformerLayer(nn.Module):
         """The state after this layer; with a cache the hidden states continue the tokens that it holds."""
         hidden_BSD = state.hidden_BSD
         hidden_BSD = hidden_BSD + self.dropout(self.attention(self.input_layernorm(hidden_BSD), cache))
-        change_BSD, state = self._feed_forward(hidden_BSD, state)
+        change_BSD, state = self._feed_forward(self.post_attention_layernorm(hidden_BSD), state)
         return state._replace(hidden_BSD=hidden_BSD + change_BSD)
 
-    def _feed_forward(self, hidden_BSD: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+    def _feed_forward(self, x_BSD: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
         """(what the feed-forward part adds, the state with its losses and loads)."""
-        x_BSD = self.post_attention_layernorm(hidden_BSD)
         if not self.has_experts:
             return self.dropout(self.mlp(x_BSD)), state
         output = self.mlp(x_BSD)
@@ -60,11 +62,26 @@ class ParallelResidualLayer(TransformerLayer):
     def forward(self, state: LayerState, cache: LayerCache | None = None) -> LayerState:
         """The state after this layer."""
         hidden_BSD = state.hidden_BSD
-        attended_BSD = self.dropout(self.attention(self.input_layernorm(hidden_BSD), cache))
-        change_BSD, state = self._feed_forward(hidden_BSD, state)
-        return state._replace(hidden_BSD=hidden_BSD + attended_BSD + change_BSD)
+        return self._add_both(state, self.input_layernorm(hidden_BSD), self.post_attention_layernorm(hidden_BSD), cache)
+
+    def _add_both(self, state: LayerState, attention_BSD: Tensor, mlp_BSD: Tensor, cache: LayerCache | None) -> LayerState:
+        """The state after adding what attention and the feed-forward part make of their inputs."""
+        attended_BSD = self.dropout(self.attention(attention_BSD, cache))
+        change_BSD, state = self._feed_forward(mlp_BSD, state)
+        return state._replace(hidden_BSD=state.hidden_BSD + attended_BSD + change_BSD)
+
+
+class TiedParallelResidualLayer(ParallelResidualLayer):
+    """x + attention(norm(x)) + mlp(norm(x)) (`gpt_j_tied`). The second norm is there, as on NeoX's disks, and takes no part."""
+
+    def forward(self, state: LayerState, cache: LayerCache | None = None) -> LayerState:
+        """The state after this layer."""
+        x_BSD = self.input_layernorm(state.hidden_BSD)
+        return self._add_both(state, x_BSD, x_BSD, cache)
 
 
 def build_layer(model: ModelConfig, moe: MoEConfig, index: int, init: Initializer) -> TransformerLayer:
     """Transformer layer `index` (from 0)."""
+    if model.gpt_j_tied:
+        return TiedParallelResidualLayer(model, moe, index, init)
     return (ParallelResidualLayer if model.gpt_j_residual else TransformerLayer)(model, moe, index, init)

@@ -43,7 +43,7 @@ class MLP(nn.Module):
         super().__init__()
         self.linear1 = build_linear(model.hidden_size, self.parts * model.mlp_width, bias=model.use_bias_in_mlp, fill=init.into)
         self.linear2 = build_linear(model.mlp_width, model.hidden_size, bias=model.use_bias_in_mlp, fill=init.out)
-        self.activation = activation_function(model.activation)
+        self.activation = activation_function(model.hidden_function)
 
     parts = 1
     """Matrices packed in linear1."""

@@ -42,7 +42,7 @@ def test_all_problems_come_in_one_message(tmp_path: Path, monkeypatch: pytest.Mo
   'num_attention_heads' must be given: Query heads
   'seq_length' must be given: Tokens in one training sequence
   'max_position_embeddings' must be given: Longest sequence the positions can express
-  a.yml:5: 'norm' = 'rms': must be 'layernorm' or 'rmsnorm'
+  a.yml:5: 'norm' = 'rms': must be 'layernorm', 'rmsnorm', 'scalenorm' or 'non_parametric_layernorm'
   a.yml:4: 'moe_top_k' = 9: must be at most moe_num_experts (8)
   command line: 'warmup' = 2: must be at most 1"""
     )

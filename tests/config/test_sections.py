@@ -42,6 +42,10 @@ def test_precision(keys: dict[str, Any], precision: str) -> None:
         ({"activation": "swiglu", "intermediate_size": 86016}, 28672),  # Llama-3 70B as NeoX writes it: three times the width
         ({"activation": "swiglu", "intermediate_size": 14336}, 4779),  # mistral/7B.yml, where upstream's two projections disagree
         ({"activation": "swiglu", "intermediate_size": 11008, "mlp_multiple_of": 11008}, 11008),
+        ({"activation": "glu", "ffn_hidden_size": 28672}, 28672),
+        ({"ffn_hidden_size": 1000, "mlp_multiple_of": 8}, 1000),
+        ({"expansion_factor": 2.667}, 2048),
+        ({"expansion_factor": 8.0, "activation": "swiglu"}, 2048),
     ],
 )
 def test_dense_width_follows_neox(keys: dict[str, Any], width: int) -> None:
@@ -51,6 +55,13 @@ def test_dense_width_follows_neox(keys: dict[str, Any], width: int) -> None:
 @pytest.mark.parametrize(("keys", "width"), [({}, 3072), ({"hidden_size": 96, "num_attention_heads": 3}, 512), ({"intermediate_size": 1000}, 1000)])
 def test_expert_width_follows_neox(keys: dict[str, Any], width: int) -> None:
     built = config(moe_num_experts=4, **keys)
+    assert built.moe.expert_width(built.model) == width
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize(("keys", "width"), [({"ffn_hidden_size": 1000}, 1000), ({"expansion_factor": 0.5}, 384)])
+def test_experts_take_the_plain_width(keys: dict[str, Any], width: int, activation: str) -> None:
+    built = config(moe_num_experts=4, activation=activation, **keys)
     assert built.moe.expert_width(built.model) == width
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import typing
 from typing import Any
 
 import pytest
 
 from megatron.config import config_from_dict
+from megatron.config.model import Activation, ModelConfig, Norm
 from megatron.config.neox import NeoXConfig
 from megatron.config.size import count_parameters, flops_per_token, padded_vocab_size, training_memory
 
@@ -77,6 +79,21 @@ def test_flops_follow_neox_for_a_dense_model() -> None:
     assert flops_per_token(built.model, built.moe, V, recompute=True) * 3 == flops_per_token(built.model, built.moe, V) * 4
 
 
+@pytest.mark.parametrize(
+    ("keys", "matrices"),
+    [
+        ({}, 3 * D * D + D * D + 8 * D * D),
+        ({"num_kv_heads": 1}, D * D + 2 * D * D // 4 + D * D + 8 * D * D),
+        ({"activation": "swiglu", "ffn_hidden_size": 100}, 4 * D * D + 3 * D * 100),
+        ({"activation": "bilinear", "ffn_hidden_size": 100, "moe_num_experts": 8, "moe_top_k": 2}, 4 * D * D + 8 * D + 2 * 3 * D * 100),
+    ],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_flops_are_those_of_the_matrices_that_a_token_meets(keys: dict[str, Any], matrices: int, bias: bool) -> None:
+    built = config(**keys, use_bias_in_attn_linear=bias, use_bias_in_mlp=bias)
+    assert flops_per_token(built.model, built.moe, V) == 3 * (2 * (L * matrices + V * D) + 4 * S * D * L)
+
+
 def test_flops_count_active_experts_only() -> None:
     few, many = config(moe_num_experts=2), config(moe_num_experts=16)
     router = 6 * L * 14 * D
@@ -104,19 +121,31 @@ def test_padded_vocab_size() -> None:
     assert [padded_vocab_size(size, 128) for size in (1, 128, 129, 50257)] == [128, 128, 256, 50304]
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"pos_emb": "learned"},
-        {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "use_bias_in_mlp": False, "use_bias_in_attn_linear": False},
-        {"moe_num_experts": 4, "moe_expert_interval": 2, "no_weight_tying": True},
-        {"moe_num_experts": 4, "moe_expert_type": "structmoe", "moe_num_lores": 4, "moe_lore_rank": 8},
-        {"moe_num_experts": 4, "moe_expert_type": "structmoe", "activation": "geglu", "gpt_j_residual": True},
-    ],
-)
+MOE = {"moe_num_experts": 4, "moe_expert_interval": 2}
+STRUCTMOE = {"moe_num_experts": 4, "moe_expert_type": "structmoe", "moe_num_lores": 4, "moe_lore_rank": 8}
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "norm": [{"norm": name, "use_bias_in_norms": bias} for name in typing.get_args(Norm) for bias in (True, False)],
+    "position": [{"pos_emb": name} for name in typing.get_args(ModelConfig.model_fields["pos_emb"].annotation)],
+    "activation": [{"activation": name, **moe} for name in typing.get_args(Activation) for moe in ({}, MOE, STRUCTMOE)],
+    "bias": [{"use_bias_in_mlp": mlp, "use_bias_in_attn_linear": attention} for mlp in (True, False) for attention in (True, False)],
+    "residual": [{"gpt_j_residual": True}, {"gpt_j_residual": True, "gpt_j_tied": True}, {"no_weight_tying": True}],
+    "heads": [{"num_kv_heads": heads} for heads in (1, 2, 4)],
+    "width": [{"ffn_hidden_size": 100}, {"expansion_factor": 1.5, "mlp_multiple_of": 64}, {"activation": "swiglu", "intermediate_size": 100}],
+}
+
+
+@pytest.mark.parametrize("keys", [keys for variants in VARIANTS.values() for keys in variants], ids=str)
 def test_the_model_that_is_built_has_this_many(keys: dict[str, Any]) -> None:
     from megatron.model import build_model
 
-    built = config(**keys)
+    built = config(**{"num_layers": 2, **keys})
     model = build_model(built.model, built.moe, V, seed=1)
-    assert sum(parameter.numel() for parameter in model.parameters()) == count_parameters(built.model, built.moe, V).total_sum
+    count = count_parameters(built.model, built.moe, V)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count.total_sum
+    assert count.active_sum <= count.total_sum
+
+
+def test_an_unused_second_norm_is_stored_but_not_met() -> None:
+    tied = config(gpt_j_residual=True, gpt_j_tied=True)
+    count = count_parameters(tied.model, tied.moe, V)
+    assert count.total_sum - count.active_sum == L * 2 * D

@@ -115,14 +115,6 @@ def test_two_runs_are_equal_bit_for_bit() -> None:
     assert all(torch.equal(one, two) for one, two in zip(gradients(tiny_model()), gradients(tiny_model()), strict=True))
 
 
-def test_parallel_residual() -> None:
-    model = tiny_model(model_section(gpt_j_residual=True, num_layers=1), DENSE).double()
-    layer, x = model.layers[0], model.sequential["0"](tokens())
-    wanted = x + layer.attention(layer.input_layernorm(x)) + layer.mlp(layer.post_attention_layernorm(x))
-    final = model.sequential["4"](wanted) @ model.sequential["0"].word_embeddings.weight.T
-    torch.testing.assert_close(model(tokens()).logits_BSV, final)
-
-
 def test_dropout_is_of_training_and_follows_the_random_state() -> None:
     model = tiny_model(model_section(hidden_dropout=0.5))
 

@@ -148,5 +148,5 @@ def test_an_unknown_component_says_what_is_known(monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_unknown_activation_says_what_is_known() -> None:
-    with pytest.raises(UnknownActivation, match="activation = 'mish': must be one of geglu, gelu"):
-        activation_function("mish")
+    with pytest.raises(UnknownActivation, match="activation = 'gelu_new': must be one of bilinear, geglu, gelu"):
+        activation_function("gelu_new")

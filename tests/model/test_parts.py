@@ -1,52 +1,17 @@
-"""Norms, dense MLPs and initial weights, each against its formula."""
+"""Biases of MLPs and initial weights."""
 
 from __future__ import annotations
 
 import math
+import typing
 
 import pytest
 import torch
-from torch import nn
 
+from megatron.config.model import InitMethod
 from megatron.model.initialization import UnknownInitMethod, build_initializer, fill_each, standard_deviation
 from megatron.model.mlp import build_mlp
-from megatron.model.norms import RMSNorm, build_norm
 from tests.model.tiny_model import model_section, moe_section, tiny_model
-
-
-def test_rmsnorm() -> None:
-    norm = build_norm(model_section(norm="rmsnorm", rms_norm_epsilon=1e-3))
-    assert isinstance(norm, RMSNorm)
-    nn.init.normal_(norm.scale)
-    x = torch.randn(2, 3, 16)
-    wanted = norm.scale * x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-3)
-    torch.testing.assert_close(norm(x), wanted)
-    assert norm.to(torch.bfloat16)(x.to(torch.bfloat16)).dtype == torch.bfloat16
-
-
-def test_layernorm_has_the_configured_epsilon() -> None:
-    norm = build_norm(model_section(layernorm_epsilon=1e-2))
-    assert isinstance(norm, nn.LayerNorm)
-    assert norm.eps == 1e-2
-
-
-@pytest.mark.parametrize(
-    ("activation", "act"), [("gelu", nn.functional.gelu), ("relu", torch.relu), ("silu", nn.functional.silu), ("swish", nn.functional.silu)]
-)
-def test_plain_mlp(activation: str, act: nn.Module) -> None:
-    model = model_section(activation=activation)
-    mlp, x = build_mlp(model, build_initializer(model, 0)), torch.randn(2, 3, 16)
-    torch.testing.assert_close(mlp(x), mlp.linear2(act(mlp.linear1(x))))
-    assert mlp.linear1.weight.shape == (24, 16)
-
-
-@pytest.mark.parametrize(("activation", "act"), [("swiglu", nn.functional.silu), ("geglu", nn.functional.gelu), ("reglu", torch.relu)])
-def test_gated_mlp_packs_up_then_gate(activation: str, act: nn.Module) -> None:
-    model = model_section(activation=activation, intermediate_size=72)
-    mlp, x = build_mlp(model, build_initializer(model, 0)), torch.randn(2, 3, 16)
-    up, gate = mlp.linear1.weight[:24], mlp.linear1.weight[24:]
-    torch.testing.assert_close(mlp(x), (act(x @ gate.T) * (x @ up.T)) @ mlp.linear2.weight.T)
-    assert mlp.linear1.weight.shape == (48, 16)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -66,6 +31,8 @@ STD = {
     "wang_init": 2 / (LAYERS * math.sqrt(WIDTH)),
     "xavier_normal": math.sqrt(2 / (WIDTH + 512)),
     "xavier_uniform": math.sqrt(2 / (WIDTH + 512)),
+    "orthogonal": math.sqrt(2 / 512),
+    "scaled_orthogonal": math.sqrt(2 / LAYERS / 512),
 }
 
 
@@ -84,6 +51,26 @@ def test_initial_weights_have_the_right_spread(method: str, std: float) -> None:
         assert weight.abs().max().item() <= math.sqrt(6 / (WIDTH + 512))
 
 
+@pytest.mark.parametrize(("method", "gain"), [("orthogonal", 2.0), ("scaled_orthogonal", 2 / LAYERS)])
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24)])
+def test_orthogonal_rows_or_columns(method: str, gain: float, shape: tuple[int, int]) -> None:
+    init = build_initializer(model_section(num_layers=LAYERS, init_method="normal", output_layer_init_method=method), 0)
+    weight = torch.empty(shape)
+    init.out(weight)
+    narrow = weight if shape[0] < shape[1] else weight.T
+    torch.testing.assert_close(narrow @ narrow.T, gain * torch.eye(16))
+
+
+def test_every_method_of_the_config_is_drawn_from_the_seed() -> None:
+    assert set(STD) == set(typing.get_args(InitMethod))
+    for method in STD:
+        first, same, other = (torch.empty(8, 8) for _ in range(3))
+        for weight, seed in ((first, 1), (same, 1), (other, 2)):
+            build_initializer(model_section(init_method=method), seed).into(weight)
+        assert torch.equal(first, same)
+        assert not torch.equal(first, other)
+
+
 def test_every_expert_is_drawn_as_a_matrix_of_its_own() -> None:
     model = model_section(init_method="xavier_normal")
     weight = torch.empty(4 * 24, 16)
@@ -92,8 +79,8 @@ def test_every_expert_is_drawn_as_a_matrix_of_its_own() -> None:
 
 
 def test_an_unknown_init_method_says_what_is_known() -> None:
-    with pytest.raises(UnknownInitMethod, match="init method 'orthogonal': must be one of normal, scaled_normal"):
-        standard_deviation("orthogonal", model_section())
+    with pytest.raises(UnknownInitMethod, match="init method 'uniform': must be one of normal, orthogonal, scaled_normal, scaled_orthogonal, single"):
+        standard_deviation("uniform", model_section())
 
 
 def test_a_seed_gives_the_same_model_in_every_dtype() -> None:

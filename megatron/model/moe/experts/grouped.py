@@ -31,7 +31,7 @@ class ExpertMLP(nn.Module):
         super().__init__()
         self.num_experts, self.width_in, self.width = moe.moe_num_experts, model.hidden_size, moe.expert_width(model)
         self.backend = moe.kernel_backends.get("grouped_gemm", "auto")
-        self.activation = activation_function(model.activation)
+        self.activation = activation_function(model.hidden_function)
         self.w1 = self._matrix(init.into)
         self.w2 = self._matrix(init.out)
 
