@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron.data.bad_input import add_on_error_option
 from megatron.data.corpora import CORPORA, TEST_FRACTION, VALID_FRACTION
 from megatron.data.indexed import DatasetError
 from megatron.data.prepare import PrepareOptions, describe, prepare
@@ -31,7 +32,7 @@ def parse(arguments: list[str]) -> PrepareOptions:
     add("--append-eod", action=argparse.BooleanOptionalAction, default=defaults.append_eod, help="end every document with the end-of-document token")
     add("--valid-fraction", type=float, help=f"share to hold out for validation (default: the corpus's own rule, else {VALID_FRACTION})")
     add("--test-fraction", type=float, help=f"share to hold out for test (default: the corpus's own rule, else {TEST_FRACTION})")
-    add("--on-error", choices=("stop", "skip"), default=defaults.on_error, help="what to do about input that cannot be read (default: %(default)s)")
+    add_on_error_option(parser)
     add("--force", action="store_true", help="prepare again even when it is there")
     values = vars(parser.parse_args(arguments))
     return PrepareOptions(**{**values, "inputs": tuple(values["inputs"])})

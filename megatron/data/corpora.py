@@ -16,9 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron.data.bad_input import OnProblem
 from megatron.data.hold_out import Fraction, HoldOut, Newest
 from megatron.data.indexed import DatasetError
-from megatron.data.reading import JSONL_SUFFIXES, TEXT_SUFFIXES, Document, OnProblem, kind_of, read_documents, read_text
+from megatron.data.input_files import find_files
+from megatron.data.reading import Document, Meter, read_documents
 from megatron.data.speeches import clean_speech
 
 VALID_FRACTION = TEST_FRACTION = 0.01
@@ -31,13 +33,14 @@ class Corpus:
 
     name: str
     files: tuple[Path, ...]
-    read: Callable[[Path, OnProblem], Iterator[Document]]
+    read: Callable[[Path, OnProblem, Meter | None], Iterator[Document]]
     hold_out: HoldOut
     identity: list[Any]
 
-    def documents(self, on_problem: OnProblem) -> Iterator[Document]:
+    def documents(self, on_problem: OnProblem, meter: Meter | None = None) -> Iterator[Document]:
+        """`meter` is told how far it is in the files."""
         for path in self.files:
-            yield from self.read(path, on_problem)
+            yield from self.read(path, on_problem, meter)
 
 
 def speeches_corpus() -> Corpus:
@@ -65,8 +68,8 @@ def speech_order(path: Path) -> tuple[int, str, int]:
     return int(parts[1]), parts[2], int(parts[3])
 
 
-def read_speech(path: Path, on_problem: OnProblem) -> Iterator[Document]:
-    for document in read_text(path, on_problem):
+def read_speech(path: Path, on_problem: OnProblem, meter: Meter | None) -> Iterator[Document]:
+    for document in read_documents(path, "text", on_problem, meter):
         yield Document(document.origin, clean_speech(document.text))
 
 
@@ -80,39 +83,28 @@ def standard_library_corpus() -> Corpus:
     return Corpus("stdlib", files, read_source, Fraction(VALID_FRACTION, TEST_FRACTION), identity)
 
 
-def read_source(path: Path, on_problem: OnProblem) -> Iterator[Document]:
+def read_source(path: Path, on_problem: OnProblem, meter: Meter | None) -> Iterator[Document]:
     """A source file; the very few in other encodings than UTF-8 are left out."""
-    yield from read_text(path, lambda problem: None)
+    yield from read_documents(path, "text", lambda problem: None, meter)
 
 
 CORPORA: dict[str, Callable[[], Corpus]] = {"sotu": speeches_corpus, "stdlib": standard_library_corpus}
 
 
-def local_corpus(paths: Sequence[str], jsonl_key: str) -> Corpus:
-    """The user's files, in the order given; folders are searched for text and JSON lines, sorted by name. Raises DatasetError."""
-    files = tuple(file for path in paths for file in files_of(Path(path)))
+def local_corpus(inputs: Sequence[str], jsonl_key: str) -> Corpus:
+    """The user's files, in the order given; folders and patterns in natural order. Raises DatasetError."""
+    try:
+        files = find_files(inputs)
+    except DatasetError as error:
+        raise DatasetError(f"{error}; or one of the corpora {', '.join(CORPORA)}") from None
     identity = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    first = Path(paths[0]).resolve()
-    name = first.name if first.is_dir() else first.name.split(".")[0]
+    first = Path(inputs[0]).expanduser().resolve()
+    name = first.name if first.is_dir() else files[0].name.split(".")[0]
     return Corpus(name or "text", files, partial(read_local, jsonl_key), Fraction(VALID_FRACTION, TEST_FRACTION), [jsonl_key, identity])
 
 
-def read_local(jsonl_key: str, path: Path, on_problem: OnProblem) -> Iterator[Document]:
-    yield from read_documents(path, jsonl_key, on_problem)
-
-
-def files_of(path: Path) -> list[Path]:
-    if path.is_file():
-        if kind_of(path) == ".json":
-            raise DatasetError(f"{path}: a .json file holds one value; give JSON lines (one object a line) in a file named .jsonl")
-        return [path]
-    if not path.is_dir():
-        raise DatasetError(f"no file or folder {path}; give text files, JSON lines, folders of them, or one of the corpora {', '.join(CORPORA)}")
-    suffixes = (*TEXT_SUFFIXES, *JSONL_SUFFIXES)
-    files = sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file) in suffixes)
-    if not files:
-        raise DatasetError(f"{path}: no {', '.join(suffixes)} files in this folder (.gz, .bz2, .xz and .zst of them count)")
-    return files
+def read_local(jsonl_key: str, path: Path, on_problem: OnProblem, meter: Meter | None) -> Iterator[Document]:
+    yield from read_documents(path, jsonl_key, on_problem, meter)
 
 
 def find_corpus(inputs: Sequence[str], jsonl_key: str) -> Corpus:

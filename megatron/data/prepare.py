@@ -9,13 +9,15 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
+from megatron.data.bad_input import BadInput, OnError
 from megatron.data.bpe import train_bpe
 from megatron.data.corpora import TEST_FRACTION, VALID_FRACTION, Corpus, find_corpus
 from megatron.data.hold_out import RECENT, Fraction, Parts, Survey
 from megatron.data.indexed import DatasetError, IndexedDatasetWriter, token_dtype
 from megatron.data.progress import Reporter
+from megatron.data.reading import Meter
 from megatron.data.split import SPLITS
 from megatron.data.staging import LOCK, check_replaceable, publish, staging_folder
 from megatron.data.tokenizer import Tokenizer, load_tokenizer
@@ -24,7 +26,6 @@ FORMAT = 2  # raise it when the same input and settings give other files
 MANIFEST = "prepared.json"
 INDEX_MAPS = "index_maps"
 BATCH_BYTES = 1_000_000
-SHOWN_PROBLEMS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class PrepareOptions:
     append_eod: bool = True
     valid_fraction: float | None = None
     test_fraction: float | None = None
-    on_error: Literal["stop", "skip"] = "stop"
+    on_error: OnError = "fail"
     force: bool = False
 
 
@@ -56,12 +57,12 @@ class Totals:
 
 @dataclass(frozen=True)
 class Prepared:
-    """`problems` are the inputs left out, as file:line sentences."""
+    """`left_out` tells of the input that could not be read, in lines; empty when there is none."""
 
     folder: Path
     up_to_date: bool
     manifest: dict[str, Any]
-    problems: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 def prepare(options: PrepareOptions, reporter: Reporter) -> Prepared:
@@ -81,11 +82,11 @@ def prepare(options: PrepareOptions, reporter: Reporter) -> Prepared:
         raise DatasetError(f"{target} {difference(target, known, settings)}; --force replaces it, another --name keeps both")
     check_replaceable(target, {MANIFEST, INDEX_MAPS, LOCK, *(known["files"] if known else ())})
     with staging_folder(target) as stage:
-        manifest, problems = Preparation(options, corpus, reporter, stage).run()
-        manifest = {"format": FORMAT, "settings": settings, **manifest}
+        facts, left_out = Preparation(options, corpus, reporter, stage).run()
+        manifest = {"format": FORMAT, "settings": settings, **facts}
         (stage / MANIFEST).write_text(json.dumps(manifest, indent=1))
         publish(stage, target)
-    return Prepared(target, False, manifest, tuple(problems))
+    return Prepared(target, False, manifest, tuple(left_out))
 
 
 def choose_corpus(options: PrepareOptions) -> Corpus:
@@ -147,10 +148,10 @@ class Preparation:
         self.corpus = corpus
         self.reporter = reporter
         self.stage = stage
-        self.problems: list[str] = []
+        self.bad_input = BadInput(options.on_error)
 
     def run(self) -> tuple[dict[str, Any], list[str]]:
-        """(the manifest's facts, inputs that were left out)."""
+        """(the manifest's facts, what was left out)."""
         survey = self.survey()
         parts = self.corpus.hold_out.divide(survey)
         tokenizer = self.tokenizer(parts, sum(survey.sizes))
@@ -162,22 +163,15 @@ class Preparation:
         files = {path.name: path.stat().st_size for path in sorted(self.stage.iterdir()) if path.name != LOCK}
         splits = {split: asdict(total) for split, total in totals.items() if total.documents}
         facts = {"tokenizer_type": self.options.tokenizer_type, "vocab_size": tokenizer.vocab_size, "splits": splits, "files": files}
-        return facts, self.problems
-
-    def on_problem(self, problem: str) -> None:
-        if self.options.on_error == "stop":
-            raise DatasetError(f"{problem}. Nothing was written; mend the input, or leave such parts out with --on-error skip")
-        self.problems.append(problem)
+        return facts, self.bad_input.summary()
 
     def survey(self) -> Survey:
-        survey = Survey()
-        with self.reporter.stage("reading", None) as stage:
-            for document in self.corpus.documents(self.on_problem):
-                stage.advance(survey.note(document.text))
+        survey, meter = Survey(), Meter.of(self.corpus.files)
+        with self.reporter.stage("reading", meter.total) as stage:
+            for document in self.corpus.documents(self.bad_input, meter):
+                stage.advance(survey.note(document.text), position=min(meter.done, meter.total))
         if not survey.sizes:
-            raise DatasetError(
-                f"no text in the input ({len(self.problems)} problem(s)" + (f", first: {self.problems[0]}" if self.problems else "") + ")"
-            )
+            raise DatasetError("\n".join(["no text in the input", *self.bad_input.summary()]))
         return survey
 
     def pieces(self, parts: Parts) -> Iterator[tuple[str, str]]:
@@ -276,6 +270,6 @@ def describe(prepared: Prepared) -> str:
         lines.append(f"  vocab_file: {json.dumps(str(folder / 'tokenizer.json'))}")
     if recent is not None:
         lines.append(f"  (the newest training documents again, to blend in by train_data_weights: {recent})")
-    if prepared.problems:
-        lines += ["", f"left out: {len(prepared.problems)}", *(f"  {problem}" for problem in prepared.problems[:SHOWN_PROBLEMS])]
+    if prepared.left_out:
+        lines += ["", *prepared.left_out]
     return "\n".join(lines)

@@ -11,21 +11,25 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_BARS = 0.1
 
 
 class Stage:
-    """Counts of one stage of the work."""
+    """Counts of one stage of the work; `done` is what of the stage's total is behind us."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
         self.bytes = 0
         self.documents = 0
         self.tokens = 0
+        self.done = 0
 
-    def advance(self, size: int, documents: int = 1, tokens: int = 0) -> None:
+    def advance(self, size: int, documents: int = 1, tokens: int = 0, *, position: int | None = None) -> None:
+        """Some more text. `position`: how much of the total is done, where that is not the bytes of text (of a packed file, say)."""
         self.bytes += size
         self.documents += documents
         self.tokens += tokens
+        self.done = self.bytes if position is None else position
 
     def rest(self, what: str) -> None:
         """All input is in; `what` is going on for a while that cannot be measured."""
@@ -69,7 +73,7 @@ class TerminalReporter:
             stage = BarStage(progress, task)
             yield stage
             for number in progress.task_ids:
-                progress.update(number, total=stage.bytes, completed=stage.bytes)
+                progress.update(number, total=stage.done, completed=stage.done)
             progress.update(task, rates=stage.rates())
 
 
@@ -78,10 +82,13 @@ class BarStage(Stage):
         super().__init__()
         self._progress = progress
         self._task = task
+        self._next_bar = self.started
 
-    def advance(self, size: int, documents: int = 1, tokens: int = 0) -> None:
-        super().advance(size, documents, tokens)
-        self._progress.update(self._task, completed=self.bytes, rates=self.rates())
+    def advance(self, size: int, documents: int = 1, tokens: int = 0, *, position: int | None = None) -> None:
+        super().advance(size, documents, tokens, position=position)
+        if time.monotonic() >= self._next_bar:  # drawing costs more than reading a short document
+            self._next_bar = time.monotonic() + SECONDS_BETWEEN_BARS
+            self._progress.update(self._task, completed=self.done, rates=self.rates())
 
     def rest(self, what: str) -> None:
         self._progress.add_task(what, total=None, rates="")
@@ -108,11 +115,11 @@ class LineStage(Stage):
         self._total = total_bytes
         self._next_line = self.started + SECONDS_BETWEEN_LINES
 
-    def advance(self, size: int, documents: int = 1, tokens: int = 0) -> None:
-        super().advance(size, documents, tokens)
+    def advance(self, size: int, documents: int = 1, tokens: int = 0, *, position: int | None = None) -> None:
+        super().advance(size, documents, tokens, position=position)
         if time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
-            left = f"{(self._total - self.bytes) * self.seconds / self.bytes:,.0f} s left" if self._total and self.bytes else "running"
+            left = f"{(self._total - self.done) * self.seconds / self.done:,.0f} s left" if self._total and self.done else "running"
             self.line(left)
 
     def line(self, state: str) -> None:

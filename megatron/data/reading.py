@@ -1,163 +1,208 @@
-"""Text files to documents: plain text (one document a file) and JSON lines (one a line), compressed or not.
+"""Files to documents, one at a time: plain text, JSON lines, JSON arrays and parquet, compressed or in archives, however large.
 
-Whatever cannot be read is reported as `file:line: what` to a callback that raises or counts.
+Whatever cannot be read is reported to a callback with its place, which raises or counts (`bad_input.BadInput`).
 """
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import importlib
 import io
-import json
-import lzma
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from megatron.data.indexed import DatasetError
+from megatron.data.archives import ARCHIVE_SUFFIXES, tar_members, zip_members
+from megatron.data.bad_input import Kind, OnProblem, Problem
+from megatron.data.compression import Damaged, naming_damage, unpack
+from megatron.data.input_files import JSONL_SUFFIXES, kind_of
+from megatron.data.json_lines import Placed, decode, json_file, json_lines
+from megatron.data.parquet import parquet_rows
 
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
-COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+MAX_TEXT_BYTES = 16 << 20
+"""A longer plain text becomes several documents, cut at an empty line, else a line's end, else a space in its second half."""
+PIECE_BYTES = 1 << 16
+CUTS = (b"\n\n", b"\n", b" ")
 
 
 class Document(NamedTuple):
-    """`origin` says where it came from: a file, or file:line."""
+    """`origin` says where it starts: file:line, or file:row N in parquet files. Inside an archive the file is archive/member."""
 
     origin: str
     text: str
 
 
-OnProblem = Callable[[str], None]
+class Record(NamedTuple):
+    """What a line, an array element or a row holds: any JSON value. A plain text is a record that is a string."""
+
+    origin: str
+    value: Any
 
 
-def kind_of(path: Path) -> str:
-    """The suffix that says what is in the file, compression aside, in lower case."""
-    return Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSED_SUFFIXES else path.suffix.lower()
+@dataclass
+class Meter:
+    """How far the reading of files is, in bytes as they lie on disk."""
+
+    total: int = 0
+    done: int = 0
+
+    @classmethod
+    def of(cls, files: Sequence[Path]) -> Meter:
+        return cls(total=sum(path.stat().st_size for path in files))
 
 
-def read_documents(path: Path, jsonl_key: str, on_problem: OnProblem) -> Iterator[Document]:
-    """The documents of one file: JSON lines by suffix, anything else as one text. Empty texts are left out."""
-    read = read_json_lines(path, jsonl_key, on_problem) if kind_of(path) in JSONL_SUFFIXES else read_text(path, on_problem)
-    empty = True
-    try:
-        for document in read:
-            empty = False
-            if document.text.strip():
-                yield document
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-        on_problem(f"{path}: damaged or cut short {path.suffix} file ({error})")
-    except OSError as error:
-        if error.errno is not None:  # the machine's trouble; bz2 and zstandard report damage without a number
-            raise
-        on_problem(f"{path}: damaged or cut short {path.suffix} file ({error})")
-    else:
-        if empty:
-            on_problem(f"{path}: no text in it")
+def read_documents(path: Path, key: str, on_problem: OnProblem, meter: Meter | None = None) -> Iterator[Document]:
+    """The texts under `key` of one file's records; those without any text are reported as Kind.BLANK."""
+    for record in read_records(path, on_problem, (key,), meter):
+        text = text_of(record, key, on_problem)
+        if text is not None:
+            yield Document(record.origin, text)
 
 
-def read_text(path: Path, on_problem: OnProblem) -> Iterator[Document]:
-    with open_binary(path) as file:
-        data = file.read()
-    text = decode(data, str(path), 1, on_problem)
-    if text is not None and text.strip():
-        yield Document(str(path), text)
+def read_records(path: Path, on_problem: OnProblem, keys: Sequence[str] | None = None, meter: Meter | None = None) -> Iterator[Record]:
+    """The records of one file. Of parquet files only the columns `keys` are read (None: all). Counts what is read in `meter`."""
+    before = meter.done if meter is not None else 0
+    with path.open("rb") as raw:
+        file = raw if meter is None else io.BufferedReader(CountedFile(raw, meter), 1 << 20)
+        try:
+            yield from Reader(on_problem, keys).records(file, str(path))
+        except Damaged as error:
+            on_problem(error.problem)
+        if meter is not None:
+            meter.done = before + raw.seek(0, io.SEEK_END)
 
 
-def read_json_lines(path: Path, key: str, on_problem: OnProblem) -> Iterator[Document]:
-    with open_binary(path) as file:
-        for number, line in enumerate(file, start=1):
-            text = decode(line, str(path), number, on_problem)
-            if text is None or not text.strip():
-                continue
-            value = text_of(text.rstrip(), key, f"{path}:{number}", on_problem)
-            if value is not None:
-                yield Document(f"{path}:{number}", value)
-
-
-def text_of(line: str, key: str, where: str, on_problem: OnProblem) -> str | None:
-    """The string under `key` of one JSON line; None, reported, when there is none."""
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        on_problem(f"{where}: not JSON ({error.msg} at column {error.colno})")
+def text_of(record: Record, key: str, on_problem: OnProblem) -> str | None:
+    """The text of a record: itself, or what is under `key`, a list of strings being paragraphs as in GPT-NeoX. None, reported, when there is none."""
+    value = record.value
+    if isinstance(value, dict):
+        if key not in value:
+            others = ", ".join(sorted(name for name, other in value.items() if isinstance(other, str)))
+            hint = f"; it has text under: {others} (--jsonl-key)" if others else ""
+            on_problem(Problem(Kind.NO_KEY, record.origin, f"no key {key!r}{hint}"))
+            return None
+        value = value[key]
+    if isinstance(value, list) and isinstance(record.value, dict) and all(isinstance(part, str) for part in value):
+        value = "\n\n".join(value)
+    if not isinstance(value, str):
+        what = f"the value of {key!r} is" if isinstance(record.value, dict) else "the line is"
+        on_problem(Problem(Kind.NOT_TEXT, record.origin, f"{what} {name_of_type(value)}, not a string"))
         return None
-    if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
-        keys = ", ".join(sorted(name for name, value in entry.items() if isinstance(value, str))) if isinstance(entry, dict) else ""
-        on_problem(f"{where}: no text under {key!r}" + (f"; it has text under: {keys} (--jsonl-key)" if keys else ""))
+    if not value.strip():
+        on_problem(Problem(Kind.BLANK, record.origin, "no text in it"))
         return None
-    text: str = entry[key]
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        on_problem(f"{where}: half a character (a lone surrogate such as \\ud83d) in the text")
-        return None
-    return text
-
-
-def decode(data: bytes, name: str, first_line: int, on_problem: OnProblem) -> str | None:
-    """UTF-8 text without byte order mark; None, reported with its line, when it is not UTF-8."""
     try:
-        return data.removeprefix(b"\xef\xbb\xbf").decode()
-    except UnicodeDecodeError as error:
-        line = first_line + error.object[: error.start].count(b"\n")
-        on_problem(f"{name}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x}); convert the file or leave it out")
+        value.encode()
+    except UnicodeEncodeError:
+        on_problem(Problem(Kind.NOT_UTF8, record.origin, "half a character (a lone surrogate such as \\ud83d) in the text"))
         return None
+    return value
 
 
-def open_binary(path: Path) -> IO[bytes]:
-    """The file's content, unpacked by its suffix. Raises DatasetError when the module for it is not installed."""
-    openers: dict[str, Callable[[Path, str], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zstandard}
-    opened: IO[bytes] = openers.get(path.suffix.lower(), open)(path, "rb")
-    return opened
+def name_of_type(value: Any) -> str:
+    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", type(None): "null", bytes: "bytes"}
+    return names.get(type(value), type(value).__name__)
 
 
-def open_zstandard(path: Path, mode: str) -> IO[bytes]:
-    try:
-        zstandard: Any = importlib.import_module("zstandard")
-    except ImportError:
-        raise DatasetError(f"{path}: reading .zst files needs the package zstandard (`pip install zstandard`), or unpack the file first") from None
-    return io.BufferedReader(ZstandardStream(zstandard, path))
+class Reader:
+    """Opens what a name says is inside, archives included."""
+
+    def __init__(self, on_problem: OnProblem, keys: Sequence[str] | None) -> None:
+        self._on_problem = on_problem
+        self._keys = keys
+        self._noticed = 0  # records and problems: a file without any is empty
+
+    def records(self, file: IO[bytes], name: str, inside: bool = False) -> Iterator[Record]:
+        """The records of an open file, which is `inside` an archive or not. Raises Damaged."""
+        kind, compression = kind_of(name)
+        before = self._noticed
+        if inside and kind in ARCHIVE_SUFFIXES:
+            self._report(Problem(Kind.NESTED, name, "an archive inside an archive is not opened; unpack the outer one"))
+        elif (inside or compression) and kind in (".zip", ".parquet"):
+            self._report(Problem(Kind.NOT_STREAMABLE, name, f"a {kind} file is read from its end, which needs it plain on disk; unpack it first"))
+        elif kind in ARCHIVE_SUFFIXES:
+            yield from self._members(unpack(file, compression, name), name, kind)
+        else:
+            for placed in self._placed(unpack(file, compression, name), name, kind):
+                self._noticed += 1
+                yield Record._make(placed)
+        if self._noticed == before:
+            self._report(Problem(Kind.EMPTY, name, "no text in it"))
+
+    def _placed(self, file: IO[bytes], name: str, kind: str) -> Iterator[Placed]:
+        if kind in JSONL_SUFFIXES:
+            return json_lines(file, name, self._report)
+        if kind == ".json":
+            return json_file(file, name, self._report)
+        if kind == ".parquet":
+            return parquet_rows(file, name, self._keys, self._report)
+        return text_parts(file, name, self._report)
+
+    def _members(self, file: IO[bytes], name: str, kind: str) -> Iterator[Record]:
+        if kind == ".tar":
+            for member, content in tar_members(file, name):
+                yield from self.records(content, f"{name}/{member}", inside=True)
+            return
+        for member, content in zip_members(file, name, self._report):
+            try:
+                yield from self.records(content, f"{name}/{member}", inside=True)
+            except Damaged as error:  # the next member starts anew
+                self._report(error.problem)
+
+    def _report(self, problem: Problem) -> None:
+        self._noticed += 1
+        self._on_problem(problem)
 
 
-class ZstandardStream(io.RawIOBase):
-    """What the frames of a .zst file hold. Damage and a missing end raise EOFError, as with the standard library's readers."""
+def text_parts(file: IO[bytes], name: str, on_problem: OnProblem) -> Iterator[Placed]:
+    """A text with line ends of one kind (\\n), whole or in parts of at most MAX_TEXT_BYTES. Raises Damaged."""
+    data, done, line, ended = bytearray(), 0, 1, False
+    with naming_damage(lambda: f"{name}:byte {done}"):
+        while not ended:
+            while len(data) < MAX_TEXT_BYTES and not ended:
+                piece = file.read(min(PIECE_BYTES, MAX_TEXT_BYTES - len(data)))
+                done += len(piece)
+                ended = not piece
+                data += piece
+            end = len(data) if ended else place_to_cut(data)
+            text = decode(bytes(data[:end]), name, line, on_problem)
+            if text is not None and text.strip():
+                yield f"{name}:{line}", text.replace("\r\n", "\n").replace("\r", "\n")
+            line += data.count(b"\n", 0, end)
+            del data[:end]
 
-    def __init__(self, zstandard: Any, path: Path) -> None:
-        self._file = path.open("rb")
-        self._zstandard = zstandard
-        self._frame: Any = None  # the decompressor inside a frame; None between two
-        self._packed = b""
-        self._unpacked = b""
+
+def place_to_cut(data: bytearray) -> int:
+    """The end of the last paragraph, else line, else word, else character."""
+    half = len(data) // 2
+    for separator in CUTS:
+        found = data.rfind(separator, half)
+        if found >= 0:
+            return found + len(separator)
+    end = len(data) - 1
+    while end > half and data[end] & 0xC0 == 0x80:
+        end -= 1
+    return end
+
+
+class CountedFile(io.RawIOBase):
+    """A file that tells a meter what is read from it."""
+
+    def __init__(self, file: IO[bytes], meter: Meter) -> None:
+        self._file, self._meter = file, meter
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
-        while not self._unpacked and self._read_more():
-            pass
-        count = min(len(buffer), len(self._unpacked))
-        buffer[:count] = self._unpacked[:count]
-        self._unpacked = self._unpacked[count:]
-        return count
-
-    def _read_more(self) -> bool:
-        """Unpack another part; False at the end of the file."""
-        self._packed = self._packed or self._file.read(1 << 16)
-        if not self._packed:
-            if self._frame is not None:
-                raise EOFError("the last frame is not complete")
-            return False
-        self._frame = self._frame or self._zstandard.ZstdDecompressor().decompressobj()
-        try:
-            self._unpacked = self._frame.decompress(self._packed)
-        except self._zstandard.ZstdError as error:
-            raise EOFError(str(error)) from None
-        self._packed = self._frame.unused_data
-        if self._frame.eof:
-            self._frame = None
+    def seekable(self) -> bool:
         return True
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self._file.readinto(buffer)  # type: ignore[attr-defined]
+        self._meter.done += count
+        return count

@@ -1,0 +1,84 @@
+"""What happens to input that cannot be read: the first of it ends the work (`--on-error fail`), or it is counted, named and left out (`skip`)."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Literal, NamedTuple
+
+from megatron.data.indexed import DatasetError
+
+OnError = Literal["fail", "skip"]
+ON_ERROR: tuple[OnError, ...] = ("fail", "skip")
+SHOWN_OF_A_KIND = 3
+
+
+class Kind(StrEnum):
+    """What can be wrong with input; the words stand in the summary."""
+
+    NOT_JSON = "broken JSON"
+    TOO_LONG = "line too long"
+    NO_KEY = "missing key"
+    NOT_TEXT = "value that is no text"
+    NOT_UTF8 = "not UTF-8"
+    EMPTY = "empty file"
+    DAMAGED = "damaged file"
+    NESTED = "archive inside an archive"
+    NOT_STREAMABLE = "format that cannot be read packed"
+    BLANK = "document without text"
+    """Never fatal: there is nothing in it to lose."""
+
+
+class Problem(NamedTuple):
+    """One piece of input that cannot be used. `where` is file:line, or file:row N or file:byte N where there are no lines."""
+
+    kind: Kind
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+OnProblem = Callable[[Problem], None]
+
+
+class BadInput:
+    """An OnProblem: raises DatasetError for the first problem ("fail"), or counts them all and keeps a few of each kind for the summary ("skip")."""
+
+    def __init__(self, on_error: OnError = "fail") -> None:
+        self.counts: Counter[Kind] = Counter()
+        self._on_error = on_error
+        self._shown: list[Problem] = []
+
+    def __call__(self, problem: Problem) -> None:
+        if self._on_error == "fail" and problem.kind is not Kind.BLANK:
+            raise DatasetError(f"{problem}. Nothing was written; mend the input, or leave such parts out with --on-error skip")
+        self.counts[problem.kind] += 1
+        if self.counts[problem.kind] <= SHOWN_OF_A_KIND:
+            self._shown.append(problem)
+
+    @property
+    def total(self) -> int:
+        return self.counts.total()
+
+    def summary(self) -> list[str]:
+        """Lines for the end of the work; none when everything could be read."""
+        if not self.total:
+            return []
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in self.counts.most_common())
+        rest = self.total - len(self._shown)
+        return [f"left out: {self.total:,} ({kinds})", *(f"  {problem}" for problem in self._shown), *([f"  and {rest:,} more"] if rest else [])]
+
+
+def add_on_error_option(parser: argparse.ArgumentParser) -> None:
+    """--on-error, alike in every command that reads text."""
+    parser.add_argument(
+        "--on-error",
+        choices=ON_ERROR,
+        default="fail",
+        help="input that cannot be read (a broken JSON line, a missing key, not UTF-8, an empty or damaged file): "
+        "fail = stop at the first and write nothing; skip = leave it out, count it and name the first of each kind (default: %(default)s)",
+    )
