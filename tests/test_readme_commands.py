@@ -1,4 +1,4 @@
-"""What README.md and CONTRIBUTING.md tell people to type exists: targets, scripts, configurations, options, files and links.
+"""What the documents tell people to type exists: targets, scripts, configurations, options, files and links.
 
 Every command of a fenced `bash`, `sh`, `console` or `shell` block is looked at. A program that is not known here fails too: teach `problems_of`
 what it takes.
@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "configs/README.md"]
 SHELL_BLOCK = re.compile(r"^ *```(?:bash|sh|console|shell)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(?:#[^)]*)?\)")
 # Programs whose arguments say nothing about this repository.
@@ -159,7 +159,7 @@ def test_every_command_can_be_typed(document: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_link_into_the_repository_leads_somewhere(document: str) -> None:
-    dangling = [target for target in LINK.findall(read(document)) if not (ROOT / target).exists()]
+    dangling = [target for target in LINK.findall(read(document)) if not (ROOT / document).parent.joinpath(target).exists()]
     assert not dangling, f"{document} links to {dangling}"
 
 
