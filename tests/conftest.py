@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+DISK_BYTES = 1 << 20
 
 # One thread a process: results do not depend on the machine's core count, and parallel test processes do not fight over it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -50,6 +54,18 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no test material at {folder} (set STRUCTMOE_SHARED to the folder that holds it)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
+    """A disk of one mebibyte; None where none can be mounted."""
+    disk = tmp_path_factory.mktemp("disk")
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        yield None
+        return
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 SENTENCE = "the quick brown fox jumps over the lazy dog and the dog looks up at the fox "

@@ -13,13 +13,16 @@ import hashlib
 import os
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+
+from megatron.data.locking import open_locked
 
 MAGIC = b"MMIDIDX\x00\x00"
 CACHED_MAGIC = b"TNTIDX\x00\x00"
@@ -37,6 +40,7 @@ DTYPES: dict[int, np.dtype[Any]] = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 WARMUP_BYTES = 64 << 20
+PIECE_BYTES = 4 << 20
 
 
 class DatasetError(ValueError):
@@ -79,6 +83,16 @@ class IndexedDataset:
     @cached_property
     def num_tokens(self) -> int:
         return int(self.sizes.sum(dtype=np.int64))
+
+    @property
+    def has_boundaries(self) -> bool:
+        """Whether the documents' ends are there: GPT-NeoX's reader does without them, and some of its tools lose them."""
+        return len(self.boundaries) > 0 and self.boundaries[0] == 0 and bool(self.boundaries[-1] == len(self))
+
+    @property
+    def document_ends(self) -> np.ndarray:
+        """int64: how many items there are up to the end of each document. An item is a document of its own in files that say nothing else."""
+        return self.boundaries[1:] if self.has_boundaries else np.arange(1, len(self) + 1, dtype=np.int64)
 
     @property
     def tokens(self) -> np.ndarray:
@@ -131,10 +145,15 @@ class IndexedDatasetWriter:
         self.prefix = Path(prefix)
         self.dtype = dtype
         self._sizes = array("i")
-        self._temporary = {suffix: Path(f"{prefix}.{suffix}.tmp-{os.getpid()}") for suffix in ("bin", "idx")}
+        self._boundaries = array("q", [0])
+        self._partial = {suffix: Path(f"{prefix}.{suffix}.partial") for suffix in ("bin", "idx")}
 
     def __enter__(self) -> IndexedDatasetWriter:
-        self._file = self._temporary["bin"].open("wb", buffering=1 << 20)
+        """Raises DatasetError when another process is writing the same pair; what a killed one left of it is overwritten."""
+        try:
+            self._file = open_locked(self._partial["bin"])
+        except BlockingIOError:
+            raise DatasetError(f"another process is writing {self.prefix}.bin right now; wait for it or choose another name") from None
         return self
 
     def add(self, tokens: Sequence[int] | np.ndarray) -> None:
@@ -144,37 +163,60 @@ class IndexedDatasetWriter:
             limits = np.iinfo(self.dtype)
             if values.min() < limits.min or values.max() > limits.max:
                 raise DatasetError(f"{self.prefix}: token ids {values.min()}..{values.max()} do not fit the file's type {self.dtype}")
-        self._file.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
+        with naming(self.prefix.parent):
+            self._file.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
         self._sizes.append(len(values))
+        self._boundaries.append(len(self._sizes))
+
+    def add_file(self, dataset: IndexedDataset) -> Iterator[int]:
+        """Append every item of another pair of the same type, its document boundaries too; yields the bytes of each piece once it is written."""
+        start = len(self._sizes)
+        self._sizes.frombytes(dataset.sizes.astype(np.int32).tobytes())
+        self._boundaries.frombytes((dataset.document_ends + start).astype(np.int64).tobytes())
+        with dataset.bin_path.open("rb") as file, naming(self.prefix.parent):
+            while piece := file.read(PIECE_BYTES):
+                self._file.write(piece)
+                yield len(piece)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             if kind is None:
-                self._publish()
+                with naming(self.prefix.parent):
+                    self._publish()
         finally:
-            self._file.close()
-            for path in self._temporary.values():
+            for path in self._partial.values():
                 path.unlink(missing_ok=True)
+            with suppress(OSError):  # what is still in memory and does not fit on the disk is not wanted any more
+                self._file.close()
 
     def _publish(self) -> None:
-        sync_and_close(self._file)
         sizes_N = np.frombuffer(self._sizes, np.int32) if self._sizes else np.empty(0, np.int32)
         offsets_N = np.zeros(len(sizes_N), "<i8")
         np.cumsum(sizes_N[:-1].astype(np.int64) * self.dtype.itemsize, out=offsets_N[1:])
-        with self._temporary["idx"].open("wb") as file:
-            file.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(sizes_N), len(sizes_N) + 1))
-            for values in (sizes_N.astype("<i4"), offsets_N, np.arange(len(sizes_N) + 1, dtype="<i8")):
-                file.write(values.tobytes())
-            sync_and_close(file)
+        with self._partial["idx"].open("wb") as file:
+            file.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(sizes_N), len(self._boundaries)))
+            for values in (sizes_N.astype("<i4"), offsets_N, np.frombuffer(self._boundaries, np.int64).astype("<i8")):
+                file.write(values.data)
+            sync(file)
+        sync(self._file)
         Path(f"{self.prefix}.idx").unlink(missing_ok=True)  # never a new .bin beside an old .idx
-        os.replace(self._temporary["bin"], f"{self.prefix}.bin")
-        os.replace(self._temporary["idx"], f"{self.prefix}.idx")
+        os.replace(self._partial["bin"], f"{self.prefix}.bin")
+        os.replace(self._partial["idx"], f"{self.prefix}.idx")
 
 
-def sync_and_close(file: Any) -> None:
+def sync(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
-    file.close()
+
+
+@contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """Errors of the disk, a full one above all, say where."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(folder)
+        raise
 
 
 def map_bytes(path: Path) -> np.ndarray:

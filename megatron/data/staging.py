@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Collection, Iterator
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron.data.indexed import DatasetError
+from megatron.data.locking import open_locked
 
 LOCK = "lock"
 
@@ -23,11 +23,11 @@ def staging_folder(target: Path) -> Iterator[Path]:
     """
     stage, old = target.with_name(f".{target.name}.partial"), old_folder(target)
     stage.mkdir(parents=True, exist_ok=True)
-    with (stage / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DatasetError(f"another process is preparing {target} right now; wait for it or choose another --name") from None
+    try:
+        held = open_locked(stage / LOCK)
+    except BlockingIOError:
+        raise DatasetError(f"another process is preparing {target} right now; wait for it or choose another --name") from None
+    with held:
         if old.is_dir() and not target.exists():
             os.rename(old, target)  # an earlier run ended between the two renames of `publish`
         shutil.rmtree(old, ignore_errors=True)
@@ -44,8 +44,9 @@ def staging_folder(target: Path) -> Iterator[Path]:
 def publish(stage: Path, target: Path) -> None:
     """Give the filled folder its name; a folder that has it goes."""
     for path in stage.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        if path.name != LOCK:  # closing it here would free it
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
     (stage / LOCK).unlink()
     old = old_folder(target)
     if target.exists():

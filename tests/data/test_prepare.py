@@ -208,12 +208,6 @@ def test_broken_input_stops_or_is_counted(options: Callable[..., PrepareOptions]
         prepare(options(on_error="skip", name="none"), reporter)
 
 
-def test_two_at_once_is_refused(options: Callable[..., PrepareOptions], reporter: LineReporter, tmp_path: Path) -> None:
-    with staging_folder(tmp_path / "data" / "corpus"), pytest.raises(DatasetError, match=r"another process is preparing .*corpus right now"):
-        prepare(options(), reporter)
-    assert not prepare(options(), reporter).up_to_date
-
-
 def test_a_replacement_interrupted_between_its_two_renames_is_undone(tmp_path: Path) -> None:
     target = tmp_path / "corpus"
     with staging_folder(target) as stage:

@@ -1,0 +1,51 @@
+"""Files that one process at a time writes; the system frees them when their holder dies, however it dies.
+
+Record locks (`lockf`) and not `flock`: a worker process that outlives its killed parent does not keep them.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+from typing import IO
+
+HELD_BY_ANOTHER = (errno.EACCES, errno.EAGAIN)
+NO_LOCKS_ON_THIS_DISK = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def lock(file: IO[bytes]) -> None:
+    """Locks a file that is open for writing. Does nothing on disks without locks, some clusters' for instance.
+
+    Raises BlockingIOError when another process holds it.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in HELD_BY_ANOTHER:
+            raise BlockingIOError(error.errno, "another process is writing it", file.name) from None
+        if error.errno not in NO_LOCKS_ON_THIS_DISK:
+            raise
+
+
+def open_locked(path: Path) -> IO[bytes]:
+    """`path`, empty and locked; what a killed process left under this name is gone. Raises BlockingIOError."""
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=1 << 20)
+        try:
+            lock(file)
+            if is_at(file, path):
+                file.truncate(0)
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # between opening and locking its writer gave it its final name, or removed it
+
+
+def is_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
