@@ -168,7 +168,6 @@ _WITHOUT_EFFECT: dict[str, Ignored | Refused] = {
     **_entries(
         Ignored, "norms of single parameters are not recorded", "log_grad_norm", "log_param_norm", "log_optimizer_states", "log_grad_pct_zeros"
     ),
-    "merge_file": Ignored("the tokenizer is read whole from vocab_file (a tokenizer.json)"),
     "git_hash": Ignored("it is found at the start of a run", _always),
     "dump_state": Ignored("the resolved configuration is saved in every checkpoint"),
     "override_lr_scheduler": Ignored("the schedule always follows the configuration, also after loading a checkpoint"),

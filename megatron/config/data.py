@@ -32,12 +32,16 @@ class DataConfig(Section):
     """Format on disk; both mean the memory-mapped .bin/.idx pair."""
     pack_impl: Literal["packed"] = "packed"
     """How documents become sequences: end to end, cut at `seq_length`."""
-    tokenizer_type: Literal["HFTokenizer", "CharLevelTokenizer", "GPT2BPETokenizer", "HFGPT2Tokenizer", "SPMTokenizer", "TiktokenTokenizer"] = (
-        "HFTokenizer"
+    tokenizer_type: Literal["GPT2BPETokenizer", "HFTokenizer", "HFGPT2Tokenizer", "SPMTokenizer", "CharLevelTokenizer", "TiktokenTokenizer"] = (
+        "GPT2BPETokenizer"
     )
-    """HFTokenizer reads a tokenizer.json; CharLevelTokenizer uses bytes and needs no file. NeoX's other tokenizers are refused for now."""
+    """GPT2BPETokenizer reads vocab.json and merges.txt, HFTokenizer a tokenizer.json, HFGPT2Tokenizer a folder or a name on the Hugging Face hub,
+    SPMTokenizer a SentencePiece model (Llama 2, Mistral), TiktokenTokenizer Llama 3's tokenizer.model or an encoding's name; CharLevelTokenizer uses
+    bytes."""
     vocab_file: str | None = None
-    """The tokenizer's file (tokenizer.json for HFTokenizer). None: for tokenizers without one."""
+    """The tokenizer's file, see `tokenizer_type`. None: for tokenizers without one."""
+    merge_file: str | None = None
+    """merges.txt of GPT2BPETokenizer. None: for the other tokenizers."""
     num_workers: NaturalInt = 2
     """Processes that load data ahead; 0 loads in the training process."""
     mmap_warmup: bool = False
@@ -56,9 +60,6 @@ class DataConfig(Section):
         for name in SUBSETS:
             yield from self._weight_problems(name)
         yield from self._split_problems()
-        if self.tokenizer_type not in ("HFTokenizer", "CharLevelTokenizer"):
-            message = "is not part of this version; convert its files to a tokenizer.json and use HFTokenizer, or use CharLevelTokenizer"
-            yield Problem(("tokenizer_type",), message)
 
     def _weight_problems(self, name: str) -> Iterator[Problem]:
         paths, weights = getattr(self, f"{name}_data_paths"), getattr(self, f"{name}_data_weights")

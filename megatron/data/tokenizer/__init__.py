@@ -1,15 +1,25 @@
-"""Text to token ids and back. One file a kind; `build_tokenizer` picks by `tokenizer_type`."""
+"""Text to token ids and back. One file a family; `build_tokenizer` picks by `tokenizer_type`."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from megatron.config.data import DataConfig
 
-TYPES = ("HFTokenizer", "CharLevelTokenizer")
+# Type -> module and class; a class is called with (vocab_file, merge_file) and says what it misses.
+_CLASSES = {
+    "GPT2BPETokenizer": ("gpt2", "GPT2BPETokenizer"),
+    "HFTokenizer": ("huggingface", "HFTokenizer"),
+    "HFGPT2Tokenizer": ("gpt2", "HFGPT2Tokenizer"),
+    "SPMTokenizer": ("sentence_pieces", "SPMTokenizer"),
+    "CharLevelTokenizer": ("character", "CharLevelTokenizer"),
+    "TiktokenTokenizer": ("tiktoken_ranks", "TiktokenTokenizer"),
+}
+TYPES = tuple(_CLASSES)
 
 
 class TokenizerError(ValueError):
@@ -25,30 +35,37 @@ class Tokenizer(Protocol):
 
     @property
     def eod(self) -> int | None:
-        """The id that ends a document; None when the vocabulary has none."""
+        """The id that ends a document; None when the vocabulary has none (`end_of_document` raises then)."""
 
     def encode(self, text: str) -> list[int]: ...
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode`, text by text."""
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens; what is not UTF-8 becomes U+FFFD."""
 
 
 def build_tokenizer(data: DataConfig) -> Tokenizer:
-    """The tokenizer of a config (`tokenizer_type`, `vocab_file`). Raises TokenizerError."""
-    return load_tokenizer(data.tokenizer_type, data.vocab_file)
+    """The tokenizer of a config (`tokenizer_type`, `vocab_file`, `merge_file`). Raises TokenizerError."""
+    return load_tokenizer(data.tokenizer_type, data.vocab_file, data.merge_file)
 
 
-def load_tokenizer(tokenizer_type: str, vocab_file: str | Path | None) -> Tokenizer:
-    """`vocab_file` may be None for kinds that read no file. Raises TokenizerError."""
-    if tokenizer_type == "CharLevelTokenizer":
-        from megatron.data.tokenizer.character import CharLevelTokenizer
+def load_tokenizer(tokenizer_type: str, vocab_file: str | Path | None, merge_file: str | Path | None = None) -> Tokenizer:
+    """Either file may be None for kinds that read none. Raises TokenizerError."""
+    if tokenizer_type not in _CLASSES:
+        raise TokenizerError(f"tokenizer_type = {tokenizer_type!r} is not one of those there are: {', '.join(TYPES)}")
+    module, name = _CLASSES[tokenizer_type]
+    kind: Any = getattr(importlib.import_module(f"megatron.data.tokenizer.{module}"), name)
+    tokenizer: Tokenizer = kind(vocab_file, merge_file)
+    return tokenizer
 
-        return CharLevelTokenizer()
-    if tokenizer_type == "HFTokenizer":
-        from megatron.data.tokenizer.huggingface import HFTokenizer
 
-        if vocab_file is None:
-            raise TokenizerError("tokenizer_type HFTokenizer needs vocab_file: the path of a tokenizer.json (`python prepare_data.py` makes one)")
-        return HFTokenizer(vocab_file)
-    raise TokenizerError(f"tokenizer_type = {tokenizer_type!r} is not one of those there are: {', '.join(TYPES)}")
+def end_of_document(tokenizer: Tokenizer, purpose: str) -> int:
+    """`tokenizer.eod`; raises TokenizerError when there is none. `purpose` says what it is needed for ("--append-eod")."""
+    if tokenizer.eod is None:
+        raise TokenizerError(
+            f"{purpose} needs a token that ends a document, and this tokenizer has none: no <|endoftext|>, <|end_of_text|>, </s> or <eos> in its "
+            "vocabulary and no eos_token in a tokenizer_config.json beside its file; add one there, or do without"
+        )
+    return tokenizer.eod

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class CharLevelTokenizer:
-    """Ids 0..255 are bytes (0 doubles as end of document, as in NeoX), 256..511 are never produced and decode to nothing."""
+    """Ids 0..255 are bytes (0 doubles as end of document, as in NeoX), 256..511 are never produced and decode to nothing. The files are not read."""
 
     vocab_size = 512
     eod = 0
+
+    def __init__(self, vocab_file: str | Path | None = None, merge_file: str | Path | None = None) -> None: ...
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

@@ -1,0 +1,58 @@
+"""A SentencePiece model, such as the `tokenizer.model` of Llama 1, Llama 2 and Mistral."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+from megatron.data.tokenizer import TokenizerError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class SPMTokenizer:
+    """Ids as the library gives them, with neither <s> nor </s> around; text that spells them stays text. `merge_file` is not read.
+
+    `eod` is <|endoftext|> where the model has that piece, else its end-of-sentence piece (</s>); None when it has neither.
+    Raises TokenizerError when the file is missing or not such a model.
+    """
+
+    def __init__(self, vocab_file: str | Path | None, merge_file: str | Path | None = None) -> None:
+        if vocab_file is None:
+            raise TokenizerError("tokenizer_type SPMTokenizer needs vocab_file: the path of a SentencePiece model (tokenizer.model)")
+        self._processor = read_model(Path(vocab_file))
+        self.vocab_size: int = self._processor.get_piece_size()
+        named, end = self._processor.piece_to_id(END_OF_TEXT), self._processor.eos_id()
+        candidates = (number for number in (named, end) if number not in (-1, self._processor.unk_id()))
+        self.eod: int | None = next(candidates, None)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._processor.encode(text, out_type=int)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        batch: list[list[int]] = self._processor.encode(list(texts), out_type=int, num_threads=1)
+        return batch
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._processor.decode([token for token in ids if token != self.eod])
+        return text
+
+
+def read_model(path: Path) -> SentencePieceProcessor:
+    if not path.is_file():
+        raise TokenizerError(f"vocab_file: no file {path}; give the path of a SentencePiece model (tokenizer.model)")
+    try:
+        return SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        hint = "it looks like a tiktoken file (Llama 3's): use TiktokenTokenizer" if looks_like_ranks(path) else str(error)
+        raise TokenizerError(f"vocab_file: {path} is not a SentencePiece model ({hint})") from None
+
+
+def looks_like_ranks(path: Path) -> bool:
+    """Whether the first line is `base64 number`."""
+    with path.open("rb") as file:
+        fields = file.readline(200).split()
+    return len(fields) == 2 and fields[1].isdigit()
