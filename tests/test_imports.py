@@ -26,6 +26,8 @@ OPTIONAL = [
     "apex",
     "triton",
     "zstandard",
+    "tiktoken",
+    "ftfy",
 ]
 
 # In the fresh interpreter: an optional package is absent, and whoever connects or starts a process gets an error that names the attempt.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -20,9 +19,10 @@ from megatron.data.progress import Reporter
 from megatron.data.reading import Meter
 from megatron.data.split import SPLITS
 from megatron.data.staging import LOCK, check_replaceable, publish, staging_folder
-from megatron.data.tokenizer import Tokenizer, load_tokenizer
+from megatron.data.tokenizer import Tokenizer, end_of_document, load_tokenizer
+from megatron.data.tokenizer.keep import keep_tokenizer
 
-FORMAT = 2  # raise it when the same input and settings give other files
+FORMAT = 3  # raise it when the same input and settings give other files
 MANIFEST = "prepared.json"
 INDEX_MAPS = "index_maps"
 BATCH_BYTES = 1_000_000
@@ -38,6 +38,7 @@ class PrepareOptions:
     vocab_size: int = 8192
     tokenizer_type: str = "HFTokenizer"
     tokenizer_file: str | None = None
+    merge_file: str | None = None
     jsonl_key: str = "text"
     append_eod: bool = True
     valid_fraction: float | None = None
@@ -100,18 +101,26 @@ def choose_corpus(options: PrepareOptions) -> Corpus:
 
 def settings_of(options: PrepareOptions, corpus: Corpus) -> dict[str, Any]:
     """Everything that the files depend on, as JSON values."""
-    tokenizer_file = Path(options.tokenizer_file) if options.tokenizer_file else None
     settings = {
         "format": FORMAT,
         "input": corpus.identity,
         "hold_out": [type(corpus.hold_out).__name__, vars(corpus.hold_out)],
         "tokenizer_type": options.tokenizer_type,
-        "tokenizer_file": [tokenizer_file.stat().st_size, tokenizer_file.stat().st_mtime_ns] if tokenizer_file and tokenizer_file.is_file() else None,
-        "vocab_size": options.vocab_size if options.tokenizer_type == "HFTokenizer" and tokenizer_file is None else None,
+        "tokenizer_file": identity_of(options.tokenizer_file),
+        "merge_file": identity_of(options.merge_file),
+        "vocab_size": options.vocab_size if options.tokenizer_type == "HFTokenizer" and options.tokenizer_file is None else None,
         "append_eod": options.append_eod,
         "on_error": options.on_error,
     }
     return dict(json.loads(json.dumps(settings)))
+
+
+def identity_of(path: str | None) -> list[int] | str | None:
+    """What a file's content shows itself by; what is no file stands for itself."""
+    if path is None or not Path(path).is_file():
+        return path
+    status = Path(path).stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def read_manifest(target: Path) -> dict[str, Any] | None:
@@ -134,7 +143,7 @@ def difference(target: Path, known: dict[str, Any], settings: dict[str, Any]) ->
     if not changed:
         return "is damaged (a file is missing or has another size than when it was written)"
     shown = (
-        f"{key} was {known['settings'].get(key)!r}, now {settings[key]!r}" if key not in ("input", "tokenizer_file") else f"other {key}"
+        f"{key} was {known['settings'].get(key)!r}, now {settings[key]!r}" if key not in ("input", "tokenizer_file", "merge_file") else f"other {key}"
         for key in changed
     )
     return f"was prepared differently ({'; '.join(shown)})"
@@ -149,21 +158,20 @@ class Preparation:
         self.reporter = reporter
         self.stage = stage
         self.bad_input = BadInput(options.on_error)
+        self.tokenizer_files: dict[str, str] = {}
 
     def run(self) -> tuple[dict[str, Any], list[str]]:
         """(the manifest's facts, what was left out)."""
         survey = self.survey()
         parts = self.corpus.hold_out.divide(survey)
         tokenizer = self.tokenizer(parts, sum(survey.sizes))
-        if self.options.append_eod and tokenizer.eod is None:
-            raise DatasetError(
-                f"{self.options.tokenizer_file} has no end-of-document token ({'<|endoftext|>'} or </s>): give --no-append-eod or another tokenizer"
-            )
+        if self.options.append_eod:
+            end_of_document(tokenizer, "--append-eod (on unless --no-append-eod is given)")
         totals = self.tokenise(parts, tokenizer, survey)
         files = {path.name: path.stat().st_size for path in sorted(self.stage.iterdir()) if path.name != LOCK}
         splits = {split: asdict(total) for split, total in totals.items() if total.documents}
-        facts = {"tokenizer_type": self.options.tokenizer_type, "vocab_size": tokenizer.vocab_size, "splits": splits, "files": files}
-        return facts, self.bad_input.summary()
+        used = {"tokenizer_type": self.options.tokenizer_type, "tokenizer_files": self.tokenizer_files, "vocab_size": tokenizer.vocab_size}
+        return {**used, "splits": splits, "files": files}, self.bad_input.summary()
 
     def survey(self) -> Survey:
         survey, meter = Survey(), Meter.of(self.corpus.files)
@@ -181,13 +189,14 @@ class Preparation:
 
     def tokenizer(self, parts: Parts, total: int) -> Tokenizer:
         """A given one is copied into the folder; else one is trained on the training part."""
-        if self.options.tokenizer_type != "HFTokenizer":
-            return load_tokenizer(self.options.tokenizer_type, None)
+        options = self.options
+        if options.tokenizer_type != "HFTokenizer" or options.tokenizer_file is not None:
+            tokenizer = load_tokenizer(options.tokenizer_type, options.tokenizer_file, options.merge_file)
+            given = {"vocab_file": options.tokenizer_file, "merge_file": options.merge_file}
+            self.tokenizer_files = keep_tokenizer(options.tokenizer_type, given, self.stage)
+            return tokenizer
         path = self.stage / "tokenizer.json"
-        if self.options.tokenizer_file is not None:
-            load_tokenizer("HFTokenizer", self.options.tokenizer_file)  # says what is wrong with the user's path, not with the copy's
-            shutil.copyfile(self.options.tokenizer_file, path)
-            return load_tokenizer("HFTokenizer", path)
+        self.tokenizer_files = {"vocab_file": path.name}
         with self.reporter.stage("counting words", total) as stage:
 
             def training_text() -> Iterator[str]:
@@ -266,8 +275,8 @@ def describe(prepared: Prepared) -> str:
     else:
         lines += [f"  data_path: {paths['train']}", "  split: '1'"]
     lines.append(f"  tokenizer_type: {manifest['tokenizer_type']}")
-    if "tokenizer.json" in manifest["files"]:
-        lines.append(f"  vocab_file: {json.dumps(str(folder / 'tokenizer.json'))}")
+    for key, name in manifest["tokenizer_files"].items():
+        lines.append(f"  {key}: {json.dumps(str(folder / name) if name in manifest['files'] else name)}")
     if recent is not None:
         lines.append(f"  (the newest training documents again, to blend in by train_data_weights: {recent})")
     if prepared.left_out:

@@ -13,7 +13,7 @@ from megatron.config.size import padded_vocab_size
 from megatron.config.training import resolve_batch
 from megatron.data.loader import Datasets, SamplePlan, build_data
 from megatron.data.sampler import MicroBatchSampler
-from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.data.tokenizer import Tokenizer, build_tokenizer, end_of_document
 from megatron.model.gpt import build_model
 from megatron.mpu.topology import Topology
 from megatron.training.engine import build_engine
@@ -56,7 +56,7 @@ def build_plan(config: NeoXConfig, tokenizer: Tokenizer, topology: Topology) -> 
         batch=resolve_batch(config.training, topology.data_parallel_size),
         seq_length=config.model.seq_length,
         schedule=schedule_of(config),
-        masked_token=tokenizer.eod if config.data.eod_mask_loss else None,
+        masked_token=end_of_document(tokenizer, "eod_mask_loss") if config.data.eod_mask_loss else None,
     )
 
 

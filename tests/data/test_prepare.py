@@ -27,7 +27,7 @@ from megatron.data.loader import SamplePlan, batches, build_data
 from megatron.data.prepare import Prepared, PrepareOptions, describe, prepare
 from megatron.data.progress import LineReporter, TerminalReporter, build_reporter
 from megatron.data.staging import publish, staging_folder
-from megatron.data.tokenizer import build_tokenizer
+from megatron.data.tokenizer import TokenizerError, build_tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("we", "the", "people", "of", "united", "states", "in", "order", "to", "form", "more", "perfect", "union", "establish", "justice")
@@ -172,10 +172,27 @@ def test_a_given_tokenizer_is_used_and_copied(options: Callable[..., PrepareOpti
     tokenizer = json.loads((tmp_path / "mine.json").read_text())
     tokenizer["added_tokens"] = []
     (tmp_path / "no_end.json").write_text(json.dumps(tokenizer).replace("<|endoftext|>", "<start>"))
-    with pytest.raises(DatasetError, match=r"no_end\.json has no end-of-document token .*: give --no-append-eod"):
+    with pytest.raises(TokenizerError, match=r"--append-eod \(on unless --no-append-eod is given\) needs a token that ends a document"):
         prepare(options(name="no_end", tokenizer_file=str(tmp_path / "no_end.json")), reporter)
     prepared = prepare(options(name="no_end", tokenizer_file=str(tmp_path / "no_end.json"), append_eod=False), reporter)
     assert 0 not in IndexedDataset(prepared.folder / "train_text_document").get(0)
+
+
+def test_what_a_tokenizer_is_made_of_goes_into_the_folder(options: Callable[..., PrepareOptions], reporter: LineReporter, tmp_path: Path) -> None:
+    letters = sorted(set("".join(WORDS)) | {".", "\u0120", "\u010a"})
+    (tmp_path / "v.json").write_text(json.dumps({entry: number for number, entry in enumerate([*letters, "th", "<end>"])}))
+    (tmp_path / "m.txt").write_text("#version: 0.2\nt h\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    given = {"tokenizer_type": "GPT2BPETokenizer", "tokenizer_file": str(tmp_path / "v.json"), "merge_file": str(tmp_path / "m.txt")}
+    prepared = prepare(options(**given), reporter)
+    assert {"vocab.json", "merges.txt", "tokenizer_config.json"} < set(content(prepared.folder))
+    assert f'vocab_file: "{prepared.folder}/vocab.json"\n  merge_file: "{prepared.folder}/merges.txt"' in describe(prepared)
+    for path in ("v.json", "m.txt", "tokenizer_config.json"):
+        (tmp_path / path).unlink()
+    kept = load_tokenizer("GPT2BPETokenizer", prepared.folder / "vocab.json", prepared.folder / "merges.txt")
+    document = IndexedDataset(prepared.folder / "train_text_document").get(0).tolist()
+    assert document[-1] == kept.eod == len(letters) + 1
+    assert kept.decode(document).startswith(tuple(WORDS))
 
 
 def test_characters_need_no_tokenizer_file(options: Callable[..., PrepareOptions], reporter: LineReporter) -> None:

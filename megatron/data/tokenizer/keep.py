@@ -1,0 +1,32 @@
+"""A tokenizer's files beside the data that it made."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from megatron.data.tokenizer.eod import CONFIG
+
+KEPT_NAMES = {
+    "HFTokenizer": {"vocab_file": "tokenizer.json"},
+    "GPT2BPETokenizer": {"vocab_file": "vocab.json", "merge_file": "merges.txt"},
+    "SPMTokenizer": {"vocab_file": "tokenizer.model"},
+    "TiktokenTokenizer": {"vocab_file": "tokenizer.model"},
+}
+
+
+def keep_tokenizer(tokenizer_type: str, given: dict[str, str | None], folder: Path) -> dict[str, str]:
+    """Copies the files of the config keys `given` into `folder`, a tokenizer_config.json beside the vocabulary included. Returns the keys with the
+    names of the copies; what is no file (a folder, a name on a hub) stays as it was given, and keys without a value go."""
+    kept = {}
+    for key, value in given.items():
+        if value is None:
+            continue
+        kept[key] = value
+        name = KEPT_NAMES.get(tokenizer_type, {}).get(key)
+        if name is not None and Path(value).is_file():
+            shutil.copyfile(value, folder / name)
+            kept[key] = name
+            if key == "vocab_file" and (config := Path(value).parent / CONFIG).is_file():
+                shutil.copyfile(config, folder / CONFIG)
+    return kept
