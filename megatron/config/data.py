@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
-from megatron.config.section import NaturalInt, Problem, Section
+from megatron.config.section import NaturalInt, NonNegativeFloat, Problem, Section
 
 SUBSETS = ("train", "valid", "test")
 
@@ -22,16 +22,35 @@ class DataConfig(Section):
     """Corpora to validate on. None: `data_path` is used."""
     test_data_paths: list[str] | None = None
     """Corpora to test on. None: `data_path` is used."""
+    train_label_data_paths: list[str] | None = None
+    """What to predict: for each of `train_data_paths` a file with one label a token (the token itself, or -100 where the loss does not count),
+    not shifted. None: every token counts."""
+    valid_label_data_paths: list[str] | None = None
+    """The same for `valid_data_paths`. None: every token counts."""
+    test_label_data_paths: list[str] | None = None
+    """The same for `test_data_paths`. None: every token counts."""
     train_data_weights: list[float] | None = None
     """Share of each training corpus. None: equal shares."""
     valid_data_weights: list[float] | None = None
     """Share of each validation corpus. None: equal shares."""
     test_data_weights: list[float] | None = None
     """Share of each test corpus. None: equal shares."""
-    data_impl: Literal["infer", "mmap"] = "infer"
-    """Format on disk; both mean the memory-mapped .bin/.idx pair."""
-    pack_impl: Literal["packed"] = "packed"
-    """How documents become sequences: end to end, cut at `seq_length`."""
+    weight_by_num_documents: bool = False
+    """Share of each of the `*_data_paths` by its number of documents, in place of given weights: p^alpha (1 - p), where p is the corpus' part of all
+    documents."""
+    weighted_sampler_alpha: NonNegativeFloat = 1.0
+    """alpha in `weight_by_num_documents`: the smaller, the more often small corpora are read."""
+    data_impl: Literal["infer", "mmap", "cached", "lazy"] = "infer"
+    """Format on disk; infer and mmap both mean the memory-mapped .bin/.idx pair, the older ones are refused."""
+    pack_impl: Literal["packed", "pack_until_overflow", "unpacked"] = "packed"
+    """How documents become sequences of `seq_length`: end to end and cut (packed); whole ones, as many as fit (pack_until_overflow); one each
+    (unpacked, needs labels). The last two fill up with padding that does not count in the loss."""
+    allow_chopped: bool = True
+    """Whether pack_until_overflow and unpacked use the beginning of documents longer than a sequence; false leaves such documents out."""
+    reset_attention_mask: bool = False
+    """Let no token attend to another document of its sequence."""
+    reset_position_ids: bool = False
+    """Let positions begin again at 0 with each document of a sequence."""
     tokenizer_type: Literal["GPT2BPETokenizer", "HFTokenizer", "HFGPT2Tokenizer", "SPMTokenizer", "CharLevelTokenizer", "TiktokenTokenizer"] = (
         "GPT2BPETokenizer"
     )
@@ -44,6 +63,9 @@ class DataConfig(Section):
     """merges.txt of GPT2BPETokenizer. None: for the other tokenizers."""
     num_workers: NaturalInt = 2
     """Processes that load data ahead; 0 loads in the training process."""
+    use_shared_fs: bool = True
+    """Whether all machines see the same data folder: the first process works out the order of samples and all read it. False: one process on
+    each machine does."""
     mmap_warmup: bool = False
     """Read the whole data file once before training."""
     eod_mask_loss: bool = False
@@ -59,7 +81,11 @@ class DataConfig(Section):
             yield Problem((given[0],), f"needs the other *_data_paths as well; missing: {missing}")
         for name in SUBSETS:
             yield from self._weight_problems(name)
+        yield from self._label_problems()
         yield from self._split_problems()
+        if self.data_impl in ("cached", "lazy"):
+            message = "is a format from before the memory-mapped one and is not read; prepare the text again and write mmap, or leave the key out"
+            yield Problem(("data_impl",), message)
 
     def _weight_problems(self, name: str) -> Iterator[Problem]:
         paths, weights = getattr(self, f"{name}_data_paths"), getattr(self, f"{name}_data_weights")
@@ -72,6 +98,24 @@ class DataConfig(Section):
             yield Problem((key, f"{name}_data_paths"), f"must have one weight for each of the {len(paths or [])} {name}_data_paths")
         if any(weight < 0 for weight in weights) or sum(weights) <= 0:
             yield Problem((key,), "must be 0 or more each, and not all 0")
+
+    def _label_problems(self) -> Iterator[Problem]:
+        labels = {name: getattr(self, f"{name}_label_data_paths") for name in SUBSETS}
+        given = [f"{name}_label_data_paths" for name in SUBSETS if labels[name] is not None]
+        if not given:
+            if self.pack_impl == "unpacked":
+                yield Problem(("pack_impl",), "needs train_label_data_paths, valid_label_data_paths and test_label_data_paths")
+            return
+        if self.train_data_paths is None or self.valid_data_paths is None or self.test_data_paths is None:
+            yield Problem((given[0],), "needs train_data_paths, valid_data_paths and test_data_paths: each labels one of their files")
+            return
+        if len(given) < len(SUBSETS):
+            missing = ", ".join(f"{name}_label_data_paths" for name in SUBSETS if labels[name] is None)
+            yield Problem((given[0],), f"needs the other *_label_data_paths as well, so that all losses count the same tokens; missing: {missing}")
+        for name in SUBSETS:
+            key, paths = f"{name}_label_data_paths", getattr(self, f"{name}_data_paths")
+            if labels[name] is not None and len(labels[name]) != len(paths):
+                yield Problem((key, f"{name}_data_paths"), f"must name one file for each of the {len(paths)} {name}_data_paths")
 
     def _split_problems(self) -> Iterator[Problem]:
         try:

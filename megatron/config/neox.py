@@ -65,10 +65,22 @@ class NeoXConfig(Section):
             other = "fp16.enabled" if enabled == "fp16" else "bf16.enabled"
             yield Problem(("precision", other), f"contradicts {other}: true; drop one of the two")
         yield from self._accumulation_problems()
+        if self.training.train_epochs is not None:
+            yield from self._epoch_problems()
         if self.checkpoint.iteration is not None and self.checkpoint.load is None and self.checkpoint.save is None:
             yield Problem(("iteration", "load"), "needs load: the directory with the checkpoint")
         if self.logging.plot_file is not None and self.logging.metrics_file is None and self.checkpoint.save is None:
             yield Problem(("plot_file", "metrics_file"), "needs save or metrics_file: the picture is drawn from the metrics written there")
+
+    def _epoch_problems(self) -> Iterator[Problem]:
+        """An epoch is every document once, which only one way of packing and no weighting gives."""
+        data = self.data
+        if data.pack_impl != "packed":
+            yield Problem(("train_epochs", "pack_impl"), f"needs pack_impl packed, not {data.pack_impl}; write train_iters")
+        if data.weight_by_num_documents:
+            yield Problem(("train_epochs", "weight_by_num_documents"), "contradicts weight_by_num_documents: true; write train_iters")
+        if len(set(data.train_data_weights or ())) > 1:
+            yield Problem(("train_epochs", "train_data_weights"), "contradicts different train_data_weights; leave them out, or write train_iters")
 
     def _accumulation_problems(self) -> Iterator[Problem]:
         """DeepSpeed sums gradients in the weights' number format; ZeRO can also sum 16-bit ones in fp32."""
@@ -100,8 +112,8 @@ def _enabled_precision(optimizer: OptimizerConfig) -> Precision | None:
 def check_trainable(config: NeoXConfig, data_parallel_size: int) -> None:
     """Raises ConfigError with every key that training needs and that is missing, or with batch sizes that do not multiply out."""
     problems = []
-    if config.training.train_iters is None:
-        problems.append("'train_iters' must be given: the number of steps to train")
+    if config.training.train_iters is None and config.training.train_epochs is None:
+        problems.append("'train_iters' or 'train_epochs' must be given: the number of steps to train, or of times to go through the data")
     if config.optimizer.optimizer.params.lr is None:
         problems.append("'optimizer' must be given with its learning rate, such as {type: Adam, params: {lr: 6.0e-4}}")
     if config.data.data_path is None and config.data.train_data_paths is None:

@@ -10,7 +10,9 @@ from megatron.config.section import ConfigError, NaturalInt, PositiveInt, Proble
 
 class TrainingConfig(Section):
     train_iters: PositiveInt | None = None
-    """Optimizer steps to take in all. None: fine for generation and evaluation, refused when training."""
+    """Optimizer steps to take in all. None: as many as `train_epochs` needs; without either there is no training, only generation and evaluation."""
+    train_epochs: PositiveInt | None = None
+    """Times to go through the training data, in place of `train_iters`; several corpora are mixed by their lengths. None: `train_iters` decides."""
     train_batch_size: PositiveInt | None = None
     """Sequences in one optimizer step over all processes = micro batch * accumulation steps * processes. None: worked out from the other two."""
     train_micro_batch_size_per_gpu: PositiveInt | None = None
@@ -33,6 +35,8 @@ class TrainingConfig(Section):
     """Steps in a row with a NaN or infinite loss or gradient that stop the run (each such step is skipped)."""
 
     def check(self) -> Iterator[Problem]:
+        if self.train_iters is not None and self.train_epochs is not None:
+            yield Problem(("train_epochs", "train_iters"), f"give either it or train_iters ({self.train_iters}), not both")
         total, micro, steps = self.train_batch_size, self.train_micro_batch_size_per_gpu, self.gradient_accumulation_steps
         per_process = (micro or 1) * (steps or 1)
         if total is not None and total % per_process:

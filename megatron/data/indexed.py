@@ -2,6 +2,7 @@
 
 `.idx`, little endian, no padding: magic `MMIDIDX\\0\\0` (9 bytes), u64 version 1, u8 dtype code, u64 N items, u64 D,
 int32[N] sizes in tokens, int64[N] byte offsets into the `.bin`, int64[D] document boundaries (one item a document: 0..N).
+NeoX draws samples from items and does not look at the boundaries; what this package calls a document of a file is an item.
 
 Shapes: N documents, T tokens of one document
 """
@@ -39,6 +40,7 @@ DTYPES: dict[int, np.dtype[Any]] = {
     8: np.dtype("<u2"),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+LONGEST = np.iinfo(np.int32).max
 WARMUP_BYTES = 64 << 20
 PIECE_BYTES = 4 << 20
 
@@ -157,15 +159,25 @@ class IndexedDatasetWriter:
         return self
 
     def add(self, tokens: Sequence[int] | np.ndarray) -> None:
-        """Append one document."""
+        """Append one document of one item."""
+        self.add_item(tokens)
+        self.end_document()
+
+    def add_item(self, tokens: Sequence[int] | np.ndarray) -> None:
+        """Append one item to the document that `end_document` ends."""
         values = np.asarray(tokens)
         if len(values) and values.dtype != self.dtype and self.dtype.kind in "ui":
             limits = np.iinfo(self.dtype)
             if values.min() < limits.min or values.max() > limits.max:
                 raise DatasetError(f"{self.prefix}: token ids {values.min()}..{values.max()} do not fit the file's type {self.dtype}")
+        if len(values) > LONGEST:
+            raise DatasetError(f"{self.prefix}: a document of {len(values):,} tokens; the format holds at most {LONGEST:,} in one, cut it up")
         with naming(self.prefix.parent):
             self._file.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
         self._sizes.append(len(values))
+
+    def end_document(self) -> None:
+        """The items since the last end are one document: of no item, as NeoX writes a text that gave no token, when there are none."""
         self._boundaries.append(len(self._sizes))
 
     def add_file(self, dataset: IndexedDataset) -> Iterator[int]:

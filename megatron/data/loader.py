@@ -6,41 +6,47 @@ Shapes: B micro-batch, S sequence length
 from __future__ import annotations
 
 import atexit
+import logging
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from megatron.data.blend import BlendedDataset, check_weights, samples_each
-from megatron.data.index_map import load_or_build
+from megatron.data.blend import BlendedDataset, check_weights, samples_each, weights_by_documents
 from megatron.data.indexed import DatasetError, IndexedDataset
+from megatron.data.map_cache import Packing, load_or_build
 from megatron.data.packed import PackedDataset
 from megatron.data.sampler import MicroBatchSampler
+from megatron.data.samples import SampleDataset, Source
 from megatron.data.split import SPLITS, parse_split, split_documents
-from megatron.data.vocabulary import check_vocabulary
+from megatron.data.vocabulary import check_labels, check_vocabulary
+from megatron.data.whole_documents import WholeDocumentDataset
 
 if TYPE_CHECKING:
     from megatron.config.data import DataConfig
 
-TextDataset = PackedDataset | BlendedDataset
+logger = logging.getLogger(__name__)
+TextDataset = SampleDataset | BlendedDataset
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplePlan:
-    """How many samples a run will draw. 0: that part is not wanted.
+    """How many samples a run will draw. 0: that part is not wanted; None: one epoch of it, however many those are.
 
     NeoX: train = train_iters * batch, valid = (train_iters // eval_interval + 1) * eval_iters * batch, test = eval_iters * batch.
     """
 
-    train_samples: int
-    valid_samples: int
-    test_samples: int
+    train_samples: int | None
+    valid_samples: int | None
+    test_samples: int | None
+    samples_at_once: int = 1
+    """What all processes take for one forward pass: a data set that gives fewer is of no use."""
 
-    def wanted(self, name: str) -> int:
+    def wanted(self, name: str) -> int | None:
         return {"train": self.train_samples, "valid": self.valid_samples, "test": self.test_samples}[name]
 
 
@@ -55,10 +61,13 @@ class Datasets:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOrder:
-    """What the order of samples depends on besides the data."""
+    """What samples and their order depend on besides the data."""
 
     seq_length: int
     seed: int
+    pack_impl: Literal["packed", "pack_until_overflow", "unpacked"]
+    allow_chopped: bool
+    samples_at_once: int
 
 
 def build_data(data: DataConfig, *, seq_length: int, plan: SamplePlan, seed: int, vocab_size: int | None = None) -> Datasets:
@@ -66,44 +75,55 @@ def build_data(data: DataConfig, *, seq_length: int, plan: SamplePlan, seed: int
 
     With `vocab_size`, every file's token ids are checked against it. Raises DatasetError for anything wrong with the data.
     """
-    order = SampleOrder(seq_length=seq_length, seed=seed)
+    order = SampleOrder(
+        seq_length=seq_length, seed=seed, pack_impl=data.pack_impl, allow_chopped=data.allow_chopped, samples_at_once=plan.samples_at_once
+    )
     if data.data_path is not None:
-        file = open_file(data.data_path, vocab_size, data.mmap_warmup)
-        return build_from_split(file, data.split, plan, order)
+        return build_from_split(open_source(data.data_path, None, data, vocab_size), data.split, plan, order)
     if not data.train_data_paths:
         raise DatasetError(
             "no training data: set data_path, or train_data_paths (and valid_data_paths, test_data_paths); `python prepare_data.py` makes some"
         )
     built: list[TextDataset | None] = []
     for name in SPLITS:
-        paths, weights = getattr(data, f"{name}_data_paths"), getattr(data, f"{name}_data_weights")
+        paths, labels = getattr(data, f"{name}_data_paths"), getattr(data, f"{name}_label_data_paths")
         count = plan.wanted(name)
-        if not paths or not count:
+        if not paths or count == 0:
             built.append(None)
             continue
-        weights = check_weights(weights, paths, name)
-        files = [open_file(path, vocab_size, data.mmap_warmup) for path in paths]
-        built.append(build_blended(files, weights, count, name=name, order=order))
+        weights = check_weights(getattr(data, f"{name}_data_weights"), paths, name)
+        sources = [open_source(path, label, data, vocab_size) for path, label in zip(paths, labels or [None] * len(paths), strict=True)]
+        if data.weight_by_num_documents:
+            weights = weights_by_documents([len(source.tokens) for source in sources], data.weighted_sampler_alpha)
+            logger.info("%s data by numbers of documents: weights %s.", name, ", ".join(f"{weight:.4f}" for weight in weights))
+        built.append(build_blended(sources, weights, count, name=name, order=order))
     return Datasets(*built)
 
 
-def open_file(path: str, vocab_size: int | None, warm_up: bool) -> IndexedDataset:
-    file = IndexedDataset(path)
+def open_source(path: str, label_path: str | None, data: DataConfig, vocab_size: int | None) -> Source:
+    """The token file and, where one is given, the label file that belongs to it. Raises DatasetError where the two do not fit."""
+    tokens = IndexedDataset(path)
     if vocab_size is not None:
-        check_vocabulary(file, vocab_size)
-    if warm_up:
-        file.warm_up()
-    return file
+        check_vocabulary(tokens, vocab_size)
+    labels = None
+    if label_path is not None:
+        labels = IndexedDataset(label_path)
+        check_labels(labels, tokens, vocab_size)
+    if data.mmap_warmup:
+        for file in filter(None, (tokens, labels)):
+            file.warm_up()
+    return Source(tokens, labels, number_documents=data.reset_attention_mask or data.reset_position_ids)
 
 
-def build_from_split(file: IndexedDataset, split: str, plan: SamplePlan, order: SampleOrder) -> Datasets:
+def build_from_split(source: Source, split: str, plan: SamplePlan, order: SampleOrder) -> Datasets:
     """One file's documents, the first for training, then validation, then test. Raises when a share that is wanted got no document."""
     built: list[TextDataset | None] = []
+    file = source.tokens
     if not len(file):
         raise DatasetError(f"{file.prefix} holds no documents; prepare it again from text that is not empty")
     for name, documents, share in zip(SPLITS, split_documents(split, len(file)), parse_split(split), strict=True):
         count = plan.wanted(name)
-        if not count or not share:
+        if count == 0 or not share:
             built.append(None)
             continue
         if not documents:
@@ -111,23 +131,32 @@ def build_from_split(file: IndexedDataset, split: str, plan: SamplePlan, order: 
                 f"split = {split!r} leaves no document of {file.prefix} ({len(file)} documents) for {name}; "
                 f"give {name} a larger share, or ask for no {name} samples"
             )
-        built.append(build_packed(file, documents, count, name=name, order=order))
+        built.append(build_samples(source, documents, count, name=name, order=order))
     return Datasets(*built)
 
 
-def build_packed(file: IndexedDataset, documents: range, num_samples: int, *, name: str, order: SampleOrder) -> PackedDataset:
-    maps = load_or_build(file, documents, seq_length=order.seq_length, num_samples=num_samples, seed=order.seed)
-    return PackedDataset(file, maps, name)
+def build_samples(source: Source, documents: range, num_samples: int | None, *, name: str, order: SampleOrder) -> SampleDataset:
+    """A range of one file's documents as samples, packed as the order says."""
+    packing = Packing(order.pack_impl, order.allow_chopped, source.labels)
+    if num_samples is not None and packing.impl != "packed":
+        num_samples = max(num_samples, order.samples_at_once + 1)  # these give exactly what is asked for, of which NeoX never uses the last
+    maps = load_or_build(source.tokens, documents, seq_length=order.seq_length, num_samples=num_samples, seed=order.seed, packing=packing)
+    if packing.impl == "packed":
+        return PackedDataset(source, maps, name)
+    return WholeDocumentDataset(source, maps, name, seq_length=order.seq_length)
 
 
-def build_blended(files: Sequence[IndexedDataset], weights: Sequence[float], num_samples: int, *, name: str, order: SampleOrder) -> BlendedDataset:
-    counts = samples_each(weights, num_samples)
-    parts = [build_packed(file, range(len(file)), count, name=name, order=order) for file, count in zip(files, counts, strict=True)]
+def build_blended(sources: Sequence[Source], weights: Sequence[float], num_samples: int | None, *, name: str, order: SampleOrder) -> BlendedDataset:
+    """Several files mixed by weight; an epoch of files with equal weights by their lengths: each is read once, where NeoX repeats the short ones."""
+    counts = [None] * len(sources) if num_samples is None else samples_each(weights, num_samples)
+    parts = [build_samples(source, range(len(source.tokens)), count, name=name, order=order) for source, count in zip(sources, counts, strict=True)]
+    if num_samples is None and len(set(weights)) == 1:
+        weights = [float(len(part)) for part in parts]
     return BlendedDataset(parts, weights)
 
 
 class Batches:
-    """Endless iterator of {"text": int64 [B, S + 1]} for one rank.
+    """Endless iterator of {"text": int64 [B, S + 1]}, and "label" and "document" where samples have them, for one rank.
 
     num_workers 0 reads in this process; more prefetch in as many processes, in the same order. `close` ends them; so does
     leaving the interpreter.

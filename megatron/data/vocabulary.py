@@ -6,6 +6,8 @@ import contextlib
 import json
 from pathlib import Path
 
+import numpy as np
+
 from megatron.data.cache import cache_key, find, publish
 from megatron.data.indexed import DatasetError, IndexedDataset
 
@@ -23,6 +25,28 @@ def check_vocabulary(dataset: IndexedDataset, vocab_size: int) -> None:
         raise DatasetError(
             f"{dataset.bin_path} holds token ids {low}..{high} but the vocabulary has {vocab_size:,} (0..{vocab_size - 1}): "
             "it was made with another tokenizer; set vocab_file to that one or prepare the text again"
+        )
+
+
+def check_labels(labels: IndexedDataset, tokens: IndexedDataset, vocab_size: int | None) -> None:
+    """Raises DatasetError when `labels` are not one for each token of each document, or reach `vocab_size` (negative ones are masks)."""
+    if labels.dtype.kind == "f":
+        raise DatasetError(f"{labels.bin_path} holds {labels.dtype} values, not labels (the token, or -100 where the loss does not count)")
+    beside = f"the labels {labels.prefix} do not fit the tokens {tokens.prefix}"
+    if len(labels) != len(tokens):
+        raise DatasetError(f"{beside}: {len(labels):,} and {len(tokens):,} documents; both come from one run of the preparation")
+    if not np.array_equal(labels.sizes, tokens.sizes):
+        different = np.flatnonzero(labels.sizes != tokens.sizes)
+        first = int(different[0])
+        raise DatasetError(
+            f"{beside}: document {first} (counted from 0) has {int(labels.sizes[first]):,} labels and {int(tokens.sizes[first]):,} tokens"
+            + (f", and {len(different) - 1:,} more documents differ" if len(different) > 1 else "")
+            + "; both come from one run of the preparation"
+        )
+    if vocab_size is not None and labels.num_tokens and (high := token_range(labels)[1]) >= vocab_size:
+        raise DatasetError(
+            f"{labels.bin_path} holds labels up to {high} but the vocabulary has {vocab_size:,} (0..{vocab_size - 1}); "
+            "masked places have -100, which needs a signed type such as int32"
         )
 
 

@@ -105,6 +105,8 @@ def _work(config: NeoXConfig, processes: int, words: Vocabulary) -> Table:
         table.add_row("FLOPs per step", f"{tokens * flops:.3e}")
         if config.training.train_iters is not None:
             table.add_row("steps, tokens in all", f"{config.training.train_iters:,}, {tokens * config.training.train_iters:,}")
+        elif config.training.train_epochs is not None:
+            table.add_row("steps", f"{config.training.train_epochs:,} times through the training data; counted when it is read")
     table.add_section()
     total = count_parameters(config.model, config.moe, padded).total_sum
     stage = config.optimizer.zero_optimization.stage

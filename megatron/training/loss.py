@@ -19,14 +19,17 @@ class Targets(NamedTuple):
     loss_mask_BS: Tensor | None
 
 
-def next_token_targets(text: Tensor, *, masked_token: int | None = None) -> Targets:
-    """Inputs are the first S of S + 1 tokens, labels the last S.
+def next_token_targets(text: Tensor, label: Tensor | None = None, *, masked_token: int | None = None) -> Targets:
+    """Inputs are the first S of S + 1 tokens; what should follow, the last S of `label` (None: of the tokens). As in NeoX, what does not count is
 
-    `masked_token` (NeoX's eod_mask_loss): predictions *after* this token do not count. None: all count.
+    - a place whose label is negative,
+    - with `masked_token` (eod_mask_loss), a place whose *input* is that token: what follows the end of a document. None: those count.
     """
-    tokens, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
-    mask = None if masked_token is None else (tokens != masked_token).to(torch.float32)
-    return Targets(tokens, labels, mask)
+    tokens, following = text[:, :-1].contiguous(), (text if label is None else label)[:, 1:].contiguous()
+    masks = [] if label is None else [following >= 0]
+    masks += [] if masked_token is None else [tokens != masked_token]
+    mask = torch.stack(masks).all(0).to(torch.float32) if masks else None
+    return Targets(tokens, following if label is None else following.clamp(min=0), mask)
 
 
 def poison_if_not_finite(loss: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,8 @@ import torch
 
 from megatron.config.neox import NeoXConfig
 from megatron.config.size import padded_vocab_size
-from megatron.config.training import resolve_batch
+from megatron.config.training import Batch, TrainingConfig, resolve_batch
+from megatron.data.indexed import DatasetError
 from megatron.data.loader import Datasets, SamplePlan, build_data
 from megatron.data.sampler import MicroBatchSampler
 from megatron.data.tokenizer import Tokenizer, build_tokenizer, end_of_document
@@ -20,19 +23,60 @@ from megatron.training.engine import build_engine
 from megatron.training.schedule import schedule_of
 from megatron.training.trainer import Plan, Trainer
 
+log = logging.getLogger(__name__)
+
 
 def build_trainer(config: NeoXConfig, topology: Topology) -> Trainer:
-    """Tokenizer, data, model and engine as configured; no checkpoint is loaded yet."""
+    """Tokenizer, data, model and engine as configured; no checkpoint is loaded yet. The trainer's config says how many steps `train_epochs` are."""
     tokenizer = build_tokenizer(config.data)
-    plan = build_plan(config, tokenizer, topology)
-    samples = plan_samples(config, plan)
-    datasets = build_data(config.data, seq_length=plan.seq_length, plan=samples, seed=config.training.seed, vocab_size=tokenizer.vocab_size)
+    batch = resolve_batch(config.training, topology.data_parallel_size)
+    samples = plan_samples(config.training, batch)
+    seq_length, seed, vocab_size = config.model.seq_length, config.training.seed, tokenizer.vocab_size
+    datasets = after_the_first(
+        lambda: build_data(config.data, seq_length=seq_length, plan=samples, seed=seed, vocab_size=vocab_size),
+        topology,
+        shared=config.data.use_shared_fs,
+    )
+    config = settle_length(config, datasets, batch)
+    plan = build_plan(config, tokenizer, batch)
     check_evaluation_data(datasets, plan, topology)
     vocabulary = padded_vocab_size(tokenizer.vocab_size, config.model.make_vocab_size_divisible_by)
     model = build_model(config.model, config.moe, vocabulary, seed=config.training.seed)
     engine = build_engine(config, model, world_size=topology.world_size)
     seed_random(config.training.seed + topology.data_parallel_rank)
     return Trainer(config, plan, topology, engine=engine, datasets=datasets, checkpoint_args=checkpoint_args(config, vocabulary))
+
+
+def after_the_first(build: Callable[[], Datasets], topology: Topology, *, shared: bool) -> Datasets:
+    """What `build` returns, called on one process first (on one of each machine when not `shared`), so that the others find what it has written."""
+    if topology.world_size == 1:
+        return build()
+    if topology.rank == 0 or (topology.local_rank == 0 and not shared):
+        try:
+            return build()
+        finally:
+            torch.distributed.barrier()
+    torch.distributed.barrier()
+    return build()
+
+
+def settle_length(config: NeoXConfig, datasets: Datasets, batch: Batch) -> NeoXConfig:
+    """The configuration with the steps that `train_epochs` comes to: as many as see no sample more often than that, as in NeoX.
+
+    Raises DatasetError when that is not one.
+    """
+    if config.training.train_epochs is None or datasets.train is None:
+        return config
+    epochs, samples = config.training.train_epochs, len(datasets.train)
+    at_once = batch.global_ // batch.accumulation
+    steps = samples // at_once * epochs // batch.accumulation
+    if not steps:
+        raise DatasetError(
+            f"train_epochs: {epochs} time(s) the {samples:,} samples of the training data are less than one step of {batch.global_:,}; "
+            "use more text, more epochs, a smaller batch or a shorter seq_length"
+        )
+    log.info("train_epochs: %d time(s) %s samples are %s steps of %d.", epochs, f"{samples:,}", f"{steps:,}", batch.global_)
+    return config.model_copy(update={"training": config.training.model_copy(update={"train_iters": steps})})
 
 
 def seed_random(seed: int) -> None:
@@ -49,25 +93,30 @@ def check_evaluation_data(datasets: Datasets, plan: Plan, topology: Topology) ->
             MicroBatchSampler(len(dataset), micro_batch=plan.batch.micro, rank=0, world_size=topology.data_parallel_size)
 
 
-def build_plan(config: NeoXConfig, tokenizer: Tokenizer, topology: Topology) -> Plan:
+def build_plan(config: NeoXConfig, tokenizer: Tokenizer, batch: Batch) -> Plan:
+    """Raises TokenizerError when the end of documents is to be masked and the tokenizer has no token for it."""
     assert config.training.train_iters is not None
     return Plan(
         train_iters=config.training.train_iters,
-        batch=resolve_batch(config.training, topology.data_parallel_size),
+        batch=batch,
         seq_length=config.model.seq_length,
         schedule=schedule_of(config),
         masked_token=end_of_document(tokenizer, "eod_mask_loss") if config.data.eod_mask_loss else None,
     )
 
 
-def plan_samples(config: NeoXConfig, plan: Plan) -> SamplePlan:
-    """How many samples each part of the data has to give, counted as NeoX does (data_utils): the sample order depends on it."""
-    training = config.training
-    evaluations = plan.train_iters // training.eval_interval + 1
+def plan_samples(training: TrainingConfig, batch: Batch) -> SamplePlan:
+    """How many samples each part of the data has to give, counted as NeoX does, for the order depends on it; with `train_epochs` one epoch each."""
+    at_once = batch.global_ // batch.accumulation
+    if training.train_iters is None:
+        evaluated = None if training.eval_iters else 0
+        return SamplePlan(train_samples=None, valid_samples=evaluated, test_samples=evaluated, samples_at_once=at_once)
+    evaluations = training.train_iters // training.eval_interval + 1
     return SamplePlan(
-        train_samples=plan.train_iters * plan.batch.global_,
-        valid_samples=evaluations * training.eval_iters * plan.batch.global_,
-        test_samples=training.eval_iters * plan.batch.global_,
+        train_samples=training.train_iters * batch.global_,
+        valid_samples=evaluations * training.eval_iters * batch.global_,
+        test_samples=training.eval_iters * batch.global_,
+        samples_at_once=at_once,
     )
 
 

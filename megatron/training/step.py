@@ -94,6 +94,8 @@ def take_step(engine: Any, batches: Iterator[dict[str, Tensor]], *, learning_rat
 
 def forward(engine: Any, batch: dict[str, Tensor], *, masked_token: int | None) -> GPTOutput:
     """One micro-batch through the model, with the loss."""
-    tokens, labels, mask = next_token_targets(batch["text"].to(engine.device, non_blocking=True), masked_token=masked_token)
-    output: GPTOutput = engine(tokens, labels_BS=labels, loss_mask_BS=mask)
+    there = {key: values.to(engine.device, non_blocking=True) for key, values in batch.items()}
+    tokens, labels, mask = next_token_targets(there["text"], there.get("label"), masked_token=masked_token)
+    documents = {"document_BS": there["document"][:, :-1].contiguous()} if "document" in there else {}
+    output: GPTOutput = engine(tokens, labels_BS=labels, loss_mask_BS=mask, **documents)
     return output

@@ -26,7 +26,7 @@ THROUGH_THE_SECTION = {
     "lr_decay_fraction": "lr_decay_iters",
     "train_batch_size": "resolve_batch",
 }
-ONE_VALUE_ONLY = {"pipe_parallel_size", "model_parallel_size", "data_impl", "pack_impl"}
+ONE_VALUE_ONLY = {"pipe_parallel_size", "model_parallel_size", "data_impl"}
 BEFORE_THE_SECTIONS = {"plugins"}  # imported by the loader, tested in test_loader.py
 
 
@@ -41,7 +41,7 @@ def test_a_key_is_read(key: str) -> None:
     if key in ONE_VALUE_ONLY | BEFORE_THE_SECTIONS:
         return
     definition = ROOT / (SECTION_CLASSES[OWNER[key]].__module__.replace(".", "/") + ".py")
-    per_subset = re.fullmatch(r"(?:train|valid|test)_(data_paths|data_weights)", key)
+    per_subset = re.fullmatch(r"(?:train|valid|test)_(data_paths|label_data_paths|data_weights)", key)
     name = re.escape(f"}}_{per_subset[1]}") if per_subset else rf"\b{THROUGH_THE_SECTION[key]}" if key in THROUGH_THE_SECTION else rf"\.{key}"
     readers = [path for path, text in _readers().items() if path != definition and re.search(rf"{name}\b", text)]
     assert readers, f"nothing reads '{key}' of the section '{OWNER[key]}'"

@@ -1,4 +1,4 @@
-"""Blending order against NeoX's golden vector and the plain greedy loop."""
+"""Blending against NeoX's golden vectors, and weights."""
 
 from __future__ import annotations
 
@@ -9,43 +9,38 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron.data.blend import BLOCK, BlendedDataset, build_blend, check_weights, normalise, samples_each
-from megatron.data.index_map import load_or_build
+from megatron.data.blend import BlendedDataset, check_weights, samples_each, shares, weights_by_documents
+from megatron.data.builders import builders
 from megatron.data.indexed import DatasetError, IndexedDataset
+from megatron.data.map_cache import load_or_build
 from megatron.data.packed import PackedDataset
-
-
-def greedy(weights: np.ndarray, size: int) -> list[tuple[int, int]]:
-    """NeoX's C++ loop, in Python: the definition."""
-    counts, order = [0] * len(weights), []
-    for i in range(size):
-        lag = [weight * max(float(i), 1.0) - count for weight, count in zip(weights.tolist(), counts, strict=True)]
-        best = lag.index(max(lag))
-        order.append((best, counts[best]))
-        counts[best] += 1
-    return order
-
-
-def blended(weights: np.ndarray, size: int) -> list[tuple[int, int]]:
-    dataset, sample = build_blend(weights, size)
-    return list(zip(dataset.tolist(), sample.tolist(), strict=True))
+from megatron.data.samples import Source
 
 
 def test_golden_vector(golden: dict[str, Any]) -> None:
-    assert [list(pair) for pair in blended(np.array(golden["blend"]["weights"]), 10)] == golden["blend"]["order"]
+    dataset, sample = builders().blend(np.array(golden["blend"]["weights"]), 10)
+    assert np.stack([dataset, sample], axis=1).tolist() == golden["blend"]["order"]
 
 
-@pytest.mark.parametrize("weights", [[1.0], [1, 1], [1, 1, 1], [0.2, 0.5, 0.3], [0, 1, 2], [1e-9, 1], [0.7, 0.1, 0.1, 0.1], [3, 1, 4, 1, 5, 9, 2, 6]])
-@pytest.mark.parametrize("size", [0, 1, BLOCK, 3 * BLOCK + 5])
-def test_blocks_side_by_side_equal_the_plain_loop(weights: list[float], size: int) -> None:
-    assert blended(normalise(weights), size) == greedy(normalise(weights), size)
+def test_golden_vector_of_weights_by_numbers_of_documents(golden: dict[str, Any]) -> None:
+    case = golden["documents"]
+    assert [round(weight, 4) for weight in weights_by_documents(case["counts"], case["alpha"])] == case["weights"]
+    assert weights_by_documents([7], 0.3) == [1.0]
+    assert weights_by_documents([5, 5], 1.0) == [0.5, 0.5]
+    assert weights_by_documents([1, 3], 1.0) == [0.5, 0.5]  # p (1 - p) is the same for both of two
 
 
-def test_many_random_weights() -> None:
-    rng = np.random.default_rng(0)
-    for count in (2, 3, 10, 100):
-        weights = normalise(rng.random(count) ** 4)
-        assert blended(weights, 2 * BLOCK + 100) == greedy(weights, 2 * BLOCK + 100)
+def test_weights_by_numbers_of_documents_that_give_none() -> None:
+    with pytest.raises(DatasetError, match="weight_by_num_documents: none of the 2 corpora has a document"):
+        weights_by_documents([0, 0], 0.3)
+    with pytest.raises(DatasetError, match="all documents are in one corpus, which this rule gives the weight 0"):
+        weights_by_documents([0, 9], 0.3)
+
+
+def test_weights_are_summed_one_by_one() -> None:
+    """Pairwise and compensated sums give 1 and 0.1 here; in ties the last bit decides which data set comes next."""
+    assert shares([0.1] * 10) == [0.1 / 0.9999999999999999] * 10
+    assert shares([0.1] * 10) != [0.1] * 10
 
 
 def test_each_set_is_asked_for_half_a_percent_more() -> None:
@@ -56,7 +51,7 @@ def test_a_blend_draws_from_its_parts_and_repeats_short_ones(numbered: Callable[
     parts = []
     for name, sizes, count in (("long", [40, 60], 30), ("short", [9, 4], 2)):
         file = IndexedDataset(numbered(sizes, name))
-        parts.append(PackedDataset(file, load_or_build(file, range(2), seq_length=4, num_samples=count, seed=1), name))
+        parts.append(PackedDataset(Source(file), load_or_build(file, range(2), seq_length=4, num_samples=count, seed=1), name))
     dataset = BlendedDataset(parts, [1, 1])
     assert len(dataset) == len(parts[0]) + len(parts[1])
     for i in range(len(dataset)):

@@ -1,38 +1,14 @@
-"""Sample order against NeoX's golden vector and a plain walk; the cache is never stale and survives races and damage."""
+"""The order of packed samples against NeoX's golden vector."""
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron.data import index_map
-from megatron.data.index_map import IndexMaps, build_index_maps, cut_samples, load_or_build
-from megatron.data.indexed import DatasetError, IndexedDataset
-from tests.data.conftest import write
-
-
-def walk(sizes: list[int], seq_length: int, rows: int) -> list[list[int]]:
-    """NeoX's C++ loop, in Python: the definition."""
-    found, position, offset = [[0, 0]], 0, 0
-    while len(found) < rows:
-        remaining = seq_length + 1
-        while remaining:
-            length = sizes[position] - offset
-            remaining -= length
-            if remaining <= 0:
-                offset += remaining + length - 1
-                remaining = 0
-            else:
-                position, offset = position + 1, 0
-        found.append([position, offset])
-    return found
+from megatron.data.index_map import IndexMaps, build_index_maps
+from megatron.data.indexed import DatasetError
 
 
 def equal(one: IndexMaps, other: IndexMaps) -> bool:
@@ -47,17 +23,6 @@ def test_golden_vector(golden: dict[str, Any]) -> None:
     assert [values.dtype for values in maps] == [np.int32, np.int32, np.uint32]
 
 
-def test_cutting_equals_the_plain_walk() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        sizes = rng.integers(0, 9, rng.integers(1, 20))
-        seq_length, tokens = int(rng.integers(1, 12)), int(sizes.sum())
-        if tokens <= seq_length:
-            continue
-        rows = (tokens - 1) // seq_length + 1
-        assert cut_samples(sizes, seq_length, rows).tolist() == walk(sizes.tolist(), seq_length, rows)
-
-
 @pytest.mark.parametrize(("num_samples", "epochs"), [(0, 1), (3, 1), (4, 2), (6, 2), (7, 3)])
 def test_the_fewest_epochs_that_suffice(num_samples: int, epochs: int) -> None:
     maps = build_index_maps(np.array([3, 2, 4, 5]), np.arange(4), seq_length=4, num_samples=num_samples, seed=1)
@@ -65,97 +30,18 @@ def test_the_fewest_epochs_that_suffice(num_samples: int, epochs: int) -> None:
     assert len(maps.shuffle_index) == (14 * epochs - 1) // 4
 
 
-def test_a_cached_map_equals_a_built_one(numbered: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = IndexedDataset(numbered([3, 2, 4, 5]))
-    first = load_or_build(dataset, range(4), seq_length=4, num_samples=10, seed=1234)
-    monkeypatch.setattr(index_map, "build_index_maps", None)
-    assert equal(load_or_build(dataset, range(4), seq_length=4, num_samples=10, seed=1234), first)
-    assert isinstance(first.sample_index, np.memmap)
+def test_one_epoch_whatever_it_gives() -> None:
+    sizes_N = np.array([3, 2, 4, 5])
+    one = build_index_maps(sizes_N, np.arange(4), seq_length=4, num_samples=None, seed=1234)
+    assert equal(one, build_index_maps(sizes_N, np.arange(4), seq_length=4, num_samples=3, seed=1234))
+    assert sorted(one.document_index.tolist()) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("change", [{"documents": range(3)}, {"seq_length": 3}, {"num_samples": 11}, {"seed": 1}])
-def test_other_settings_never_reuse_a_map(numbered: Callable[..., Path], change: dict[str, Any]) -> None:
-    dataset = IndexedDataset(numbered([3, 2, 4, 5]))
-    settings: dict[str, Any] = {"documents": range(4), "seq_length": 4, "num_samples": 10, "seed": 1234}
-    load_or_build(dataset, **settings)
-    changed = {**settings, **change}
-    documents = changed.pop("documents")
-    expected = build_index_maps(dataset.sizes, np.array(documents), **changed)
-    assert equal(load_or_build(dataset, documents, **changed), expected)
-
-
-def test_rewritten_data_never_reuses_a_map(tmp_path: Path) -> None:
-    """Same name, same size, same time of change: only the content tells."""
-    prefix = write(tmp_path / "text", [[1] * 5, [2] * 9])
-    stamp = os.stat(f"{prefix}.idx").st_mtime_ns
-    load_or_build(IndexedDataset(prefix), range(2), seq_length=4, num_samples=3, seed=1)
-    write(prefix, [[1] * 9, [2] * 5])
-    os.utime(f"{prefix}.idx", ns=(stamp, stamp))
-    dataset = IndexedDataset(prefix)
-    expected = build_index_maps(dataset.sizes, np.arange(2), seq_length=4, num_samples=3, seed=1)
-    assert equal(load_or_build(dataset, range(2), seq_length=4, num_samples=3, seed=1), expected)
-
-
-def test_a_damaged_cache_is_built_again(numbered: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
-    dataset = IndexedDataset(numbered([3, 2, 4, 5]))
-    first = load_or_build(dataset, range(4), seq_length=4, num_samples=10, seed=1234)
-    expected = IndexMaps(*(np.array(values) for values in first))
-    (damaged,) = dataset.prefix.parent.glob("index_maps/text-*/sample_index.npy")
-    os.truncate(damaged, 100)
-    assert equal(load_or_build(dataset, range(4), seq_length=4, num_samples=10, seed=1234), expected)
-    assert "is damaged" in caplog.text
-    caplog.clear()
-    load_or_build(dataset, range(4), seq_length=4, num_samples=10, seed=1234)
-    assert not caplog.text
-
-
-def build_in_process(prefix: Path, barrier: Any, results: Any) -> None:
-    barrier.wait()
-    maps = load_or_build(IndexedDataset(prefix), range(4), seq_length=4, num_samples=20_000, seed=5)
-    results.put(int(maps.shuffle_index.astype(np.int64) @ np.arange(len(maps.shuffle_index))))
-
-
-def test_processes_that_build_at_once_agree(numbered: Callable[..., Path]) -> None:
-    prefix = numbered([3, 2, 4, 5])
-    context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(4), context.Queue()
-    processes = [context.Process(target=build_in_process, args=(prefix, barrier, results)) for _ in range(4)]
-    for process in processes:
-        process.start()
-    assert len({results.get(timeout=30) for _ in processes}) == 1
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    assert len(list((prefix.parent / "index_maps").iterdir())) == 1
-
-
-def test_read_only_data_uses_the_user_cache_and_says_so(numbered: Callable[..., Path], user_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    dataset = IndexedDataset(numbered([3, 2, 4, 5]))
-    (dataset.prefix.parent / "index_maps").write_text("in the way")
-    with caplog.at_level(logging.WARNING):
-        load_or_build(dataset, range(4), seq_length=4, num_samples=10, seed=1234)
-    assert "using the user cache directory" in caplog.text
-    assert len(list(user_cache.iterdir())) == 1
-
-
-def test_no_place_to_write_keeps_the_maps_in_memory(numbered: Callable[..., Path], user_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    dataset = IndexedDataset(numbered([3, 2, 4, 5]))
-    user_cache.parent.mkdir(parents=True)
-    for place in (dataset.prefix.parent / "index_maps", user_cache):
-        place.write_text("in the way")
-    maps = load_or_build(dataset, range(4), seq_length=4, num_samples=10, seed=1234)
-    assert "keeping in memory" in caplog.text
-    assert maps.shuffle_index.tolist() == [3, 9, 2, 1, 7, 5, 4, 0, 8, 6]
-
-
-def test_too_little_text_is_explained(numbered: Callable[..., Path]) -> None:
-    dataset = IndexedDataset(numbered([3, 2]))
-    with pytest.raises(
-        DatasetError, match=r"text: 2 documents with 5 tokens in all are less than one sample of seq_length \+ 1 = 9 tokens; use more"
-    ):
-        load_or_build(dataset, range(2), seq_length=8, num_samples=1, seed=1)
-    with pytest.raises(DatasetError, match="no documents to draw samples from"):
-        load_or_build(dataset, range(2, 2), seq_length=8, num_samples=1, seed=1)
+def test_maps_larger_than_the_memory_are_refused_before_they_are_built() -> None:
+    """More samples than 32 bits can count are fine as such; the memory is the limit."""
+    message = r"the order of 9,000,000,000,\d+ samples from 10,285,714,[\d,]+ documents .* GiB to work out, and .* are free"
+    with pytest.raises(DatasetError, match=message):
+        build_index_maps(np.array([3, 2, 4, 5]), np.arange(4), seq_length=4, num_samples=9 * 10**12, seed=1)
 
 
 @pytest.mark.slow

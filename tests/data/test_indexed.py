@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron.data import indexed
 from megatron.data.indexed import DTYPES, DatasetError, IndexedDataset, IndexedDatasetWriter, token_dtype
 from tests.data.conftest import write
 
@@ -129,3 +130,34 @@ def test_a_bin_of_another_size_is_explained(tmp_path: Path, length: int) -> None
     os.truncate(f"{prefix}.bin", length)
     with pytest.raises(DatasetError, match=rf"text\.bin has {length} bytes but text\.idx describes 18 \(9 tokens of 2 bytes\)"):
         IndexedDataset(prefix)
+
+
+def test_documents_of_several_items_and_of_none(tmp_path: Path) -> None:
+    """The boundaries are NeoX's `doc_idx`: a text without tokens ends a document and adds no item."""
+    with IndexedDatasetWriter(tmp_path / "text", np.dtype("<u2")) as writer:
+        writer.add_item([1, 2, 3])
+        writer.add_item([4])
+        writer.end_document()
+        writer.end_document()
+        writer.add([5, 6])
+    header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 3, 4)
+    arrays = struct.pack("<3i", 3, 1, 2) + struct.pack("<3q", 0, 6, 8) + struct.pack("<4q", 0, 2, 2, 3)
+    assert Path(f"{tmp_path / 'text'}.idx").read_bytes() == header + arrays
+    dataset = IndexedDataset(tmp_path / "text")
+    assert (len(dataset), dataset.document_ends.tolist()) == (3, [2, 2, 3])
+
+
+@pytest.mark.parametrize(("code", "dtype"), [*enumerate(["u1", "i1", "<i2", "<i4", "<i8", "<f4", "<f8", "<u2"], 1)])
+def test_type_codes_are_neox_s(tmp_path: Path, code: int, dtype: str) -> None:
+    prefix = write(tmp_path / "text", DOCUMENTS, dtype)
+    assert Path(f"{prefix}.idx").read_bytes()[17] == code
+    assert Path(f"{prefix}.bin").read_bytes() == np.arange(1, 10, dtype=dtype).tobytes()
+
+
+def test_a_document_too_long_for_the_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexed, "LONGEST", 3)
+    with (
+        pytest.raises(DatasetError, match=r"text: a document of 4 tokens; the format holds at most 3 in one, cut it up"),
+        IndexedDatasetWriter(tmp_path / "text", np.dtype("<u2")) as writer,
+    ):
+        writer.add([1, 2, 3, 4])

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.data.index_map import load_or_build
 from megatron.data.indexed import DatasetError, IndexedDataset
 from megatron.data.loader import SamplePlan, batches, build_data
+from megatron.data.map_cache import load_or_build
 from megatron.data.packed import PackedDataset
+from megatron.data.samples import Source
 from megatron.data.split import split_documents
 from tests.data.conftest import write
 
@@ -27,7 +28,7 @@ PLAN = SamplePlan(train_samples=10, valid_samples=2, test_samples=0)
 def packed(numbered: Callable[..., Path]) -> PackedDataset:
     """14 tokens, 10 samples asked for: the golden vector's data set."""
     file = IndexedDataset(numbered([3, 2, 4, 5]))
-    return PackedDataset(file, load_or_build(file, range(4), seq_length=4, num_samples=10, seed=1234), "train")
+    return PackedDataset(Source(file), load_or_build(file, range(4), seq_length=4, num_samples=10, seed=1234), "train")
 
 
 def test_golden_splits(golden: dict[str, Any]) -> None:
@@ -56,7 +57,7 @@ def test_length_is_one_short_as_in_neox(packed: PackedDataset) -> None:
 
 
 def test_samples_are_the_documents_in_shuffled_order_overlapping_by_one(packed: PackedDataset) -> None:
-    stream = np.concatenate([packed.tokens.get(document) for document in packed.maps.document_index])
+    stream = np.concatenate([packed.source.tokens.get(document) for document in packed.maps.document_index])
     for i in range(len(packed)):
         row = int(packed.maps.shuffle_index[i])
         text = packed[i]["text"]
@@ -177,9 +178,90 @@ def test_an_empty_split_is_explained_only_when_it_is_wanted(numbered: Callable[.
 def test_one_sample_is_too_few(numbered: Callable[..., Path]) -> None:
     file = IndexedDataset(numbered([5]))
     with pytest.raises(DatasetError, match=r"the train documents give 1 sample\(s\), and the last one is not used"):
-        PackedDataset(file, load_or_build(file, range(1), seq_length=4, num_samples=1, seed=1), "train")
+        PackedDataset(Source(file), load_or_build(file, range(1), seq_length=4, num_samples=1, seed=1), "train")
 
 
 def test_fewer_samples_than_a_step_takes_is_explained(packed: PackedDataset) -> None:
     with pytest.raises(DatasetError, match=r"the data set has 9 samples, fewer than the 10 of one step \(5 on each of 2 ranks\)"):
         batches(packed, micro_batch=5, world_size=2)
+
+
+def labelled(prefix: Path, mask: Callable[[int], bool], name: str = "labels") -> str:
+    """A label file for numbered text: each token itself, -100 where `mask` says so."""
+    file = IndexedDataset(prefix)
+    documents = [[-100 if mask(token) else token for token in file.get(i).tolist()] for i in range(len(file))]
+    return str(write(prefix.with_name(name), documents, "<i4"))
+
+
+def test_labels_follow_their_tokens_through_packing_and_blending(numbered: Callable[..., Path], data_config: Callable[..., Any]) -> None:
+    one, two = numbered([30, 40], "one"), numbered([11, 12], "two")
+    texts, labels = [str(one), str(two)], [labelled(path, lambda token: token % 3 == 0, f"{path.name}_labels") for path in (one, two)]
+    subsets = ("train", "valid", "test")
+    paths = {f"{name}_data_paths": texts for name in subsets} | {f"{name}_label_data_paths": labels for name in subsets}
+    data = build_data(data_config(**paths), seq_length=4, plan=PLAN, seed=1, vocab_size=70)
+    assert data.train is not None
+    batch = next(batches(data.train, micro_batch=8))
+    assert torch.equal(batch["label"], torch.where(batch["text"] % 3 == 0, -100, batch["text"]))
+    assert (batch["label"].dtype, batch["label"].shape) == (torch.int64, (8, 5))
+
+
+@pytest.mark.parametrize("pack_impl", ["packed", "pack_until_overflow", "unpacked"])
+def test_every_way_of_packing_resumes_exactly(numbered: Callable[..., Path], data_config: Callable[..., Any], pack_impl: str) -> None:
+    text = numbered([7, 3, 9, 2, 5, 8])
+    keys = {f"{name}_{kind}": [str(path)] for name in ("train", "valid", "test") for kind, path in (("data_paths", text),)}
+    keys |= {f"{name}_label_data_paths": [labelled(text, lambda token: token % 2 == 0)] for name in ("train", "valid", "test")}
+    config = data_config(**keys, pack_impl=pack_impl, reset_attention_mask=True)
+
+    def drawn(start: int, count: int, num_workers: int = 0) -> list[dict[str, list[list[int]]]]:
+        data = build_data(config, seq_length=6, plan=PLAN, seed=1)
+        assert data.train is not None
+        source = batches(data.train, micro_batch=2, start_iteration=start, num_workers=num_workers)
+        taken = [{key: values.tolist() for key, values in batch.items()} for batch in itertools.islice(source, count)]
+        source.close()
+        return taken
+
+    straight = drawn(0, 12)
+    assert set(straight[0]) == {"text", "label", "document"}
+    assert drawn(5, 7, num_workers=2) == straight[5:]
+
+
+@pytest.mark.parametrize("key", ["reset_attention_mask", "reset_position_ids"])
+def test_documents_are_numbered_inside_a_sample(numbered: Callable[..., Path], data_config: Callable[..., Any], key: str) -> None:
+    path = numbered([3, 0, 2, 4, 5])
+    data = build_data(data_config(data_path=str(path), split="1", **{key: True}), seq_length=4, plan=PLAN, seed=1234)
+    assert isinstance(data.train, PackedDataset)
+    bounds = np.cumsum([3, 0, 2, 4, 5])
+    for i in range(len(data.train)):
+        sample = data.train[i]
+        parts = np.searchsorted(bounds, sample["text"], side="right")
+        changes = (parts[1:] != parts[:-1]) | (sample["text"][1:] != sample["text"][:-1] + 1)  # a document may follow itself
+        assert sample["document"].tolist() == [0, *np.cumsum(changes).tolist()]
+        assert sample["document"].dtype == np.int64
+
+
+def test_weights_by_numbers_of_documents_override_given_ones(
+    numbered: Callable[..., Path], data_config: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    few, many = str(numbered([60] * 2, "few")), str(numbered([6] * 18, "many"))
+    config = data_config(train_data_paths=[few, many], train_data_weights=[1.0, 9.0], weight_by_num_documents=True, weighted_sampler_alpha=0.3)
+    with caplog.at_level("INFO"):
+        data = build_data(config, seq_length=4, plan=SamplePlan(train_samples=50, valid_samples=0, test_samples=0), seed=1)
+    assert "train data by numbers of documents: weights 0.8232, 0.1768." in caplog.text
+    assert np.bincount(data.train.dataset_index[:40]).tolist() == [33, 7]  # type: ignore[union-attr]
+
+
+def test_an_epoch_reads_every_corpus_once(numbered: Callable[..., Path], data_config: Callable[..., Any]) -> None:
+    long, short = str(numbered([80] * 5, "long")), str(numbered([21, 21], "short"))
+    plan = SamplePlan(train_samples=None, valid_samples=0, test_samples=0)
+    data = build_data(data_config(train_data_paths=[long, short]), seq_length=4, plan=plan, seed=1).train
+    assert [len(part) for part in data.datasets] == [98, 9]  # type: ignore[union-attr]
+    assert np.bincount(data.dataset_index).tolist() == [98, 9]  # type: ignore[union-attr]
+    part = build_data(data_config(data_path=long, split="4,1,0"), seq_length=4, plan=plan, seed=1).train
+    assert sorted(part.maps.document_index.tolist()) == [0, 1, 2, 3]  # type: ignore[union-attr]
+
+
+def test_whole_documents_suffice_for_one_evaluation_batch(numbered: Callable[..., Path], data_config: Callable[..., Any]) -> None:
+    """As many samples as one forward pass takes, of which the last is never used: one more has to be made."""
+    plan = SamplePlan(train_samples=8, valid_samples=4, test_samples=0, samples_at_once=4)
+    config = data_config(data_path=str(numbered([5] * 20)), split="1,1,0", pack_impl="pack_until_overflow")
+    assert next(batches(build_data(config, seq_length=8, plan=plan, seed=1).valid, micro_batch=4))["text"].shape == (4, 9)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import pytest
 from megatron.data import vocabulary
 from megatron.data.indexed import DatasetError, IndexedDataset
 from megatron.data.loader import SamplePlan, build_data
-from megatron.data.vocabulary import check_vocabulary
+from megatron.data.vocabulary import check_labels, check_vocabulary
 from tests.data.conftest import write
 
 
@@ -59,3 +59,30 @@ def test_a_damaged_note_is_replaced_by_a_scan(tmp_path: Path) -> None:
     note.write_text("")
     with pytest.raises(DatasetError, match=r"1\.\.3"):
         check_vocabulary(IndexedDataset(prefix), 3)
+
+
+def label_file(tmp_path: Path, documents: list[list[int]], dtype: str = "<i4") -> IndexedDataset:
+    return IndexedDataset(write(tmp_path / "labels", documents, dtype))
+
+
+@pytest.mark.parametrize(
+    ("labels", "dtype", "message"),
+    [
+        ([[1, 2], [3]], "<i4", "labels do not fit the tokens .*text: 2 and 3 documents; both come from one run"),
+        ([[1, 2], [3], [4]], "<i4", r"document 1 \(counted from 0\) has 1 labels and 2 tokens, and 1 more documents differ; both come from"),
+        ([[1, 2], [3, -100], []], "<i4", r"document 2 \(counted from 0\) has 0 labels and 3 tokens; both come from"),
+        ([[1, 2], [3, 9], [4, 5, 6]], "<i4", r"labels.bin holds labels up to 9 but the vocabulary has 9 \(0..8\); masked places have -100"),
+        ([[1, 2], [3, 65436], [4, 5, 6]], "<u2", r"labels up to 65436 .* which needs a signed type such as int32"),
+        ([[1, 2], [3, 4], [4, 5, 6]], "<f4", "labels.bin holds float32 values, not labels"),
+    ],
+)
+def test_labels_that_do_not_fit_are_explained(tmp_path: Path, labels: list[list[int]], dtype: str, message: str) -> None:
+    tokens = IndexedDataset(write(tmp_path / "text", [[1, 2], [3, 4], [4, 5, 6]]))
+    with pytest.raises(DatasetError, match=message):
+        check_labels(label_file(tmp_path, labels, dtype), tokens, 9)
+
+
+def test_masked_labels_are_fine(tmp_path: Path) -> None:
+    tokens = IndexedDataset(write(tmp_path / "text", [[1, 2], [], [3]]))
+    check_labels(label_file(tmp_path, [[-100, 2], [], [-100]]), tokens, 3)
+    check_labels(label_file(tmp_path, [[-100, 200], [], [-100]]), tokens, None)

@@ -158,7 +158,10 @@ def test_check_shows_what_will_happen_and_runs_nothing(folder: Path) -> None:
     shown = {" ".join(line.split()) for line in done.stdout.splitlines()}
     assert "vocabulary 3, padded to 128" in shown
     assert "embedding 8,192 8,192" in shown
-    assert "cannot train yet: 'train_iters' must be given: the number of steps to train" in shown
+    length = "the number of steps to train, or of times to go through the data"
+    assert f"cannot train yet: 'train_iters' or 'train_epochs' must be given: {length}" in " ".join(done.stdout.split())
+    done = run(folder, *words, "-o", "train_iters=null", "-o", "train_epochs=3")
+    assert "3 times through the training data; counted when it is read" in done.stdout
 
     tokenizer.write_text("{}")
     assert "is not a tokenizer.json" in run(folder, *words).stdout
