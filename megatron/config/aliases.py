@@ -8,8 +8,27 @@ from typing import Any, NamedTuple
 
 from megatron.config.messages import show
 
-# Another name -> the key that a section has.
-RENAMED: dict[str, str] = {"num_processes": "num_gpus", "expert_interval": "moe_expert_interval"}
+# Another name -> the key that a section has (dots reach into a dictionary): NeoX's earlier names, and those of the StructMoE author's fork of NeoX.
+RENAMED: dict[str, str] = {
+    "num_processes": "num_gpus",
+    "expert_interval": "moe_expert_interval",
+    "save_interval": "checkpoint_factor",
+    "lora_rank": "moe_lore_rank",
+    "moe_lora_experts": "moe_num_lores",
+    "lora_top_k": "moe_lore_top_k",
+    "moe_aux_loss_coeff": "moe_losses.load_balance",
+    "moe_z_loss_coeff": "moe_losses.z_loss",
+}
+# (another name, a further key that it stands for, that key's value)
+IMPLIED: tuple[tuple[str, str, str], ...] = (("moe_lora_experts", "moe_expert_type", "structmoe"),)
+# Keys whose default is not NeoX's, on purpose -> NeoX's default, and why.
+OTHER_DEFAULTS: dict[str, tuple[Any, str]] = {
+    "gradient_accumulation_steps": (1, "left out, it is worked out from train_batch_size and train_micro_batch_size_per_gpu, as NeoX's manual says"),
+    "distributed_backend": ("nccl", "nccl where there are GPUs, gloo where there are none"),
+    "seq_length": (None, "it has to be given: NeoX starts without it and fails later"),
+    "tokenizer_type": ("GPT2BPETokenizer", "most tokenizers come as a tokenizer.json"),
+    "moe_router_type": ("sinkhorn", "the Sinkhorn router is not part of this version; topk is balanced by moe_losses: {load_balance: 0.01}"),
+}
 
 Judgement = Callable[[Any], bool]
 
@@ -52,7 +71,12 @@ def judge(key: str, value: Any) -> Verdict | None:
 
 
 def _is(*values: Any) -> Judgement:
-    return lambda value: value is None or any(value == allowed and type(value) is type(allowed) for allowed in values)
+    """Null or one of these; words without regard to case, as NeoX reads its choices."""
+
+    def same(value: Any, allowed: Any) -> bool:
+        return type(value) is type(allowed) and (value.lower() == allowed.lower() if isinstance(value, str) else value == allowed)
+
+    return lambda value: value is None or any(same(value, allowed) for allowed in values)
 
 
 def _always(value: Any) -> bool:
@@ -69,6 +93,8 @@ def _only_full_attention(value: Any) -> bool:
 _FUSION = "attention and activations use PyTorch's own fused operations where there are any"
 _ONE_PROCESS_MODEL = "the model is not divided over processes in this version"
 _DERIVED = "it is worked out from other keys; remove it"
+_DERIVED_ZERO = "it is worked out from zero_optimization; write it there, such as zero_optimization: {stage: 1, reduce_bucket_size: 500000000}"
+_DERIVED_PROCESS = "every process finds it in its environment; set num_gpus, or global_num_gpus with several machines"
 _POST_TRAINING = "only pre-training (train_impl: normal) is part of this version; remove it"
 _COMET = "use tensorboard_dir, use_wandb or metrics_file instead of Comet"
 _MUP = "muP is not part of this version; remove it"
@@ -77,7 +103,8 @@ _PROFILING = "profiling from the configuration is not part of this version; remo
 _TRANSFORMER_ENGINE = "Transformer Engine is not used; remove it"
 _OTHER_BLOCKS = "only transformer layers are part of this version; remove it"
 _PARALLEL = "the batch is divided over processes (data parallelism, ZeRO) in this version; remove it"
-_OLD_MOE = "upstream dropped it in 2025; experts are dropless and balance is set with moe_losses: {load_balance: 0.01}; remove it"
+_OLD_MOE = "upstream dropped it in 2025, and here no token is ever dropped; remove it"
+_REMOVED_BY_DEEPSPEED = "DeepSpeed has removed it"
 
 
 def _entries(kind: type[Ignored] | type[Refused], reason: str, *keys: str, unless: Judgement = _asks_for_nothing) -> dict[str, Ignored | Refused]:
@@ -166,14 +193,13 @@ _WITHOUT_EFFECT: dict[str, Ignored | Refused] = {
         Ignored, "norms of single parameters are not recorded", "log_grad_norm", "log_param_norm", "log_optimizer_states", "log_grad_pct_zeros"
     ),
     "git_hash": Ignored("it is found at the start of a run", _always),
-    "dump_state": Ignored("the resolved configuration is saved in every checkpoint"),
     "override_lr_scheduler": Ignored("the schedule always follows the configuration, also after loading a checkpoint"),
     **_entries(Ignored, "it belongs to a feature that is off", *_OF_FEATURES_THAT_ARE_OFF, unless=_always),
-    "gradient_predivide_factor": Ignored("gradients are averaged by DeepSpeed in one division", _is(1.0, 1)),
+    "zero_allow_untested_optimizer": Ignored("DeepSpeed is always told to take the optimizer that it is given", _is(True)),
 }
 
 _NOT_BUILT: dict[str, Ignored | Refused] = {
-    "attention_config": Refused("every layer has full causal attention ('global' or 'flash')", _only_full_attention),
+    "attention_config": Refused("every layer has full causal attention; write 'global' or 'flash'", _only_full_attention),
     "sliding_window_width": Refused("sliding-window attention is not part of this version; remove it"),
     **_entries(Refused, "sparse attention is not part of this version; remove it", "sparsity_config", "sparse_attention"),
     "use_qk_layernorm": Refused("norms on queries and keys are not part of this version; remove it"),
@@ -214,33 +240,72 @@ _NOT_BUILT: dict[str, Ignored | Refused] = {
     "loss_scale": Refused("write fp16: {loss_scale: ...}"),
     "char_level_ppl": Refused("eval.py reports bits per byte; remove it"),
     **_entries(Refused, _MUP, "use_mup", "coord_check", "save_base_shapes", "base_shapes_file"),
-    "scheduler": Refused("write lr_decay_style, warmup and min_lr"),
-    "amp": Refused("write precision: bfloat16 or fp16"),
+    "scheduler": Refused("the schedule is the training loop's own; write lr_decay_style, lr_decay_iters, warmup and min_lr"),
+    "amp": Refused(f"{_REMOVED_BY_DEEPSPEED}; write precision: bfloat16 or precision: fp16"),
+    "sparse_gradients": Refused(f"{_REMOVED_BY_DEEPSPEED}, and the gradients of embeddings are dense; remove it"),
+    "curriculum_learning": Refused(f"{_REMOVED_BY_DEEPSPEED}, and sequences have one length throughout; remove it"),
+    "elasticity": Refused(f"{_REMOVED_BY_DEEPSPEED}; write train_batch_size, and runs with other numbers of processes keep it"),
+    "compression_training": Refused(f"{_REMOVED_BY_DEEPSPEED}; remove it"),
     **_entries(
-        Refused, _DEEPSPEED, "prescale_gradients", "sparse_gradients", "curriculum_learning", "flops_profiler", "autotuning", "autotuning_run"
+        Refused, "the search for settings needs DeepSpeed's own training loop; remove it", "autotuning", "autotuning_run", "autotuning_config"
     ),
-    **_entries(
-        Refused, _DEEPSPEED, "activation_checkpointing", "data_efficiency", "tensorboard", "wandb", "csv_monitor", "elasticity", "comms_logger"
-    ),
-    **_entries(Refused, _DEEPSPEED, "compression_training", "checkpoint", "deepspeed_extra_args"),
-    "communication_data_type": Refused("write fp32_allreduce: true to sum gradients in fp32"),
+    "activation_checkpointing": Refused("PyTorch's activation checkpointing is used; write checkpoint_activations: true and checkpoint_num_layers"),
+    "data_efficiency": Refused("data comes from train_data_paths in the order of its index maps, not from DeepSpeed's sampler; remove it"),
+    "checkpoint": Refused("checkpoints are written and checked by save, load and their keys, not by DeepSpeed alone; remove it"),
     "deepspeed_mpi": Refused("write launcher: openmpi and force_multi: true"),
     "use_comet": Refused(_COMET),
     "log_gradient_noise_scale": Refused("the gradient noise scale is not measured; remove it"),
     **_entries(Refused, _PROFILING, "profile", "memory_profiling"),
     "return_logits": Refused("generate.py writes text, not logits; remove it"),
     "recompute": Refused("generation always uses its key/value cache; remove it"),
-    "eval_tasks": Refused("lm-eval tasks are not part of this version; eval.py measures text files (eval_text_files)"),
-    **_entries(Refused, _DERIVED, "world_size", "is_pipe_parallel", "padded_vocab_size", "optimizer_type", "zero_stage", "zero_reduce_scatter"),
-    **_entries(Refused, _DERIVED, "zero_contiguous_gradients", "zero_reduce_bucket_size", "zero_allgather_bucket_size", "local_rank", "rank"),
-    **_entries(Refused, _DERIVED, "user_script", "do_train", "do_valid", "do_test", "config_files", "batch_size", "clip_grad", "dynamic_loss_scale"),
-    **_entries(Refused, _DERIVED, "comet_experiment", "curriculum_seqlen", unless=_is(0)),
-    "lr": Refused("write optimizer: {type: Adam, params: {lr: ...}}"),
+    "eval_tasks": Refused("lm-eval tasks are not part of this version; write eval_text_files, and eval.py measures text files"),
+    **_entries(Refused, _DERIVED_PROCESS, "world_size", "local_rank", "rank"),
     **_entries(
-        Refused, _OLD_MOE, "moe_loss_coeff", "moe_train_capacity_factor", "moe_eval_capacity_factor", "moe_min_capacity", "moe_token_dropping"
+        Refused,
+        _DERIVED_ZERO,
+        "zero_stage",
+        "zero_reduce_scatter",
+        "zero_contiguous_gradients",
+        "zero_reduce_bucket_size",
+        "zero_allgather_bucket_size",
     ),
-    **_entries(Refused, _OLD_MOE, "create_moe_param_group", "moe_use_residual", "moe_expert_parallel_size", "moe_type", "moe_glu"),
-    **_entries(Refused, _OLD_MOE, "enable_expert_tensor_parallelism", "use_tutel"),
+    **_entries(Refused, _DERIVED, "comet_experiment", "curriculum_seqlen", "config_files", unless=_is(0)),
+    "is_pipe_parallel": Refused("it is worked out from pipe_parallel_size; write that"),
+    "padded_vocab_size": Refused("it is worked out from the tokenizer and make_vocab_size_divisible_by; write that"),
+    "optimizer_type": Refused("it is worked out from optimizer; write optimizer: {type: Adam}", _is("adam")),
+    "user_script": Refused("it is the first word of deepy.py's command line; remove it"),
+    "do_train": Refused("train.py trains for train_iters steps; remove it"),
+    **_entries(Refused, "evaluation is set with eval_interval and eval_iters, where 0 turns it off; remove it", "do_valid", "do_test"),
+    "batch_size": Refused("it is another word for train_micro_batch_size_per_gpu; write that"),
+    "clip_grad": Refused("it is worked out from gradient_clipping; write that", _is(1.0, 1)),
+    "dynamic_loss_scale": Refused("it is worked out from fp16; write fp16: {enabled: true, loss_scale: 0}"),
+    "lr": Refused("write optimizer: {type: Adam, params: {lr: ...}}"),
+    "moe_loss_coeff": Refused("upstream dropped it in 2025; write moe_losses: {load_balance: 0.01}"),
+    **_entries(Refused, _OLD_MOE, "moe_train_capacity_factor", "moe_eval_capacity_factor", "moe_min_capacity", "moe_token_dropping"),
+    "create_moe_param_group": Refused("upstream dropped it in 2025; experts are in the optimizer's groups like all weights; remove it"),
+    "moe_use_residual": Refused("upstream dropped it in 2025; a dense MLP beside the experts is not part of this version; remove it"),
+    **_entries(
+        Refused,
+        "upstream dropped it in 2025; every process has all experts in this version; remove it",
+        "moe_expert_parallel_size",
+        "enable_expert_tensor_parallelism",
+        unless=_is(False, 0, 1),
+    ),
+    "moe_type": Refused(
+        "upstream dropped it in 2025; experts are always dropless (megablocks' way); write moe_expert_type for their kind", _is("megablocks")
+    ),
+    "moe_glu": Refused("upstream dropped it in 2025; write a gated activation, such as activation: swiglu"),
+    "use_tutel": Refused("upstream dropped it in 2025; write kernel_backends to choose an implementation; remove it"),
+    "mlp_type": Refused("upstream dropped it in 2024; write activation: swiglu, and intermediate_size for the width", _is("regular")),
+    "warmup_iters": Refused("write warmup: the share of lr_decay_iters, such as 0.01"),
+    "decay_lr_to": Refused("write min_lr: the learning rate at the end"),
+    "attention_type": Refused("write attention_config, such as [[[flash], all]]"),
+    "label_data_paths": Refused("write train_label_data_paths, valid_label_data_paths and test_label_data_paths"),
+    "moe_lora_aux_loss_coeff": Refused(
+        "LoRE routers have no loss of their own; write moe_losses: {load_balance: ..., z_loss: ...}, which are for the routers of experts",
+        _is(0, 0.0),
+    ),
+    "lora_interaction_type": Refused("LoREs are added to the up-projection before the activation ('addition'); remove it", _is("addition")),
 }
 
 TABLE: dict[str, Ignored | Refused] = {**_WITHOUT_EFFECT, **_NOT_BUILT}

@@ -34,7 +34,7 @@ def deepspeed_config(config: NeoXConfig, world_size: int) -> dict[str, Any]:
         settings["communication_data_type"] = "fp32"
     if optimizer.data_types:
         settings["data_types"] = dict(optimizer.data_types)
-    return settings
+    return settings | config.deepspeed.settings()
 
 
 def _fp16(config: NeoXConfig) -> dict[str, Any]:

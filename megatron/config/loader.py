@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import importlib
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from megatron.config.aliases import RENAMED, judge
-from megatron.config.coerce import as_declared
+from megatron.config.coerce import as_declared, without_python_none
 from megatron.config.components import did_you_mean
 from megatron.config.messages import describe_rules, describe_types
+from megatron.config.names import add_implied, resolve_names, written_names
 from megatron.config.neox import OWNER, SECTION_CLASSES, NeoXConfig
 from megatron.config.section import ConfigError, Section
-from megatron.config.source import Source, apply_overrides, find_file, merge, parse, read_text
+from megatron.config.source import Source, apply_overrides, canonical, find_file, merge, parse, read_text
 
 
 @dataclass(frozen=True)
 class LoadedConfig:
     """A configuration with what it was made of.
 
-    files: file name -> text, as written; overrides: the `key=value` given on the command line; notices: sentences about keys without effect.
+    files: file name -> text, as written; overrides: the `key=value` given on the command line; notices: sentences about keys without effect;
+    without_section: the keys as they were written that no section has (other names, keys without effect).
     """
 
     config: NeoXConfig
     files: dict[str, str] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
+    without_section: dict[str, Any] = field(default_factory=dict)
 
 
 def load_config(paths: Sequence[Path | str], overrides: Sequence[str] = (), conf_dir: Path | None = None) -> LoadedConfig:
@@ -48,54 +52,41 @@ def load_config(paths: Sequence[Path | str], overrides: Sequence[str] = (), conf
             continue
         text = read_text(path, problems)
         files[path.name] = text or ""
-        sources.append(Source(damaged=True) if text is None else _rename(parse(text, str(path), problems), problems))
+        sources.append(Source(damaged=True) if text is None else parse(text, str(path), problems))
     source = merge(sources, problems)
-    renamed = [_renamed_override(override) for override in overrides]
-    apply_overrides(source, renamed, problems)
-    config, notices = _build(source, problems)
-    return LoadedConfig(config, files, tuple(overrides), tuple(notices))
+    resolve_names(source, problems)
+    apply_overrides(source, overrides, RENAMED, problems)
+    return replace(_build(source, problems), files=files, overrides=tuple(overrides))
 
 
-def config_from_dict(values: dict[str, Any]) -> NeoXConfig:
+def load_values(values: Mapping[str, Any]) -> LoadedConfig:
     """The configuration of flat keys, as in YAML. Raises ConfigError with every problem found."""
     problems: list[str] = []
-    source = _rename(Source(values=dict(values)), problems)
-    return _build(source, problems)[0]
+    return _build(Source(values={canonical(key): value for key, value in values.items()}), problems)
 
 
-def _rename(source: Source, problems: list[str]) -> Source:
-    """NeoX's other names for a key become the one that the sections know."""
-    for key in [key for key in source.values if key in RENAMED]:
-        new = RENAMED[key]
-        if new in source.values:
-            where = source.place_of((key,))
-            problems.append(f"{f'{where}: ' if where else ''}'{key}' is another name of '{new}', which is given as well")
-        else:
-            source.values[new] = source.values[key]
-            source.places.update({(new, *path[1:]): place for path, place in source.places.items() if path[0] == key})
-        source.drop(key)
-    return source
+def config_from_dict(values: Mapping[str, Any]) -> NeoXConfig:
+    """The configuration of flat keys, as in YAML. Raises ConfigError with every problem found."""
+    return load_values(values).config
 
 
-def _renamed_override(override: str) -> str:
-    name, equals, value = override.partition("=")
-    return RENAMED.get(name.strip().replace("-", "_"), name) + equals + value
-
-
-def _build(source: Source, problems: list[str]) -> tuple[NeoXConfig, list[str]]:
+def _build(source: Source, problems: list[str]) -> LoadedConfig:
+    resolve_names(source, problems)
+    add_implied(source)
     notices: list[str] = []
-    for key in list(source.values):
-        if key in OWNER:
-            continue
+    without_section = written_names(source)
+    for key in [key for key in source.values if key not in OWNER]:
+        value = without_python_none(source.values[key])
         where = source.place_of((key,))
         prefix = f"{where}: " if where else ""
-        verdict = judge(key, source.values[key])
+        verdict = judge(key, value)
         if verdict is None:
             problems.append(f"{prefix}unknown key '{key}'{did_you_mean(key, OWNER)}")
         elif verdict.refused:
             problems.append(prefix + verdict.sentence)
-        elif verdict.sentence:
-            notices.append(prefix + verdict.sentence)
+        else:
+            without_section[key] = value
+            notices.extend([prefix + verdict.sentence] if verdict.sentence else [])
         source.drop(key)
     _import_plugins(source, problems)
     broken: set[str] = set()
@@ -108,12 +99,13 @@ def _build(source: Source, problems: list[str]) -> tuple[NeoXConfig, list[str]]:
         problems.extend(describe_rules(error, source, _defaults(), without=broken))
     if problems:
         raise ConfigError(problems)
-    return config, notices
+    return LoadedConfig(config, notices=tuple(notices), without_section=without_section)
 
 
 def _build_section(name: str, section: type[Section], source: Source, broken: set[str], problems: list[str]) -> Section | None:
     """One section. Keys with a value of the wrong type are reported, added to `broken` and left out, so that rules about others still speak."""
     given = {key: as_declared(value, section.model_fields[key].annotation) for key, value in source.values.items() if OWNER[key] == name}
+    given = {key: value for key, value in given.items() if value is not None or not _holds_many(section.model_fields[key].annotation)}
     source.values.update(given)
     try:
         return section(**given)
@@ -127,6 +119,11 @@ def _build_section(name: str, section: type[Section], source: Source, broken: se
     except ValidationError as error:
         problems.extend(describe_rules(error, source, _defaults(), without=broken))
         return None
+
+
+def _holds_many(annotation: Any) -> bool:
+    """Whether the values are dictionaries or lists: null then means that nothing is given, as in NeoX."""
+    return typing.get_origin(annotation) in (dict, list) or (isinstance(annotation, type) and issubclass(annotation, Section))
 
 
 def _defaults() -> dict[str, Any]:

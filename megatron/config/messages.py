@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from megatron.config.components import did_you_mean
 from megatron.config.section import Problem, RuleError, Section
-from megatron.config.source import KeyPath, Source
+from megatron.config.source import KeyPath, Place, Source
 
 _EXPECTED = {
     "int_type": "must be a whole number",
@@ -54,13 +54,13 @@ def _describe_rule(problem: Problem, source: Source, defaults: dict[str, Any]) -
     given = [(path, place) for path in paths if (place := source.place_of(path[:1])) is not None]
     home = source.place_of(paths[0]) if source.place_of(paths[0][:1]) else (given[0][1] if given else None)
     elsewhere = [
-        f"{'.'.join(path)} is given {'on the' if place.line is None else 'at'} {place}"
+        f"{source.name_of(path)[1:-1]} is given {'on the' if place.line is None else 'at'} {place}"
         for path in paths[1:]
         if (place := source.place_of(path)) is not None and home is not None and place.file != home.file
     ]
     value = _look_up(source.values, paths[0])
     shown = f"{show(value)}" if value is not _MISSING else f"{show(_look_up(defaults, paths[0]))} (default)"
-    return _line(home, paths[0], shown, "; ".join([problem.message, *elsewhere]))
+    return line(source, paths[0], shown, "; ".join([source.as_written(problem.message), *elsewhere]), home)
 
 
 def _describe_type(details: ErrorDetails, section: type[Section], source: Source) -> str:
@@ -69,14 +69,14 @@ def _describe_type(details: ErrorDetails, section: type[Section], source: Source
     if kind == "too_long" or (kind == "missing" and path[-1].isdigit()):
         outer = path if kind == "too_long" else path[:-1]
         count = len(typing.get_args(_owner(outer, section).model_fields[outer[-1]].annotation))
-        return _line(source.place_of(outer), outer, show(list(_look_up(source.values, outer))), f"must have {count} entries")
+        return line(source, outer, show(list(_look_up(source.values, outer))), f"must have {count} entries")
     if kind == "missing":
         where = source.place_of(path)
         need = f"'{'.'.join(path)}' must be given: {_first_sentence(section, path)}"
         return f"{where}: {need}" if where else need
     if kind == "extra_forbidden":
         return _unknown_inner_key(path, section, source)
-    return _line(source.place_of(path), path, show(details["input"]), _sentence(kind, context, details))
+    return line(source, path, show(details["input"]), _sentence(kind, context, details))
 
 
 def _sentence(kind: str, context: dict[str, Any], details: ErrorDetails) -> str:
@@ -139,9 +139,10 @@ def _first_sentence(section: type[Section], path: KeyPath) -> str:
     return description.split(".")[0].split(";")[0].strip()
 
 
-def _line(place: Any, path: KeyPath, shown: str, message: str) -> str:
-    name = path[0] + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in path[1:])
-    text = f"'{name}' = {shown}: {message}"
+def line(source: Source, path: KeyPath, shown: str, message: str, place: Place | None = None) -> str:
+    """`configs/x.yml:14: 'moe_top_k' = 9: message`; `place` None: where the value stands."""
+    place = place or source.place_of(path)
+    text = f"{source.name_of(path)} = {shown}: {message}"
     return f"{place}: {text}" if place else text
 
 

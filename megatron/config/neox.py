@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.data import DataConfig
+from megatron.config.deepspeed import DeepSpeedConfig, gradient_problems
 from megatron.config.evaluation import EvaluationConfig
 from megatron.config.inference import InferenceConfig
 from megatron.config.launcher import LauncherConfig
@@ -35,6 +36,7 @@ class NeoXConfig(Section):
     inference: InferenceConfig = InferenceConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     launcher: LauncherConfig = LauncherConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
 
     @property
     def precision(self) -> Precision:
@@ -67,6 +69,11 @@ class NeoXConfig(Section):
         yield from self._accumulation_problems()
         if self.training.train_epochs is not None:
             yield from self._epoch_problems()
+        zero = self.optimizer.zero_optimization
+        reduce_scatter = (zero.model_extra or {}).get("reduce_scatter", True)
+        yield from gradient_problems(self.deepspeed, zero.stage, reduce_scatter=reduce_scatter, fp32_allreduce=self.optimizer.fp32_allreduce)
+        if self.deepspeed.wandb is not None and self.deepspeed.wandb.enabled and self.logging.use_wandb:
+            yield Problem(("wandb.enabled", "use_wandb"), "use_wandb is true as well, and one process can write only one run; keep use_wandb")
         if self.checkpoint.iteration is not None and self.checkpoint.load is None and self.checkpoint.save is None:
             yield Problem(("iteration", "load"), "needs load: the directory with the checkpoint")
         if self.logging.plot_file is not None and self.logging.metrics_file is None and self.checkpoint.save is None:

@@ -12,7 +12,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from megatron.config.aliases import RENAMED, TABLE, Ignored
+from megatron.config.aliases import IMPLIED, OTHER_DEFAULTS, RENAMED, TABLE, Ignored
 from megatron.config.neox import SECTION_CLASSES, NeoXConfig
 from megatron.config.section import Section
 
@@ -33,7 +33,7 @@ def reference_page() -> str:
         module = sys.modules[section.__module__]
         parts.append(f"## {name}\n\n{(module.__doc__ or '').strip()}\n\n{_table(section)}")
         parts += [f"### {key}\n\n{_table(inner)}" for key, inner in _inner_sections(section)]
-    parts.append("## Other names\n\n| key | is |\n|---|---|\n" + "\n".join(f"| `{old}` | `{new}` |" for old, new in sorted(RENAMED.items())) + "\n")
+    parts += [_other_names(), _other_defaults()]
     ignored = sorted((key, entry.reason) for key, entry in TABLE.items() if isinstance(entry, Ignored))
     refused = sorted((key, entry.reason) for key, entry in TABLE.items() if not isinstance(entry, Ignored))
     parts.append(_reasons("NeoX keys that are accepted without effect", "A notice says so when the value asks for something.", ignored))
@@ -41,6 +41,19 @@ def reference_page() -> str:
         _reasons("NeoX keys that are refused", "They load as long as their value asks for nothing (false, null, or what happens anyway).", refused)
     )
     return "\n".join(parts)
+
+
+def _other_names() -> str:
+    implied = {old: f", and `{key}: {value}` unless that key is given" for old, key, value in IMPLIED}
+    rows = [f"| `{old}` | `{new}`{implied.get(old, '')} |" for old, new in sorted(RENAMED.items())]
+    note = "NeoX's earlier names and those of the StructMoE author's fork act exactly as ours. Giving a key under both names is an error."
+    return "\n".join(["## Other names", "", note, "", "| key | is |", "|---|---|", *rows]) + "\n"
+
+
+def _other_defaults() -> str:
+    rows = [f"| `{key}` | `{json.dumps(default)}` | {_cell(reason)} |" for key, (default, reason) in sorted(OTHER_DEFAULTS.items())]
+    note = "Every other key that NeoX has too has NeoX's default."
+    return "\n".join(["## Defaults that differ from NeoX's", "", note, "", "| key | NeoX's default | here |", "|---|---|---|", *rows]) + "\n"
 
 
 def _table(section: type[Section]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,23 @@ from megatron.config.components import did_you_mean
 YAML_SUFFIXES = (".yml", ".yaml", ".json")
 KeyPath = tuple[str, ...]
 
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_PYTHON_NONE = "!python-none"
+
+
+class PythonNone(str):
+    """`None` without quotes, as Python writes YAML's null; what it means depends on the key (`pos_emb: None` is the choice 'none')."""
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Composes nodes; a plain `None` gets a tag of its own, a quoted one is text."""
+
+
+class _Constructor(yaml.SafeLoader):
+    """Makes values of nodes."""
+
+
+_Loader.add_implicit_resolver(_PYTHON_NONE, re.compile("^None$"), ["N"])
+_Constructor.add_constructor(_PYTHON_NONE, lambda loader, node: PythonNone(node.value))
 
 
 @dataclass(frozen=True)
@@ -36,6 +54,7 @@ class Source:
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[KeyPath, Place] = field(default_factory=dict)
+    written: dict[KeyPath, str] = field(default_factory=dict)  # how a key was called by whoever wrote it, where that is not its name
     damaged: bool = False  # part of it could not be read, so that a key that seems to be missing may be there
 
     def place_of(self, path: KeyPath) -> Place | None:
@@ -45,10 +64,26 @@ class Source:
                 return self.places[path[:length]]
         return None
 
+    def name_of(self, path: KeyPath) -> str:
+        """The name of a key or of a value inside it, as messages show it: `'a.b[0]'` in quotes, by the name under which it was written."""
+        length = next((length for length in range(len(path), 0, -1) if path[:length] in self.written), 0)
+        first = self.written[path[:length]] if length else path[0]
+        inner = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in path[length or 1 :])
+        return f"'{first}{inner}'"
+
+    def as_written(self, sentence: str) -> str:
+        """A sentence with the names under which its keys were written; a name without an underscore, such as bf16, may be a word and stays."""
+        for path, name in self.written.items():
+            if "_" not in ".".join(path):
+                continue
+            sentence = re.sub(rf"(?<![\w.]){re.escape('.'.join(path))}\b", name, sentence)
+        return sentence
+
     def drop(self, key: str) -> None:
         """Forgets a key and everything under it."""
         self.values.pop(key, None)
         self.places = {path: place for path, place in self.places.items() if path[0] != key}
+        self.written = {path: name for path, name in self.written.items() if path[0] != key}
 
 
 def canonical(key: str) -> str:
@@ -115,7 +150,7 @@ def _take(source: Source, key_node: yaml.Node, value_node: yaml.Node, file: str,
 
 
 def _construct(node: yaml.Node) -> Any:
-    loader = yaml.SafeLoader("")
+    loader = _Constructor("")
     try:
         return loader.construct_object(node, deep=True)
     finally:
@@ -165,8 +200,8 @@ def merge(sources: list[Source], problems: list[str]) -> Source:
     return merged
 
 
-def apply_overrides(source: Source, overrides: list[str], problems: list[str]) -> None:
-    """Writes `key=value` (dots for nested dictionaries, values in YAML) over what the files say."""
+def apply_overrides(source: Source, overrides: Sequence[str], names: Mapping[str, str], problems: list[str]) -> None:
+    """Writes `key=value` (dots for nested dictionaries, values in YAML) over what the files say. `names`: other name -> key, dots for nested ones."""
     seen: set[KeyPath] = set()
     for override in overrides:
         name, equals, text = override.partition("=")
@@ -174,7 +209,8 @@ def apply_overrides(source: Source, overrides: list[str], problems: list[str]) -
         if not equals or not all(path):
             problems.append(f"{COMMAND_LINE}: '{override}' is not an override; write key=value, or key.inner=value for a value inside a dictionary")
             continue
-        path = (canonical(path[0]), *path[1:])
+        old = canonical(path[0])
+        path = (*names.get(old, old).split("."), *path[1:])
         if path in seen:
             problems.append(f"{COMMAND_LINE}: '{'.'.join(path)}' is given twice")
             continue
@@ -186,6 +222,8 @@ def apply_overrides(source: Source, overrides: list[str], problems: list[str]) -
             problems.append(f"{COMMAND_LINE}: '{override}': the value is not valid YAML: {_readable(error)}")
             continue
         _put(source, path, value, problems)
+        if old in names:
+            source.written[path] = old
 
 
 def _put(source: Source, path: KeyPath, value: Any, problems: list[str]) -> None:
@@ -202,3 +240,4 @@ def _put(source: Source, path: KeyPath, value: Any, problems: list[str]) -> None
         source.places.setdefault(path[:depth], COMMAND_LINE)
     holder[path[-1]] = value
     source.places[path] = COMMAND_LINE
+    source.written.pop(path, None)

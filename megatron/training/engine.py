@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
 
+from megatron.config.deepspeed import DeepSpeedConfig
 from megatron.config.deepspeed_json import deepspeed_config
 from megatron.config.neox import NeoXConfig
+from megatron.config.section import ConfigError
 from megatron.model.gpt import GPT
 from megatron.training.optimizer import SkippingAdamW, build_optimizer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+def check_packages(settings: DeepSpeedConfig) -> None:
+    """Raises ConfigError for a package that one of DeepSpeed's monitors needs and that is not installed."""
+    missing = [(package, key) for package, key in settings.needs_packages() if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ConfigError([f"{key} needs the package '{package}': pip install {package}, or leave the key out" for package, key in missing])
+
+
 def build_engine(config: NeoXConfig, model: GPT, *, world_size: int) -> Any:
     """Model, optimizer and ZeRO stage as one engine: `engine(...)`, `engine.backward(loss)`, `engine.step()`. Runs on CPU and CUDA alike."""
     import deepspeed
 
+    check_packages(config.deepspeed)
     if config.training.checkpoint_activations:
         model.enable_activation_checkpointing(config.training.checkpoint_num_layers)
     optimizer = build_optimizer(config.optimizer, model)

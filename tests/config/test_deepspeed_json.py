@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megatron.config import config_from_dict
+from megatron.config.deepspeed import NEOX_KEYS, NOT_CONNECTED, PASSED_ON
 from megatron.config.deepspeed_json import deepspeed_config
 from megatron.config.neox import check_device
 from megatron.config.section import ConfigError
@@ -123,3 +124,120 @@ def test_without_a_gpu_fp16_is_refused() -> None:
         assert caught.value.problems == [f"'{name}' asks for fp16: training in it needs a GPU; on a CPU use precision fp32 or bfloat16"]
     for precision in ("fp32", "bfloat16"):
         check_device(config_from_dict({**MODEL, "precision": precision}), "cpu")
+
+
+PASSED: dict[str, Any] = {
+    "prescale_gradients": True,
+    "gradient_predivide_factor": 2.0,
+    "communication_data_type": "fp16",
+    "dump_state": True,
+    "flops_profiler": {"enabled": True, "profile_step": 3},
+    "comms_logger": {"enabled": True, "verbose": True},
+    "csv_monitor": {"enabled": True, "output_path": "logs"},
+    "tensorboard": {"enabled": False, "job_name": "x"},
+    "wandb": {"enabled": False, "project": "p"},
+}
+EXTRA = {"memory_breakdown": True, "timers": {"throughput": {"enabled": False}}, "disable_python_gc": True, "comet": {"enabled": False}}
+
+
+@pytest.mark.parametrize("key", PASSED)
+def test_a_passed_key_reaches_deepspeed_also_from_the_extra_arguments(key: str) -> None:
+    for keys in ({key: PASSED[key]}, {"deepspeed_extra_args": {key: PASSED[key]}}):
+        assert deepspeed_config(config_from_dict({**MODEL, "train_batch_size": 1, **keys}), 1)[key] == PASSED[key]
+    assert key not in deepspeed_config(config_from_dict({**MODEL, "train_batch_size": 1}), 1)
+
+
+def test_deepspeed_understands_what_is_passed() -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    accepted = DeepSpeedConfig(deepspeed_config(config_from_dict({**MODEL, "train_batch_size": 1, **PASSED, "deepspeed_extra_args": EXTRA}), 1))
+    assert (accepted.prescale_gradients, accepted.gradient_predivide_factor) == (True, 2.0)
+    assert str(accepted.communication_data_type) == "torch.float16"
+    assert (accepted.dump_state, accepted.memory_breakdown, accepted.disable_python_gc) == (True, True, True)
+    assert (accepted.flops_profiler_config.enabled, accepted.flops_profiler_config.profile_step) == (True, 3)
+    assert accepted.comms_config.comms_logger.verbose is True
+    assert accepted.monitor_config.csv_monitor.output_path == "logs"
+    assert accepted.timers_config.enabled is False
+    assert accepted.log_level == "info", "what was asked for is told at this level"
+
+
+def test_switched_off_is_not_mentioned() -> None:
+    """DeepSpeed times its communication as soon as the dictionary is there."""
+    assert "comms_logger" not in deepspeed_config(config_from_dict({**MODEL, "train_batch_size": 1, "comms_logger": {"enabled": False}}), 1)
+
+
+def test_every_setting_of_deepspeed_s_is_known() -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    asked: set[str] = set()
+
+    class Recorder(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            asked.add(key)
+            return super().get(key, default)
+
+        def __contains__(self, key: object) -> bool:
+            asked.add(str(key))
+            return super().__contains__(key)
+
+        def keys(self) -> Any:
+            return self
+
+        def __copy__(self) -> Recorder:
+            return Recorder(self)
+
+    DeepSpeedConfig(Recorder(train_batch_size=1))
+    known = NEOX_KEYS | NOT_CONNECTED | set(PASSED_ON)
+    assert asked - known == {"bfloat16"}, "its old name for bf16, which is suggested"
+    assert known - asked == {"fp32_allreduce"}, "NeoX's own"
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        (
+            {"zero_optimization": {"stage": 1}, "prescale_gradients": True},
+            "'prescale_gradients' = true: needs zero_optimization.reduce_scatter: false from ZeRO stage 1 on (stage is 1)",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "reduce_scatter": True}, "gradient_predivide_factor": 2.0},
+            "'gradient_predivide_factor' = 2.0: needs zero_optimization.reduce_scatter: false from ZeRO stage 1 on (stage is 3)",
+        ),
+        (
+            {"fp32_allreduce": True, "communication_data_type": "bf16"},
+            "'communication_data_type' = 'bf16': contradicts fp32_allreduce: true; drop one of the two",
+        ),
+        ({"communication_data_type": True}, "'communication_data_type' = true: must be 'fp32', 'fp16' or 'bf16'"),
+        (
+            {"use_wandb": True, "wandb": {"enabled": True}},
+            "'wandb.enabled' = true: use_wandb is true as well, and one process can write only one run; keep use_wandb",
+        ),
+        (
+            {"deepspeed_extra_args": {"timres": {}}},
+            "'deepspeed_extra_args.timres' = {}: DeepSpeed has no such setting; did you mean 'timers'?; "
+            "passed on: comet, disable_python_gc, log_level, memory_breakdown, timers",
+        ),
+        ({"deepspeed_extra_args": {"bfloat16": {}}}, None),
+        (
+            {"deepspeed_extra_args": {"torch_autocast": {"enabled": True}}},
+            "'deepspeed_extra_args.torch_autocast' = {'enabled': True}: this part of DeepSpeed is not connected; remove it",
+        ),
+        ({"deepspeed_extra_args": {"memory_breakdown": "yes"}}, "'deepspeed_extra_args.memory_breakdown' = 'yes': must be true or false"),
+        (
+            {"deepspeed_extra_args": {"amp": {"enabled": True}}},
+            "'amp' = {'enabled': True} is not supported: DeepSpeed has removed it; write precision: bfloat16 or precision: fp16",
+        ),
+    ],
+)
+def test_what_contradicts_is_a_sentence(keys: dict[str, Any], problem: str | None) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict({**MODEL, **keys})
+    if problem is None:
+        assert "did you mean 'bf16'?" in caught.value.problems[0]
+    else:
+        assert caught.value.problems == [problem]
+
+
+def test_without_reduce_scatter_gradients_may_be_scaled_first() -> None:
+    for stage in (1, 2, 3):
+        config_from_dict({**MODEL, "zero_optimization": {"stage": stage, "reduce_scatter": False}, "prescale_gradients": True})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron.config.deepspeed import DeepSpeedConfig
 from megatron.config.neox import OWNER, SECTION_CLASSES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -27,13 +28,14 @@ THROUGH_THE_SECTION = {
     "train_batch_size": "resolve_batch",
 }
 ONE_VALUE_ONLY = {"pipe_parallel_size", "model_parallel_size", "data_impl"}
+THROUGH_THE_SECTION |= dict.fromkeys(DeepSpeedConfig.model_fields, r"deepspeed\.settings")
 BEFORE_THE_SECTIONS = {"plugins"}  # imported by the loader, tested in test_loader.py
 
 
 @cache
 def _readers() -> dict[Path, str]:
     paths = [*(ROOT / "megatron").rglob("*.py"), *(ROOT / name for name in SCRIPTS if (ROOT / name).exists())]
-    return {path: path.read_text() for path in paths if path.name not in ("aliases.py", "reference.py")}
+    return {path: path.read_text() for path in paths if path.name not in ("aliases.py", "reference.py", "neox_arguments.py")}
 
 
 @pytest.mark.parametrize("key", list(OWNER))

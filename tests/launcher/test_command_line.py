@@ -117,7 +117,7 @@ def test_one_process_without_a_gpu_gets_the_cpu_accelerator_and_passes_its_statu
         (
             ("deepy.py", "worker.py", "-d", "configs", "small", "--eval_tasks", "piqa", "lambada"),
             "deepy.py: 1 problem(s) in the configuration:\n  command line: 'eval_tasks' = ['piqa', 'lambada'] is not supported: "
-            "lm-eval tasks are not part of this version; eval.py measures text files (eval_text_files)\n",
+            "lm-eval tasks are not part of this version; write eval_text_files, and eval.py measures text files\n",
         ),
     ],
 )  # fmt: skip

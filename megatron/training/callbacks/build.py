@@ -17,6 +17,7 @@ from megatron.monitor.tensorboard import TensorboardSink
 from megatron.monitor.wandb import WandbSink
 from megatron.training.callbacks.base import Callback
 from megatron.training.callbacks.checkpoint import CheckpointCallback
+from megatron.training.callbacks.communication import CommunicationCallback
 from megatron.training.callbacks.evaluate import EvaluateCallback
 from megatron.training.callbacks.log import LogCallback
 from megatron.training.callbacks.plot import PlotCallback
@@ -46,6 +47,8 @@ def build_callbacks(trainer: Trainer, loaded: LoadedConfig, sinks: Sequence[Sink
         documents = {**loaded.files, **resolved_config_document(config.flat())}
         callbacks.append(CheckpointCallback(config.checkpoint, Path(config.checkpoint.save), args=trainer.checkpoint_args, documents=documents))
     callbacks.append(StopCallback(config.training.exit_interval))
+    if config.deepspeed.comms_logger is not None and config.deepspeed.comms_logger.enabled:
+        callbacks.append(CommunicationCallback())
     return callbacks
 
 
