@@ -13,7 +13,9 @@ from megatron.testing.tiny import TINY_DENSE
 from tests.training.runs import run_values, train_losses
 
 
-def test_profilers_and_monitors_leave_what_they_promise(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_profilers_and_monitors_leave_what_they_promise(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     monitors = {name: {"enabled": True, "output_path": str(tmp_path), "job_name": name} for name in ("csv_monitor", "tensorboard")}
     base = {key: value for key, value in run_values(corpus, None).items() if key in TINY_DENSE or not key.startswith("moe_")}
     values = {**base, "train_iters": 3, "eval_iters": 0, "metrics_file": str(tmp_path / "metrics.jsonl")}
@@ -30,7 +32,7 @@ def test_profilers_and_monitors_leave_what_they_promise(corpus: Path, tmp_path: 
     assert "params per GPU" in (tmp_path / "flops.txt").read_text()
     assert (tmp_path / "csv_monitor" / "Train_Samples_lr.csv").read_text().startswith("step,lr")
     assert list((tmp_path / "tensorboard").glob("events.*"))
-    output = capfd.readouterr().out
+    output = capfd.readouterr().out + caplog.text
     for promised in ("Comm. Op", "DeepSpeedEngine:", "Engine before forward"):
         assert promised in output, promised
 
