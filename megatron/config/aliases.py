@@ -300,7 +300,6 @@ _NOT_BUILT: dict[str, Ignored | Refused] = {
     "warmup_iters": Refused("write warmup: the share of lr_decay_iters, such as 0.01"),
     "decay_lr_to": Refused("write min_lr: the learning rate at the end"),
     "attention_type": Refused("write attention_config, such as [[[flash], all]]"),
-    "label_data_paths": Refused("write train_label_data_paths, valid_label_data_paths and test_label_data_paths"),
     "moe_lora_aux_loss_coeff": Refused(
         "LoRE routers have no loss of their own; write moe_losses: {load_balance: ..., z_loss: ...}, which are for the routers of experts",
         _is(0, 0.0),
