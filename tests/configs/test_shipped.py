@@ -114,6 +114,21 @@ def test_a_model_is_as_large_as_published(name: str) -> None:
         assert figures[published.counted] == pytest.approx(published.figure, rel=published.tolerance, abs=0), published.source
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "kind", "files"),
+    [
+        ("GPT-NeoX-20B", "HFTokenizer", ("20B_tokenizer.json",)),
+        ("Llama", "SPMTokenizer", ("llama2_tokenizer.model",)),
+        ("Llama 3", "TiktokenTokenizer", ("llama3_tokenizer.model",)),
+        ("Mistral", "SPMTokenizer", ("mistral_v1_tokenizer.model",)),
+    ],
+)
+def test_a_tokenizer_has_as_many_tokens_as_the_heads_say(tokenizer: str, kind: str, files: tuple[str, ...], shared_dir: Path) -> None:
+    from megatron.data.tokenizer import load_tokenizer
+
+    assert load_tokenizer(kind, *(str(shared_dir / "data" / "tokenizers" / file) for file in files)).vocab_size == VOCABULARIES[tokenizer]
+
+
 def test_the_readme_names_every_file() -> None:
     text = (CONFIGS / "README.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| `")]
