@@ -16,8 +16,7 @@ from megatron.config.neox import OWNER, SECTION_CLASSES, NeoXConfig, check_train
 from megatron.config.section import ConfigError, Section
 from megatron.config.size import count_parameters, flops_per_token, padded_vocab_size, training_memory
 from megatron.config.training import resolve_batch
-
-_CHARACTER_VOCABULARY = 512  # CharLevelTokenizer
+from megatron.data.tokenizer import TokenizerError, build_tokenizer
 
 
 class Vocabulary(NamedTuple):
@@ -28,19 +27,16 @@ class Vocabulary(NamedTuple):
 
 
 def vocabulary(data: DataConfig) -> Vocabulary:
-    """The number of tokens that the configured tokenizer has; read from its file, which need not exist yet."""
-    if data.tokenizer_type == "CharLevelTokenizer":
-        return Vocabulary(_CHARACTER_VOCABULARY, "")
-    if data.vocab_file is None:
-        return Vocabulary(None, "vocab_file is not given")
-    if not Path(data.vocab_file).is_file():
-        return Vocabulary(None, f"vocab_file '{data.vocab_file}' does not exist yet")
-    from tokenizers import Tokenizer
-
+    """The number of tokens that the configured tokenizer has; its file need not exist yet, and nothing is downloaded."""
+    if data.tokenizer_type != "CharLevelTokenizer":
+        if data.vocab_file is None:
+            return Vocabulary(None, "vocab_file is not given")
+        if not Path(data.vocab_file).exists():
+            return Vocabulary(None, f"vocab_file '{data.vocab_file}' does not exist yet")
     try:
-        return Vocabulary(Tokenizer.from_file(data.vocab_file).get_vocab_size(), "")
-    except Exception as error:  # the tokenizers package raises bare Exceptions
-        return Vocabulary(None, f"vocab_file '{data.vocab_file}' is not a tokenizer.json ({error})")
+        return Vocabulary(build_tokenizer(data).vocab_size, "")
+    except TokenizerError as error:
+        return Vocabulary(None, str(error))
 
 
 def summary(loaded: LoadedConfig, processes: int, words: Vocabulary) -> list[RenderableType]:

@@ -137,7 +137,8 @@ def test_deepy_without_anything_says_how_to_call_it(folder: Path) -> None:
 
 def test_check_shows_what_will_happen_and_runs_nothing(folder: Path) -> None:
     tokenizer = folder / "tokenizer.json"
-    words = ("deepy.py", "train.py", "-d", "configs", "small", "--check", "-o", "num_processes=2", f"vocab_file='{tokenizer}'")
+    overrides = ("num_processes=2", "tokenizer_type=HFTokenizer", f"vocab_file='{tokenizer}'")
+    words = ("deepy.py", "train.py", "-d", "configs", "small", "--check", "-o", *overrides)
     done = run(folder, *words)
     assert done.returncode == 0, done.stderr
     assert "Given in small.yml, command line" in done.stdout

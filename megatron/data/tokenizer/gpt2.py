@@ -65,7 +65,8 @@ def hint_for(vocab: Path) -> str:
         content = json.loads(vocab.read_text(encoding="utf-8"))
     except ValueError:
         return ""
-    return ". It is a tokenizer.json: tokenizer_type HFTokenizer reads it" if isinstance(content, dict) and "model" in content else ""
+    whole = isinstance(content, dict) and isinstance(content.get("model"), dict)
+    return ". It is a tokenizer.json: tokenizer_type HFTokenizer reads it" if whole else ""
 
 
 def read_folder(folder: Path) -> Tokenizer:
