@@ -23,6 +23,8 @@ FREE_KEYS = frozenset(
         "output_layer_init_method",
         "init_method_std",
         "precision",
+        "attention_config",
+        "rotary_save_freqs_buffer",
         "moe_jitter_eps",
         "moe_lore_init",
         "moe_losses",

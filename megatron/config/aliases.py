@@ -83,13 +83,6 @@ def _always(value: Any) -> bool:
     return True
 
 
-def _only_full_attention(value: Any) -> bool:
-    """`[[["flash"], 12]]`, `["global", "flash", ...]`: causal attention over the whole sequence, which is what every layer here does."""
-    if isinstance(value, list):
-        return all(_only_full_attention(item) for item in value)
-    return value in ("global", "flash", "all", None) or (isinstance(value, int) and not isinstance(value, bool))
-
-
 _FUSION = "attention and activations use PyTorch's own fused operations where there are any"
 _ONE_PROCESS_MODEL = "the model is not divided over processes in this version"
 _DERIVED = "it is worked out from other keys; remove it"
@@ -118,8 +111,6 @@ _OF_FEATURES_THAT_ARE_OFF = [
     "gradient_noise_scale_n_batches",
     "gradient_noise_scale_cpu_offload",
     "s3_chunk_size",
-    "rpe_num_buckets",
-    "rpe_max_distance",
     "gmlp_attn_dim",
     "te_fp8_format",
     "te_fp8_wgrad",
@@ -182,8 +173,8 @@ _WITHOUT_EFFECT: dict[str, Ignored | Refused] = {
     ),
     "deepspeed_activation_checkpointing": Ignored("PyTorch's activation checkpointing is used", _is(True, False)),
     "attention_softmax_in_fp32": Ignored("the softmax of attention keeps fp32 sums in every precision"),
+    "fp16_lm_cross_entropy": Ignored("the loss is computed in fp32 a few tokens at a time, which takes less memory than fp16 logits of all of them"),
     "use_cpu_initialization": Ignored("weights are initialised the same way on every device"),
-    "rotary_save_freqs_buffer": Ignored("rotary frequencies are computed, never saved"),
     "deepspeed": Ignored("DeepSpeed is always used", _is(True)),
     **_entries(Ignored, "upstream does not read it either", *_DEAD_UPSTREAM, unless=_always),
     **_entries(Ignored, "write it inside the fp16 dictionary, as upstream requires too", "hysteresis", "loss_scale_window", unless=_is()),
@@ -199,13 +190,7 @@ _WITHOUT_EFFECT: dict[str, Ignored | Refused] = {
 }
 
 _NOT_BUILT: dict[str, Ignored | Refused] = {
-    "attention_config": Refused("every layer has full causal attention; write 'global' or 'flash'", _only_full_attention),
-    "sliding_window_width": Refused("sliding-window attention is not part of this version; remove it"),
     **_entries(Refused, "sparse attention is not part of this version; remove it", "sparsity_config", "sparse_attention"),
-    "use_qk_layernorm": Refused("norms on queries and keys are not part of this version; remove it"),
-    "apply_query_key_layer_scaling": Refused("attention scores are scaled by 1/sqrt(head dimension); remove it"),
-    "fp16_lm_cross_entropy": Refused("the loss is computed in fp32; remove it"),
-    "opt_pos_emb_offset": Refused("position 0 is the first row of the position table; remove it", _is(0)),
     "soft_prompt_tuning": Refused("soft prompts are not part of this version; remove it"),
     **_entries(
         Refused,

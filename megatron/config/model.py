@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megatron.config.section import Fraction, PositiveFloat, PositiveInt, Problem, Section
+from megatron.config.attention import attention_problems, expand_attention
+from megatron.config.section import Fraction, NaturalInt, PositiveFloat, PositiveInt, Problem, Section
 
 Activation = Literal["gelu", "geglu", "relu", "softsign", "swish", "mish", "silu", "reglu", "swiglu", "bilinear", "glu"]
 Norm = Literal["layernorm", "rmsnorm", "scalenorm", "non_parametric_layernorm"]
@@ -58,12 +59,34 @@ class ModelConfig(Section):
     """The least length that scalenorm divides by."""
     use_bias_in_norms: bool = True
     """Biases in layernorm (the other norms have none). NeoX does not read this key: its layernorm models always have biases."""
-    pos_emb: Literal["learned", "rotary", "none"] = "learned"
-    """Positions: a learned table, rotary attention, or none."""
+    use_qk_layernorm: bool = False
+    """A norm (of the kind of `norm`), the same for queries and keys, with a weight for every head and dimension; layernorm takes its mean over all
+    heads, the others over each. Not with grouped key/value heads."""
+    qk_norm_per_head: bool = False
+    """A norm (of the kind of `norm`) over the dimensions of each head for queries, and another for keys, as in Qwen 3. NeoX has no such key."""
+    pos_emb: Literal["learned", "rotary", "sinusoidal", "rpe", "alibi", "none"] = "learned"
+    """Positions: added to the embeddings (a learned table, sinusoidal waves), turning queries and keys (rotary), added to attention scores
+    (rpe, T5's table for distances; alibi, slopes over distances), or none."""
     rotary_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of each head's dimensions that rotary positions turn; the number of dimensions must come out even."""
     rotary_emb_base: PositiveInt = 10000
     """Base of the rotary frequencies."""
+    rotary_save_freqs_buffer: bool = False
+    """Write the rotary frequencies into checkpoints, for a NeoX that expects them there; they are never read."""
+    rpe_num_buckets: Annotated[int, Field(ge=2)] = 32
+    """Buckets of distances of rpe positions: half of them hold one distance each, the others widen."""
+    rpe_max_distance: PositiveInt = 128
+    """Distance from which on all share the last bucket of rpe positions; more than half of `rpe_num_buckets`."""
+    opt_pos_emb_offset: NaturalInt = 0
+    """Row of a learned table that position 0 has (OPT: 2); the rows before it are not used."""
+    sliding_window_width: PositiveInt | None = None
+    """A token attends to itself and to this many tokens before it (Hugging Face's sliding_window is one more). None: to all before it."""
+    attention_config: list[Any] | None = None
+    """How each layer attends, as a list of names or of [[names], repetitions or "all"]: global (PyTorch's SDPA) or flash (flash_attn where it is
+    installed and can run, else SDPA); both compute the same. None: global everywhere."""
+    apply_query_key_layer_scaling: bool = False
+    """NeoX divides scores by the layer's number and multiplies them by it inside the softmax, against overflow in fp16, which needs nothing here.
+    What remains of it: alibi and rpe biases of global layers, added in between, are multiplied by that number."""
     no_weight_tying: bool = False
     """True: the output head has its own weights. False: it uses the word embeddings."""
     make_vocab_size_divisible_by: PositiveInt = 128
@@ -107,6 +130,21 @@ class ModelConfig(Section):
     def rotary_dim(self) -> int:
         """Dimensions of one head that rotary positions turn."""
         return int(self.head_dim * self.rotary_pct)
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens of the longest text that there are positions for."""
+        return self.max_position_embeddings - self.opt_pos_emb_offset
+
+    @property
+    def attention_types(self) -> list[str]:
+        """`attention_config` as one name a layer."""
+        return expand_attention(self.attention_config, self.num_layers)
+
+    def position_bias_coefficient(self, layer: int) -> float:
+        """What alibi and rpe biases are multiplied by in a layer (from 0)."""
+        scaled = self.apply_query_key_layer_scaling and self.attention_types[layer] == "global"
+        return float(max(1, layer)) if scaled else 1.0
 
     @property
     def is_gated(self) -> bool:
@@ -153,8 +191,26 @@ class ModelConfig(Section):
             message = f"must be at most max_position_embeddings ({self.max_position_embeddings})"
             yield Problem(("seq_length", "max_position_embeddings"), message)
         yield from self._width_problems()
+        yield from self._position_problems()
+        yield from attention_problems(self.attention_config, self.num_layers)
+        if self.use_qk_layernorm and self.kv_heads != heads:
+            message = "has weights for every query head, and these keys have fewer heads; use qk_norm_per_head"
+            yield Problem(("use_qk_layernorm", "num_kv_heads"), message)
+        if self.use_qk_layernorm and self.qk_norm_per_head:
+            yield Problem(("qk_norm_per_head", "use_qk_layernorm"), "does not go with use_qk_layernorm; keep one of them")
         if self.gpt_j_tied and not self.gpt_j_residual:
             yield Problem(("gpt_j_tied", "gpt_j_residual"), "needs gpt_j_residual: true; otherwise the two norms read different things")
+
+    def _position_problems(self) -> Iterator[Problem]:
+        if self.opt_pos_emb_offset and self.pos_emb != "learned":
+            yield Problem(("opt_pos_emb_offset", "pos_emb"), f"is for pos_emb: learned; {self.pos_emb} positions have no table to start later in")
+        elif self.seq_length <= self.max_position_embeddings < self.seq_length + self.opt_pos_emb_offset:
+            message = f"leaves {max(0, self.max_positions)} of {self.max_position_embeddings} rows, fewer than seq_length ({self.seq_length})"
+            yield Problem(("opt_pos_emb_offset", "max_position_embeddings", "seq_length"), message)
+        if self.pos_emb == "sinusoidal" and self.hidden_size % 2:
+            yield Problem(("hidden_size", "pos_emb"), "must be even for sinusoidal positions, which are pairs of sine and cosine")
+        if self.pos_emb == "rpe" and self.rpe_max_distance <= self.rpe_num_buckets // 2:
+            yield Problem(("rpe_max_distance", "rpe_num_buckets"), f"must be more than half of rpe_num_buckets ({self.rpe_num_buckets})")
 
     def _width_problems(self) -> Iterator[Problem]:
         given = tuple(key for key in WIDTH_KEYS if getattr(self, key) is not None)

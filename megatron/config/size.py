@@ -58,10 +58,11 @@ def count_parameters(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int)
     embedding = padded_vocab_size * model.hidden_size
     if model.pos_emb == "learned":
         embedding += model.max_position_embeddings * model.hidden_size
+    shared = model.rpe_num_buckets * model.num_attention_heads if model.pos_emb == "rpe" else 0
     total: dict[Part, int] = {
         "embedding": embedding,
-        "attention": model.num_layers * _attention(model),
-        "norms": (2 * model.num_layers + 1) * _norm(model),
+        "attention": model.num_layers * _attention(model) + shared,
+        "norms": (2 * model.num_layers + 1) * _norm(model, model.hidden_size) + model.num_layers * _query_key_norms(model),
         "mlp": (model.num_layers - moe_layers) * _mlp(model),
         "experts": moe_layers * moe.moe_num_experts * _expert(model, moe),
         "lores": 0,
@@ -70,7 +71,7 @@ def count_parameters(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int)
     }
     active = total | {"experts": moe_layers * moe.moe_top_k * _expert(model, moe)}
     if model.gpt_j_tied:
-        active["norms"] -= model.num_layers * _norm(model)
+        active["norms"] -= model.num_layers * _norm(model, model.hidden_size)
     if moe.moe_expert_type == "structmoe":
         lore_router = moe.moe_num_lores * model.hidden_size
         total["lores"] = moe_layers * moe.moe_num_experts * (moe.moe_num_lores * _lore(model, moe) + lore_router)
@@ -82,13 +83,15 @@ def flops_per_token(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int, 
     """Floating-point operations for one token of one training step: forward, twice that for backward, and forward again with recomputation.
 
     Two per weight of every matrix that the token meets (grouped key/value heads, gates and the chosen experts as they are), and 4*S*D per layer for
-    the attention scores and their use (NeoX's convention: the whole S x S square is counted, although half of it is masked).
+    the attention scores and their use (NeoX's convention: the whole S x S square is counted, although half of it is masked; of a sliding window,
+    the keys in it).
     """
     active = count_parameters(model, moe, padded_vocab_size).active
     dense = model.num_layers - sum(moe.is_moe_layer(layer) for layer in range(model.num_layers))
     matrices = model.num_layers * _attention_matrices(model) + dense * _mlp_matrices(model) + padded_vocab_size * model.hidden_size
     matrices += sum(active[part] for part in ("experts", "lores", "routers"))
-    scores = 4 * model.seq_length * model.hidden_size * model.num_layers
+    keys = model.seq_length if model.sliding_window_width is None else min(model.seq_length, model.sliding_window_width + 1)
+    scores = 4 * keys * model.hidden_size * model.num_layers
     return (2 * matrices + scores) * (4 if recompute else 3)
 
 
@@ -122,11 +125,17 @@ def _projected(model: ModelConfig) -> int:
     return (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim
 
 
-def _norm(model: ModelConfig) -> int:
-    """Of a norm over the model's width."""
+def _query_key_norms(model: ModelConfig) -> int:
+    """Of a layer."""
+    if model.use_qk_layernorm:
+        return _norm(model, model.hidden_size)
+    return 2 * _norm(model, model.head_dim) if model.qk_norm_per_head else 0
+
+
+def _norm(model: ModelConfig, width: int) -> int:
     return {
-        "layernorm": model.hidden_size * (1 + model.use_bias_in_norms),
-        "rmsnorm": model.hidden_size,
+        "layernorm": width * (1 + model.use_bias_in_norms),
+        "rmsnorm": width,
         "scalenorm": 1,
         "non_parametric_layernorm": 0,
     }[model.norm]

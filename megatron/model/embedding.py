@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from megatron.kernels.precision import linear
 from megatron.model.initialization import Initializer
+from megatron.model.positions import START, Places
+from megatron.model.positions.learned import LearnedPositions
+from megatron.model.positions.sinusoidal import SinusoidalPositions
 from megatron.mpu.cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
@@ -28,22 +31,38 @@ class Targets(NamedTuple):
 
 
 class Embedding(nn.Module):
-    """Word embeddings, plus a learned table of positions where the model has one."""
+    """Word embeddings."""
 
     def __init__(self, model: ModelConfig, padded_vocab_size: int, init: Initializer) -> None:
         super().__init__()
         self.word_embeddings = _table(padded_vocab_size, model.hidden_size, init)
-        self.position_embeddings: nn.Embedding | None = None
-        if model.pos_emb == "learned":
-            self.position_embeddings = _table(model.max_position_embeddings, model.hidden_size, init)
         self.dropout = nn.Dropout(model.hidden_dropout)
 
-    def forward(self, tokens_BS: Tensor, position: int = 0) -> Tensor:
-        """hidden_BSD; `position` is the place of the first token in its text."""
-        hidden_BSD = self.word_embeddings(tokens_BS)
-        if self.position_embeddings is not None:
-            hidden_BSD = hidden_BSD + self.position_embeddings(torch.arange(position, position + tokens_BS.shape[1], device=tokens_BS.device))
-        return self.dropout(hidden_BSD)
+    def forward(self, tokens_BS: Tensor, places: Places = START) -> Tensor:
+        """hidden_BSD."""
+        return self.dropout(self.word_embeddings(tokens_BS))
+
+
+class PositionedEmbedding(Embedding):
+    """Word embeddings plus position embeddings, learned or sinusoidal."""
+
+    def __init__(self, model: ModelConfig, padded_vocab_size: int, init: Initializer) -> None:
+        super().__init__(model, padded_vocab_size, init)
+        self.position_embeddings: LearnedPositions | SinusoidalPositions
+        if model.pos_emb == "learned":
+            self.position_embeddings = LearnedPositions(model.max_position_embeddings, model.hidden_size, model.opt_pos_emb_offset, init.into)
+        else:
+            self.position_embeddings = SinusoidalPositions(model.hidden_size)
+
+    def forward(self, tokens_BS: Tensor, places: Places = START) -> Tensor:
+        """hidden_BSD."""
+        words_BSD = self.word_embeddings(tokens_BS)
+        return self.dropout(words_BSD + self.position_embeddings(places, tokens_BS.shape[1]).to(words_BSD.dtype))
+
+
+def build_embedding(model: ModelConfig, padded_vocab_size: int, init: Initializer) -> Embedding:
+    """The embedding that the model section describes."""
+    return (PositionedEmbedding if model.pos_emb in ("learned", "sinusoidal") else Embedding)(model, padded_vocab_size, init)
 
 
 class Head(nn.Module):

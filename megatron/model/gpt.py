@@ -8,7 +8,7 @@ Shapes: B batch; S sequence; D model width; V padded vocabulary; A auxiliary los
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -17,10 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron.kernels.backends import choose_backends
 from megatron.model.attention import LayerCache
-from megatron.model.embedding import Embedding, FinalLinear, Targets, project
+from megatron.model.attention.choice import choose_attention
+from megatron.model.embedding import Embedding, FinalLinear, Targets, build_embedding, project
 from megatron.model.initialization import Initializer, build_initializer
 from megatron.model.layer import TransformerLayer, build_layer
 from megatron.model.norms import build_norm
+from megatron.model.positions import Places, positions_in_documents
+from megatron.model.positions.rpe import RelativePositions
 from megatron.model.state import LayerState
 
 if TYPE_CHECKING:
@@ -70,11 +73,12 @@ class GPT(nn.Module):
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, padded_vocab_size: int, init: Initializer) -> None:
         super().__init__()
-        self.num_layers, self.max_positions, self.vocab_size = model.num_layers, model.max_position_embeddings, padded_vocab_size
+        self.num_layers, self.max_positions, self.vocab_size = model.num_layers, model.max_positions, padded_vocab_size
         self.coefficients = tuple(moe.moe_losses.values())
         self.num_experts = moe.moe_num_experts
-        parts: dict[str, nn.Module] = {"0": Embedding(model, padded_vocab_size, init)}
-        parts |= {str(FIRST_LAYER + i): build_layer(model, moe, i, init) for i in range(model.num_layers)}
+        parts: dict[str, nn.Module] = {"0": build_embedding(model, padded_vocab_size, init)}
+        rpe = _build_relative_positions(model, init)
+        parts |= {str(FIRST_LAYER + i): build_layer(model, moe, i, init, rpe) for i in range(model.num_layers)}
         parts[str(model.num_layers + 3)] = FinalNorm(model)
         if model.no_weight_tying:
             parts[str(model.num_layers + 4)] = FinalLinear(model, padded_vocab_size, init)
@@ -82,6 +86,7 @@ class GPT(nn.Module):
         experts = [layer.mlp.experts for layer in self.layers if layer.has_experts]
         self.num_lores = getattr(experts[0], "num_lores", 0) if experts else 0
         self.recompute_layers = 0
+        self.separate_attention = self.separate_positions = False
 
     @property
     def layers(self) -> list[TransformerLayer]:
@@ -94,20 +99,28 @@ class GPT(nn.Module):
             raise InputError(f"checkpoint_num_layers = {num_layers}: must be at least 1")
         self.recompute_layers = num_layers
 
+    def separate_documents(self, *, attention: bool, positions: bool) -> None:
+        """What the `document_BS` of a forward is for: a token attends to its own document only; positions start again at every document."""
+        self.separate_attention, self.separate_positions = attention, positions
+
     def forward(
         self,
         tokens_BS: Tensor,
         *,
         labels_BS: Tensor | None = None,
         loss_mask_BS: Tensor | None = None,
+        document_BS: Tensor | None = None,
         cache: Sequence[LayerCache] | None = None,
     ) -> GPTOutput:
-        """Losses with labels, logits without. With a cache (one entry a layer) the tokens continue those that it holds, and are added to it."""
-        position = 0 if not cache else cache[0].length
-        self._check(tokens_BS, labels_BS, loss_mask_BS, cache, position)
-        hidden_BSD = self.sequential["0"](tokens_BS, position)
+        """Losses with labels, logits without. With a cache (one entry a layer) the tokens continue those that it holds, and are added to it.
+
+        `document_BS` numbers the tokens' documents, for what `separate_documents` asked for; None: they are of one.
+        """
+        self._check(tokens_BS, {"labels": labels_BS, "loss mask": loss_mask_BS, "documents": document_BS}, cache)
+        places = self._places(document_BS, cache)
+        hidden_BSD = self.sequential["0"](tokens_BS, places)
         state = LayerState.start(hidden_BSD, num_losses=len(self.coefficients), num_experts=self.num_experts, num_lores=self.num_lores)
-        state = self._run_layers(state, cache)
+        state = self._run_layers(state, places, cache)
         hidden_BSD = self.sequential[str(self.num_layers + 3)](state.hidden_BSD)
         losses = (state.aux_losses_A, state.expert_load_XE, state.lore_load_XG)
         if labels_BS is None:
@@ -124,25 +137,32 @@ class GPT(nn.Module):
             return self.sequential[key](hidden_BSD, targets)
         return project(hidden_BSD, cast(Embedding, self.sequential["0"]).word_embeddings.weight, targets)
 
-    def _run_layers(self, state: LayerState, cache: Sequence[LayerCache] | None) -> LayerState:
+    def _places(self, document_BS: Tensor | None, cache: Sequence[LayerCache] | None) -> Places:
+        if document_BS is None:
+            return Places(0 if not cache else cache[0].length)
+        if cache is not None or not (self.separate_attention or self.separate_positions):
+            reason = "a cache holds one text" if cache is not None else "this model does not separate them (reset_attention_mask, reset_position_ids)"
+            raise InputError(f"documents were given, but {reason}")
+        position_BS = positions_in_documents(document_BS) if self.separate_positions else None
+        return Places(position_BS=position_BS, document_BS=document_BS if self.separate_attention else None)
+
+    def _run_layers(self, state: LayerState, places: Places, cache: Sequence[LayerCache] | None) -> LayerState:
         if self.recompute_layers and self.training and cache is None and torch.is_grad_enabled():
             layers = self.layers
             for begin in range(0, len(layers), self.recompute_layers):
-                state = checkpoint(_chain(layers[begin : begin + self.recompute_layers]), state, use_reentrant=False)
+                state = checkpoint(_chain(layers[begin : begin + self.recompute_layers], places), state, use_reentrant=False)
             return state
         for i, layer in enumerate(self.layers):
-            state = layer(state, None if cache is None else cache[i])
+            state = layer(state, places, None if cache is None else cache[i])
         return state
 
-    def _check(
-        self, tokens_BS: Tensor, labels_BS: Tensor | None, loss_mask_BS: Tensor | None, cache: Sequence[LayerCache] | None, position: int
-    ) -> None:
-        shape = tuple(tokens_BS.shape)
+    def _check(self, tokens_BS: Tensor, beside: Mapping[str, Tensor | None], cache: Sequence[LayerCache] | None) -> None:
+        shape, position = tuple(tokens_BS.shape), cache[0].length if cache else 0
         if len(shape) != 2 or 0 in shape or tokens_BS.is_floating_point():
             raise InputError(f"tokens of shape {shape} and dtype {tokens_BS.dtype}: must be integers [batch, sequence], neither empty")
         if position + shape[1] > self.max_positions:
             raise InputError(f"{position} + {shape[1]} tokens: the model has positions for {self.max_positions} (max_position_embeddings)")
-        for name, given in (("labels", labels_BS), ("loss mask", loss_mask_BS)):
+        for name, given in beside.items():
             if given is not None and tuple(given.shape) != shape:
                 raise InputError(f"{name} of shape {tuple(given.shape)}: must have the tokens' shape {shape}")
         if cache is not None and len(cache) != self.num_layers:
@@ -163,15 +183,24 @@ def build_model(
     Raises KernelUnavailable where an implementation that `kernel_backends` names cannot run on `device`.
     """
     choose_backends(moe.kernel_backends, torch.device(device).type)
-    return GPT(model, moe, padded_vocab_size, build_initializer(model, seed)).to(device=device, dtype=dtype)
+    gpt = GPT(model, moe, padded_vocab_size, build_initializer(model, seed)).to(device=device, dtype=dtype)
+    choose_attention(model, [layer.attention for layer in gpt.layers], torch.device(device), dtype)
+    return gpt
 
 
-def _chain(layers: list[TransformerLayer]) -> Callable[[LayerState], LayerState]:
+def _build_relative_positions(model: ModelConfig, init: Initializer) -> RelativePositions | None:
+    if model.pos_emb != "rpe":
+        return None
+    heads = (model.num_attention_heads, model.head_dim)
+    return RelativePositions(*heads, model.rpe_num_buckets, model.rpe_max_distance, init.xavier_normal)
+
+
+def _chain(layers: list[TransformerLayer], places: Places) -> Callable[[LayerState], LayerState]:
     """The layers as one function."""
 
     def run(state: LayerState) -> LayerState:
         for layer in layers:
-            state = layer(state)
+            state = layer(state, places)
         return state
 
     return run

@@ -32,12 +32,14 @@ class Initializer:
     """Embeddings, head, routers and projections into a layer (`init_method`)."""
     out: Fill
     """Projections that write to the residual stream (`output_layer_init_method`)."""
+    xavier_normal: Fill
+    """Tables of relative positions, whatever the config says, as in NeoX."""
 
 
 def build_initializer(model: ModelConfig, seed: int) -> Initializer:
-    """Both fills draw from one generator; raises UnknownInitMethod."""
+    """All fills draw from one generator; raises UnknownInitMethod."""
     generator = torch.Generator().manual_seed(seed)
-    return Initializer(_fill(model.init_method, model, generator), _fill(model.output_layer_init_method, model, generator))
+    return Initializer(*(_fill(method, model, generator) for method in (model.init_method, model.output_layer_init_method, "xavier_normal")))
 
 
 def fill_each(fill: Fill, matrix: Tensor, count: int) -> None:

@@ -15,6 +15,8 @@ from megatron.model.initialization import Initializer
 from megatron.model.mlp import build_mlp
 from megatron.model.moe.layer import MoELayer
 from megatron.model.norms import build_norm
+from megatron.model.positions import START, Places
+from megatron.model.positions.rpe import RelativePositions
 from megatron.model.state import LayerState
 
 if TYPE_CHECKING:
@@ -28,19 +30,19 @@ class TransformerLayer(nn.Module):
     Dropout follows both branches whatever is in them. (GPT-NeoX leaves it out after experts and after an MLP without biases.)
     """
 
-    def __init__(self, model: ModelConfig, moe: MoEConfig, index: int, init: Initializer) -> None:
+    def __init__(self, model: ModelConfig, moe: MoEConfig, index: int, init: Initializer, rpe: RelativePositions | None = None) -> None:
         super().__init__()
         self.input_layernorm = build_norm(model)
-        self.attention = SelfAttention(model, init)
+        self.attention = SelfAttention(model, init, index=index, rpe=rpe)
         self.post_attention_layernorm = build_norm(model)
         self.has_experts = moe.is_moe_layer(index)
         self.mlp: nn.Module = MoELayer(model, moe, init) if self.has_experts else build_mlp(model, init)
         self.dropout = nn.Dropout(model.hidden_dropout)
 
-    def forward(self, state: LayerState, cache: LayerCache | None = None) -> LayerState:
+    def forward(self, state: LayerState, places: Places = START, cache: LayerCache | None = None) -> LayerState:
         """The state after this layer; with a cache the hidden states continue the tokens that it holds."""
         hidden_BSD = state.hidden_BSD
-        hidden_BSD = hidden_BSD + self.dropout(self.attention(self.input_layernorm(hidden_BSD), cache))
+        hidden_BSD = hidden_BSD + self.dropout(self.attention(self.input_layernorm(hidden_BSD), places, cache))
         change_BSD, state = self._feed_forward(self.post_attention_layernorm(hidden_BSD), state)
         return state._replace(hidden_BSD=hidden_BSD + change_BSD)
 
@@ -59,29 +61,29 @@ class TransformerLayer(nn.Module):
 class ParallelResidualLayer(TransformerLayer):
     """x + attention(norm(x)) + mlp(norm'(x)) (`gpt_j_residual`)."""
 
-    def forward(self, state: LayerState, cache: LayerCache | None = None) -> LayerState:
+    def forward(self, state: LayerState, places: Places = START, cache: LayerCache | None = None) -> LayerState:
         """The state after this layer."""
-        hidden_BSD = state.hidden_BSD
-        return self._add_both(state, self.input_layernorm(hidden_BSD), self.post_attention_layernorm(hidden_BSD), cache)
-
-    def _add_both(self, state: LayerState, attention_BSD: Tensor, mlp_BSD: Tensor, cache: LayerCache | None) -> LayerState:
-        """The state after adding what attention and the feed-forward part make of their inputs."""
-        attended_BSD = self.dropout(self.attention(attention_BSD, cache))
+        attention_BSD, mlp_BSD = self._normed(state.hidden_BSD)
+        attended_BSD = self.dropout(self.attention(attention_BSD, places, cache))
         change_BSD, state = self._feed_forward(mlp_BSD, state)
         return state._replace(hidden_BSD=state.hidden_BSD + attended_BSD + change_BSD)
+
+    def _normed(self, hidden_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention and the feed-forward part read."""
+        return self.input_layernorm(hidden_BSD), self.post_attention_layernorm(hidden_BSD)
 
 
 class TiedParallelResidualLayer(ParallelResidualLayer):
     """x + attention(norm(x)) + mlp(norm(x)) (`gpt_j_tied`). The second norm is there, as on NeoX's disks, and takes no part."""
 
-    def forward(self, state: LayerState, cache: LayerCache | None = None) -> LayerState:
-        """The state after this layer."""
-        x_BSD = self.input_layernorm(state.hidden_BSD)
-        return self._add_both(state, x_BSD, x_BSD, cache)
+    def _normed(self, hidden_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        x_BSD = self.input_layernorm(hidden_BSD)
+        return x_BSD, x_BSD
 
 
-def build_layer(model: ModelConfig, moe: MoEConfig, index: int, init: Initializer) -> TransformerLayer:
-    """Transformer layer `index` (from 0)."""
-    if model.gpt_j_tied:
-        return TiedParallelResidualLayer(model, moe, index, init)
-    return (ParallelResidualLayer if model.gpt_j_residual else TransformerLayer)(model, moe, index, init)
+def build_layer(model: ModelConfig, moe: MoEConfig, index: int, init: Initializer, rpe: RelativePositions | None) -> TransformerLayer:
+    """Transformer layer `index` (from 0). `rpe`: the table of relative positions that all layers share; None where there is none."""
+    kind = TransformerLayer
+    if model.gpt_j_residual:
+        kind = TiedParallelResidualLayer if model.gpt_j_tied else ParallelResidualLayer
+    return kind(model, moe, index, init, rpe)

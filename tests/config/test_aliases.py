@@ -41,8 +41,3 @@ def test_an_ignored_key_gives_a_notice_with_its_place(tmp_path: Path, monkeypatc
     assert load_config(["a"]).notices == (
         "a.yml:7: 'layernorm_fusion' has no effect here: attention and activations use PyTorch's own fused operations where there are any",
     )
-
-
-@pytest.mark.parametrize("value", [[[["flash"], "all"]], [[["global"], 12]], ["flash", "global"], None])
-def test_full_attention_is_what_every_layer_does(value: object) -> None:
-    assert config_from_dict({**MODEL, "attention_config": value})

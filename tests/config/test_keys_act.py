@@ -23,6 +23,8 @@ THROUGH_THE_SECTION = {
     "activation": "hidden_function",
     "bias_gelu_fusion": "hidden_function",
     "rotary_pct": "rotary_dim",
+    "attention_config": "attention_types",
+    "apply_query_key_layer_scaling": "position_bias_coefficient",
     "moe_expert_interval": "is_moe_layer",
     "lr_decay_fraction": "lr_decay_iters",
     "train_batch_size": "resolve_batch",

@@ -65,6 +65,21 @@ def test_experts_take_the_plain_width(keys: dict[str, Any], width: int, activati
     assert built.moe.expert_width(built.model) == width
 
 
+@pytest.mark.parametrize(
+    ("value", "layers"),
+    [
+        (None, ["global"] * 4),
+        ([[["flash"], "all"]], ["flash"] * 4),
+        ([[["global", "flash"], "all"]], ["global", "flash"] * 2),
+        ([[["global"], 1], [["flash"], 3]], ["global", "flash", "flash", "flash"]),
+        ([[["flash", "global"], 2]], ["flash", "global"] * 2),
+        (["flash", "global", "global", "flash"], ["flash", "global", "global", "flash"]),
+    ],
+)
+def test_attention_config_names_every_layer(value: list[Any] | None, layers: list[str]) -> None:
+    assert config(attention_config=value).model.attention_types == layers
+
+
 def test_which_layers_have_experts() -> None:
     assert [config(moe_num_experts=4, moe_expert_interval=2).moe.is_moe_layer(layer) for layer in range(4)] == [True, False, True, False]
     assert not config().moe.is_moe_layer(0)

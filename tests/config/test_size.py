@@ -94,6 +94,12 @@ def test_flops_are_those_of_the_matrices_that_a_token_meets(keys: dict[str, Any]
     assert flops_per_token(built.model, built.moe, V) == 3 * (2 * (L * matrices + V * D) + 4 * S * D * L)
 
 
+@pytest.mark.parametrize(("width", "keys"), [(7, 8), (S - 1, S), (4096, S)])
+def test_flops_of_a_sliding_window_are_of_the_keys_in_it(width: int, keys: int) -> None:
+    full, windowed = config(), config(sliding_window_width=width)
+    assert flops_per_token(full.model, full.moe, V) - flops_per_token(windowed.model, windowed.moe, V) == 3 * 4 * (S - keys) * D * L
+
+
 def test_flops_count_active_experts_only() -> None:
     few, many = config(moe_num_experts=2), config(moe_num_experts=16)
     router = 6 * L * 14 * D
@@ -130,6 +136,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "bias": [{"use_bias_in_mlp": mlp, "use_bias_in_attn_linear": attention} for mlp in (True, False) for attention in (True, False)],
     "residual": [{"gpt_j_residual": True}, {"gpt_j_residual": True, "gpt_j_tied": True}, {"no_weight_tying": True}],
     "heads": [{"num_kv_heads": heads} for heads in (1, 2, 4)],
+    "query and key norms": [
+        {"norm": norm, "use_bias_in_norms": bias, **keys}
+        for norm in typing.get_args(Norm)
+        for bias in (True, False)
+        for keys in ({"use_qk_layernorm": True}, {"qk_norm_per_head": True, "num_kv_heads": 2})
+    ],
     "width": [{"ffn_hidden_size": 100}, {"expansion_factor": 1.5, "mlp_multiple_of": 64}, {"activation": "swiglu", "intermediate_size": 100}],
 }
 

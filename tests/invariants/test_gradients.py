@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import itertools
+import typing
 from typing import Any
 
 import pytest
 import torch
 
 from megatron.config.components import EXPERTS, ROUTERS
+from megatron.config.model import Activation, ModelConfig, Norm
+from megatron.config.moe import MoEConfig
 from tests.model.tiny_model import DENSE, model_section, moe_section, tiny_model, tokens
 
 FEED_FORWARD = ["dense", *itertools.product(ROUTERS, EXPERTS, [1, 2])]
+LONG = {"max_position_embeddings": 32, "seq_length": 32}
+
+
+def check_gradients(model: ModelConfig, moe: MoEConfig) -> None:
+    gpt, text = tiny_model(model, moe), tokens(8, 33)
+    gpt(text[:, :-1], labels_BS=text[:, 1:]).loss.backward()
+    for name, parameter in gpt.named_parameters():
+        if model.gpt_j_tied and "post_attention_layernorm" in name:
+            assert parameter.grad is None, "the second norm of tied layers is on NeoX's disks only"
+            continue
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.any(), name
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
@@ -27,16 +43,33 @@ def test_every_parameter_gets_a_gradient(feed_forward: Any, residual: bool, bias
         activation=activation,
         no_weight_tying=residual,
         num_kv_heads=2 if residual else None,
-        max_position_embeddings=32,
-        seq_length=32,
+        **LONG,
     )
     moe = DENSE
     if feed_forward != "dense":
         router, experts, choices = feed_forward
         moe = moe_section(moe_router_type=router, moe_expert_type=experts, moe_top_k=choices, moe_lore_top_k=choices, moe_num_lores=2)
-    gpt, text = tiny_model(model, moe), tokens(8, 33)
-    gpt(text[:, :-1], labels_BS=text[:, 1:]).loss.backward()
-    for name, parameter in gpt.named_parameters():
-        assert parameter.grad is not None, name
-        assert torch.isfinite(parameter.grad).all(), name
-        assert parameter.grad.any(), name
+    check_gradients(model, moe)
+
+
+RESIDUALS = [{}, {"gpt_j_residual": True}, {"gpt_j_residual": True, "gpt_j_tied": True}]
+BIASES = [(attention, mlp, norms) for attention in (True, False) for mlp in (True, False) for norms in (True, False)]
+QUERY_KEY_NORMS = [{}, {"use_qk_layernorm": True}, {"qk_norm_per_head": True, "num_kv_heads": 2}]
+
+
+def grid() -> list[dict[str, Any]]:
+    """Every norm with every position and every residual; biases, norms of queries and keys, windows and activations take turns."""
+    pairs = list(itertools.product(typing.get_args(Norm), typing.get_args(ModelConfig.model_fields["pos_emb"].annotation)))
+    activations = typing.get_args(Activation)
+    cases = []
+    for i, (norm, position) in enumerate(pairs * 3):
+        attention, mlp, norms = BIASES[i % len(BIASES)]
+        case = {"norm": norm, "pos_emb": position, "activation": activations[i % len(activations)], "sliding_window_width": (None, 5)[i % 2]}
+        case |= {"use_bias_in_attn_linear": attention, "use_bias_in_mlp": mlp, "use_bias_in_norms": norms}
+        cases.append(case | RESIDUALS[i // len(pairs)] | QUERY_KEY_NORMS[(i + i // len(pairs)) % 3])
+    return cases
+
+
+@pytest.mark.parametrize("case", grid(), ids=lambda case: "-".join(str(value) for value in case.values()))
+def test_every_parameter_of_every_variant_gets_a_gradient(case: dict[str, Any]) -> None:
+    check_gradients(model_section(**case, **LONG), DENSE)

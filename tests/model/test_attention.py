@@ -1,4 +1,4 @@
-"""Attention against a loop over positions and heads, rotary positions, layouts of the fused projection, and decoding with a cache.
+"""Attention against a loop over positions and heads, in every variant; rotary positions; layouts of the fused projection.
 
 Shapes: B batch; S sequence; H query heads; K key/value heads; d head dimension; D model width.
 """
@@ -6,17 +6,24 @@ Shapes: B batch; S sequence; H query heads; K key/value heads; d head dimension;
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from megatron.model import LayerCache, build_cache
-from megatron.model.attention import CacheError, SelfAttention
-from megatron.model.attention.rotary import HeadLayout, rotary_table, split_rotated
-from megatron.model.attention.self_attention import widened
+from megatron.config.model import ModelConfig
+from megatron.model.attention import SelfAttention
+from megatron.model.attention.split import widened
 from megatron.model.initialization import build_initializer
-from tests.model.tiny_model import DENSE, VOCAB, model_section, moe_section, tiny_model, tokens
+from megatron.model.positions import Places, positions_in_documents
+from megatron.model.positions.rotary import HeadLayout, rotary_table, split_rotated
+from megatron.model.positions.rpe import RelativePositions
+from tests.model.tiny_model import DENSE, VOCAB, model_section, tiny_model, tokens
+
+SLOPES = {2: [1 / 16, 1 / 256], 4: [1 / 4, 1 / 16, 1 / 64, 1 / 256], 3: [1 / 16, 1 / 256, 1 / 4]}
+BUCKETS = [0, 1, 2, 2, 3, 3, 3, 3]
+"""Of distances 0 to 7, with four buckets and a maximal distance of 8."""
 
 
 def turned(vector_d: Tensor, position: int, rotary_dim: int) -> Tensor:
@@ -30,49 +37,124 @@ def turned(vector_d: Tensor, position: int, rotary_dim: int) -> Tensor:
     return out
 
 
-def slow_attention(attention: SelfAttention, x_SD: Tensor, rotary_dim: int) -> Tensor:
+def bias(model: ModelConfig, attention: SelfAttention, head: int, distance: int) -> Tensor | float:
+    if model.pos_emb == "alibi":
+        return -SLOPES[model.num_attention_heads][head] * distance
+    if attention.rpe is not None:
+        return math.sqrt(model.head_dim) * attention.rpe.weight[BUCKETS[distance], head]
+    return 0.0
+
+
+def normed(model: ModelConfig, attention: SelfAttention, vectors_SHd: Tensor, which: str) -> Tensor:
+    if model.use_qk_layernorm:
+        return attention.qk_layernorm(vectors_SHd)
+    return attention.get_submodule(which)(vectors_SHd) if model.qk_norm_per_head else vectors_SHd
+
+
+def slow_attention(model: ModelConfig, attention: SelfAttention, x_SD: Tensor, document: list[int], position: list[int]) -> Tensor:
     """One sequence, a head and a position at a time."""
     heads, kv_heads, d = attention.layout
-    fused = attention.query_key_value(x_SD)
+    fused, length = attention.query_key_value(x_SD), len(x_SD)
+    if heads == kv_heads:
+        query, key, value = fused.view(length, heads, 3, d).unbind(2)
+    else:
+        query, key, value = fused.view(length, heads + 2 * kv_heads, d).split([heads, kv_heads, kv_heads], 1)
+    query, key = normed(model, attention, query, "q_norm"), normed(model, attention, key, "k_norm")
+    dimensions = model.rotary_dim if model.pos_emb == "rotary" else 0
+    window = length if model.sliding_window_width is None else model.sliding_window_width
     contexts = []
     for h in range(heads):
         g = h // (heads // kv_heads)
-        if heads == kv_heads:
-            q, k, v = (fused[:, (3 * h + part) * d : (3 * h + part + 1) * d] for part in range(3))
-        else:
-            q = fused[:, h * d : (h + 1) * d]
-            k, v = (fused[:, (heads + part * kv_heads + g) * d : (heads + part * kv_heads + g + 1) * d] for part in range(2))
-        q = torch.stack([turned(row, s, rotary_dim) for s, row in enumerate(q)])
-        k = torch.stack([turned(row, s, rotary_dim) for s, row in enumerate(k)])
-        rows = [torch.softmax(k[: s + 1] @ q[s] / math.sqrt(d), 0) @ v[: s + 1] for s in range(len(x_SD))]
+        q = [turned(query[s, h], position[s], dimensions) for s in range(length)]
+        k = [turned(key[s, g], position[s], dimensions) for s in range(length)]
+        rows = []
+        for s in range(length):
+            seen = [t for t in range(max(0, s - window), s + 1) if document[t] == document[s]]
+            scores = torch.stack([q[s] @ k[t] / math.sqrt(d) + bias(model, attention, h, s - t) for t in seen])
+            rows.append(torch.softmax(scores, 0) @ value[seen, g])
         contexts.append(torch.stack(rows))
     return attention.dense(torch.cat(contexts, -1))
 
 
-@pytest.mark.parametrize("rotary_pct", [1.0, 0.5])
-@pytest.mark.parametrize("kv_heads", [None, 2, 1])
-def test_attention_a_position_at_a_time(kv_heads: int | None, rotary_pct: float) -> None:
-    model = model_section(num_kv_heads=kv_heads, rotary_pct=rotary_pct)
-    attention = SelfAttention(model, build_initializer(model, 0)).double()
-    x_BSD = torch.randn(2, 5, 16, dtype=torch.float64)
-    out = attention(x_BSD)
+def build(model: ModelConfig, index: int = 0) -> SelfAttention:
+    init, rpe = build_initializer(model, 0), None
+    if model.pos_emb == "rpe":
+        rpe = RelativePositions(model.num_attention_heads, model.head_dim, model.rpe_num_buckets, model.rpe_max_distance, init.xavier_normal)
+    attention = SelfAttention(model, init, index=index, rpe=rpe).double()
+    for name, parameter in attention.named_parameters():
+        if "norm" in name:
+            nn.init.normal_(parameter)
+    return attention
+
+
+POSITIONS: list[dict[str, Any]] = [
+    {"pos_emb": "none"},
+    {"pos_emb": "rotary"},
+    {"pos_emb": "rotary", "rotary_pct": 0.5},
+    {"pos_emb": "alibi"},
+    {"pos_emb": "rpe", "rpe_num_buckets": 4, "rpe_max_distance": 8},
+]
+SPLITS: list[dict[str, Any]] = [
+    {},
+    {"num_kv_heads": 2},
+    {"num_kv_heads": 1},
+    {"use_qk_layernorm": True},
+    {"use_qk_layernorm": True, "norm": "rmsnorm"},
+    {"qk_norm_per_head": True, "num_kv_heads": 2},
+    {"qk_norm_per_head": True, "norm": "rmsnorm"},
+]
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+@pytest.mark.parametrize("position", POSITIONS, ids=str)
+def test_attention_a_position_at_a_time(position: dict[str, Any], split: dict[str, Any], window: int | None, documents: bool) -> None:
+    model = model_section(**position, **split, sliding_window_width=window)
+    attention, x_BSD = build(model), torch.randn(2, 7, 16, dtype=torch.float64)
+    document_BS = torch.tensor([[0, 0, 0, 0, 1, 1, 1], [0, 1, 1, 2, 2, 2, 2]])
+    positions = [[0, 1, 2, 3, 0, 1, 2], [0, 0, 1, 0, 1, 2, 3]] if documents else [list(range(7))] * 2
+    places = Places(position_BS=positions_in_documents(document_BS), document_BS=document_BS) if documents else Places()
+    out = attention(x_BSD, places)
     for b in range(2):
-        torch.testing.assert_close(out[b], slow_attention(attention, x_BSD[b], model.rotary_dim), rtol=1e-6, atol=1e-6)
+        wanted = slow_attention(model, attention, x_BSD[b], document_BS[b].tolist() if documents else [0] * 7, positions[b])
+        torch.testing.assert_close(out[b], wanted, rtol=1e-6, atol=1e-6)
 
 
-def test_without_rotary_positions_order_does_not_matter() -> None:
-    model = model_section(pos_emb="none")
-    attention = SelfAttention(model, build_initializer(model, 0)).double()
-    x_BSD = torch.randn(1, 5, 16, dtype=torch.float64)
+@pytest.mark.parametrize("heads", SLOPES)
+def test_alibi_s_slopes(heads: int) -> None:
+    model = model_section(pos_emb="alibi", num_attention_heads=heads, hidden_size=heads * 4)
+    attention, x_SD = build(model), torch.randn(5, heads * 4, dtype=torch.float64)
+    torch.testing.assert_close(attention(x_SD[None])[0], slow_attention(model, attention, x_SD, [0] * 5, list(range(5))), rtol=1e-6, atol=1e-6)
+    assert attention.state_dict()["alibi_embed.slopes"].tolist() == SLOPES[heads]
+
+
+@pytest.mark.parametrize("position", [{"pos_emb": "alibi"}, {"pos_emb": "rpe", "rpe_num_buckets": 4, "rpe_max_distance": 8}], ids=str)
+@pytest.mark.parametrize(("kind", "index", "coefficient"), [("global", 0, 1), ("global", 1, 1), ("global", 3, 3), ("flash", 3, 1)])
+def test_query_key_layer_scaling_multiplies_biases_of_global_layers(position: dict[str, Any], kind: str, index: int, coefficient: int) -> None:
+    keys = {**position, "num_layers": 4, "attention_config": [[[kind], "all"]]}
+    scaled = build(model_section(**keys, apply_query_key_layer_scaling=True), index)
+    plain = build(model_section(**keys))
+    plain.attend.coefficient = float(coefficient)
+    x_BSD = torch.randn(1, 6, 16, dtype=torch.float64)
+    torch.testing.assert_close(scaled(x_BSD), plain(x_BSD))
+
+
+def test_without_positions_order_does_not_matter() -> None:
+    attention, x_BSD = build(model_section(pos_emb="none")), torch.randn(1, 5, 16, dtype=torch.float64)
     swapped = x_BSD[:, [1, 0, 2, 3, 4]]
     torch.testing.assert_close(attention(x_BSD)[:, -1], attention(swapped)[:, -1])
 
 
+@pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("layout", [HeadLayout(4, 4, 6), HeadLayout(4, 2, 6)])
-def test_gradcheck_of_the_split_and_rotation(layout: HeadLayout) -> None:
-    cos, sin = rotary_table(3, 4, 100, torch.device("cpu"))
+def test_gradcheck_of_the_split_and_rotation(layout: HeadLayout, restart: bool) -> None:
+    cos, sin = (table.double() for table in rotary_table(3, 4, 100, torch.device("cpu")))
+    if restart:
+        position_BS = torch.tensor([[0, 1, 2], [0, 0, 1]])
+        cos, sin = cos[position_BS], sin[position_BS]
     fused = torch.randn(2, 3, (layout.heads + 2 * layout.kv_heads) * 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda f: split_rotated(f, layout, cos.double(), sin.double()), (fused,))
+    assert torch.autograd.gradcheck(lambda f: split_rotated(f, layout, cos, sin), (fused,))
 
 
 def test_the_rotary_table_serves_training_after_inference() -> None:
@@ -82,56 +164,25 @@ def test_the_rotary_table_serves_training_after_inference() -> None:
     assert not rotary_table(3, 4, 100, torch.device("cpu"))[0].is_inference()
 
 
+@pytest.mark.parametrize("pos_emb", ["alibi", "rotary"])
+def test_masks_serve_training_after_inference(pos_emb: str) -> None:
+    model, text = tiny_model(model_section(pos_emb=pos_emb, sliding_window_width=2), DENSE), tokens(2, 11)
+    with torch.inference_mode():
+        model(text)
+    model(text, labels_BS=text).loss.backward()
+
+
+@pytest.mark.parametrize("pos_emb", ["learned", "alibi", "rpe"])
 @pytest.mark.parametrize("length", [1, 2, 7])
-def test_attention_never_looks_ahead(length: int) -> None:
-    model = tiny_model(model_section(pos_emb="learned"), DENSE).eval()
+def test_attention_never_looks_ahead(length: int, pos_emb: str) -> None:
+    model = tiny_model(model_section(pos_emb=pos_emb), DENSE).eval()
     text = tokens()
     changed = text.clone()
     changed[:, length:] = (changed[:, length:] + 1) % VOCAB
     assert torch.equal(model(text).logits_BSV[:, :length], model(changed).logits_BSV[:, :length])
 
 
-@pytest.mark.parametrize("steps", [[1] * 9, [9], [4, 1, 1, 3], [1, 8]])
-@pytest.mark.parametrize("kv_heads", [None, 2])
-@pytest.mark.parametrize("pos_emb", ["rotary", "learned"])
-def test_decoding_with_a_cache_equals_the_full_forward(pos_emb: str, kv_heads: int | None, steps: list[int]) -> None:
-    section = model_section(pos_emb=pos_emb, num_kv_heads=kv_heads)
-    model, text = tiny_model(section, moe_section()).eval(), tokens()
-    cache = build_cache(section, 2, 10)
-    with torch.inference_mode():
-        parts = [model(part, cache=cache).logits_BSV for part in text.split(steps, dim=1)]
-        torch.testing.assert_close(torch.cat(parts, 1), model(text).logits_BSV, rtol=1e-4, atol=1e-5)
-    assert [layer.length for layer in cache] == [9, 9]
-
-
-def test_a_cache_has_room_for_what_it_was_made_for() -> None:
-    section = model_section()
-    model, cache = tiny_model(section), build_cache(section, 2, 4)
-    with pytest.raises(CacheError, match="0 \\+ 9 tokens do not fit into a cache of 4 positions"):
-        model(tokens(), cache=cache)
-    with pytest.raises(CacheError, match="a batch of 3 for a cache of batch 2"):
-        model(tokens(3, 4), cache=cache)
-    with pytest.raises(CacheError, match="a cache of 17 positions: the model has at most 16"):
-        build_cache(section, 1, 17)
-
-
-def test_a_cache_is_of_one_request() -> None:
-    first, second = (build_cache(model_section(), 1, 4) for _ in range(2))
-    tiny_model()(tokens(1, 3), cache=first)
-    assert isinstance(first[0], LayerCache)
-    assert (first[0].length, second[0].length) == (3, 0)
-    assert not second[0].keys_BHPd.any()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_attend_in_float32_on_a_cpu(dtype: torch.dtype) -> None:
-    section = model_section(num_kv_heads=2)
-    model, text = tiny_model(section, DENSE, dtype=dtype).eval(), tokens()
+def test_sixteen_bits_are_widened_on_a_cpu(dtype: torch.dtype) -> None:
     assert widened(torch.zeros(1, dtype=dtype)).dtype == torch.float32
     assert widened(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
-    cache = build_cache(section, 2, 9, dtype=dtype)
-    with torch.inference_mode():
-        full = model(text).logits_BSV
-        parts = [model(part, cache=cache).logits_BSV for part in text.split([5, 1, 3], dim=1)]
-    assert full.dtype == cache[0].keys_BHPd.dtype == dtype
-    torch.testing.assert_close(torch.cat(parts, 1).float(), full.float(), rtol=0.05, atol=0.05)

@@ -162,6 +162,12 @@ def test_a_model_learns() -> None:
         ({"tokens_BS": tokens(1, 17)}, "0 \\+ 17 tokens: the model has positions for 16"),
         ({"tokens_BS": tokens(), "labels_BS": tokens()[:, 1:]}, r"labels of shape \(2, 8\): must have the tokens' shape \(2, 9\)"),
         ({"tokens_BS": tokens(), "labels_BS": tokens(), "loss_mask_BS": torch.ones(2, 8)}, r"loss mask of shape \(2, 8\)"),
+        ({"tokens_BS": tokens(), "document_BS": tokens()[:, 1:]}, r"documents of shape \(2, 8\): must have the tokens' shape \(2, 9\)"),
+        ({"tokens_BS": tokens(), "document_BS": tokens()}, "documents were given, but this model does not separate them \\(reset_attention_mask"),
+        (
+            {"tokens_BS": tokens(), "document_BS": tokens(), "cache": build_cache(model_section(), 2, 9)},
+            "documents were given, but a cache holds one",
+        ),
         ({"tokens_BS": tokens(), "cache": build_cache(model_section(num_layers=3), 2, 9)}, "a cache of 3 layers: the model has 2"),
     ],
 )

@@ -45,8 +45,8 @@ class LayerCache:
 
 def build_cache(model: ModelConfig, batch: int, max_length: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[LayerCache]:
     """Empty caches for one request, one a layer. Raises CacheError where the model has no position for `max_length` tokens."""
-    if max_length > model.max_position_embeddings:
-        raise CacheError(f"a cache of {max_length} positions: the model has at most {model.max_position_embeddings} (max_position_embeddings)")
+    if max_length > model.max_positions:
+        raise CacheError(f"a cache of {max_length} positions: the model has at most {model.max_positions} (max_position_embeddings)")
     shape = (batch, model.kv_heads, max_length, model.head_dim)
     keys_and_values = (torch.zeros(2, *shape, dtype=dtype, device=device) for _ in range(model.num_layers))
     return [LayerCache(keys_BHPd=pair[0], values_BHPd=pair[1]) for pair in keys_and_values]

@@ -1,4 +1,4 @@
-"""Causal self-attention over PyTorch's SDPA, with grouped key/value heads, rotary positions and a key/value cache.
+"""Causal self-attention, put together when it is built: how queries, keys and values are made (`split.py`), what computes the rest (`sdpa.py`).
 
 Shapes: B batch; S sequence; P positions attended to; H query heads; K key/value heads; d head dimension; D model width.
 """
@@ -7,64 +7,69 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from megatron.model.attention.cache import LayerCache
-from megatron.model.attention.rotary import HeadLayout, rotary_table, split_rotated
+from megatron.model.attention.sdpa import AlibiSdpa, Attend, CausalSdpa, RelativeSdpa
+from megatron.model.attention.split import NormedRotarySplit, NormedSplit, PlainSplit, Rotary, RotarySplit, Split
 from megatron.model.initialization import Initializer
 from megatron.model.mlp import build_linear
+from megatron.model.norms import build_norm
+from megatron.model.positions import START, Places
+from megatron.model.positions.alibi import AlibiSlopes
+from megatron.model.positions.derived import DerivedBuffer
+from megatron.model.positions.rotary import HeadLayout, inverse_frequencies
+from megatron.model.positions.rpe import RelativePositions
 
 if TYPE_CHECKING:
     from megatron.config.model import ModelConfig
 
 
 class SelfAttention(nn.Module):
-    """dense(softmax(q k^T / sqrt(d)) v), every position seeing itself and what is before it."""
+    """dense(softmax(q k^T / sqrt(d)) v), every position seeing itself and what is before it. `rpe` is the table that all layers share, if any.
 
-    def __init__(self, model: ModelConfig, init: Initializer) -> None:
+    The names of what it holds are GPT-NeoX's, except `q_norm` and `k_norm`, which are Hugging Face's.
+    """
+
+    def __init__(self, model: ModelConfig, init: Initializer, *, index: int = 0, rpe: RelativePositions | None = None) -> None:
         super().__init__()
-        self.layout = HeadLayout(model.num_attention_heads, model.kv_heads, model.head_dim)
-        fused = (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim
+        heads, d = model.num_attention_heads, model.head_dim
+        self.layout = HeadLayout(heads, model.kv_heads, d)
         bias = model.use_bias_in_attn_linear
-        self.query_key_value = build_linear(model.hidden_size, fused, bias=bias, fill=init.into)
+        self.query_key_value = build_linear(model.hidden_size, (heads + 2 * model.kv_heads) * d, bias=bias, fill=init.into)
         self.dense = build_linear(model.hidden_size, model.hidden_size, bias=bias, fill=init.out)
+        self.qk_layernorm = build_norm(model, heads, d) if model.use_qk_layernorm else None
+        self.q_norm = build_norm(model, d) if model.qk_norm_per_head else None
+        self.k_norm = build_norm(model, d) if model.qk_norm_per_head else None
+        self.alibi_embed = AlibiSlopes(heads) if model.pos_emb == "alibi" else None
+        self.rpe = rpe
+        if model.rotary_save_freqs_buffer and model.pos_emb == "rotary":
+            self.rotary_emb = DerivedBuffer("inv_freq", inverse_frequencies(model.rotary_dim, model.rotary_emb_base))
         self.dropout = model.attention_dropout
-        self.rotary = (model.max_position_embeddings, model.rotary_dim, model.rotary_emb_base) if model.pos_emb == "rotary" else None
+        self.split = self._build_split(model)
+        self.attend = self._build_attend(model, index)
 
-    def forward(self, x_BSD: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x_BSD: Tensor, places: Places = START, cache: LayerCache | None = None) -> Tensor:
         """y_BSD. With a cache, `x_BSD` continues the tokens that the cache holds, and is added to them."""
-        start = 0 if cache is None else cache.length
-        query_BHSd, key_BKSd, value_BKSd = (part.transpose(1, 2) for part in self._split(widened(self.query_key_value(x_BSD)), start))
+        query_BHSd, key_BKSd, value_BKSd = (part.transpose(1, 2) for part in self.split(self.query_key_value(x_BSD), places))
         key_BKPd, value_BKPd = (key_BKSd, value_BKSd) if cache is None else cache.append(key_BKSd, value_BKSd)
-        context_BHSd = self._attend(query_BHSd, key_BKPd, value_BKPd)
+        dropout = self.dropout if self.training else 0.0
+        context_BHSd = self.attend(query_BHSd, key_BKPd, value_BKPd, places.document_BS, dropout)
         return self.dense(context_BHSd.transpose(1, 2).flatten(2).to(x_BSD.dtype))
 
-    def _split(self, fused_BSW: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        if self.rotary is None:
-            return self.layout.views(fused_BSW)
-        cos_Pn, sin_Pn = rotary_table(*self.rotary, fused_BSW.device)
-        end = start + fused_BSW.shape[1]
-        return split_rotated(fused_BSW, self.layout, cos_Pn[start:end], sin_Pn[start:end])
+    def _build_split(self, model: ModelConfig) -> Split:
+        rotary = Rotary(model.max_position_embeddings, model.rotary_dim, model.rotary_emb_base) if model.pos_emb == "rotary" else None
+        query_norm, key_norm = (self.qk_layernorm, self.qk_layernorm) if model.use_qk_layernorm else (self.q_norm, self.k_norm)
+        if query_norm is None or key_norm is None:
+            return PlainSplit(self.layout) if rotary is None else RotarySplit(self.layout, rotary)
+        if rotary is None:
+            return NormedSplit(self.layout, query_norm, key_norm)
+        return NormedRotarySplit(self.layout, query_norm, key_norm, rotary)
 
-    def _attend(self, query_BHSd: Tensor, key_BKPd: Tensor, value_BKPd: Tensor) -> Tensor:
-        length, positions = query_BHSd.shape[2], key_BKPd.shape[2]
-        mask_SP = None
-        if 1 < length < positions:
-            mask_SP = torch.ones(length, positions, dtype=torch.bool, device=query_BHSd.device).tril(positions - length)
-        return nn.functional.scaled_dot_product_attention(
-            query_BHSd,
-            key_BKPd.to(query_BHSd.dtype),
-            value_BKPd.to(query_BHSd.dtype),
-            attn_mask=mask_SP,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=length == positions,
-            enable_gqa=self.layout.heads != self.layout.kv_heads,
-        )
-
-
-def widened(fused_BSW: Tensor) -> Tensor:
-    """In float32 where a CPU would attend in 16 bits: there the backward of PyTorch's SDPA is five times slower than in float32, cast included."""
-    if fused_BSW.device.type == "cpu" and fused_BSW.dtype in (torch.bfloat16, torch.float16):
-        return fused_BSW.float()
-    return fused_BSW
+    def _build_attend(self, model: ModelConfig, index: int) -> Attend:
+        coefficient = model.position_bias_coefficient(index)
+        if self.rpe is not None:
+            return RelativeSdpa(model.sliding_window_width, self.rpe, coefficient)
+        if self.alibi_embed is not None:
+            return AlibiSdpa(model.sliding_window_width, self.layout.heads, coefficient)
+        return CausalSdpa(model.sliding_window_width)

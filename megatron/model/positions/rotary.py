@@ -1,6 +1,7 @@
 """Rotary positions and the split of a fused query/key/value projection, in one pass over memory each way.
 
-Shapes: B batch; S sequence; H query heads; K key/value heads; d head dimension; n dimensions that are turned; W = (H + 2K)*d, the fused width.
+Shapes: B batch; S sequence; P positions; H query heads; K key/value heads; d head dimension; n dimensions that are turned, of whose n/2 angles
+cosines and sines are given; W = (H + 2K)*d, the fused width. Cosines and sines are [S, n/2], or [B, S, n/2] where positions start again in a text.
 
 NeoX's layouts of W: with as many key/value heads as query heads (q, k, v) head by head, else all queries, all keys, all values. The first n
 dimensions of each head are turned by rotate-half: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 being the first and second n/2.
@@ -34,13 +35,26 @@ class HeadLayout(NamedTuple):
         return query, key, value
 
 
+def inverse_frequencies(dimensions: int, base: int) -> list[float]:
+    """base^(-2j/n) for the n/2 pairs j of dimensions."""
+    return [base ** (-2 * pair / dimensions) for pair in range(dimensions // 2)]
+
+
 @lru_cache(maxsize=8)
 def rotary_table(length: int, rotary_dim: int, base: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(cos, sin), each float32 [length, n/2], computed in float64: the same angles whatever the model's dtype."""
     with torch.inference_mode(False):
-        frequencies = base ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+        frequencies = torch.tensor(inverse_frequencies(rotary_dim, base), dtype=torch.float64)
         angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
         return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def turned(x_BSHd: Tensor, cos_Sn: Tensor, sin_Sn: Tensor) -> Tensor:
+    """x with its first n dimensions turned: the definition."""
+    half = cos_Sn.shape[-1]
+    cos_S1n, sin_S1n = cos_Sn[..., None, :].to(x_BSHd.dtype), sin_Sn[..., None, :].to(x_BSHd.dtype)
+    first, second, rest = x_BSHd.tensor_split((half, 2 * half), dim=3)
+    return torch.cat([first * cos_S1n - second * sin_S1n, second * cos_S1n + first * sin_S1n, rest], dim=3)
 
 
 def split_rotated(fused_BSW: Tensor, layout: HeadLayout, cos_Sn: Tensor, sin_Sn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,8 +64,8 @@ def split_rotated(fused_BSW: Tensor, layout: HeadLayout, cos_Sn: Tensor, sin_Sn:
 
 def rotate_into(out_BSHd: Tensor, x_BSHd: Tensor, cos_Sn: Tensor, sin_Sn: Tensor) -> None:
     """out = x with its first n dimensions turned; `out` and `x` do not overlap."""
-    half = cos_Sn.shape[1]
-    cos_S1n, sin_S1n = cos_Sn[:, None], sin_Sn[:, None]
+    half = cos_Sn.shape[-1]
+    cos_S1n, sin_S1n = cos_Sn[..., None, :], sin_Sn[..., None, :]
     first, second, rest = x_BSHd.tensor_split((half, 2 * half), dim=3)
     out_first, out_second, out_rest = out_BSHd.tensor_split((half, 2 * half), dim=3)
     torch.mul(first, cos_S1n, out=out_first).addcmul_(second, sin_S1n, value=-1)

@@ -1,0 +1,78 @@
+"""From the fused projection to queries, keys and values: cut, normalised and turned, as the model has it. One class for each way.
+
+Shapes: B batch; S sequence; H query heads; K key/value heads; d head dimension; W = (H + 2K)*d, the fused width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from megatron.model.positions import Places
+from megatron.model.positions.rotary import HeadLayout, rotary_table, split_rotated, turned
+
+Split = Callable[[Tensor, Places], tuple[Tensor, Tensor, Tensor]]
+"""(fused_BSW, places) -> query BSHd, key BSKd, value BSKd."""
+
+
+class PlainSplit:
+    """Cut only."""
+
+    def __init__(self, layout: HeadLayout) -> None:
+        self.layout = layout
+
+    def __call__(self, fused_BSW: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
+        return self.layout.views(widened(fused_BSW))
+
+
+class Rotary:
+    """The model's rotary positions: how many there are, how many dimensions of a head they turn, and the base of their frequencies."""
+
+    def __init__(self, positions: int, dimensions: int, base: int) -> None:
+        self.numbers = (positions, dimensions, base)
+
+    def rows(self, places: Places, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the tokens, float32."""
+        cos_Pn, sin_Pn = rotary_table(*self.numbers, device)
+        return places.rows(cos_Pn, length), places.rows(sin_Pn, length)
+
+
+class RotarySplit:
+    """Cut and turned in one pass."""
+
+    def __init__(self, layout: HeadLayout, rotary: Rotary) -> None:
+        self.layout, self.rotary = layout, rotary
+
+    def __call__(self, fused_BSW: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
+        return split_rotated(widened(fused_BSW), self.layout, *self.rotary.rows(places, fused_BSW.shape[1], fused_BSW.device))
+
+
+class NormedSplit:
+    """Cut, and queries and keys normalised."""
+
+    def __init__(self, layout: HeadLayout, query_norm: nn.Module, key_norm: nn.Module) -> None:
+        self.layout, self.query_norm, self.key_norm = layout, query_norm, key_norm
+
+    def __call__(self, fused_BSW: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
+        query_BSHd, key_BSKd, value_BSKd = self.layout.views(fused_BSW)
+        return widened(self.query_norm(query_BSHd)), widened(self.key_norm(key_BSKd)), widened(value_BSKd)
+
+
+class NormedRotarySplit(NormedSplit):
+    """Cut, normalised and then turned."""
+
+    def __init__(self, layout: HeadLayout, query_norm: nn.Module, key_norm: nn.Module, rotary: Rotary) -> None:
+        super().__init__(layout, query_norm, key_norm)
+        self.rotary = rotary
+
+    def __call__(self, fused_BSW: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
+        query_BSHd, key_BSKd, value_BSKd = super().__call__(fused_BSW, places)
+        angles = self.rotary.rows(places, fused_BSW.shape[1], fused_BSW.device)
+        return turned(query_BSHd, *angles), turned(key_BSKd, *angles), value_BSKd
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float32 where a CPU would attend in 16 bits: there the backward of PyTorch's SDPA is five times slower than in float32, cast included."""
+    return x.float() if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x
