@@ -26,9 +26,10 @@ from tests.model.tiny_model import DENSE, model_section, tiny_model, tokens
 CUDA = torch.device("cuda")
 
 
-def documented_flash_attn(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, causal: bool, window_size: tuple[int, int], alibi_slopes: Any) -> Tensor:
+def documented_flash_attn(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, window_size: tuple[int, int], **more: Any) -> Tensor:
     """q [B, S, H, d], k and v [B, P, K, d]."""
-    assert causal
+    alibi_slopes = more.pop("alibi_slopes")
+    assert more == {"causal": True}
     assert dropout_p == 0
     length, positions, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
