@@ -12,6 +12,7 @@ from megatron.config.messages import show
 RENAMED: dict[str, str] = {
     "num_processes": "num_gpus",
     "expert_interval": "moe_expert_interval",
+    "gas": "gradient_accumulation_steps",
     "save_interval": "checkpoint_factor",
     "lora_rank": "moe_lore_rank",
     "moe_lora_experts": "moe_num_lores",
@@ -26,7 +27,6 @@ OTHER_DEFAULTS: dict[str, tuple[Any, str]] = {
     "gradient_accumulation_steps": (1, "left out, it is worked out from train_batch_size and train_micro_batch_size_per_gpu, as NeoX's manual says"),
     "distributed_backend": ("nccl", "nccl where there are GPUs, gloo where there are none"),
     "seq_length": (None, "it has to be given: NeoX starts without it and fails later"),
-    "tokenizer_type": ("GPT2BPETokenizer", "most tokenizers come as a tokenizer.json"),
     "moe_router_type": ("sinkhorn", "the Sinkhorn router is not part of this version; topk is balanced by moe_losses: {load_balance: 0.01}"),
 }
 

@@ -17,6 +17,7 @@ MODEL: dict[str, Any] = {"num_layers": 2, "hidden_size": 64, "num_attention_head
 VALUES: dict[str, Any] = {
     "num_processes": 2,
     "expert_interval": 2,
+    "gas": 2,
     "save_interval": 500,
     "lora_rank": 16,
     "moe_lora_experts": 4,
