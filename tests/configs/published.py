@@ -71,6 +71,7 @@ FIGURES: dict[str, list[Published]] = {
     "codellama/7B.yml": [exact(6_738_546_688, CODE_LLAMA)],
     "codellama/13B.yml": [exact(13_016_028_160, CODE_LLAMA)],
     "codellama/34B.yml": [exact(33_743_970_304, CODE_LLAMA)],
+    "mistral/7B.yml": [exact(7_241_732_096, "weights of mistralai/Mistral-7B-v0.1")],
     "mixtral/8x7B.yml": [
         exact(46_702_792_704, "weights of mistralai/Mixtral-8x7B-v0.1"),
         Published(46.7e9, "all", 0.001, "Mistral AI's announcement of December 2023"),

@@ -22,6 +22,7 @@ TRAINED = [
     "llama/7B.yml",
     "llama2/70B.yml",
     "llama3.2/1B.yml",
+    "mistral/7B.yml",
     "mixtral/8x7B.yml",
     "quickstart.yml",
 ]
@@ -34,6 +35,7 @@ SMALL = {
     "ffn_hidden_size": 96,
     "seq_length": 32,
     "max_position_embeddings": 64,
+    "sliding_window_width": 8,
     "train_batch_size": 4,
     "train_micro_batch_size_per_gpu": 2,
     "train_iters": 2,
@@ -46,7 +48,7 @@ def architecture(config: NeoXConfig) -> tuple[Any, ...]:
     kind = (model.norm, model.pos_emb, model.hidden_function, model.gpt_j_residual, model.no_weight_tying, model.use_bias_in_attn_linear)
     grouped = model.kv_heads < model.num_attention_heads
     experts = (moe.moe_expert_type, moe.moe_router_type, moe.moe_top_k > 1) if moe.moe_num_experts > 1 else (model.use_bias_in_mlp,)
-    return (*kind, grouped, model.rotary_pct < 1, *experts)
+    return (*kind, grouped, model.rotary_pct < 1, model.sliding_window_width is not None, *experts)
 
 
 def test_every_architecture_is_trained() -> None:
