@@ -184,7 +184,6 @@ _WITHOUT_EFFECT: dict[str, Ignored | Refused] = {
         Ignored, "norms of single parameters are not recorded", "log_grad_norm", "log_param_norm", "log_optimizer_states", "log_grad_pct_zeros"
     ),
     "git_hash": Ignored("it is found at the start of a run", _always),
-    "override_lr_scheduler": Ignored("the schedule always follows the configuration, also after loading a checkpoint"),
     **_entries(Ignored, "it belongs to a feature that is off", *_OF_FEATURES_THAT_ARE_OFF, unless=_always),
     "zero_allow_untested_optimizer": Ignored("DeepSpeed is always told to take the optimizer that it is given", _is(True)),
 }
@@ -205,8 +204,6 @@ _NOT_BUILT: dict[str, Ignored | Refused] = {
     **_entries(Refused, _TRANSFORMER_ENGINE, "te_columnparallel", "te_rowparallel", "te_layernorm_mlp", "te_mha", "te_fp8_mha"),
     "serve_model_weights": Refused(_POST_TRAINING),
     "sequence_parallel": Refused(_PARALLEL),
-    "use_bnb_optimizer": Refused("optimizers are Adam and AdamW; remove it"),
-    "use_checkpoint_lr_scheduler": Refused("the schedule always follows the configuration; remove it"),
     "label_data_paths": Refused("write train_label_data_paths, valid_label_data_paths and test_label_data_paths"),
     "inter_document_attention_masking": Refused("write reset_attention_mask: true, and reset_position_ids: true where positions shall begin again"),
     **_entries(Refused, _POST_TRAINING, "train_reward_data_paths", "valid_reward_data_paths"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict
 
@@ -12,19 +12,59 @@ from megatron.config.zero import zero_problems
 
 
 class OptimizerParams(Section):
+    """All parameters of all types; SETTINGS says which belong to which."""
+
     lr: PositiveFloat | None = None
     """Peak learning rate. None: fine for generation and evaluation, refused when training."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Decay rates of Adam's two averages."""
-    eps: PositiveFloat = 1e-8
-    """Added to Adam's denominator."""
+    betas: tuple[Fraction, Fraction] | None = None
+    """Adam, AdamW, Adam8bit, Lion: decay rates of the averages. None: 0.9 and 0.999, Lion 0.9 and 0.99."""
+    eps: PositiveFloat | None = None
+    """Adam, AdamW, Adam8bit: added to the denominator. None: 1e-8."""
+    adam_w_mode: bool | None = None
+    """Adam: weight decay shrinks the weights directly (AdamW); false adds it to the gradients. None: true."""
+    momentum: Fraction | None = None
+    """SGD: share of the last update that is kept. None: 0."""
+    nesterov: bool | None = None
+    """SGD: Nesterov's momentum; needs momentum above 0. None: false."""
+
+
+OptimizerType = Literal["Adam", "AdamW", "Adam8bit", "SGD", "Lion"]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "Adam": {"betas": (0.9, 0.999), "eps": 1e-8, "adam_w_mode": True},
+    "AdamW": {"betas": (0.9, 0.999), "eps": 1e-8},
+    "Adam8bit": {"betas": (0.9, 0.999), "eps": 1e-8},
+    "SGD": {"momentum": 0.0, "nesterov": False},
+    "Lion": {"betas": (0.9, 0.99)},
+}
+"""What each type of optimizer takes beside lr, with its defaults."""
+_ADAM_INSTEAD = "use Adam"
+ROUNDING = 1e-9
+"""Shares written in decimals may miss their sum by this."""
 
 
 class OptimizerSpec(Section):
-    type: Literal["Adam", "AdamW"] = "Adam"
-    """Both names mean Adam with decoupled weight decay, as in NeoX."""
+    not_built = {
+        "type": {
+            "onebitadam": f"its compressed communication needs DeepSpeed's MPI or NCCL backend and cannot be divided by ZeRO; {_ADAM_INSTEAD}",
+            "cpu_adam": f"it belongs to offloading, which is not part of this version; {_ADAM_INSTEAD}, which is fused on a CPU as well",
+            "cpu_torch_adam": f"upstream never reaches it; {_ADAM_INSTEAD}, which is PyTorch's own on every device",
+            "sm3": f"its memory saving comes from ZeRO or Adam8bit here; {_ADAM_INSTEAD}, or Adam8bit",
+            "madgrad_wd": f"it is not part of this version; {_ADAM_INSTEAD}, or SGD with momentum",
+            "muadam": f"muP is not part of this version; {_ADAM_INSTEAD}",
+            "muadamw": "muP is not part of this version; use AdamW",
+            "musgd": "muP is not part of this version; use SGD",
+        }
+    }
+
+    type: OptimizerType = "Adam"
+    """Adam and AdamW decay weights directly, as upstream's Adam does. Adam8bit keeps its averages in 8 bits (needs the package bitsandbytes). SGD is
+    plain SGD with momentum (upstream's needs muP), its weight decay added to the gradients. Lion: Chen et al., 2023."""
     params: OptimizerParams = OptimizerParams()
-    """The optimizer's own numbers."""
+    """The optimizer's own numbers: lr for all; betas for Adam, AdamW, Adam8bit and Lion; eps for the Adams; adam_w_mode for Adam; momentum and
+    nesterov for SGD."""
+    implementation: Literal["auto", "torch", "apex", "deepspeed"] = "auto"
+    """Adam and AdamW: whose kernel. auto is PyTorch's fused one, on CPU and CUDA, into which clipping is built; apex's and DeepSpeed's FusedAdam need
+    CUDA and their packages."""
 
 
 class ZeroOptimization(Section):
@@ -60,13 +100,17 @@ class Bf16(Section):
 
 class OptimizerConfig(Section):
     optimizer: OptimizerSpec = OptimizerSpec()
-    """{type, params: {lr, betas, eps}}."""
+    """{type, params: {lr, betas, eps}}: Adam, AdamW, Adam8bit, SGD or Lion, and its numbers."""
+    use_bnb_optimizer: bool = False
+    """Adam with averages of 8 bits from the package bitsandbytes, as type Adam8bit. Upstream also adds a layer norm after the embedding; here it does
+    not change the model."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay; norms and biases are exempt."""
+    """Weight decay; biases and the parameters of norms are exempt."""
     gradient_clipping: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
-    lr_decay_style: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape of the learning rate after warm-up."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "exponential", "wsd", "infinite_cosine", "infinite_inv_sqrt"] = "linear"
+    """Shape of the learning rate after warm-up. wsd: constant, then a cosine at the end. infinite_*: a cooldown to `constant_lr`, constant, then
+    exponential annealing."""
     lr_decay_iters: PositiveInt | None = None
     """Steps after which the learning rate reaches `min_lr`. None: `train_iters`, or `lr_decay_fraction` of it."""
     lr_decay_fraction: Fraction | None = None
@@ -75,6 +119,20 @@ class OptimizerConfig(Section):
     """The learning rate never falls below this."""
     warmup: Fraction = 0.01
     """Share of the decay steps in which the learning rate rises from 0 to its peak."""
+    wsd_decay_ratio: Fraction = 0.1
+    """lr_decay_style wsd: share of the decay steps, at their end, in which the learning rate falls from its peak to `min_lr`."""
+    constant_lr: PositiveFloat | None = None
+    """lr_decay_style infinite_*: the learning rate between cooldown and annealing. None: refused with these styles."""
+    cooldown_iters_perc: Fraction = 0.0
+    """lr_decay_style infinite_*: share of the decay steps in which the learning rate falls from its peak to `constant_lr`, after the warm-up."""
+    constant_iters_perc: Fraction = 0.0
+    """lr_decay_style infinite_*: share of the decay steps that stay at `constant_lr`, after the cooldown. The rest anneals to `min_lr`."""
+    timescale: PositiveFloat = 1.0
+    """lr_decay_style infinite_inv_sqrt: steepness of the cooldown."""
+    override_lr_scheduler: bool = False
+    """Going on from a checkpoint with another schedule: follow this configuration's."""
+    use_checkpoint_lr_scheduler: bool = False
+    """Going on from a checkpoint with another schedule: follow the checkpoint's. Without this and the other flag such a run is refused."""
     zero_optimization: ZeroOptimization = ZeroOptimization()
     """{stage: 0..3} and DeepSpeed's other ZeRO settings, passed through; offloading is refused for now."""
     fp16: Fp16 | None = None
@@ -87,12 +145,20 @@ class OptimizerConfig(Section):
     """{grad_accum_dtype: fp32|fp16|bf16}: the number format in which gradients are accumulated: `precision`, which is what empty means, or fp32 (with
     16-bit weights from ZeRO stage 1 on)."""
 
+    @property
+    def optimizer_type(self) -> OptimizerType:
+        """The optimizer to build."""
+        return "Adam8bit" if self.use_bnb_optimizer else self.optimizer.type
+
+    @property
+    def optimizer_settings(self) -> dict[str, Any]:
+        """Its numbers beside the learning rate, defaults filled in."""
+        given = {key: getattr(self.optimizer.params, key) for key in SETTINGS[self.optimizer_type]}
+        return {key: default if given[key] is None else given[key] for key, default in SETTINGS[self.optimizer_type].items()}
+
     def check(self) -> Iterator[Problem]:
-        lr = self.optimizer.params.lr
-        if lr is not None and self.min_lr > lr:
-            yield Problem(("min_lr", "optimizer.params.lr"), f"must be at most optimizer.params.lr ({lr})")
-        if self.lr_decay_iters is not None and self.lr_decay_fraction is not None:
-            yield Problem(("lr_decay_fraction", "lr_decay_iters"), f"give only one of it and lr_decay_iters ({self.lr_decay_iters})")
+        yield from self._optimizer_problems()
+        yield from self._schedule_problems()
         if self.fp16 is not None and self.bf16 is not None and self.fp16.enabled and self.bf16.enabled:
             yield Problem(("bf16.enabled", "fp16.enabled"), "fp16 is enabled as well; choose one")
         for key, value in self.data_types.items():
@@ -101,3 +167,43 @@ class OptimizerConfig(Section):
         if self.fp16 is not None and (self.fp16.min_loss_scale < 1 or self.fp16.min_loss_scale % 1):
             yield Problem(("fp16.min_loss_scale",), "must be a whole number, 1 or more")
         yield from zero_problems(self.zero_optimization.model_extra or {})
+
+    def _optimizer_problems(self) -> Iterator[Problem]:
+        spec, kind = self.optimizer, self.optimizer_type
+        if self.use_bnb_optimizer and spec.type not in ("Adam", "Adam8bit"):
+            yield Problem(("use_bnb_optimizer", "optimizer.type"), f"needs optimizer.type Adam, not {spec.type}")
+            return
+        taken = ("lr", *SETTINGS[kind])
+        for key in OptimizerParams.model_fields:
+            if key not in taken and getattr(spec.params, key) is not None:
+                yield Problem((f"optimizer.params.{key}", "optimizer.type"), f"is no parameter of {kind}, which takes {', '.join(taken)}")
+        if kind == "SGD" and spec.params.nesterov and not spec.params.momentum:
+            yield Problem(("optimizer.params.nesterov", "optimizer.params.momentum"), "needs momentum above 0")
+        if spec.implementation in ("apex", "deepspeed") and kind not in ("Adam", "AdamW"):
+            yield Problem(("optimizer.implementation", "optimizer.type"), f"is for Adam and AdamW; for {kind} leave it out")
+
+    def _schedule_problems(self) -> Iterator[Problem]:
+        lr = self.optimizer.params.lr
+        if lr is not None and self.min_lr > lr:
+            yield Problem(("min_lr", "optimizer.params.lr"), f"must be at most optimizer.params.lr ({lr})")
+        if self.lr_decay_iters is not None and self.lr_decay_fraction is not None:
+            yield Problem(("lr_decay_fraction", "lr_decay_iters"), f"give only one of it and lr_decay_iters ({self.lr_decay_iters})")
+        if self.override_lr_scheduler and self.use_checkpoint_lr_scheduler:
+            yield Problem(("use_checkpoint_lr_scheduler", "override_lr_scheduler"), "contradicts override_lr_scheduler: true; keep one of them")
+        if self.lr_decay_style == "wsd" and self.warmup + self.wsd_decay_ratio > 1 + ROUNDING:
+            yield Problem(("wsd_decay_ratio", "warmup"), f"together with warmup ({self.warmup}) it must be at most 1")
+        if self.lr_decay_style.startswith("infinite"):
+            yield from self._infinite_problems()
+
+    def _infinite_problems(self) -> Iterator[Problem]:
+        lr, level = self.optimizer.params.lr, self.constant_lr
+        if level is None:
+            yield Problem(("constant_lr", "lr_decay_style"), f"must be given with lr_decay_style: {self.lr_decay_style}")
+        elif level < self.min_lr or (lr is not None and level > lr):
+            yield Problem(("constant_lr", "min_lr", "optimizer.params.lr"), f"must be between min_lr ({self.min_lr}) and optimizer.params.lr ({lr})")
+        used = self.warmup + self.cooldown_iters_perc + self.constant_iters_perc
+        if used > 1 + ROUNDING:
+            message = f"together with warmup and constant_iters_perc it is {used:g}: must be at most 1"
+            yield Problem(("cooldown_iters_perc", "warmup", "constant_iters_perc"), message)
+        elif used < 1 - ROUNDING and not self.min_lr:
+            yield Problem(("min_lr", "lr_decay_style"), "must be above 0: the annealing phase approaches it exponentially")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Annotated, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -35,6 +35,9 @@ class Section(BaseModel):
     """One named group of keys. Frozen: nothing at run time is ever written back into it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
+
+    not_built: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    """Key -> {a value of GPT-NeoX's that is not among the allowed ones, in lower case: why, and what to use instead}."""
 
     def check(self) -> Iterator[Problem]:
         """The rules that a type cannot express; yields what is broken."""

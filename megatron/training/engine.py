@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from megatron.config.deepspeed_json import deepspeed_config
 from megatron.config.neox import NeoXConfig
 from megatron.config.section import ConfigError
 from megatron.model.gpt import GPT
-from megatron.training.optimizer import SkippingAdamW, build_optimizer
+from megatron.training.optimizer import Skipping, build_optimizer
+from megatron.training.schedule import schedule_of
+from megatron.training.schedule_record import ScheduleRecord
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -31,13 +34,14 @@ def build_engine(config: NeoXConfig, model: GPT, *, world_size: int) -> Any:
     check_packages(config.deepspeed)
     if config.training.checkpoint_activations:
         model.enable_activation_checkpointing(config.training.checkpoint_num_layers)
-    optimizer = build_optimizer(config.optimizer, model)
+    optimizer = build_optimizer(config.optimizer, model, os.environ["DS_ACCELERATOR"])
     settings = deepspeed_config(config, world_size)
-    if isinstance(optimizer, SkippingAdamW):
+    if isinstance(optimizer, Skipping):
         settings["gradient_clipping"] = 0.0  # the optimizer clips while it steps
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
-    if world_size == 1 and isinstance(optimizer, SkippingAdamW):
+    if world_size == 1 and isinstance(optimizer, Skipping):
         engine.enable_backward_allreduce = False  # a sum over one process: DeepSpeed would copy all gradients together and back for it
+    engine.lr_scheduler = ScheduleRecord(schedule_of(config))
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # `max_nonfinite_steps` decides when a streak ends the run, with a sentence

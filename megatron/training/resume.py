@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,14 +12,18 @@ from megatron.checkpoint.agreement import batch_change, check_architecture
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.find import find_checkpoint_together
 from megatron.checkpoint.load import load_checkpoint
+from megatron.checkpoint.weights import read_config
 from megatron.config.checkpoint import CheckpointConfig
+from megatron.config.optimizer import OptimizerConfig
 from megatron.training.callbacks.checkpoint import STATE
+from megatron.training.schedule_record import schedule_to_follow
 from megatron.training.state import TrainingState
 from megatron.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
-OWN_SETTINGS = ("betas", "eps", "weight_decay")
+OWN_SETTINGS = ("betas", "eps", "weight_decay", "decoupled_weight_decay", "momentum", "nesterov")
 """Settings of an optimizer's parameter groups that this run's configuration decides, not the checkpoint."""
+SAME_STATE = {"AdamW": "Adam"}
 
 
 class Start(NamedTuple):
@@ -39,11 +44,14 @@ def resume(trainer: Trainer) -> None:
         return
     path = find_checkpoint_together(start.directory, config.iteration)
     check_architecture(path, trainer.config.flat())
-    settings = [{key: group[key] for key in OWN_SETTINGS} for group in trainer.engine.optimizer.param_groups]
+    takes_optimizer = start.go_on and not config.no_load_optim
+    if takes_optimizer:
+        check_optimizer_type(path, trainer.config.optimizer)
+    settings = [{key: group[key] for key in OWN_SETTINGS if key in group} for group in trainer.engine.optimizer.param_groups]
     client_state = load_checkpoint(
         trainer.engine,
         path,
-        load_optimizer=start.go_on and not config.no_load_optim,
+        load_optimizer=takes_optimizer,
         load_rng=start.go_on and not config.no_load_rng,
         expected_args=trainer.checkpoint_args,
     )
@@ -56,12 +64,28 @@ def resume(trainer: Trainer) -> None:
     upstreams = {"iteration": iteration, "consumed_samples": iteration * trainer.plan.batch.global_}  # in a checkpoint without our counters
     trainer.state = TrainingState.from_state_dict({**upstreams, **client_state.get(STATE, {})})
     trainer.last_checkpoint = path
+    record = trainer.engine.lr_scheduler
+    trainer.plan = replace(trainer.plan, schedule=schedule_to_follow(record, trainer.config.optimizer, path))
+    record.schedule, record.steps_done = trainer.plan.schedule, trainer.state.steps_done
     if (changed := batch_change(path, trainer.plan.batch)) is not None:
         log.info("%s", changed)
     if trainer.finished:
         log.info("%s is at step %d of %d: there is nothing left to train.", path, trainer.state.iteration, trainer.plan.train_iters)
     else:
         log.info("Going on from %s, step %d of %d.", path, trainer.state.iteration, trainer.plan.train_iters)
+
+
+def check_optimizer_type(path: Path, config: OptimizerConfig) -> None:
+    """Raises CheckpointError when the optimizer's state at `path` belongs to another type of optimizer; one that does not say is not compared."""
+    stored = read_config(path)
+    if "optimizer" not in stored:
+        return
+    before = "Adam8bit" if stored.get("use_bnb_optimizer") else stored["optimizer"]["type"]
+    if SAME_STATE.get(before, before) != SAME_STATE.get(config.optimizer_type, config.optimizer_type):
+        raise CheckpointError(
+            f"{path} was trained with the optimizer {before}, this run uses {config.optimizer_type}, whose state is another: set "
+            f"optimizer.type: {before}, or add `-o no_load_optim=true` to go on from the weights alone with a fresh optimizer."
+        )
 
 
 def choose_start(config: CheckpointConfig) -> Start | None:

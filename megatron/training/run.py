@@ -16,6 +16,7 @@ from megatron.config.neox import check_device, check_trainable
 from megatron.monitor.console import ProgressDisplay, configure_logging
 from megatron.mpu.topology import Topology
 from megatron.training.callbacks.build import build_callbacks, build_sinks, check_sinks
+from megatron.training.optimizer import choose_optimizer
 from megatron.training.process import start_process
 from megatron.training.resume import resume
 from megatron.training.setup import build_trainer
@@ -37,6 +38,7 @@ def train(loaded: LoadedConfig) -> Trainer:
         check_trainable(config, topology.data_parallel_size)
         check_device(config, os.environ["DS_ACCELERATOR"])
         check_sinks(config.logging)
+        choose_optimizer(config.optimizer, os.environ["DS_ACCELERATOR"])
         if config.checkpoint.save is not None:
             cleanup.callback(lock(Path(config.checkpoint.save), topology).close)
         trainer = build_trainer(config, topology)

@@ -28,6 +28,7 @@ THROUGH_THE_SECTION = {
     "moe_expert_interval": "is_moe_layer",
     "lr_decay_fraction": "lr_decay_iters",
     "train_batch_size": "resolve_batch",
+    "use_bnb_optimizer": "optimizer_type",
 }
 ONE_VALUE_ONLY = {"pipe_parallel_size", "model_parallel_size", "data_impl"}
 THROUGH_THE_SECTION |= dict.fromkeys(DeepSpeedConfig.model_fields, r"deepspeed\.settings")

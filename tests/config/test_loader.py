@@ -219,7 +219,10 @@ class TestOverrides:
             ("seed.x=1", "command line: 'seed.x': 'seed' is not a dictionary but 7"),
             ("moe_top_k=9", "command line: 'moe_top_k' = 9: must be at most moe_num_experts (1)"),
             ("hidden_size=66", "a.yml:3: 'num_attention_heads' = 4: must divide hidden_size (66); hidden_size is given on the command line"),
-            ("optimizer.params.mom=1", "command line: unknown key 'mom' in 'optimizer.params'; allowed: lr, betas, eps"),
+            (
+                "optimizer.params.mu=1",
+                "command line: unknown key 'mu' in 'optimizer.params'; allowed: lr, betas, eps, adam_w_mode, momentum, nesterov",
+            ),
         ],
     )
     def test_mistakes(self, override: str, problem: str, here: Path) -> None:
@@ -277,7 +280,8 @@ def test_flat_is_complete_and_loads_again() -> None:
     flat = config.flat()
     assert flat["precision"] == "bfloat16"
     assert flat["seed"] == 1234
-    assert flat["optimizer"] == {"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8}}
+    assert flat["optimizer"]["type"] == "Adam"
+    assert flat["optimizer"]["params"].items() >= {"lr": 1e-3, "betas": None, "eps": None}.items()
     assert config_from_dict(json.loads(json.dumps(flat))).flat() == flat
 
 
