@@ -33,7 +33,8 @@ LAYERS: list[set[str]] = [
     {"training"},
     {"inference", "convert", "analysis"},
     {"script"},
-    {"launcher", "neox_arguments"},
+    {"launcher"},
+    {"neox_arguments"},
     {"testing"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron.config.loader import LoadedConfig, load_config
-from megatron.config.neox import check_trainable
+from megatron.config.neox import OWNER, check_trainable
 from megatron.config.section import ConfigError
+from megatron.config.source import canonical
 from megatron.config.transport import decode
 from megatron.launcher.plan import plan_launch, worker_count
 from megatron.launcher.processes import run_until_done, survey
@@ -49,16 +50,13 @@ class Request:
 
 def main(argv: Sequence[str]) -> int:
     """deepy.py: load and check the configuration, then run the script with it. Returns the exit status; 2 for a mistake in the input."""
-    parser = _parser("deepy.py", "SCRIPT CONFIG [CONFIG ...]")
-    parser.add_argument("--check", action="store_true", help="show the resolved configuration, sizes, memory and FLOPs, and stop")
-    request = _take_apart(parser, argv)
-    if not request.words:
-        parser.error("name a script and its configuration files, such as: deepy.py train.py -d configs quickstart.yml")
+    request = read_deepy_arguments(argv)
+    parser = _deepy_parser()
     script = Path(request.words[0])
     if not script.is_file():
         _stop(parser, f"{script}: no such script")
     try:
-        loaded = _load(request, request.words[1:])
+        loaded = load_request(request, request.words[1:])
         machine = survey()
         processes = worker_count(loaded, machine)
         if request.check:
@@ -71,6 +69,21 @@ def main(argv: Sequence[str]) -> int:
     if launch.replaces:
         os.execve(launch.argv[0], launch.argv, launch.env)
     return run_until_done(launch.argv, launch.env, launch.processes)
+
+
+def read_deepy_arguments(argv: Sequence[str]) -> Request:
+    """deepy.py's command line: script and files are its words. Ends the process with status 2, as argparse does, when it cannot be understood."""
+    parser = _deepy_parser()
+    request = _take_apart(parser, argv)
+    if not request.words:
+        parser.error("name a script and its configuration files, such as: deepy.py train.py -d configs quickstart.yml")
+    return request
+
+
+def _deepy_parser() -> argparse.ArgumentParser:
+    parser = _parser("deepy.py", "SCRIPT CONFIG [CONFIG ...]")
+    parser.add_argument("--check", action="store_true", help="show the resolved configuration, sizes, memory and FLOPs, and stop")
+    return parser
 
 
 def config_from_argv(argv: Sequence[str]) -> LoadedConfig:
@@ -86,7 +99,7 @@ def config_from_argv(argv: Sequence[str]) -> LoadedConfig:
     try:
         if request.transported is not None:
             return decode(request.transported)
-        return _load(request, request.words)
+        return load_request(request, request.words)
     except ConfigError as error:
         _stop(parser, str(error))
 
@@ -95,9 +108,8 @@ def _parser(program: str, positionals: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program, allow_abbrev=False, usage=f"{program} {positionals} [-d DIR] [-o key=value ...]")
     parser.add_argument("words", nargs="*", help="YAML files; .yml may be left out")
     parser.add_argument("-d", "--conf_dir", type=Path, help="directory of the YAML files")
-    parser.add_argument(
-        "-o", "--override", nargs="+", action="append", default=[], metavar="key=value", help="wins over the files; key.inner=value too"
-    )
+    wins = "wins over the files; key.inner=value too (for generate.py also NeoX's -o FILE, the same as --sample_output_file)"
+    parser.add_argument("-o", "--override", nargs="+", action="append", default=[], metavar="key=value", help=wins)
     for flag, key in KEY_FLAGS.items():
         names = [_SHORT[flag], flag] if flag in _SHORT else [flag]
         parser.add_argument(
@@ -108,10 +120,14 @@ def _parser(program: str, positionals: str) -> argparse.ArgumentParser:
 
 def _take_apart(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Request:
     arguments = parser.parse_intermixed_args(list(argv))
-    given = [word for group in arguments.override for word in group]
     # `-o a=1 b.yml`: argparse hands everything up to the next option to -o; what is no assignment is a file.
-    words = [*arguments.words, *(word for word in given if "=" not in word)]
-    overrides = [word for word in given if "=" in word]
+    words = [*arguments.words, *(word for _, *rest in arguments.override for word in rest if "=" not in word)]
+    script = Path(words[0] if words and parser.prog == "deepy.py" else parser.prog).stem
+    overrides = []
+    for first, *rest in arguments.override:
+        neox_output = script == "generate" and "=" not in first and canonical(first) not in OWNER
+        overrides.append(f"sample_output_file={json.dumps(first)}" if neox_output else first)
+        overrides += [word for word in rest if "=" in word]
     for key in KEY_FLAGS.values():
         value = getattr(arguments, f"key_{key}")
         if value is not None:
@@ -120,7 +136,8 @@ def _take_apart(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Request
     return Request(tuple(words), arguments.conf_dir, tuple(overrides), check, transported)
 
 
-def _load(request: Request, names: Sequence[str]) -> LoadedConfig:
+def load_request(request: Request, names: Sequence[str]) -> LoadedConfig:
+    """The configuration that files and overrides of a command line describe. Raises ConfigError."""
     if not names and not request.overrides:
         raise ConfigError(["no configuration files are given, such as: -d configs quickstart.yml"])
     return load_config(names, request.overrides, request.conf_dir)

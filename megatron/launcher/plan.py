@@ -48,7 +48,7 @@ def plan_launch(script: Path, loaded: LoadedConfig, machine: Machine) -> Launch:
     several_machines = _hostfile(loaded) is not None or loaded.config.launcher.force_multi
     env = _environment(loaded, machine, 1 if several_machines else processes)
     if several_machines or _filtered(loaded):
-        return Launch((sys.executable, "-m", "deepspeed.launcher.runner", *_runner_options(loaded), *worker_arguments), env, processes, False)
+        return Launch((sys.executable, "-m", "deepspeed.launcher.runner", *runner_options(loaded), *worker_arguments), env, processes, False)
     if processes == 1:
         return Launch((sys.executable, *worker_arguments), env, 1, True)
     world = base64.urlsafe_b64encode(json.dumps({"localhost": machine.devices(processes)}).encode()).decode()
@@ -80,7 +80,7 @@ def _filtered(loaded: LoadedConfig) -> bool:
     return loaded.config.launcher.include is not None or loaded.config.launcher.exclude is not None
 
 
-def _runner_options(loaded: LoadedConfig) -> list[str]:
+def runner_options(loaded: LoadedConfig) -> list[str]:
     """The launcher section as options of deepspeed.launcher.runner."""
     launcher = loaded.config.launcher
     named = {

@@ -177,6 +177,58 @@ def test_python_spelling_of_booleans(here: Path) -> None:
     assert load(PLAIN + "no_weight_tying: True\ngpt_j_residual: False\n").config.model.no_weight_tying is True
 
 
+def test_python_spelling_of_null(here: Path) -> None:
+    """NeoX's files say None; where a key has the choice 'none' it means that, as NeoX reads choices without regard to case."""
+    text = PLAIN + "load: None\ntrain_iters: None\npos_emb: None\nfp16: None\ndeepspeed_extra_args: {comet: {project: None}}\ns3_path: None\n"
+    loaded = load(text, "wandb_group=None")
+    config = loaded.config
+    assert (config.checkpoint.load, config.training.train_iters, config.optimizer.fp16, config.logging.wandb_group) == (None, None, None, None)
+    assert config.model.pos_emb == "none"
+    assert config.deepspeed.deepspeed_extra_args == {"comet": {"project": None}}
+    assert loaded.without_section == {"s3_path": None}
+
+
+def test_none_in_quotes_is_text(here: Path) -> None:
+    assert load(PLAIN + "load: 'None'\nsave: none\ncheckpoint_factor: 1\n").config.checkpoint.load == "None"
+
+
+@pytest.mark.parametrize("key", ["optimizer", "zero_optimization", "data_types", "deepspeed_extra_args", "moe_losses", "kernel_backends", "plugins"])
+def test_null_for_a_dictionary_or_a_list_gives_nothing(key: str, here: Path) -> None:
+    assert load(PLAIN + f"{key}: null\n").config == config_from_dict(MODEL)
+
+
+def test_strict_json_with_everything_that_slurm_needs(here: Path) -> None:
+    keys = {
+        "launcher": "slurm",
+        "deepspeed_slurm": True,
+        "hostfile": "hosts",
+        "comment": "a run",
+        "no_ssh_check": True,
+        "optimizer": {"type": "Adam", "params": {"lr": 6e-05, "betas": [0.9, 0.95], "eps": 1e-08}},
+        "min_lr": 6e-06,
+        "fp16": {"enabled": True, "loss_scale": 0, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1},
+        "load": None,
+        "data-path": "x",
+    }
+    text = json.dumps({**MODEL, **keys})
+    assert "6e-05" in text, "JSON writes numbers in a way that YAML reads as text"
+    config = load(text, name="a.json").config
+    assert (config.launcher.launcher, config.launcher.deepspeed_slurm, config.launcher.comment) == ("slurm", True, "a run")
+    assert (config.optimizer.optimizer.params.lr, config.optimizer.min_lr) == (6e-5, 6e-6)
+    assert config.data.data_path == "x"
+
+
+@pytest.mark.parametrize("value", ["6000", "[6000, 6001]", "'localhost'", "['a', 'b']"])
+def test_keys_that_hold_one_or_several(value: str, here: Path) -> None:
+    """NeoX declares them so, and refuses the list."""
+    load(PLAIN + f"weight_server_port: {value}\nonline_dataserver_ips: {value}\nonline_dataserver_ports: {value}\n")
+
+
+@pytest.mark.parametrize("factor", ["10", "10.0", "1e1"])
+def test_a_whole_number_or_a_float(factor: str, here: Path) -> None:
+    assert load(PLAIN + f"checkpoint_factor: {factor}\n").config.checkpoint.checkpoint_factor == 10
+
+
 def test_null_means_the_same_as_leaving_an_optional_key_out(here: Path) -> None:
     assert load(PLAIN + "gradient_accumulation_steps: null\nload:\n").config.training.gradient_accumulation_steps is None
 

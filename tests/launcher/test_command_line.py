@@ -42,6 +42,7 @@ def folder(tmp_path: Path, repository: Path) -> Path:
     (place / "configs" / "small.yml").write_text(CONFIG)
     (place / "worker.py").write_text(SCRIPT)
     (place / "train.py").write_text(SCRIPT)
+    (place / "generate.py").write_text(SCRIPT)
     shutil.copy(repository / "deepy.py", place)
     return place
 
@@ -84,6 +85,27 @@ def test_one_process_without_a_gpu_gets_the_cpu_accelerator_and_passes_its_statu
 
 
 @pytest.mark.parametrize(
+    ("words", "overrides"),
+    [
+        (
+            ("generate.py", "-d", "configs", "small", "-i", "in.txt", "-o", "out.txt"),
+            """('sample_output_file="out.txt"', 'sample_input_file="in.txt"')""",
+        ),
+        (("-o", "out.txt", "generate.py", "small", "-d", "configs"), """('sample_output_file="out.txt"',)"""),
+        (("generate.py", "-d", "configs", "small", "-o", "seed=3", "-o", "out.txt"), """('seed=3', 'sample_output_file="out.txt"')"""),
+        (("generate.py", "-d", "configs", "small", "--sample_output_file", "a=b.txt"), """('sample_output_file="a=b.txt"',)"""),
+        (("worker.py", "-d", "configs", "small", "-H", "hosts"), """('hostfile="hosts"',)"""),
+        (("worker.py", "-d", "configs", "small", "--wandb_run_name", "1", "--wandb_team", "t"), """('wandb_run_name="1"', 'wandb_team="t"')"""),
+        (("worker.py", "-d", "configs", "small", "--eval_results_prefix", "x-"), """('eval_results_prefix="x-"',)"""),
+    ],
+)
+def test_neox_s_flags_become_keys(folder: Path, words: tuple[str, ...], overrides: str) -> None:
+    done = run(folder, "deepy.py", *words)
+    assert done.stderr == ""
+    assert overrides in done.stdout.splitlines()[0]
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (
@@ -113,6 +135,25 @@ def test_one_process_without_a_gpu_gets_the_cpu_accelerator_and_passes_its_statu
         (
             ("deepy.py", "train.py", "-d", "configs", "small", "-o", "data_path=null"),
             "deepy.py: 1 problem(s) in the configuration:\n  'data_path' or 'train_data_paths' must be given: the tokens to train on\n",
+        ),
+        (
+            ("deepy.py", "worker.py", "-d", "configs", "small", "-o", "out.txt"),
+            "deepy.py: 1 problem(s) in the configuration:\n  command line: 'out.txt' is not an override; write key=value, or key.inner=value for a "
+            "value inside a dictionary\n",
+        ),
+        (
+            ("deepy.py", "generate.py", "-d", "configs", "small", "-o", "seed"),
+            "deepy.py: 1 problem(s) in the configuration:\n  command line: 'seed' is not an override; write key=value, or key.inner=value for a "
+            "value inside a dictionary\n",
+        ),
+        (
+            ("deepy.py", "worker.py", "-d", "configs", "small", "--iteration", "last"),
+            "deepy.py: 1 problem(s) in the configuration:\n  command line: 'iteration' = 'last': must be a whole number\n",
+        ),
+        (
+            ("deepy.py", "worker.py", "-d", "configs", "small", "--autotuning", "tune"),
+            "deepy.py: 1 problem(s) in the configuration:\n  command line: 'autotuning_run' = 'tune' is not supported: the search for settings "
+            "needs DeepSpeed's own training loop; remove it\n",
         ),
         (
             ("deepy.py", "worker.py", "-d", "configs", "small", "--eval_tasks", "piqa", "lambada"),
