@@ -40,7 +40,7 @@ setup-run: ## make .venv and install what training needs, no more
 
 .PHONY: train
 train: setup-run ## from nothing to a trained, evaluated and sampled language model
-	@$(python) prepare_data.py
+	@$(python) prepare_data.py -d data
 	@$(python) deepy.py train.py $(quickstart)
 	@echo && echo 'The newest speeches, which the model has not seen:'
 	@$(python) eval.py $(quickstart) -o 'eval_text_files=[data/sotu/test.txt]' -o eval_results_prefix=runs/quickstart/test

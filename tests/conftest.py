@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -66,6 +68,21 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None
         return
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.fixture(scope="session")
+def tool(repository: Path) -> Callable[[str], ModuleType]:
+    """The module of the command line at this path of the checkout."""
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(Path(name).stem, repository / name)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 SENTENCE = "the quick brown fox jumps over the lazy dog and the dog looks up at the fox "

@@ -148,6 +148,10 @@ class Fraction:
         return ByDocument(codes_N)
 
 
+NOTHING = Fraction(0, 0)
+"""Nothing is held out here: one file, which the configuration key `split` divides."""
+
+
 def check_some_left(some: bool, sizes: Sequence[int]) -> None:
     if not some:
         raise DatasetError(

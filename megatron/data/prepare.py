@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -12,20 +12,22 @@ from typing import IO, Any
 
 from megatron.data.bad_input import BadInput, OnError
 from megatron.data.bpe import train_bpe
-from megatron.data.corpora import TEST_FRACTION, VALID_FRACTION, Corpus, find_corpus
-from megatron.data.hold_out import RECENT, Fraction, Parts, Survey
+from megatron.data.corpora import TEST_FRACTION, VALID_FRACTION, Corpus, Request, find_corpus
+from megatron.data.hold_out import NOTHING, RECENT, Fraction, Parts, Survey
 from megatron.data.indexed import DatasetError, IndexedDatasetWriter, token_dtype
+from megatron.data.limits import CountTokens, Limiter, Limits
+from megatron.data.prepared import MANIFEST, Prepared, difference, read_manifest, whole
 from megatron.data.progress import Reporter
-from megatron.data.reading import Meter
 from megatron.data.split import SPLITS
 from megatron.data.staging import LOCK, check_replaceable, publish, staging_folder
 from megatron.data.tokenizer import Tokenizer, end_of_document, load_tokenizer
 from megatron.data.tokenizer.keep import keep_tokenizer
 
-FORMAT = 3  # raise it when the same input and settings give other files
-MANIFEST = "prepared.json"
+FORMAT = 4  # raise it when the same input and settings give other files
 INDEX_MAPS = "index_maps"
 BATCH_BYTES = 1_000_000
+MOST_TRAINING_BYTES = 1 << 30  # of text for a vocabulary: words that come up later are rare, and all are counted in memory
+WHOLE = 1_000_000  # what a progress bar counts to where bytes are not what is measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +45,17 @@ class PrepareOptions:
     append_eod: bool = True
     valid_fraction: float | None = None
     test_fraction: float | None = None
+    subset: str | None = None
+    max_documents: int | str | None = None
+    max_bytes: int | str | None = None
+    max_tokens: int | str | None = None
     on_error: OnError = "fail"
     force: bool = False
+    force_redownload: bool = False
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_documents, self.max_bytes, self.max_tokens)
 
 
 @dataclass
@@ -54,16 +65,6 @@ class Totals:
     documents: int = 0
     bytes: int = 0
     tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """`left_out` tells of the input that could not be read, in lines; empty when there is none."""
-
-    folder: Path
-    up_to_date: bool
-    manifest: dict[str, Any]
-    left_out: tuple[str, ...] = ()
 
 
 def prepare(options: PrepareOptions, reporter: Reporter) -> Prepared:
@@ -77,13 +78,14 @@ def prepare(options: PrepareOptions, reporter: Reporter) -> Prepared:
         raise DatasetError(f"--name {options.name!r}: give the name of one folder; -d says where it goes")
     settings = settings_of(options, corpus)
     known = read_manifest(target)
-    if known is not None and known["settings"] == settings and not options.force and whole(target, known):
+    anew = options.force or options.force_redownload
+    if known is not None and known["settings"] == settings and not anew and whole(target, known):
         return Prepared(target, True, known)
-    if known is not None and not options.force:
+    if known is not None and not anew:
         raise DatasetError(f"{target} {difference(target, known, settings)}; --force replaces it, another --name keeps both")
     check_replaceable(target, {MANIFEST, INDEX_MAPS, LOCK, *(known["files"] if known else ())})
     with staging_folder(target) as stage:
-        facts, left_out = Preparation(options, corpus, reporter, stage).run()
+        facts, left_out = Preparation(options, corpus, reporter, stage).run(target.name)
         manifest = {"format": FORMAT, "settings": settings, **facts}
         (stage / MANIFEST).write_text(json.dumps(manifest, indent=1))
         publish(stage, target)
@@ -91,7 +93,16 @@ def prepare(options: PrepareOptions, reporter: Reporter) -> Prepared:
 
 
 def choose_corpus(options: PrepareOptions) -> Corpus:
-    corpus = find_corpus(options.inputs, options.jsonl_key)
+    corpus = find_corpus(
+        Request(
+            inputs=options.inputs,
+            jsonl_key=options.jsonl_key,
+            directory=options.directory,
+            subset=options.subset,
+            limits=options.limits,
+            refetch=options.force_redownload,
+        )
+    )
     if options.valid_fraction is None and options.test_fraction is None:
         return corpus
     valid = VALID_FRACTION if options.valid_fraction is None else options.valid_fraction
@@ -104,6 +115,7 @@ def settings_of(options: PrepareOptions, corpus: Corpus) -> dict[str, Any]:
     settings = {
         "format": FORMAT,
         "input": corpus.identity,
+        "limits": options.limits.numbers(),
         "hold_out": [type(corpus.hold_out).__name__, vars(corpus.hold_out)],
         "tokenizer_type": options.tokenizer_type,
         "tokenizer_file": identity_of(options.tokenizer_file),
@@ -123,32 +135,6 @@ def identity_of(path: str | None) -> list[int] | str | None:
     return [status.st_size, status.st_mtime_ns]
 
 
-def read_manifest(target: Path) -> dict[str, Any] | None:
-    """None: the folder was not made here, or not to the end."""
-    try:
-        manifest = json.loads((target / MANIFEST).read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError:
-        raise DatasetError(f"{target / MANIFEST} is damaged; move {target} away, then prepare it again") from None
-    return dict(manifest)
-
-
-def whole(target: Path, manifest: dict[str, Any]) -> bool:
-    return all((target / name).is_file() and (target / name).stat().st_size == size for name, size in manifest["files"].items())
-
-
-def difference(target: Path, known: dict[str, Any], settings: dict[str, Any]) -> str:
-    changed = [key for key, value in settings.items() if known["settings"].get(key) != value]
-    if not changed:
-        return "is damaged (a file is missing or has another size than when it was written)"
-    shown = (
-        f"{key} was {known['settings'].get(key)!r}, now {settings[key]!r}" if key not in ("input", "tokenizer_file", "merge_file") else f"other {key}"
-        for key in changed
-    )
-    return f"was prepared differently ({'; '.join(shown)})"
-
-
 class Preparation:
     """One run: survey the corpus, get a tokenizer, tokenise. Writes into `stage` only."""
 
@@ -159,33 +145,51 @@ class Preparation:
         self.stage = stage
         self.bad_input = BadInput(options.on_error)
         self.tokenizer_files: dict[str, str] = {}
+        self.count = 0
 
-    def run(self) -> tuple[dict[str, Any], list[str]]:
-        """(the manifest's facts, what was left out)."""
+    def run(self, name: str) -> tuple[dict[str, Any], list[str]]:
+        """(the manifest's facts, what was left out). `name`: what the pair is called when nothing is held out, as GPT-NeoX calls it."""
+        self.corpus.begin(self.reporter)
         survey = self.survey()
+        self.count = len(survey.sizes)
         parts = self.corpus.hold_out.divide(survey)
         tokenizer = self.tokenizer(parts, sum(survey.sizes))
         if self.options.append_eod:
             end_of_document(tokenizer, "--append-eod (on unless --no-append-eod is given)")
-        totals = self.tokenise(parts, tokenizer, survey)
+        prefixes = {split: f"{name if self.corpus.hold_out == NOTHING else split}_text_document" for split in (*SPLITS, RECENT)}
+        totals = self.tokenise(parts, tokenizer, survey, prefixes)
         files = {path.name: path.stat().st_size for path in sorted(self.stage.iterdir()) if path.name != LOCK}
-        splits = {split: asdict(total) for split, total in totals.items() if total.documents}
+        splits = {split: asdict(totals[split]) for split in prefixes if split in totals}
         used = {"tokenizer_type": self.options.tokenizer_type, "tokenizer_files": self.tokenizer_files, "vocab_size": tokenizer.vocab_size}
-        return {**used, "splits": splits, "files": files}, self.bad_input.summary()
+        facts = {**used, "splits": splits, "prefixes": {split: prefixes[split] for split in splits}, "files": files}
+        return {**facts, "left_out": dict(self.bad_input.counts)}, self.bad_input.summary()
 
     def survey(self) -> Survey:
-        survey, meter = Survey(), Meter.of(self.corpus.files)
-        with self.reporter.stage("reading", meter.total) as stage:
-            for document in self.corpus.documents(self.bad_input, meter):
-                stage.advance(survey.note(document.text), position=min(meter.done, meter.total))
+        """Reads all that is taken of the corpus once, fetching what is not there yet."""
+        survey, meter, limiter = Survey(), self.corpus.meter(), Limiter(self.options.limits, self.token_counter())
+        total = WHOLE if meter.total or limiter.limits else None
+        with self.reporter.stage("reading", total) as stage, closing(limiter.take(self.corpus.documents(self.bad_input, meter))) as documents:
+            for document in documents:
+                share = max(limiter.fraction, min(meter.done / meter.total, 1.0) if meter.total else 0.0)
+                stage.advance(survey.note(document.text), position=round(share * WHOLE))
         if not survey.sizes:
             raise DatasetError("\n".join(["no text in the input", *self.bad_input.summary()]))
         return survey
 
+    def token_counter(self) -> CountTokens | None:
+        """None: the tokenizer is trained on the text, so that it cannot measure it before."""
+        options = self.options
+        if options.max_tokens is None or (options.tokenizer_type == "HFTokenizer" and options.tokenizer_file is None):
+            return None
+        tokenizer = load_tokenizer(options.tokenizer_type, options.tokenizer_file, options.merge_file)
+        end = int(options.append_eod)
+        return lambda texts: [len(ids) + end for ids in tokenizer.encode_batch(texts)]
+
     def pieces(self, parts: Parts) -> Iterator[tuple[str, str]]:
-        """(split, text) in corpus order; what the survey reported is passed over."""
-        for number, document in enumerate(self.corpus.documents(lambda problem: None)):
-            yield from parts.pieces(number, document.text)
+        """(split, text) of the documents that the survey counted; what it reported is passed over."""
+        with closing(self.corpus.documents(lambda problem: None)) as documents:
+            for number, document in zip(range(self.count), documents):  # noqa: B905  # the corpus goes on where a limit ended the survey
+                yield from parts.pieces(number, document.text)
 
     def tokenizer(self, parts: Parts, total: int) -> Tokenizer:
         """A given one is copied into the folder; else one is trained on the training part."""
@@ -200,29 +204,29 @@ class Preparation:
         with self.reporter.stage("counting words", total) as stage:
 
             def training_text() -> Iterator[str]:
-                for split, text in self.pieces(parts):
+                sparse = -(-total // MOST_TRAINING_BYTES)  # of a huge corpus, every so manieth document
+                for number, (split, text) in enumerate(self.pieces(parts)):
                     if split != RECENT:
                         stage.advance(len(text.encode()))
-                    if split == "train":
+                    if split == "train" and number % sparse == 0:
                         yield text
                 stage.rest(f"merging into {self.options.vocab_size:,} tokens")
 
             train_bpe(training_text(), self.options.vocab_size, path)
         return load_tokenizer("HFTokenizer", path)
 
-    def tokenise(self, parts: Parts, tokenizer: Tokenizer, survey: Survey) -> dict[str, Totals]:
+    def tokenise(self, parts: Parts, tokenizer: Tokenizer, survey: Survey, prefixes: dict[str, str]) -> dict[str, Totals]:
+        outputs: dict[str, SplitOutput] = {}
         with ExitStack() as files, self.reporter.stage("tokenising", sum(survey.sizes)) as stage:
-            outputs = {split: SplitOutput(self.stage, split, tokenizer, self.options.append_eod, files) for split in (*SPLITS, RECENT)}
             for batch in batched_pieces(self.pieces(parts)):
                 encoded = tokenizer.encode_batch([text for _, text in batch])
                 for (split, text), ids in zip(batch, encoded, strict=True):
+                    if split not in outputs:
+                        held_out = self.stage / f"{split}.txt" if split not in ("train", RECENT) else None
+                        outputs[split] = SplitOutput(self.stage / prefixes[split], held_out, tokenizer, self.options.append_eod, files)
                     size = outputs[split].add(text, ids)
                     if split != RECENT:
                         stage.advance(size, tokens=len(ids))
-        for split, output in outputs.items():
-            if not output.totals.documents:
-                for path in self.stage.glob(f"{split}[_.]*"):
-                    path.unlink()
         return {split: output.totals for split, output in outputs.items()}
 
 
@@ -240,13 +244,13 @@ def batched_pieces(pieces: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str
 
 
 class SplitOutput:
-    """`SPLIT_text_document.bin/.idx`, and `SPLIT.txt` for the held-out splits (documents separated by an empty line)."""
+    """The pair `prefix` of one split and, at the path `held_out` when there is one, its text (documents separated by an empty line)."""
 
-    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, append_eod: bool, files: ExitStack) -> None:
+    def __init__(self, prefix: Path, held_out: Path | None, tokenizer: Tokenizer, append_eod: bool, files: ExitStack) -> None:
         self.totals = Totals()
         self._end = [tokenizer.eod] if append_eod and tokenizer.eod is not None else []
-        self._tokens = files.enter_context(IndexedDatasetWriter(folder / f"{split}_text_document", token_dtype(tokenizer.vocab_size)))
-        self._text: IO[bytes] | None = files.enter_context((folder / f"{split}.txt").open("wb")) if split not in ("train", RECENT) else None
+        self._tokens = files.enter_context(IndexedDatasetWriter(prefix, token_dtype(tokenizer.vocab_size)))
+        self._text: IO[bytes] | None = files.enter_context(held_out.open("wb")) if held_out is not None else None
 
     def add(self, text: str, ids: list[int]) -> int:
         """Bytes of the text."""
@@ -258,27 +262,3 @@ class SplitOutput:
         self.totals.bytes += len(data)
         self.totals.tokens += len(ids) + len(self._end)
         return len(data)
-
-
-def describe(prepared: Prepared) -> str:
-    """What lies in the folder and which config keys read it."""
-    manifest, folder = prepared.manifest, prepared.folder
-    lines = [f"{folder} is up to date" if prepared.up_to_date else f"{folder} written", ""]
-    lines.append(f"{'split':8}{'documents':>12}{'bytes':>16}{'tokens':>14}{'bytes/token':>13}")
-    for split, total in manifest["splits"].items():
-        lines.append(f"{split:8}{total['documents']:12,}{total['bytes']:16,}{total['tokens']:14,}{total['bytes'] / total['tokens']:13.3f}")
-    lines += ["", f"vocabulary: {manifest['vocab_size']:,}. Config keys:", ""]
-    paths = {split: json.dumps(str(folder / f"{split}_text_document")) for split in manifest["splits"]}
-    recent = paths.pop(RECENT, None)
-    if len(paths) == len(SPLITS):
-        lines += [f"  {split}_data_paths: [{path}]" for split, path in paths.items()]
-    else:
-        lines += [f"  data_path: {paths['train']}", "  split: '1'"]
-    lines.append(f"  tokenizer_type: {manifest['tokenizer_type']}")
-    for key, name in manifest["tokenizer_files"].items():
-        lines.append(f"  {key}: {json.dumps(str(folder / name) if name in manifest['files'] else name)}")
-    if recent is not None:
-        lines.append(f"  (the newest training documents again, to blend in by train_data_weights: {recent})")
-    if prepared.left_out:
-        lines += ["", *prepared.left_out]
-    return "\n".join(lines)

@@ -24,7 +24,8 @@ from megatron.data import prepare as preparation
 from megatron.data.bpe import train_bpe
 from megatron.data.indexed import DatasetError, IndexedDataset
 from megatron.data.loader import SamplePlan, batches, build_data
-from megatron.data.prepare import Prepared, PrepareOptions, describe, prepare
+from megatron.data.prepare import PrepareOptions, prepare
+from megatron.data.prepared import Prepared, describe
 from megatron.data.progress import LineReporter, TerminalReporter, build_reporter
 from megatron.data.staging import publish, staging_folder
 from megatron.data.tokenizer import TokenizerError, build_tokenizer, load_tokenizer
@@ -62,16 +63,9 @@ def options(tmp_path: Path) -> Callable[..., PrepareOptions]:
     return make
 
 
-@pytest.fixture(scope="module")
-def command() -> ModuleType:
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("prepare_data", ROOT / "prepare_data.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def command(tool: Callable[[str], ModuleType]) -> ModuleType:
+    return tool("prepare_data.py")
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -109,12 +103,12 @@ def test_the_summary_names_numbers_and_keys(options: Callable[..., PrepareOption
     assert f'  tokenizer_type: HFTokenizer\n  vocab_file: "{prepared.folder}/tokenizer.json"' in text
     assert any(line.split()[:2] == ["train", "196"] for line in text.splitlines())
     nothing_held_out = prepare(options(name="all", valid_fraction=0.0, test_fraction=0.0), reporter)
-    assert f"  data_path: \"{nothing_held_out.folder}/train_text_document\"\n  split: '1'\n" in describe(nothing_held_out)
+    assert f'  data_path: "{nothing_held_out.folder}/all_text_document"\n  (nothing is held out: `split` divides it' in describe(nothing_held_out)
     assert sorted(path.name for path in nothing_held_out.folder.iterdir()) == [
+        "all_text_document.bin",
+        "all_text_document.idx",
         "prepared.json",
         "tokenizer.json",
-        "train_text_document.bin",
-        "train_text_document.idx",
     ]
 
 

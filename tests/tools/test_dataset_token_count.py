@@ -16,7 +16,7 @@ from tests.data.conftest import write
 
 @pytest.fixture
 def main(tool: Callable[[str], ModuleType]) -> Callable[..., int]:
-    return lambda *argv: tool("datasets/dataset_token_count.py").main([str(part) for part in argv])
+    return lambda *argv: tool("tools/datasets/dataset_token_count.py").main([str(part) for part in argv])
 
 
 def test_it_counts_each_and_all(

@@ -21,7 +21,7 @@ from tests.data.conftest import write
 
 @pytest.fixture
 def main(tool: Callable[[str], ModuleType]) -> Callable[..., int]:
-    return lambda *argv: tool("datasets/merge_datasets.py").main([str(part) for part in argv])
+    return lambda *argv: tool("tools/datasets/merge_datasets.py").main([str(part) for part in argv])
 
 
 @pytest.fixture
