@@ -20,7 +20,7 @@ from megatron.config.section import ConfigError
 from megatron.config.size import padded_vocab_size
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.inference.errors import InferenceError
-from megatron.model.gpt import GPT, build_model
+from megatron.model import GPT, build_model, choose_attention
 from megatron.training.engine import DTYPES
 from megatron.training.setup import checkpoint_args
 
@@ -79,6 +79,7 @@ def load_ready_model(config: NeoXConfig) -> ReadyModel:
     gpt = build_model(config.model, config.moe, vocabulary, seed=0, dtype=DTYPES[config.precision], device=device)
     check_shapes(path, {name: tuple(tensor.shape) for name, tensor in weights.state_dict.items()}, module_shapes(gpt))
     gpt.load_state_dict(weights.state_dict)
+    choose_attention(config.model, gpt)
     gpt.eval().requires_grad_(False)
     return ReadyModel(gpt, tokenizer, config.model, device, path, weights.client_state.get("iteration"))
 

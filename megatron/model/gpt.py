@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron.kernels.backends import choose_backends
 from megatron.model.attention import LayerCache
-from megatron.model.attention.choice import choose_attention
 from megatron.model.embedding import Embedding, FinalLinear, Targets, build_embedding, project
 from megatron.model.initialization import Initializer, build_initializer
 from megatron.model.layer import TransformerLayer, build_layer
@@ -183,9 +182,7 @@ def build_model(
     Raises KernelUnavailable where an implementation that `kernel_backends` names cannot run on `device`.
     """
     choose_backends(moe.kernel_backends, torch.device(device).type)
-    gpt = GPT(model, moe, padded_vocab_size, build_initializer(model, seed)).to(device=device, dtype=dtype)
-    choose_attention(model, [layer.attention for layer in gpt.layers], torch.device(device), dtype)
-    return gpt
+    return GPT(model, moe, padded_vocab_size, build_initializer(model, seed)).to(device=device, dtype=dtype)
 
 
 def _build_relative_positions(model: ModelConfig, init: Initializer) -> RelativePositions | None:

@@ -12,7 +12,7 @@ from megatron.config.deepspeed import DeepSpeedConfig
 from megatron.config.deepspeed_json import deepspeed_config
 from megatron.config.neox import NeoXConfig
 from megatron.config.section import ConfigError
-from megatron.model.gpt import GPT
+from megatron.model import GPT, choose_attention
 from megatron.training.optimizer import Skipping, build_optimizer
 from megatron.training.schedule import schedule_of
 from megatron.training.schedule_record import ScheduleRecord
@@ -34,11 +34,13 @@ def build_engine(config: NeoXConfig, model: GPT, *, world_size: int) -> Any:
     check_packages(config.deepspeed)
     if config.training.checkpoint_activations:
         model.enable_activation_checkpointing(config.training.checkpoint_num_layers)
+    model.separate_documents(attention=config.data.reset_attention_mask, positions=config.data.reset_position_ids)
     optimizer = build_optimizer(config.optimizer, model, os.environ["DS_ACCELERATOR"])
     settings = deepspeed_config(config, world_size)
     if isinstance(optimizer, Skipping):
         settings["gradient_clipping"] = 0.0  # the optimizer clips while it steps
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    choose_attention(config.model, model)
     if world_size == 1 and isinstance(optimizer, Skipping):
         engine.enable_backward_allreduce = False  # a sum over one process: DeepSpeed would copy all gradients together and back for it
     engine.lr_scheduler = ScheduleRecord(schedule_of(config))

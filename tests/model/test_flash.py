@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.model import build_cache
+from megatron.config.model import ModelConfig
+from megatron.model import GPT, build_cache, choose_attention
 from megatron.model.attention import choice
 from megatron.model.attention.flash import FlashAttention, reason_against_flash
 from megatron.model.attention.sdpa import CausalSdpa
@@ -53,13 +54,19 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "reason_against_flash", lambda *_: None)
 
 
+def chosen(section: ModelConfig) -> GPT:
+    model = tiny_model(section, DENSE).eval()
+    choose_attention(section, model)
+    return model
+
+
 @pytest.mark.parametrize(
     "keys", [{}, {"num_kv_heads": 2}, {"pos_emb": "alibi"}, {"sliding_window_width": 2}, {"pos_emb": "alibi", "sliding_window_width": 3}]
 )
 def test_flash_and_global_layers_compute_the_same(keys: dict[str, Any], installed: None) -> None:
     text, plain = tokens(), tiny_model(model_section(**keys), DENSE).eval()
     section = model_section(**keys, attention_config=[[["flash", "global"], "all"]])
-    model, cache = tiny_model(section, DENSE).eval(), build_cache(section, 2, 9)
+    model, cache = chosen(section), build_cache(section, 2, 9)
     assert [type(layer.attention.attend) for layer in model.layers] == [FlashAttention, type(plain.layers[1].attention.attend)]
     wanted = plain(text).logits_BSV
     torch.testing.assert_close(model(text).logits_BSV, wanted, rtol=1e-4, atol=1e-5)
@@ -70,7 +77,7 @@ def test_flash_and_global_layers_compute_the_same(keys: dict[str, Any], installe
 
 def test_documents_are_kept_apart_in_flash_layers_too(installed: None) -> None:
     text, document_BS = tokens(), torch.tensor([[0] * 4 + [1] * 5] * 2)
-    models = [tiny_model(model_section(attention_config=[[[kind], "all"]]), DENSE) for kind in ("flash", "global")]
+    models = [chosen(model_section(attention_config=[[[kind], "all"]])) for kind in ("flash", "global")]
     for model in models:
         model.separate_documents(attention=True, positions=False)
     flash_logits, global_logits = (model(text, document_BS=document_BS).logits_BSV for model in models)
@@ -80,8 +87,8 @@ def test_documents_are_kept_apart_in_flash_layers_too(installed: None) -> None:
 
 def test_the_log_says_once_why_flash_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        model = tiny_model(model_section(attention_config=[[["flash", "global"], "all"]]), DENSE)
-        tiny_model(model_section(attention_config=[[["global"], "all"]]), DENSE)
+        model = chosen(model_section(attention_config=[[["flash", "global"], "all"]]))
+        chosen(model_section(attention_config=[[["global"], "all"]]))
     lines = [record.message for record in caplog.records if "attention" in record.message]
     reason = "flash_attn runs on CUDA devices only, and this is cpu"
     assert lines == [f"attention_config: flash in 1 of 2 layers, computed by PyTorch's SDPA: {reason}."]

@@ -1,30 +1,31 @@
-"""Which implementation computes each layer's attention (`attention_config`): decided once, when the model is built."""
+"""Which implementation computes each layer's attention (`attention_config`): decided once, when the model has its device and number format."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-import torch
 
 from megatron.model.attention.flash import FlashAttention, reason_against_flash
 from megatron.model.attention.sdpa import CausalSdpa
-from megatron.model.attention.self_attention import SelfAttention
 
 if TYPE_CHECKING:
     from megatron.config.model import ModelConfig
+    from megatron.model.gpt import GPT
 
 LOGGER = logging.getLogger(__name__)
 
 
-def choose_attention(model: ModelConfig, attentions: Sequence[SelfAttention], device: torch.device, dtype: torch.dtype) -> None:
-    """`global` layers compute with PyTorch's SDPA; `flash` layers with flash_attn where it can, else with SDPA, and the log says why."""
-    flash = [attention for attention, kind in zip(attentions, model.attention_types, strict=True) if kind == "flash"]
-    reason = reason_against_flash(model, device, dtype) if flash else None
+def choose_attention(model: ModelConfig, gpt: GPT) -> None:
+    """`global` layers compute with PyTorch's SDPA, as all do at first; `flash` layers with flash_attn where it can, else the log says why not.
+
+    Called when the model is where it will run. Calling it twice changes nothing.
+    """
+    flash = [layer.attention for layer, kind in zip(gpt.layers, model.attention_types, strict=True) if kind == "flash"]
+    weight = next(gpt.parameters())
+    reason = reason_against_flash(model, weight.device, weight.dtype) if flash else None
     if reason is not None:
-        LOGGER.info("attention_config: flash in %d of %d layers, computed by PyTorch's SDPA: %s.", len(flash), len(attentions), reason)
+        LOGGER.info("attention_config: flash in %d of %d layers, computed by PyTorch's SDPA: %s.", len(flash), model.num_layers, reason)
         return
     for attention in flash:
-        assert isinstance(attention.attend, CausalSdpa), attention.attend
-        attention.attend = FlashAttention(attention.attend, attention.alibi_embed)
+        if isinstance(attention.attend, CausalSdpa):
+            attention.attend = FlashAttention(attention.attend, attention.alibi_embed)
