@@ -19,7 +19,7 @@ def find_checkpoint(directory: Path | str, iteration: int | None = None) -> Path
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise NoCheckpointError(f"{directory} does not exist: there is no checkpoint to load. Check `load` and `save`.")
+        raise NoCheckpointError(f"{directory} does not exist: there is no checkpoint to load. {_neighbours(directory)}")
     if layout.looks_like_checkpoint(directory):
         raise CheckpointError(
             f"{directory} is a checkpoint itself: name the directory that holds it, {directory.parent}, and add `-o iteration=N` to choose one."
@@ -32,7 +32,7 @@ def find_checkpoint(directory: Path | str, iteration: int | None = None) -> Path
         return _find_latest(directory, latest, steps)
     if not steps:
         raise NoCheckpointError(
-            f"{directory} holds no checkpoint (no `{layout.LATEST}`, no {layout.tag(0)[:-1]}N). {_unfinished(directory)}".rstrip()
+            f"{directory} holds no checkpoint (no `{layout.LATEST}`, no {layout.tag(0)[:-1]}N). {_unfinished(directory)}{_entries(directory)}"
         )
     newest = newest_whole(directory, steps)
     if newest is None:
@@ -56,7 +56,7 @@ def newest_whole(directory: Path, steps: list[int]) -> int | None:
 def _find_step(directory: Path, iteration: int, steps: list[int]) -> Path:
     if not steps:
         raise NoCheckpointError(
-            f"{directory} holds no checkpoint at all, so not that of iteration {iteration} either. {_unfinished(directory)}".rstrip()
+            f"{directory} holds no checkpoint at all, so not that of iteration {iteration} either. {_unfinished(directory)}{_entries(directory)}"
         )
     if iteration not in steps:
         raise CheckpointError(f"{directory} holds no checkpoint of iteration {iteration}. It holds: {_listed(steps)}.")
@@ -105,6 +105,26 @@ def _unfinished(directory: Path) -> str:
     names = sorted(entry.name for entry in staging.iterdir()) if staging.is_dir() else []
     unfinished = [name for name in names if layout.iteration_of(name) is not None]
     return f"Saving {', '.join(unfinished)} was interrupted. " if unfinished else ""
+
+
+def _entries(directory: Path) -> str:
+    """What is there instead: directories with checkpoints in them, else everything."""
+    entries = sorted(entry for entry in directory.iterdir() if not entry.name.startswith("."))
+    runs = [entry.name for entry in entries if entry.is_dir() and ((entry / layout.LATEST).is_file() or layout.iterations_in(entry))]
+    if runs:
+        return f"There are checkpoints in {_shortened(runs)} below it: name one of these."
+    return f"It holds: {_shortened([entry.name for entry in entries])}." if entries else "It is empty."
+
+
+def _neighbours(directory: Path) -> str:
+    """Where the path ends to exist, and what is there."""
+    parent = next(parent for parent in directory.absolute().parents if parent.is_dir())
+    return f"{parent} is there. {_entries(parent)}"
+
+
+def _shortened(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return f"{', '.join(names[:MAX_LISTED])}{more}"
 
 
 def _listed(steps: list[int]) -> str:

@@ -1,10 +1,11 @@
 """The names inside a checkpoint directory; the only file that knows them.
 
-GPT-NeoX's layout (`sequential` modules, no pipeline), with our own files beside it:
+GPT-NeoX's layout, with our own files beside it:
 
     <save>/latest                                        text: global_step100
     <save>/global_step100/
         mp_rank_00_model_states.pt                       weights and client state (ZeRO 0 to 2)
+        layer_02-model_00-model_states.pt                with pipe_parallel_size 1 or more: the weights of layer 2, then not in the file above
         [bf16_]zero_pp_rank_0_mp_rank_00_optim_states.pt one for each data-parallel rank (ZeRO 1 to 3)
         zero_pp_rank_0_mp_rank_00_model_states.pt        one for each data-parallel rank (ZeRO 3), instead of the first
         rng_state_rank_01.pt                             random states of the ranks above 0
@@ -14,6 +15,9 @@ GPT-NeoX's layout (`sequential` modules, no pipeline), with our own files beside
     <save>/.global_step100.replaced                      a checkpoint of the same step that is just being replaced
     <save>/.global_step100.deleting                      a checkpoint that retention is deleting
     <save>/.lock                                         held by the run that writes here
+
+Other programs' checkpoints may be cut up among tensor-parallel processes: model_01, mp_rank_01 and so on. With a pipeline the numbers of mp_rank
+count all processes that share the model, those of model_ the tensor-parallel ones.
 """
 
 from __future__ import annotations
@@ -33,8 +37,13 @@ MODEL_FILE_PATTERN = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 ZERO3_MODEL_FILE_PATTERN = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 OPTIMIZER_FILE_PATTERN = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 LAYER_FILE_PATTERN = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+PARAMETER_PATTERN = re.compile(r"sequential\.(\d+)\.(.+)")
+"""A weight's name in a model file: the number of its layer and its name in a layer file."""
 
-# What DeepSpeed itself stores beside the client state in a model file (neox.md section 3.7).
+GQA_LAYOUT_KEY, GQA_LAYOUT = "gqa_layout", "q,k,v"
+"""Client state that says how query_key_value is laid out under grouped-query attention; GPT-NeoX's own checkpoints do not say it."""
+
+# What DeepSpeed itself stores beside the client state in a model file.
 DEEPSPEED_KEYS = frozenset(
     (
         "module",
@@ -48,6 +57,7 @@ DEEPSPEED_KEYS = frozenset(
         "data_sampler",
         "random_ltd",
         "sparse_tensor_module_names",
+        "csr_tensor_module_names",
         "skipped_steps",
         "global_steps",
         "global_samples",
@@ -86,6 +96,16 @@ def replaced(directory: Path, iteration: int) -> Path:
 def deleting(directory: Path, iteration: int) -> Path:
     """Where retention moves a checkpoint before it deletes it file by file."""
     return directory / f".{tag(iteration)}.deleting"
+
+
+def model_file(rank: int) -> str:
+    """The file with the weights (or, beside layer files, without them) and the client state of a tensor-parallel rank."""
+    return f"mp_rank_{rank:02d}_model_states.pt"
+
+
+def layer_file(layer: int, rank: int) -> str:
+    """The file with the weights of one layer of a tensor-parallel rank."""
+    return f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
 
 
 def random_state_file(rank: int) -> str:

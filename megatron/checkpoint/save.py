@@ -18,27 +18,34 @@ from typing import Any
 import torch
 
 from megatron.checkpoint import layout, ranks
-from megatron.checkpoint.engine import checkpoint_engine, write_tensors
+from megatron.checkpoint.engine import Contents, checkpoint_engine, write_tensors
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.manifest import FileRecord, sync_directory, write_bytes, write_manifest
 from megatron.checkpoint.random_state import capture_random_state
 
 
 def save_checkpoint(
-    engine: Any, directory: Path | str, iteration: int, *, client_state: Mapping[str, Any], documents: Mapping[str, str], save_rng: bool = True
+    engine: Any,
+    directory: Path | str,
+    iteration: int,
+    *,
+    client_state: Mapping[str, Any],
+    documents: Mapping[str, str],
+    contents: Contents | None = None,
 ) -> Path:
     """Saves a DeepSpeed engine (ZeRO 0 to 3) as <directory>/global_step<iteration> and returns that path. Collective: every rank calls it.
 
     `client_state`: plain values and tensors (dict, list, tuple, str, numbers, None), the same on every rank; `iteration` and NeoX's random states
-    are added. `documents`: file name (without folders) -> text, for configs/. `save_rng` False leaves the random states out.
+    are added. `documents`: file name (without folders) -> text, for configs/. `contents` None: everything, the weights in one file.
     Raises CheckpointError on every rank when any rank could not write (disk full, no permission, ...); what was there stays as it is.
     """
-    directory = Path(directory)
+    directory, contents = Path(directory), contents or Contents()
     ranks.together(lambda: check_client_state(client_state))
     ranks.together(lambda: prepare(directory), only_rank=0)
     staged = layout.staging(directory) / layout.tag(iteration)
-    state = {"iteration": iteration, **client_state, **(capture_random_state() if save_rng else {})}
-    files, failure = _write_rank_files(engine, staged, state, save_rng=save_rng)
+    random_state = capture_random_state() if contents.random_state else {}
+    state = {"iteration": iteration, layout.GQA_LAYOUT_KEY: layout.GQA_LAYOUT, **client_state, **random_state}
+    files, failure = _write_rank_files(engine, staged, state, contents)
     gathered = ranks.gather((files, failure))
     facts = {"iteration": iteration, "world_size": ranks.world_size(), "zero_stage": int(engine.zero_optimization_stage())}
     try:
@@ -95,13 +102,13 @@ def prepare(directory: Path) -> None:
         ) from error
 
 
-def _write_rank_files(engine: Any, staged: Path, state: dict[str, Any], *, save_rng: bool) -> tuple[dict[str, FileRecord], str | None]:
+def _write_rank_files(engine: Any, staged: Path, state: dict[str, Any], contents: Contents) -> tuple[dict[str, FileRecord], str | None]:
     """This rank's files under their names inside the checkpoint, and what went wrong."""
     rank = ranks.rank()
-    with checkpoint_engine(engine) as writer:
+    with checkpoint_engine(engine, contents) as writer:
         engine.save_checkpoint(str(staged.parent), tag=staged.name, client_state=state, save_latest=False)
     files, error = {file.name: record for file, record in writer.files.items()}, writer.error
-    if rank > 0 and save_rng and error is None:
+    if rank > 0 and contents.random_state and error is None:
         name = layout.random_state_file(rank)
         try:
             files[name] = write_tensors({key: state[key] for key in capture_random_state()}, staged / name)

@@ -1,15 +1,13 @@
-"""A checkpoint's weights and facts without an engine: what inference, conversion and the checks before loading read.
+"""A checkpoint's weights and facts without an engine, in the one form that everything here works with: whole, under today's names, in today's order.
 
-Under ZeRO 3 (`zero_pp_rank_{r}_...`) each parameter of n elements is cut into W parts of ceil(n / W), the last one padded; rank r's optimizer file
-holds its parts one after the other, in the order of `param_shapes`, as float32.
+This is what inference, conversion and the checks before loading read, whichever version of GPT-NeoX wrote them, on however many processes.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,75 +16,96 @@ import torch
 from megatron.checkpoint import layout
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.find import find_checkpoint
-from megatron.checkpoint.reading import read_file
+from megatron.checkpoint.gqa_layout import todays_order
+from megatron.checkpoint.names import Named, modern_names
+from megatron.checkpoint.shards import merge_shards
+from megatron.checkpoint.stored import StoredCheckpoint, check_known_layout, has_checksums, inspect_checkpoint
+from megatron.checkpoint.vocabulary import Fitted, fit_vocabulary
+from megatron.checkpoint.zero3 import merge_zero3
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a run knows about the model that it wants to load: compared with the checkpoint, or needed to put it together."""
+
+    args: Mapping[str, Any] = field(default_factory=dict)
+    """NeoX's `args`. Empty: nothing is compared."""
+    vocab_size: int | None = None
+    """Entries of the tokenizer. None: the vocabulary must have as many rows there as here."""
+    parallel_residual: bool = False
+    """`gpt_j_residual`: biases of row-parallel layers are sums over the tensor-parallel processes."""
+    gqa_layout: str = "auto"
+    """How another program laid out query/key/value rows of grouped-query attention."""
 
 
 class ModelWeights(NamedTuple):
-    """Weights by NeoX's names in the precision they were trained in, the resolved configuration (empty for another program's checkpoint),
-    and the client state (iteration, args, ...)."""
+    """Weights by NeoX's names in the precision they were trained in, the resolved configuration (empty for another program's checkpoint), the client
+    state (iteration, args, ...), and sentences for the user on what was translated, left out or decided."""
 
     state_dict: dict[str, torch.Tensor]
     config: dict[str, Any]
     client_state: dict[str, Any]
+    notices: tuple[str, ...] = ()
+    vocabulary_changed: bool = False
+    """Whether padding rows were cut off or added."""
 
 
-@dataclass(frozen=True)
-class StoredCheckpoint:
-    """What rank 0's files say: `zero_stage` 0, 1, 2 or 3; `model` is the whole content of the model file (tensors memory-mapped)."""
-
-    path: Path
-    zero_stage: int
-    world_size: int
-    model: dict[str, Any]
-
-    @property
-    def client_state(self) -> dict[str, Any]:
-        """Everything that is not DeepSpeed's."""
-        return {key: value for key, value in self.model.items() if key not in layout.DEEPSPEED_KEYS}
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every parameter and buffer with its full shape."""
-        module = {name: tuple(tensor.shape) for name, tensor in self.model["module"].items()}
-        if self.zero_stage < 3:
-            return module
-        buffers = {name: module[name] for name in self.model["buffer_names"] if name in module}
-        full = {
-            name: tuple(shape)
-            for shapes in [*self.model["param_shapes"], self.model.get("frozen_param_shapes") or {}]
-            for name, shape in shapes.items()
-        }
-        shared = {name: full[source] for name, source in (self.model.get("shared_params") or {}).items()}
-        return {**buffers, **full, **shared}
-
-
-def inspect_checkpoint(path: Path) -> StoredCheckpoint:
-    """Reads what kind of checkpoint `path` is. Raises CheckpointError for layouts that are not read (model parallel) and for damaged files."""
-    if layout.matching_files(path, layout.LAYER_FILE_PATTERN):
-        return StoredCheckpoint(path, 0, 1, _pipeline_model(path))
-    zero3 = layout.matching_files(path, layout.ZERO3_MODEL_FILE_PATTERN)
-    files = zero3 or layout.matching_files(path, layout.MODEL_FILE_PATTERN)
-    if not files:
-        raise CheckpointError(f"{path} holds no model weights (no mp_rank_00_model_states.pt).")
-    if any("mp_rank_00" not in file.name for file in files):
-        raise CheckpointError(f"{path} was saved with model_parallel_size above 1 ({files[-1].name}): such checkpoints cannot be loaded.")
-    model = read_file(files[0], mmap=True)
-    if not isinstance(model, dict) or not isinstance(model.get("module"), dict):
-        raise CheckpointError(f"{files[0]} holds no weights (no 'module' entry): it is no checkpoint of GPT-NeoX's layout.")
-    return StoredCheckpoint(path, 3 if zero3 else _zero_stage(path), int(model.get("dp_world_size", 1)), model)
-
-
-def load_model_weights(path: Path | str) -> ModelWeights:
+def load_model_weights(path: Path | str, expected: Expected | None = None) -> ModelWeights:
     """Reads the weights of a checkpoint for use without DeepSpeed. `path`: a checkpoint, or a directory of them (then the one `latest` names).
 
     Tensors are read from the file when they are used: copy them before the checkpoint may be deleted. Raises CheckpointError.
     """
-    path = Path(path)
+    path, expected = Path(path), expected or Expected()
     if not layout.looks_like_checkpoint(path):
         path = find_checkpoint(path)
     stored = inspect_checkpoint(path)
-    state_dict = _merge_zero3(stored) if stored.zero_stage == 3 else dict(stored.model["module"])
-    return ModelWeights(state_dict, read_config(path), stored.client_state)
+    try:
+        state, notices = _whole_weights(stored, expected)
+        fitted = _fitted(stored, state, expected)
+    except CheckpointError as error:
+        message = str(error)
+        raise CheckpointError(message if str(path) in message else f"{path}: {message}") from error
+    notices += filter(None, [fitted.notice])
+    return ModelWeights(
+        fitted.state, read_config(path), stored.client_state, tuple(f"{path}: {notice}" for notice in notices), fitted.notice is not None
+    )
+
+
+def _fitted(stored: StoredCheckpoint, state: dict[str, torch.Tensor], expected: Expected) -> Fitted:
+    rows = expected.args.get("padded_vocab_size")
+    if expected.vocab_size is None or rows is None:
+        return Fitted(state, None)
+    return fit_vocabulary(state, rows=rows, vocab_size=expected.vocab_size, args=stored.client_state.get("args") or {})
+
+
+def _whole_weights(stored: StoredCheckpoint, expected: Expected) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The weights under today's names and in today's order, tensor-parallel shards merged, and notices. Raises CheckpointError."""
+    check_known_layout(stored)
+    named = [modern_names(shard) for shard in ([merge_zero3(stored)] if stored.is_zero3 else stored.shards)]
+    shards, order_notice = _in_todays_order(stored, named, expected)
+    merged = merge_shards(shards, parallel_residual=expected.parallel_residual)
+    notices = [*_name_notices(named[0]), *filter(None, [order_notice]), *merged.notices]
+    if len(shards) > 1:
+        notices.insert(0, f"Saved with model_parallel_size {len(shards)}: its parts are put together.")
+    if not has_checksums(stored.path):
+        notices.insert(0, "Written by another program, without checksums: its files are taken as they are.")
+    return merged.state, notices
+
+
+def _in_todays_order(stored: StoredCheckpoint, named: list[Named], expected: Expected) -> tuple[list[dict[str, torch.Tensor]], str | None]:
+    heads = (stored.client_state.get("args") or {}).get("num_attention_heads") or expected.args.get("num_attention_heads")
+    if stored.is_own or not isinstance(heads, int):
+        return [entry.state for entry in named], None
+    return todays_order([entry.state for entry in named], heads=max(1, heads // len(named)), layout=expected.gqa_layout)
+
+
+def _name_notices(named: Named) -> list[str]:
+    notices = []
+    if named.translated:
+        notices.append(f"Names of an older GPT-NeoX are read as today's: {'; '.join(named.translated)}.")
+    if named.left_out:
+        notices.append(f"Left out, because it follows from the configuration: {', '.join(named.left_out)}.")
+    return notices
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -101,62 +120,3 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} holds a {type(config).__name__}, not the keys of a configuration.")
     return config
-
-
-def _zero_stage(path: Path) -> int:
-    files = layout.matching_files(path, layout.OPTIMIZER_FILE_PATTERN)
-    if not files:
-        return 0
-    stage = read_file(files[0], mmap=True)["optimizer_state_dict"].get("zero_stage")
-    values = getattr(stage, "values", [1])  # the stage is an enumeration of DeepSpeed's, read as a stand-in; its BF16 optimizer names none
-    return int(values[0])
-
-
-def _pipeline_model(path: Path) -> dict[str, Any]:
-    """The content of a model file, put together from layer files (pipe_parallel_size 1 or more)."""
-    module: dict[str, torch.Tensor] = {}
-    for file in layout.matching_files(path, layout.LAYER_FILE_PATTERN):
-        match = layout.LAYER_FILE_PATTERN.fullmatch(file.name)
-        assert match is not None
-        if int(match.group(2)) > 0:
-            raise CheckpointError(f"{path} was saved with model_parallel_size above 1 ({file.name}): such checkpoints cannot be loaded.")
-        module |= {f"sequential.{int(match.group(1))}.{name}": tensor for name, tensor in read_file(file, mmap=True).items()}
-    heads = layout.matching_files(path, layout.MODEL_FILE_PATTERN)
-    head = read_file(heads[0], mmap=True) if heads else {}
-    return {**head, "module": module}
-
-
-def _merge_zero3(stored: StoredCheckpoint) -> dict[str, torch.Tensor]:
-    files = layout.matching_files(stored.path, layout.OPTIMIZER_FILE_PATTERN)
-    if len(files) != stored.world_size:
-        raise CheckpointError(
-            f"{stored.path} was saved by {stored.world_size} processes but holds {len(files)} *_optim_states.pt files: some are missing."
-        )
-    parts = [torch.cat(_flat_groups(file)) for file in files]
-    module, offset = stored.model["module"], 0
-    merged = {name: module[name] for name in stored.model["buffer_names"]}
-    for name, shape in ((name, shape) for group in stored.model["param_shapes"] for name, shape in group.items()):
-        length = math.ceil(math.prod(shape) / stored.world_size)
-        if offset + length > parts[0].numel():
-            raise CheckpointError(f"{stored.path}: the optimizer files hold {parts[0].numel():,} elements a rank, too few for {name}.")
-        merged[name] = torch.cat([part[offset : offset + length] for part in parts])[: math.prod(shape)].view(shape).to(module[name].dtype)
-        offset += length
-    if offset != parts[0].numel():
-        raise CheckpointError(f"{stored.path}: the optimizer files hold {parts[0].numel():,} elements a rank, but the parameters take {offset:,}.")
-    merged |= _merge_frozen(stored)
-    merged |= {name: merged[source] for name, source in (stored.model.get("shared_params") or {}).items()}
-    return merged
-
-
-def _flat_groups(file: Path) -> list[torch.Tensor]:
-    return [group.reshape(-1) for group in read_file(file, mmap=True)["optimizer_state_dict"]["fp32_flat_groups"]]
-
-
-def _merge_frozen(stored: StoredCheckpoint) -> dict[str, torch.Tensor]:
-    """Parameters that are not trained lie in parts in the model files of all ranks."""
-    shapes: Mapping[str, Any] = stored.model.get("frozen_param_shapes") or {}
-    if not shapes:
-        return {}
-    models = [read_file(file, mmap=True) for file in layout.matching_files(stored.path, layout.ZERO3_MODEL_FILE_PATTERN)]
-    fragments = [model["frozen_param_fragments"] for model in models]
-    return {name: torch.cat([parts[name].reshape(-1) for parts in fragments])[: math.prod(shape)].view(shape) for name, shape in shapes.items()}

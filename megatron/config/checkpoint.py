@@ -14,8 +14,8 @@ class CheckpointConfig(Section):
     load: str | None = None
     """Directory to start from: the checkpoint that its `latest` names, or `iteration`. None: start from new weights."""
     resume_if_exists: bool = False
-    """Continue from the checkpoint that `save`/latest names; start from the beginning when `save` holds none. If that one is damaged, the run stops
-    and names the newest whole one."""
+    """Continue from the checkpoint that `save`/latest names. When `save` holds none, start from `load`, or from the beginning where that is not given
+    or the same directory. If that checkpoint is damaged, the run stops and names the newest whole one."""
     finetune: bool = False
     """Take only the weights from `load`: step 0, fresh optimizer and random state."""
     iteration: NaturalInt | None = None
@@ -28,10 +28,17 @@ class CheckpointConfig(Section):
     """Further steps to save at; 0 saves the initial weights. None: none."""
     keep_last_n_checkpoints: PositiveInt | None = None
     """Older checkpoints than the last n are deleted. None: all are kept."""
+    gqa_layout: Literal["auto", "q,k,v", "per_head"] = "auto"
+    """Order of the rows of grouped query/key/value projections in GPT-NeoX's checkpoints, which do not say it: all queries, all keys, all values
+    (since November 2024) or head by head (before). auto: look at the weights. This program's own checkpoints say it themselves."""
+    checkpoint_validation_with_forward_pass: bool = False
+    """Save the logits of a fixed input with each checkpoint, and compare them after loading."""
     no_load_optim: bool = False
     """Do not load the optimizer's state."""
     no_load_rng: bool = False
     """Do not load the state of the random generators."""
+    no_save_optim: bool = False
+    """Do not save the optimizer's state: a run can go on from such a checkpoint only with `no_load_optim`."""
     no_save_rng: bool = False
     """Do not save the state of the random generators."""
 

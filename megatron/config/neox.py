@@ -76,6 +76,8 @@ class NeoXConfig(Section):
             yield Problem(("wandb.enabled", "use_wandb"), "use_wandb is true as well, and one process can write only one run; keep use_wandb")
         if self.checkpoint.iteration is not None and self.checkpoint.load is None and self.checkpoint.save is None:
             yield Problem(("iteration", "load"), "needs load: the directory with the checkpoint")
+        if self.checkpoint.no_save_optim and self.optimizer.zero_optimization.stage == 3:
+            yield Problem(("no_save_optim", "zero_optimization.stage"), "needs zero_optimization.stage 0 to 2; stage 3 has the weights in it")
         if self.logging.plot_file is not None and self.logging.metrics_file is None and self.checkpoint.save is None:
             yield Problem(("plot_file", "metrics_file"), "needs save or metrics_file: the picture is drawn from the metrics written there")
 

@@ -10,7 +10,7 @@ from megatron.config.section import NaturalInt, PositiveInt, Problem, Section
 
 class ParallelConfig(Section):
     pipe_parallel_size: NaturalInt = 0
-    """Pipeline stages; 0 and 1 both mean no pipeline."""
+    """Pipeline stages; 0 and 1 both mean no pipeline. With 1 checkpoints hold a file for each layer (except under ZeRO 3), with 0 one for all."""
     model_parallel_size: PositiveInt = 1
     """Processes that share one layer (tensor parallelism); 1 for now."""
     distributed_backend: Literal["nccl", "gloo"] | None = None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,20 +11,18 @@ import torch
 
 from megatron.checkpoint.agreement import check_architecture
 from megatron.checkpoint.find import find_checkpoint
-from megatron.checkpoint.load import check_args, check_shapes, module_shapes
+from megatron.checkpoint.load import check_args, check_shapes, module_shapes, shapes_of
 from megatron.checkpoint.weights import load_model_weights
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.model import ModelConfig
 from megatron.config.neox import NeoXConfig
 from megatron.config.section import ConfigError
-from megatron.config.size import padded_vocab_size
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
-from megatron.inference.errors import InferenceError
 from megatron.model import GPT, build_model, choose_attention
 from megatron.training.engine import DTYPES
-from megatron.training.setup import checkpoint_args
+from megatron.training.setup import expected_model
 
-EMBEDDING = "sequential.0.word_embeddings.weight"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,22 +60,23 @@ def load_ready_model(config: NeoXConfig) -> ReadyModel:
     """The model of the checkpoint that the configuration names (`load`, else `save`; `iteration`, else the newest), on a GPU where there is one.
 
     On a CPU it runs with `threads_per_process` threads where that is given.
-    Raises ConfigError when no directory is named or the checkpoint is of another architecture, CheckpointError when it cannot be read,
-    TokenizerError, and InferenceError when the tokenizer is another one than the model was trained with.
+    Raises ConfigError when no directory is named or the checkpoint is of another architecture, CheckpointError when it cannot be read
+    or is of another tokenizer, and TokenizerError.
     """
     directory = checkpoint_directory(config.checkpoint)
     if config.launcher.threads_per_process is not None:
         torch.set_num_threads(config.launcher.threads_per_process)
     tokenizer = build_tokenizer(config.data)
     path = find_checkpoint(directory, config.checkpoint.iteration)
-    weights = load_model_weights(path)
     check_architecture(path, config.flat())
-    vocabulary = padded_vocab_size(tokenizer.vocab_size, config.model.make_vocab_size_divisible_by)
-    _check_vocabulary(path, weights.state_dict, tokenizer, vocabulary)
-    check_args(path, weights.client_state.get("args") or {}, checkpoint_args(config, vocabulary))
-    device = choose_device()
+    expected = expected_model(config, tokenizer.vocab_size)
+    weights = load_model_weights(path, expected)
+    check_args(path, weights.client_state.get("args") or {}, expected.args)
+    for notice in weights.notices:
+        log.info("%s", notice)
+    device, vocabulary = choose_device(), expected.args["padded_vocab_size"]
     gpt = build_model(config.model, config.moe, vocabulary, seed=0, dtype=DTYPES[config.precision], device=device)
-    check_shapes(path, {name: tuple(tensor.shape) for name, tensor in weights.state_dict.items()}, module_shapes(gpt))
+    check_shapes(path, shapes_of(weights.state_dict), module_shapes(gpt))
     gpt.load_state_dict(weights.state_dict)
     choose_attention(config.model, gpt)
     gpt.eval().requires_grad_(False)
@@ -96,12 +95,3 @@ def choose_device() -> torch.device:
     """The first GPU, unless there is none or DS_ACCELERATOR=cpu says to leave it alone."""
     use_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     return torch.device("cuda" if use_gpu else "cpu")
-
-
-def _check_vocabulary(path: Path, weights: Mapping[str, torch.Tensor], tokenizer: Tokenizer, vocabulary: int) -> None:
-    rows = weights[EMBEDDING].shape[0] if EMBEDDING in weights else vocabulary
-    if rows != vocabulary:
-        raise InferenceError(
-            f"The tokenizer has {tokenizer.vocab_size:,} entries, padded to {vocabulary:,}, but the model in {path} has {rows:,}: it was trained "
-            "with another tokenizer; set tokenizer_type and vocab_file to that one."
-        )

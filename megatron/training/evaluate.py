@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megatron.data.loader import TextDataset, batches
+from megatron.model.gpt import GPTOutput
 from megatron.mpu.topology import Topology
 from megatron.training.step import Tally, forward
 
@@ -42,3 +43,15 @@ def evaluate(
         stream.close()
     (lm_loss, *_), _, _ = tally.totals()
     return lm_loss
+
+
+def evaluation_logits(engine: Any, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """Logits [B, S, V] of the engine's model in evaluation, on its device. Collective under ZeRO 3."""
+    engine.eval()
+    try:
+        with torch.no_grad():
+            output: GPTOutput = engine(tokens_BS.to(engine.device))
+    finally:
+        engine.train()
+    assert output.logits_BSV is not None
+    return output.logits_BSV

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from megatron.checkpoint import layout
+from megatron.checkpoint import forward_check, layout
 from megatron.checkpoint.agreement import batch_change, check_architecture
-from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.errors import CheckpointError, NoCheckpointError
 from megatron.checkpoint.find import find_checkpoint_together
 from megatron.checkpoint.load import load_checkpoint
 from megatron.checkpoint.weights import read_config
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.optimizer import OptimizerConfig
 from megatron.training.callbacks.checkpoint import STATE
+from megatron.training.engine import DTYPES
+from megatron.training.evaluate import evaluation_logits
 from megatron.training.schedule_record import schedule_to_follow
 from megatron.training.state import TrainingState
 from megatron.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
-OWN_SETTINGS = ("betas", "eps", "weight_decay", "decoupled_weight_decay", "momentum", "nesterov")
-"""Settings of an optimizer's parameter groups that this run's configuration decides, not the checkpoint."""
 SAME_STATE = {"AdamW": "Adam"}
 
 
@@ -42,26 +43,29 @@ def resume(trainer: Trainer) -> None:
     if start is None:
         log.info("Starting from new weights.")
         return
-    path = find_checkpoint_together(start.directory, config.iteration)
+    path = find_start(start, config)
     check_architecture(path, trainer.config.flat())
     takes_optimizer = start.go_on and not config.no_load_optim
     if takes_optimizer:
         check_optimizer_type(path, trainer.config.optimizer)
-    settings = [{key: group[key] for key in OWN_SETTINGS if key in group} for group in trainer.engine.optimizer.param_groups]
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in trainer.engine.optimizer.param_groups]
     client_state = load_checkpoint(
         trainer.engine,
         path,
         load_optimizer=takes_optimizer,
         load_rng=start.go_on and not config.no_load_rng,
-        expected_args=trainer.checkpoint_args,
+        expected=trainer.expected,
     )
     for group, own in zip(trainer.engine.optimizer.param_groups, settings, strict=True):
-        group.update(own)
+        group.update(own)  # this run's configuration decides on them, not the checkpoint
+    if config.checkpoint_validation_with_forward_pass:
+        log.info("%s", compare_logits(trainer, path, client_state.get(forward_check.KEY)))
     if not start.go_on:
         log.info("Starting at step 0 from the weights of %s.", path)
         return
     iteration = client_state.get("iteration", 0)
-    upstreams = {"iteration": iteration, "consumed_samples": iteration * trainer.plan.batch.global_}  # in a checkpoint without our counters
+    # In GPT-NeoX's checkpoints, which are without our counters.
+    upstreams = {"iteration": iteration, "skipped": trainer.engine.skipped_steps, "consumed_samples": iteration * trainer.plan.batch.global_}
     trainer.state = TrainingState.from_state_dict({**upstreams, **client_state.get(STATE, {})})
     trainer.last_checkpoint = path
     record = trainer.engine.lr_scheduler
@@ -88,6 +92,29 @@ def check_optimizer_type(path: Path, config: OptimizerConfig) -> None:
         )
 
 
+def find_start(start: Start, config: CheckpointConfig) -> Path:
+    """The checkpoint to load. Raises CheckpointError when it is not there, saying what is, and how to start without."""
+    try:
+        return find_checkpoint_together(start.directory, config.iteration)
+    except NoCheckpointError as error:
+        raise NoCheckpointError(
+            f"{error} To start from new weights leave `load` out; to go on from `save` wherever it holds a checkpoint, write "
+            "`resume_if_exists: true` in its place."
+        ) from error
+
+
+def compare_logits(trainer: Trainer, path: Path, stored: Any) -> str:
+    """A sentence on whether the loaded model gives the logits that were `stored`. Raises CheckpointError when it does not."""
+    return forward_check.check_validation_logits(
+        path,
+        stored,
+        partial(evaluation_logits, trainer.engine),
+        positions=trainer.plan.seq_length,
+        vocabulary=trainer.checkpoint_args["padded_vocab_size"],
+        dtype=DTYPES[trainer.config.precision],
+    )
+
+
 def choose_start(config: CheckpointConfig) -> Start | None:
     """Where to load from; None for new weights.
 
@@ -96,7 +123,7 @@ def choose_start(config: CheckpointConfig) -> Start | None:
     saved = layout.iterations_in(Path(config.save)) if config.save is not None and Path(config.save).is_dir() else []
     if config.resume_if_exists and config.save is not None and saved:
         return Start(Path(config.save), go_on=True)
-    if config.load is not None:
+    if config.load is not None and not (config.resume_if_exists and is_same_directory(config.load, config.save)):
         return Start(Path(config.load), go_on=not config.finetune)
     if saved:
         raise CheckpointError(
@@ -104,3 +131,8 @@ def choose_start(config: CheckpointConfig) -> Start | None:
             f"Set `load: {config.save}` or `resume_if_exists: true` to go on, or choose another directory."
         )
     return None
+
+
+def is_same_directory(load: str, save: str | None) -> bool:
+    """Whether a run loads from where it saves, as NeoX's configurations have it."""
+    return save is not None and Path(load).resolve() == Path(save).resolve()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron.checkpoint.weights import Expected
 from megatron.config.neox import NeoXConfig
 from megatron.config.size import padded_vocab_size
 from megatron.config.training import Batch, TrainingConfig, resolve_batch
@@ -44,7 +45,7 @@ def build_trainer(config: NeoXConfig, topology: Topology) -> Trainer:
     model = build_model(config.model, config.moe, vocabulary, seed=config.training.seed)
     engine = build_engine(config, model, world_size=topology.world_size)
     seed_random(config.training.seed + topology.data_parallel_rank)
-    return Trainer(config, plan, topology, engine=engine, datasets=datasets, checkpoint_args=checkpoint_args(config, vocabulary))
+    return Trainer(config, plan, topology, engine=engine, datasets=datasets, expected=expected_model(config, tokenizer.vocab_size))
 
 
 def after_the_first(build: Callable[[], Datasets], topology: Topology, *, shared: bool) -> Datasets:
@@ -120,8 +121,18 @@ def plan_samples(training: TrainingConfig, batch: Batch) -> SamplePlan:
     )
 
 
+def expected_model(config: NeoXConfig, vocab_size: int) -> Expected:
+    """What a checkpoint of the configured model says about itself; `vocab_size` entries has the tokenizer."""
+    return Expected(
+        args=checkpoint_args(config, padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)),
+        vocab_size=vocab_size,
+        parallel_residual=config.model.gpt_j_residual,
+        gqa_layout=config.checkpoint.gqa_layout,
+    )
+
+
 def checkpoint_args(config: NeoXConfig, vocabulary: int) -> dict[str, Any]:
-    """NeoX's `args` in a checkpoint: what a later load compares (neox.md 3.7)."""
+    """NeoX's `args` in a checkpoint: what a later load compares."""
     model = config.model
     return {
         "num_layers": model.num_layers,

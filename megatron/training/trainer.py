@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.weights import Expected
 from megatron.config.neox import NeoXConfig
 from megatron.config.training import Batch
 from megatron.data.indexed import DatasetError
@@ -38,22 +39,25 @@ class Plan:
 class Trainer:
     """Holds a run together: engine, data, plan, state, callbacks."""
 
-    def __init__(
-        self, config: NeoXConfig, plan: Plan, topology: Topology, *, engine: Any, datasets: Datasets, checkpoint_args: dict[str, Any]
-    ) -> None:
+    def __init__(self, config: NeoXConfig, plan: Plan, topology: Topology, *, engine: Any, datasets: Datasets, expected: Expected) -> None:
         self.config = config
         self.plan = plan
         self.topology = topology
         self.engine = engine
         self.datasets = datasets
-        self.checkpoint_args = checkpoint_args
-        """NeoX's `args`: what a checkpoint says about its model."""
+        self.expected = expected
+        """What a checkpoint has to say about its model."""
         self.state = TrainingState()
         self.callbacks: Sequence[Callback] = ()
         self.last_checkpoint: Path | None = None
         """Newest checkpoint of this run, loaded or saved; None before the first."""
         self.stop_requested: str | None = None
         """Why the loop should end after this step; None while it should go on. The same on every process."""
+
+    @property
+    def checkpoint_args(self) -> Mapping[str, Any]:
+        """NeoX's `args`, which every checkpoint holds."""
+        return self.expected.args
 
     def fit(self) -> None:
         """Train to the end of the plan, or until a callback asks to stop."""

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from megatron.checkpoint import ranks
-from megatron.checkpoint.load import find_checkpoint_together, load_checkpoint
+from megatron.checkpoint.engine import Contents
+from megatron.checkpoint.load import Expected, find_checkpoint_together, load_checkpoint
 from megatron.checkpoint.save import resolved_config_document, save_checkpoint
 from tests.checkpoint.toy import build_engine, content, seed_ranks, train
 
@@ -95,7 +96,7 @@ def refusals(fitting: str, other_stage: str, other_world: str) -> dict[str, Any]
     sentences = {
         "width": refused(lambda: load_checkpoint(narrow, fitting)),
         "depth": refused(lambda: load_checkpoint(deep, fitting)),
-        "args": refused(lambda: load_checkpoint(engine, fitting, expected_args={"num_attention_heads": 2, "hidden_size": 7, "unknown": 1})),
+        "args": refused(lambda: load_checkpoint(engine, fitting, expected=Expected({"num_attention_heads": 2, "hidden_size": 7, "unknown": 1}))),
         "stage": refused(lambda: load_checkpoint(engine, other_stage)),
         "world": refused(lambda: load_checkpoint(engine, other_world)),
         "precision": refused(lambda: load_checkpoint(build_engine(1, "bf16"), fitting)),
@@ -177,5 +178,5 @@ def bad_client_states(root: str) -> list[str]:
 
 def save_without_rng(root: str) -> str:
     engine = build_engine(0)
-    save(engine, Path(root), 1, save_rng=False)
+    save(engine, Path(root), 1, contents=Contents(random_state=False))
     return refused(lambda: load_checkpoint(engine, Path(root) / "global_step1"))

@@ -60,15 +60,23 @@ def test_a_replacement_cut_in_two_is_found(run: Path) -> None:
 
 
 def test_missing_directory(tmp_path: Path) -> None:
-    with says("there is no checkpoint to load. Check `load` and `save`", NoCheckpointError):
+    with says(f"there is no checkpoint to load. {tmp_path} is there. It is empty.", NoCheckpointError):
+        find_checkpoint(tmp_path / "nowhere" / "deep")
+    make_checkpoint(tmp_path / "first run", 3)
+    make_checkpoint(tmp_path / "second", 3)
+    with says(f"{tmp_path} is there. There are checkpoints in first run, second below it: name one of these.", NoCheckpointError):
         find_checkpoint(tmp_path / "nowhere")
 
 
 def test_empty_directory(tmp_path: Path) -> None:
-    with says("holds no checkpoint (no `latest`, no global_stepN)", NoCheckpointError):
+    with says("holds no checkpoint (no `latest`, no global_stepN). It is empty.", NoCheckpointError):
         find_checkpoint(tmp_path)
-    with says("holds no checkpoint at all, so not that of iteration 3 either", NoCheckpointError):
+    for number in range(15):
+        (tmp_path / f"file{number:02d}").touch()
+    with says("holds no checkpoint at all, so not that of iteration 3 either. It holds: file00, file01,", NoCheckpointError):
         find_checkpoint(tmp_path, 3)
+    with says("file11 and 3 more.", NoCheckpointError):
+        find_checkpoint(tmp_path)
 
 
 def test_only_an_interrupted_save(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+from collections import deque
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.checkpoint.load import CheckpointError, check_processes, find_checkpoint, load_model_weights
+from megatron.checkpoint.load import CheckpointError, check_optimizer, find_checkpoint, load_model_weights
 from megatron.checkpoint.random_state import capture_random_state, restore_random_state
 from megatron.checkpoint.reading import read_file
 from megatron.checkpoint.weights import inspect_checkpoint
@@ -38,6 +40,16 @@ def test_a_malicious_checkpoint_is_refused(tmp_path: Path, where: str) -> None:
     assert not trap.exists()
 
 
+def test_what_is_refused_is_named_and_what_to_do(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, 1, model={"module": {}, "queue": deque([1]), "when": timedelta(1)})
+    message = r"refused: it holds .* \(collections\.deque, datetime\.timedelta\)\. If you trust .*torch\.load\(file, weights_only=False\)"
+    with pytest.raises(CheckpointError, match=message):
+        load_model_weights(path)
+    torch.save({"module": {}, "queue": deque([1])}, path / MODEL_FILE, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"refused: it holds .*GLOBAL collections\.deque"):
+        load_model_weights(path)
+
+
 def test_weights_of_a_directory_or_a_checkpoint(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, 3)
     for place in (path, tmp_path, str(tmp_path)):
@@ -53,10 +65,11 @@ def test_a_pipelines_layer_files_are_put_together(tmp_path: Path) -> None:
     weights = load_model_weights(tmp_path)
     assert {name: tensor.tolist() for name, tensor in weights.state_dict.items()} == {f"sequential.{i}.norm.weight": [i, i] for i in (0, 2, 10)}
     assert weights.client_state == {"iteration": 3}
-    with pytest.raises(CheckpointError, match=r"saved by a pipeline .*add `-o no_load_optim=true`"):
-        check_processes(inspect_checkpoint(path), 0, 1)
+    with pytest.raises(CheckpointError, match=r"holds no optimizer state .*add `-o no_load_optim=true`"):
+        check_optimizer(inspect_checkpoint(path), 0, 1)
     torch.save({}, path / "layer_00-model_01-model_states.pt")
-    with pytest.raises(CheckpointError, match=r"model_parallel_size above 1 \(layer_00-model_01"):
+    missing = r"layer_02-model_01-model_states.pt, layer_10-model_01-model_states.pt missing\. It was saved with model_parallel_size 2"
+    with pytest.raises(CheckpointError, match=missing):
         load_model_weights(tmp_path)
 
 
@@ -64,13 +77,6 @@ def test_files_in_torchs_old_format_are_read(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, 3, manifest=False)
     torch.save({"module": {"weight": torch.ones(2)}}, path / MODEL_FILE, _use_new_zipfile_serialization=False)
     assert load_model_weights(path).state_dict["weight"].tolist() == [1, 1]
-
-
-def test_model_parallel_checkpoints_are_refused(tmp_path: Path) -> None:
-    path = make_checkpoint(tmp_path, 3, manifest=False)
-    (path / "mp_rank_01_model_states.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"model_parallel_size above 1 \(mp_rank_01"):
-        load_model_weights(path)
 
 
 @pytest.mark.parametrize("content", [{"weight": 1}, {"module": None}, [1]])

@@ -45,7 +45,9 @@ def build_callbacks(trainer: Trainer, loaded: LoadedConfig, sinks: Sequence[Sink
     ]
     if config.checkpoint.save is not None:
         documents = {**loaded.files, **resolved_config_document(config.flat())}
-        callbacks.append(CheckpointCallback(config.checkpoint, Path(config.checkpoint.save), args=trainer.checkpoint_args, documents=documents))
+        layer_files = config.parallel.pipe_parallel_size > 0
+        directory = Path(config.checkpoint.save)
+        callbacks.append(CheckpointCallback(config.checkpoint, directory, args=trainer.checkpoint_args, documents=documents, layer_files=layer_files))
     callbacks.append(StopCallback(config.training.exit_interval))
     if config.deepspeed.comms_logger is not None and config.deepspeed.comms_logger.enabled:
         callbacks.append(CommunicationCallback())

@@ -1,0 +1,57 @@
+"""The rows of the vocabulary that only fill it up: GPT-NeoX pads it to a multiple that depends on tensor parallelism, so that another number of
+processes, or another program, has more or fewer of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.errors import CheckpointError
+from megatron.config.size import padded_vocab_size
+
+TABLE = re.compile(r"\.word_embeddings\.weight$|\.final_linear\.(?:weight|bias)$")
+UNKNOWN_UNIT = 1024
+"""Rows that padding may add where the checkpoint does not say to which multiple: 128 for each of 8 processes."""
+
+
+class Fitted(NamedTuple):
+    """Weights whose vocabulary has the model's number of rows, and a sentence on what was done; None where nothing was."""
+
+    state: dict[str, Tensor]
+    notice: str | None
+
+
+def fit_vocabulary(state: Mapping[str, Tensor], *, rows: int, vocab_size: int, args: Mapping[str, Any]) -> Fitted:
+    """Cuts off or adds padding rows (zeros) so that embedding and head have `rows` of them; `vocab_size` of them are tokens.
+
+    `args`: NeoX's, of the checkpoint; what they say about padding decides whether the difference is padding. Raises CheckpointError when it is not:
+    the checkpoint is of another tokenizer.
+    """
+    fitted = dict(state)
+    stored_rows = 0
+    for name, table in state.items():
+        if not TABLE.search(name) or table.shape[0] == rows:
+            continue
+        stored_rows = table.shape[0]
+        if not _is_padding(stored_rows, vocab_size, args):
+            raise CheckpointError(
+                f"{name} has {stored_rows:,} rows, but the tokenizer has {vocab_size:,} entries, padded to {rows:,}: the model was trained with "
+                "another tokenizer; set tokenizer_type and vocab_file to that one."
+            )
+        fitted[name] = table[:rows] if stored_rows > rows else torch.cat([table, table.new_zeros(rows - stored_rows, *table.shape[1:])])
+    if not stored_rows:
+        return Fitted(fitted, None)
+    change = f"{stored_rows - rows} padding rows are left out" if stored_rows > rows else f"{rows - stored_rows} padding rows of zeros are added"
+    return Fitted(fitted, f"Its vocabulary has {stored_rows:,} rows, here it has {rows:,} for {vocab_size:,} tokens: {change}.")
+
+
+def _is_padding(stored_rows: int, vocab_size: int, args: Mapping[str, Any]) -> bool:
+    """Whether that many rows are `vocab_size` tokens and padding."""
+    divisible_by, processes = args.get("make_vocab_size_divisible_by"), args.get("model_parallel_size")
+    if isinstance(divisible_by, int) and isinstance(processes, int) and divisible_by * processes > 1:
+        return stored_rows == padded_vocab_size(vocab_size, divisible_by * processes)
+    return vocab_size <= stored_rows < vocab_size + UNKNOWN_UNIT

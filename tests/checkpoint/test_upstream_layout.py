@@ -1,0 +1,215 @@
+"""GPT-NeoX's checkpoints, from every setting that it writes them in: the same weights come out, and what is missing is named."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.load import check_args, check_optimizer
+from megatron.checkpoint.random_state import restore_random_state
+from megatron.checkpoint.stored import inspect_checkpoint
+from megatron.checkpoint.weights import Expected, load_model_weights
+from megatron.config import config_from_dict
+from megatron.model.gpt import build_model
+from tests.checkpoint.upstream import cut_for_rank, head, renamed, with_llama_names, write_layers, write_sequential
+
+ARGS = {
+    "num_layers": 2,
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 8,
+    "make_vocab_size_divisible_by": 32,
+    "padded_vocab_size": 64,
+    "tokenizer_type": "HFTokenizer",
+    "model_parallel_size": 1,
+}
+BASE = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "seq_length": 8, "max_position_embeddings": 8, "no_weight_tying": True}
+LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "intermediate_size": 48, "pos_emb": "rotary", "use_bias_in_mlp": False}
+NOT_OURS = "Written by another program, without checksums: its files are taken as they are."
+
+
+def weights(**keys: Any) -> dict[str, Tensor]:
+    """Weights of a model with 64 rows, every one of them different."""
+    config = config_from_dict({**BASE, **keys})
+    generator = torch.Generator().manual_seed(2)
+    return {name: torch.randn(t.shape, generator=generator) for name, t in build_model(config.model, config.moe, 64, seed=1).state_dict().items()}
+
+
+def shards(state: dict[str, Tensor], count: int, **settings: Any) -> list[dict[str, Tensor]]:
+    return [cut_for_rank(state, rank, count, **{"queries": 16, "kv": 16, "gated": False, **settings}) for rank in range(count)]
+
+
+def check_same(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert set(state) == set(expected)
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+@pytest.mark.parametrize("stages", [0, 1, 2])
+def test_every_combination_of_pipeline_and_tensor_parallelism(tmp_path: Path, stages: int, tensor_parallel: int) -> None:
+    state, content = weights(), head(7, {**ARGS, "model_parallel_size": tensor_parallel})
+    parts = shards(state, tensor_parallel)
+    if stages:
+        path = write_layers(tmp_path, parts, content, stages=stages)
+    else:
+        path = write_sequential(tmp_path, parts, content)
+    loaded = load_model_weights(tmp_path)
+    check_same(loaded.state_dict, state)
+    assert (loaded.client_state["iteration"], loaded.config) == (7, {})
+    expected = [NOT_OURS] + ([f"Saved with model_parallel_size {tensor_parallel}: its parts are put together."] if tensor_parallel > 1 else [])
+    assert loaded.notices == tuple(f"{path}: {notice}" for notice in expected)
+
+
+def test_a_gated_model_with_grouped_queries_of_two_processes(tmp_path: Path) -> None:
+    state = weights(**LLAMA)
+    write_layers(tmp_path, shards(state, 2, kv=8, gated=True), head(7, {**ARGS, "model_parallel_size": 2}))
+    loaded = load_model_weights(tmp_path)
+    check_same(loaded.state_dict, state)
+    assert "The rows of its grouped query/key/value projections are read as all queries, all keys, all values" in loaded.notices[2]
+
+
+def test_old_llama_names_of_two_processes(tmp_path: Path) -> None:
+    state = weights(**LLAMA)
+    write_sequential(tmp_path, [with_llama_names(part) for part in shards(state, 2, kv=8, gated=True)], head(7, ARGS | {"model_parallel_size": 2}))
+    loaded = load_model_weights(tmp_path)
+    check_same(loaded.state_dict, state)
+    assert "Names of an older GPT-NeoX are read as today's: mlp.w2 -> mlp.linear2; mlp.w3 and mlp.w1 -> mlp.linear1." in loaded.notices[2]
+
+
+def test_old_gpt_names_and_buffers(tmp_path: Path) -> None:
+    state = weights()
+    old = renamed(state, lambda name: "module." + name.replace("linear1", "dense_h_to_4h").replace("linear2", "dense_4h_to_h"))
+    old |= {f"module.sequential.{layer}.attention.rotary_emb.inv_freq": torch.ones(2) for layer in (2, 3)}
+    content = head(7, ARGS)
+    content["total_iters"] = content.pop("iteration")
+    path = write_sequential(tmp_path, [old], content)
+    loaded = load_model_weights(path)
+    check_same(loaded.state_dict, state)
+    assert loaded.client_state["iteration"] == 7
+    assert [notice.removeprefix(f"{path}: ") for notice in loaded.notices[1:]] == [
+        "Names of an older GPT-NeoX are read as today's: module. -> nothing; mlp.dense_h_to_4h -> mlp.linear1; mlp.dense_4h_to_h -> mlp.linear2.",
+        "Left out, because it follows from the configuration: rotary_emb.inv_freq.",
+    ]
+
+
+def test_parallel_residuals_add_the_biases_of_all_processes(tmp_path: Path) -> None:
+    state = weights(gpt_j_residual=True, pos_emb="rotary")
+    write_sequential(tmp_path, shards(state, 2), head(7, {**ARGS, "model_parallel_size": 2}))
+    loaded = load_model_weights(tmp_path, Expected(parallel_residual=True)).state_dict
+    name = "sequential.2.attention.dense.bias"
+    assert torch.equal(loaded[name], 2 * state[name])
+    assert torch.equal(loaded[name.replace("bias", "weight")], state[name.replace("bias", "weight")])
+
+
+def test_padding_rows_of_two_processes_are_left_out(tmp_path: Path) -> None:
+    state = weights()
+    path = write_layers(tmp_path, shards(state, 2), head(7, {**ARGS, "model_parallel_size": 2}))
+    loaded = load_model_weights(path, Expected({"padded_vocab_size": 32}, vocab_size=30))
+    for name in ("sequential.0.word_embeddings.weight", "sequential.6.final_linear.weight"):
+        assert torch.equal(loaded.state_dict[name], state[name][:32])
+    assert loaded.vocabulary_changed
+    assert "32 padding rows are left out" in loaded.notices[-1]
+    with pytest.raises(CheckpointError, match=rf"{re.escape(str(path))}: .*has 64 rows, but the tokenizer has 65 entries, padded to 96"):
+        load_model_weights(path, Expected({"padded_vocab_size": 96}, vocab_size=65))
+
+
+@pytest.mark.parametrize(
+    ("missing", "stages"),
+    [("mp_rank_01_model_states.pt", 0), ("layer_03-model_01-model_states.pt", 1), ("layer_02-model_00-model_states.pt", 2)],
+)
+@pytest.mark.parametrize("says_so", [True, False])
+def test_a_missing_file_is_named(tmp_path: Path, missing: str, stages: int, says_so: bool) -> None:
+    content = head(7, {**ARGS, "model_parallel_size": 2} if says_so else {})
+    parts = shards(weights(), 2)
+    path = write_layers(tmp_path, parts, content, stages=stages) if stages else write_sequential(tmp_path, parts, content)
+    (path / missing).unlink()
+    with pytest.raises(CheckpointError, match=rf"is not whole: {missing} missing\. It was saved with model_parallel_size 2"):
+        load_model_weights(tmp_path)
+
+
+def test_a_whole_layer_that_is_missing_is_named(tmp_path: Path) -> None:
+    path = write_layers(tmp_path, shards(weights(), 1), head(7, ARGS))
+    (path / "layer_03-model_00-model_states.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"is not whole: layer_03-model_00-model_states\.pt missing"):
+        load_model_weights(tmp_path)
+
+
+def test_parts_that_do_not_fit_are_named_with_their_path(tmp_path: Path) -> None:
+    first, second = shards(weights(), 2)
+    second["sequential.2.attention.dense.weight"] = torch.ones(3, 3)
+    path = write_sequential(tmp_path, [first, second], head(7, {}))
+    with pytest.raises(CheckpointError, match=rf"{re.escape(str(path))}: sequential.2.attention.dense.weight has different shapes"):
+        load_model_weights(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "message"), [([1], "does not hold the weights of a layer"), ({"a": 1}, "does not hold the weights of a layer")])
+def test_a_layer_file_of_something_else(tmp_path: Path, content: Any, message: str) -> None:
+    path = write_layers(tmp_path, shards(weights(), 1), head(7, ARGS))
+    torch.save(content, path / "layer_03-model_00-model_states.pt")
+    with pytest.raises(CheckpointError, match=rf"layer_03-model_00-model_states\.pt {message}"):
+        load_model_weights(tmp_path)
+
+
+def test_arguments_as_objects_are_read(tmp_path: Path) -> None:
+    content = head(7, {}) | {"args": argparse.Namespace(**ARGS), "scalar": np.float64(1.5), "dtype": torch.bfloat16}
+    path = write_sequential(tmp_path, shards(weights(), 1), content)
+    assert load_model_weights(path).client_state["args"]["hidden_size"] == 16
+
+
+def test_arguments_that_differ_are_all_named(tmp_path: Path) -> None:
+    path = write_sequential(tmp_path, shards(weights(), 1), head(7, ARGS))
+    stored = load_model_weights(path).client_state["args"]
+    check_args(path, stored, {**ARGS, "make_vocab_size_divisible_by": 1, "padded_vocab_size": 50, "model_parallel_size": 4})
+    message = "another model: num_attention_heads is 4 there and 8 here; tokenizer_type is 'HFTokenizer' there and 'SPMTokenizer' here."
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        check_args(path, stored, {**ARGS, "num_attention_heads": 8, "tokenizer_type": "SPMTokenizer"})
+
+
+def test_zero_3_on_tensor_parallel_processes_is_refused(tmp_path: Path) -> None:
+    path = write_sequential(tmp_path, shards(weights(), 1), head(7, ARGS))
+    for rank in (0, 1):
+        (path / f"zero_pp_rank_0_mp_rank_{rank:02d}_model_states.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"saved with ZeRO 3 and model_parallel_size above 1 \(zero_pp_rank_0_mp_rank_01"):
+        load_model_weights(path)
+
+
+def test_a_later_layout_of_ours_is_refused(tmp_path: Path) -> None:
+    path = write_sequential(tmp_path, shards(weights(), 1), head(7, ARGS, gqa_layout="k,q,v"))
+    with pytest.raises(CheckpointError, match="laid out as 'k,q,v'; this version knows 'q,k,v': load it with the version that wrote it"):
+        load_model_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("count", "stages", "changes", "zero_stage", "message"),
+    [
+        (1, 0, {}, 0, "holds no optimizer state (it was saved with no_save_optim, or converted)"),
+        (1, 0, {"optimizer": {}}, 0, "holds no optimizer state"),
+        (2, 0, {"optimizer": {"state": {}}}, 0, "was saved by 2 processes that shared the model"),
+        (2, 2, {"optimizer": {"state": {}}}, 0, "was saved by 4 processes that shared the model"),
+        (1, 0, {"optimizer": {"state": {}}}, 1, "written by another program with zero_optimization stage 0; its optimizer state is read only where"),
+    ],
+)
+def test_optimizer_states_that_cannot_be_read(
+    tmp_path: Path, count: int, stages: int, changes: dict[str, Any], zero_stage: int, message: str
+) -> None:
+    content, parts = head(7, ARGS | {"model_parallel_size": count}, **changes), shards(weights(), count)
+    path = write_layers(tmp_path, parts, content, stages=stages) if stages else write_sequential(tmp_path, parts, content)
+    with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
+        check_optimizer(inspect_checkpoint(path), zero_stage, 1)
+    assert "add `-o no_load_optim=true` to go on from the weights alone" in str(caught.value)
+
+
+def test_its_random_states_are_taken(tmp_path: Path) -> None:
+    path = write_sequential(tmp_path, shards(weights(), 1), head(7, ARGS))
+    expected = np.random.rand(), torch.rand(1).item()
+    restore_random_state(load_model_weights(path).client_state)
+    assert (np.random.rand(), torch.rand(1).item()) == expected
