@@ -162,8 +162,10 @@ def check_optimizer(stored: StoredCheckpoint, zero_stage: int, world_size: int) 
 
 def check_precision(path: Path, weights: Mapping[str, Tensor], engine: Any) -> None:
     """Raises CheckpointError when the weights were trained in another precision: the optimizer's state would not fit or be rounded."""
-    floating = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values() if tensor.is_floating_point()}
-    here = {str(tensor.dtype).removeprefix("torch.") for tensor in engine.module.state_dict().values() if tensor.is_floating_point()}
+    floating, here = (
+        {str(tensor.dtype).removeprefix("torch.") for name, tensor in state.items() if tensor.is_floating_point() and not is_derived(name)}
+        for state in (weights, engine.module.state_dict())
+    )
     if floating != here:
         raise CheckpointError(
             f"{path} was trained in {' and '.join(sorted(floating))}, this run uses {' and '.join(sorted(here))}: set the same `precision`, "

@@ -33,10 +33,8 @@ def rewritten(directory: Path, path: Path, *, layers: bool = False, optimizer: b
     groups = [
         {"lr": group["lr"], "weight_decay": group["weight_decay"], "params": group["params"], "step": max(steps)} for group in adam["param_groups"]
     ]
-    random_states = {key: stored[key] for key in ("random_rng_state", "np_rng_state", "torch_rng_state")}
-    content = head(
-        stored["iteration"], stored["args"], **random_states, optimizer={"state": adam["state"], "param_groups": groups} if optimizer else {}
-    )
+    kept = {key: stored[key] for key in ("lr_scheduler", "random_rng_state", "np_rng_state", "torch_rng_state")}
+    content = head(stored["iteration"], stored["args"], **kept, optimizer={"state": adam["state"], "param_groups": groups} if optimizer else {})
     return (write_layers if layers else write_sequential)(directory, [stored["module"]], content)
 
 
@@ -71,6 +69,15 @@ def test_layer_files_under_zero_hold_no_more_than_their_layer(corpus: Path, tmp_
     assert sum(file.stat().st_size for file in path.glob("layer_*")) < 1.2 * bytes_of_weights
     halves = {**values, "save": str(tmp_path / "b"), "load": str(tmp_path / "a"), "iteration": 4}
     assert train_losses(halves) == expected[4:]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_what_is_derived_is_written_and_not_needed(corpus: Path, tmp_path: Path, stage: int) -> None:
+    values = dense(corpus, tmp_path / "a", pos_emb="alibi", precision="bfloat16", pipe_parallel_size=1, zero_optimization={"stage": stage})
+    expected = train_losses(values)
+    if not stage:
+        assert torch.load(tmp_path / "a/global_step4" / LAYERS[1], weights_only=True)["attention.alibi_embed.slopes"].dtype == torch.float32
+    assert train_losses({**values, "save": str(tmp_path / "b"), "load": str(tmp_path / "a"), "iteration": 4}) == expected[4:]
 
 
 def test_zero_3_keeps_its_own_files(corpus: Path, tmp_path: Path) -> None:
@@ -135,7 +142,14 @@ def test_without_the_optimizers_state(corpus: Path, tmp_path: Path) -> None:
 
 def test_what_upstream_compares_is_in_there(straight: tuple[Path, list[float]]) -> None:
     content = torch.load(straight[0] / "global_step4/mp_rank_00_model_states.pt", weights_only=True)
-    assert content["lr_scheduler"] == {"start_lr": 1e-2, "warmup_iter": 0.08, "num_iters": 4, "decay_style": "cosine", "end_iter": 8, "min_lr": 1e-3}
+    assert content["lr_scheduler"] == {
+        "start_lr": 1e-2,
+        "warmup_iter": 0.08,
+        "num_iters": 4,
+        "decay_style": "cosine",
+        "end_iter": 8,
+        "min_lr": 1e-3,
+    }, "GPT-NeoX compares it"
     assert content["args"]["padded_vocab_size"] == 512
     assert content["gqa_layout"] == "q,k,v"
     assert content["checkpoint_validation_logits"].shape == (16, 512)
