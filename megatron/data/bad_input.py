@@ -22,6 +22,8 @@ class Kind(StrEnum):
     TOO_LONG = "line too long"
     NO_KEY = "missing key"
     NOT_TEXT = "value that is no text"
+    NO_CHAT = "value that is no conversation"
+    NO_REWARD = "reward that is no number"
     NOT_UTF8 = "not UTF-8"
     EMPTY = "empty file"
     DAMAGED = "damaged file"

@@ -180,6 +180,16 @@ class IndexedDatasetWriter:
         """The items since the last end are one document: of no item, as NeoX writes a text that gave no token, when there are none."""
         self._boundaries.append(len(self._sizes))
 
+    def add_column(self, tokens: np.ndarray, sizes: np.ndarray) -> None:
+        """Append several documents that lie end to end in `tokens`, which has the file's type."""
+        assert tokens.dtype == self.dtype
+        assert len(tokens) == sizes.sum()
+        with naming(self.prefix.parent):
+            self._file.write(tokens.data)
+        start = len(self._sizes) + 1
+        self._sizes.frombytes(sizes.astype(np.int32).tobytes())
+        self._boundaries.frombytes(np.arange(start, start + len(sizes)).tobytes())
+
     def add_file(self, dataset: IndexedDataset) -> Iterator[int]:
         """Append every item of another pair of the same type, its document boundaries too; yields the bytes of each piece once it is written."""
         start = len(self._sizes)

@@ -26,7 +26,7 @@ def staging_folder(target: Path) -> Iterator[Path]:
     try:
         held = open_locked(stage / LOCK)
     except BlockingIOError:
-        raise DatasetError(f"another process is preparing {target} right now; wait for it or choose another --name") from None
+        raise DatasetError(f"another process is preparing {target} right now; wait for it or choose another name") from None
     with held:
         if old.is_dir() and not target.exists():
             os.rename(old, target)  # an earlier run ended between the two renames of `publish`
@@ -53,6 +53,17 @@ def publish(stage: Path, target: Path) -> None:
         os.rename(target, old)
     os.rename(stage, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def publish_files(stage: Path, folder: Path) -> None:
+    """Give the filled folder's .bin/.idx pairs their place in `folder`, next to whatever is there. Pairs of the same names go before the first of the
+    new ones comes, so that there are never old ones beside new ones."""
+    pairs = sorted(path.with_suffix("") for path in stage.glob("*.idx"))
+    for pair in pairs:
+        (folder / f"{pair.name}.idx").unlink(missing_ok=True)
+    for suffix in (".bin", ".idx"):
+        for pair in pairs:
+            os.replace(f"{pair}{suffix}", folder / f"{pair.name}{suffix}")
 
 
 def old_folder(target: Path) -> Path:

@@ -1,0 +1,61 @@
+#!/usr/bin/env python
+"""Conversations to token files by the chat template of a Hugging Face tokenizer, with labels on what the model says:
+
+python tools/datasets/preprocess_data_with_chat_template.py --input chats.jsonl --tokenizer-path my-chat-model --output-prefix data/chats
+
+A record is {"conversation": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}. Writes
+data/chats_conversation_document and data/chats_conversation_label_document (-100 where nothing is to be learned), with --reward-key
+data/chats_conversation_reward_document too (int32; float32 when a reward is no whole number). GPT-NeoX's arguments, and --on-error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron.script import exit_status
+
+
+def get_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    from megatron.data.preprocess_options import add_input_options, add_output_options
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_input_options(parser, "conversation")
+    labels = parser.add_argument_group("labels")
+    kinds = labels.add_mutually_exclusive_group()
+    kinds.add_argument("--no-mask", action="store_true", help="learn every token: no labels are written")
+    kinds.add_argument("--for-rm", action="store_true", help="label the closing end-of-sequence token alone, for a reward model")
+    labels.add_argument("--generation-role", default="assistant", metavar="ROLE", help="whose turns are learned (default: %(default)s)")
+    labels.add_argument("--only-last", action="store_true", help="learn the last turn only")
+    labels.add_argument("--reward-key", metavar="KEY", help="where a record has its reward")
+    labels.add_argument("--binary-reward", action="store_true", help="rewards are true or false (written as 1 and -1)")
+    tokenizer = parser.add_argument_group("tokenizer")
+    tokenizer.add_argument("--tokenizer-path", required=True, metavar="HF", help="folder, or name on the hub, of a tokenizer with a chat template")
+    tokenizer.add_argument("--ftfy", action="store_true", help="mend text with the package ftfy first")
+    add_output_options(parser)
+    arguments = parser.parse_args(input_args)
+    if arguments.binary_reward and arguments.reward_key is None:
+        parser.error("--binary-reward says what the rewards are, and --reward-key, which says where they are, is missing")
+    return arguments
+
+
+def main(input_args: list[str] | None = None) -> None:
+    """What the command does. Raises DatasetError, TokenizerError or WorkerError."""
+    values = vars(get_args(input_args))
+    from megatron.data.chat import ChatTask, chat_job
+    from megatron.data.preprocess import preprocess
+    from megatron.data.preprocess_options import common_options
+    from megatron.data.progress import build_reporter
+
+    options = common_options(values)
+    given = {name: values[name] for name in ("tokenizer_path", "generation_role", "only_last", "for_rm", "ftfy")}
+    task = ChatTask(**given, mask=not values["no_mask"], rewards=values["reward_key"] is not None)
+    job = chat_job(task, options.keys, values["reward_key"], binary_reward=values["binary_reward"])
+    print("\n".join(preprocess(job, options, build_reporter()).lines()))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))
