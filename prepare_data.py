@@ -14,6 +14,7 @@ from megatron.data.prepare import PrepareOptions, prepare
 from megatron.data.prepared import describe
 from megatron.data.progress import build_reporter
 from megatron.data.tokenizer import TYPES, TokenizerError
+from megatron.data.workers import WorkerError
 
 EXAMPLES = """examples:
   python prepare_data.py                                           the default corpus: presidents' speeches, nothing to download
@@ -57,6 +58,7 @@ def parse(arguments: list[str]) -> PrepareOptions:
     add("--append-eod", action=argparse.BooleanOptionalAction, default=defaults.append_eod, help="end every document with the end-of-document token")
     add("--valid-fraction", type=float, help=f"share to hold out for validation (default: the corpus's own rule, else {VALID_FRACTION})")
     add("--test-fraction", type=float, help=f"share to hold out for test (default: the corpus's own rule, else {TEST_FRACTION})")
+    add("--workers", type=int, default=defaults.workers, metavar="N", help="processes that tokenise (default: as many as the text is worth)")
     add_on_error_option(parser)
     add("--force", action="store_true", help="prepare again even when it is there")
     add("-f", "--force-redownload", action="store_true", help="fetch again what was fetched, and prepare again")
@@ -68,7 +70,7 @@ def main(arguments: list[str]) -> int:
     """0: prepared or up to date; 2: a sentence on standard error says what is wrong; 130: interrupted."""
     try:
         print(describe(prepare(parse(arguments), build_reporter())))
-    except (DatasetError, TokenizerError) as error:
+    except (DatasetError, TokenizerError, WorkerError) as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:

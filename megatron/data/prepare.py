@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 from megatron.data.bad_input import BadInput, OnError
 from megatron.data.bpe import train_bpe
 from megatron.data.corpora import TEST_FRACTION, VALID_FRACTION, Corpus, Request, find_corpus
+from megatron.data.encode import TextTask, batches
 from megatron.data.hold_out import NOTHING, RECENT, Fraction, Parts, Survey
 from megatron.data.indexed import DatasetError, IndexedDatasetWriter, token_dtype
 from megatron.data.limits import CountTokens, Limiter, Limits
@@ -20,19 +23,21 @@ from megatron.data.prepared import MANIFEST, Prepared, difference, read_manifest
 from megatron.data.progress import Reporter
 from megatron.data.split import SPLITS
 from megatron.data.staging import LOCK, check_replaceable, publish, staging_folder
-from megatron.data.tokenizer import Tokenizer, end_of_document, load_tokenizer
+from megatron.data.tokenizer import Tokenizer, load_tokenizer
 from megatron.data.tokenizer.keep import keep_tokenizer
+from megatron.data.workers import map_in_order
 
 FORMAT = 4  # raise it when the same input and settings give other files
 INDEX_MAPS = "index_maps"
-BATCH_BYTES = 1_000_000
+TRAINED = "tokenizer.json"
+BYTES_A_WORKER = 4_000_000
 MOST_TRAINING_BYTES = 1 << 30  # of text for a vocabulary: words that come up later are rare, and all are counted in memory
 WHOLE = 1_000_000  # what a progress bar counts to where bytes are not what is measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
-    """What the command line says; see `prepare_data.py --help`."""
+    """What the command line says; see `prepare_data.py --help`. `workers` 0: as many as the text is worth."""
 
     inputs: tuple[str, ...] = ()
     directory: str = "data"
@@ -43,6 +48,7 @@ class PrepareOptions:
     merge_file: str | None = None
     jsonl_key: str = "text"
     append_eod: bool = True
+    workers: int = 0
     valid_fraction: float | None = None
     test_fraction: float | None = None
     subset: str | None = None
@@ -76,6 +82,8 @@ def prepare(options: PrepareOptions, reporter: Reporter) -> Prepared:
     target = Path(options.directory) / (corpus.name if options.name is None else options.name)
     if target.name in ("", "..") or options.name not in (None, target.name):
         raise DatasetError(f"--name {options.name!r}: give the name of one folder; -d says where it goes")
+    if options.workers < 0:
+        raise DatasetError(f"--workers {options.workers}: give a number from 1, or 0 for as many as the text is worth")
     settings = settings_of(options, corpus)
     known = read_manifest(target)
     anew = options.force or options.force_redownload
@@ -154,10 +162,8 @@ class Preparation:
         self.count = len(survey.sizes)
         parts = self.corpus.hold_out.divide(survey)
         tokenizer = self.tokenizer(parts, sum(survey.sizes))
-        if self.options.append_eod:
-            end_of_document(tokenizer, "--append-eod (on unless --no-append-eod is given)")
         prefixes = {split: f"{name if self.corpus.hold_out == NOTHING else split}_text_document" for split in (*SPLITS, RECENT)}
-        totals = self.tokenise(parts, tokenizer, survey, prefixes)
+        totals = self.tokenise(parts, token_dtype(tokenizer.vocab_size), sum(survey.sizes), prefixes)
         files = {path.name: path.stat().st_size for path in sorted(self.stage.iterdir()) if path.name != LOCK}
         splits = {split: asdict(totals[split]) for split in prefixes if split in totals}
         used = {"tokenizer_type": self.options.tokenizer_type, "tokenizer_files": self.tokenizer_files, "vocab_size": tokenizer.vocab_size}
@@ -195,12 +201,22 @@ class Preparation:
         """A given one is copied into the folder; else one is trained on the training part."""
         options = self.options
         if options.tokenizer_type != "HFTokenizer" or options.tokenizer_file is not None:
-            tokenizer = load_tokenizer(options.tokenizer_type, options.tokenizer_file, options.merge_file)
+            tokenizer = self.task().load()
             given = {"vocab_file": options.tokenizer_file, "merge_file": options.merge_file}
             self.tokenizer_files = keep_tokenizer(options.tokenizer_type, given, self.stage)
             return tokenizer
-        path = self.stage / "tokenizer.json"
-        self.tokenizer_files = {"vocab_file": path.name}
+        self.train_tokenizer(parts, total)
+        return self.task().load()
+
+    def task(self) -> TextTask:
+        """With the tokenizer that is given, or that `train_tokenizer` makes."""
+        options = self.options
+        trained = options.tokenizer_type == "HFTokenizer" and options.tokenizer_file is None
+        vocab_file = str(self.stage / TRAINED) if trained else options.tokenizer_file
+        return TextTask(options.tokenizer_type, vocab_file, options.merge_file, options.append_eod)
+
+    def train_tokenizer(self, parts: Parts, total: int) -> None:
+        self.tokenizer_files = {"vocab_file": TRAINED}
         with self.reporter.stage("counting words", total) as stage:
 
             def training_text() -> Iterator[str]:
@@ -212,53 +228,48 @@ class Preparation:
                         yield text
                 stage.rest(f"merging into {self.options.vocab_size:,} tokens")
 
-            train_bpe(training_text(), self.options.vocab_size, path)
-        return load_tokenizer("HFTokenizer", path)
+            train_bpe(training_text(), self.options.vocab_size, self.stage / TRAINED)
 
-    def tokenise(self, parts: Parts, tokenizer: Tokenizer, survey: Survey, prefixes: dict[str, str]) -> dict[str, Totals]:
+    def tokenise(self, parts: Parts, dtype: np.dtype[Any], total: int, prefixes: dict[str, str]) -> dict[str, Totals]:
+        """A text without tokens is left out."""
         outputs: dict[str, SplitOutput] = {}
-        with ExitStack() as files, self.reporter.stage("tokenising", sum(survey.sizes)) as stage:
-            for batch in batched_pieces(self.pieces(parts)):
-                encoded = tokenizer.encode_batch([text for _, text in batch])
-                for (split, text), ids in zip(batch, encoded, strict=True):
+        batched = (([(text,) for _, text in batch], batch) for batch in batches(self.pieces(parts), lambda piece: len(piece[1])))
+        with ExitStack() as files, self.reporter.stage("tokenising", total) as stage:
+            for encoded, batch in map_in_order(self.task(), batched, self.options.workers or default_workers(total)):
+                (column,) = encoded.columns
+                texts_T = np.split(column.tokens_T, np.cumsum(column.sizes_N)[:-1])
+                for (split, text), text_T in zip(batch, texts_T, strict=True):
                     if split not in outputs:
                         held_out = self.stage / f"{split}.txt" if split not in ("train", RECENT) else None
-                        outputs[split] = SplitOutput(self.stage / prefixes[split], held_out, tokenizer, self.options.append_eod, files)
-                    size = outputs[split].add(text, ids)
+                        outputs[split] = SplitOutput(self.stage / prefixes[split], held_out, dtype, files)
+                    size = outputs[split].add(text, text_T)
                     if split != RECENT:
-                        stage.advance(size, tokens=len(ids))
+                        stage.advance(size, tokens=len(text_T))
         return {split: output.totals for split, output in outputs.items()}
 
 
-def batched_pieces(pieces: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Lists of about BATCH_BYTES characters, at least one piece each."""
-    position = 0
-
-    def number(piece: tuple[str, str]) -> int:
-        nonlocal position
-        position += len(piece[1])
-        return position // BATCH_BYTES
-
-    for _, group in groupby(pieces, key=number):
-        yield list(group)
+def default_workers(total_bytes: int) -> int:
+    """A process for each processor that may be used, but none for less than BYTES_A_WORKER."""
+    return max(1, min(len(os.sched_getaffinity(0)), total_bytes // BYTES_A_WORKER))
 
 
 class SplitOutput:
     """The pair `prefix` of one split and, at the path `held_out` when there is one, its text (documents separated by an empty line)."""
 
-    def __init__(self, prefix: Path, held_out: Path | None, tokenizer: Tokenizer, append_eod: bool, files: ExitStack) -> None:
+    def __init__(self, prefix: Path, held_out: Path | None, dtype: np.dtype[Any], files: ExitStack) -> None:
         self.totals = Totals()
-        self._end = [tokenizer.eod] if append_eod and tokenizer.eod is not None else []
-        self._tokens = files.enter_context(IndexedDatasetWriter(prefix, token_dtype(tokenizer.vocab_size)))
+        self._tokens = files.enter_context(IndexedDatasetWriter(prefix, dtype))
         self._text: IO[bytes] | None = files.enter_context(held_out.open("wb")) if held_out is not None else None
 
-    def add(self, text: str, ids: list[int]) -> int:
+    def add(self, text: str, text_T: np.ndarray) -> int:
         """Bytes of the text."""
         data = text.encode()
+        if not len(text_T):
+            return len(data)
         if self._text is not None:
             self._text.write(b"\n\n" + data if self.totals.documents else data)
-        self._tokens.add(ids + self._end)
+        self._tokens.add(text_T)
         self.totals.documents += 1
         self.totals.bytes += len(data)
-        self.totals.tokens += len(ids) + len(self._end)
+        self.totals.tokens += len(text_T)
         return len(data)

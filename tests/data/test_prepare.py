@@ -20,11 +20,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from megatron.data import prepare as preparation
 from megatron.data.bpe import train_bpe
 from megatron.data.indexed import DatasetError, IndexedDataset
 from megatron.data.loader import SamplePlan, batches, build_data
-from megatron.data.prepare import PrepareOptions, prepare
+from megatron.data.prepare import BYTES_A_WORKER, PrepareOptions, default_workers, prepare
 from megatron.data.prepared import Prepared, describe
 from megatron.data.progress import LineReporter, TerminalReporter, build_reporter
 from megatron.data.staging import publish, staging_folder
@@ -125,6 +124,20 @@ def test_a_second_run_does_nothing_and_force_gives_the_same_bytes(options: Calla
     assert content(first.folder) == before
 
 
+def test_several_processes_write_the_same_bytes(
+    options: Callable[..., PrepareOptions], reporter: LineReporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron.data.encode.BATCH_BYTES", 3000)
+    one, two = prepare(options(name="one", workers=1), reporter), prepare(options(name="two", workers=2), reporter)
+    expected, found = content(one.folder), content(two.folder)
+    assert set(found) == set(expected)
+    assert all(found[name] == expected[name] for name in expected if name != "prepared.json")
+    with pytest.raises(DatasetError, match="--workers -1: give a number from 1, or 0 for as many as the text is worth"):
+        prepare(options(name="none", workers=-1), reporter)
+    assert [default_workers(size) for size in (0, BYTES_A_WORKER, 2 * BYTES_A_WORKER - 1)] == [1, 1, 1]
+    assert default_workers(10**12) == len(os.sched_getaffinity(0))
+
+
 def test_other_settings_or_input_are_not_written_over(options: Callable[..., PrepareOptions], reporter: LineReporter) -> None:
     first = prepare(options(), reporter)
     with pytest.raises(
@@ -166,7 +179,7 @@ def test_a_given_tokenizer_is_used_and_copied(options: Callable[..., PrepareOpti
     tokenizer = json.loads((tmp_path / "mine.json").read_text())
     tokenizer["added_tokens"] = []
     (tmp_path / "no_end.json").write_text(json.dumps(tokenizer).replace("<|endoftext|>", "<start>"))
-    with pytest.raises(TokenizerError, match=r"--append-eod \(on unless --no-append-eod is given\) needs a token that ends a document"):
+    with pytest.raises(TokenizerError, match=r"--append-eod needs a token that ends a document, and this tokenizer has none"):
         prepare(options(name="no_end", tokenizer_file=str(tmp_path / "no_end.json")), reporter)
     prepared = prepare(options(name="no_end", tokenizer_file=str(tmp_path / "no_end.json"), append_eod=False), reporter)
     assert 0 not in IndexedDataset(prepared.folder / "train_text_document").get(0)
@@ -238,7 +251,7 @@ def test_progress_on_a_terminal_and_elsewhere(options: Callable[..., PrepareOpti
     assert "merging into 300 tokens" in out.getvalue()
     out = StringIO()
     monkeypatch.setattr("megatron.data.progress.SECONDS_BETWEEN_LINES", 0.0)
-    monkeypatch.setattr(preparation, "BATCH_BYTES", 1000)
+    monkeypatch.setattr("megatron.data.encode.BATCH_BYTES", 1000)
     prepare(options(name="lines"), LineReporter(Console(file=out)))
     lines = out.getvalue().splitlines()
     assert any(line.startswith("tokenising: ") and line.endswith(" s left") for line in lines)
