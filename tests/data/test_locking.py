@@ -62,7 +62,7 @@ def test_two_writers_of_one_name_are_refused_and_a_killed_one_leaves_the_name_fr
         with pytest.raises(DatasetError, match=r"another process is writing .*text\.bin right now; wait for it or choose another name"):
             write(tmp_path / "text", [[1]])
         with (
-            pytest.raises(DatasetError, match=r"another process is preparing .*corpus right now; wait for it or choose another --name"),
+            pytest.raises(DatasetError, match=r"another process is preparing .*corpus right now; wait for it or choose another name"),
             staging_folder(tmp_path / "corpus"),
         ):
             pass
