@@ -5,16 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
 
-from megatron.data.bad_input import add_on_error_option
-from megatron.data.corpora import CORPORA, TEST_FRACTION, VALID_FRACTION
-from megatron.data.indexed import DatasetError
-from megatron.data.limits import add_limit_options
-from megatron.data.prepare import PrepareOptions, prepare
-from megatron.data.prepared import describe
-from megatron.data.progress import build_reporter
-from megatron.data.tokenizer import TYPES, TokenizerError
-from megatron.data.workers import WorkerError
+from megatron.script import INTERRUPTED_STATUS, exit_status
+
+if TYPE_CHECKING:
+    from megatron.data.prepare import PrepareOptions
 
 EXAMPLES = """examples:
   python prepare_data.py                                           the default corpus: presidents' speeches, nothing to download
@@ -26,6 +22,12 @@ EXAMPLES = """examples:
 
 
 def parse(arguments: list[str]) -> PrepareOptions:
+    from megatron.data.bad_input import add_on_error_option
+    from megatron.data.corpora import CORPORA, TEST_FRACTION, VALID_FRACTION
+    from megatron.data.limits import add_limit_options
+    from megatron.data.prepare import PrepareOptions
+    from megatron.data.tokenizer import TYPES
+
     parser = argparse.ArgumentParser(
         description="Prepare text for training: vocabulary, .bin/.idx files and held-out text, in DIRECTORY/NAME.",
         epilog=EXAMPLES,
@@ -67,19 +69,21 @@ def parse(arguments: list[str]) -> PrepareOptions:
 
 
 def main(arguments: list[str]) -> int:
-    """0: prepared or up to date; 2: a sentence on standard error says what is wrong; 130: interrupted."""
-    try:
-        print(describe(prepare(parse(arguments), build_reporter())))
-    except (DatasetError, TokenizerError, WorkerError) as error:
-        print(f"prepare_data.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"prepare_data.py: {error.filename or 'writing'}: {error.strerror or error}; nothing was written", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("prepare_data.py: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    def work() -> int | None:
+        options = parse(arguments)
+        from megatron.data.prepare import prepare
+        from megatron.data.prepared import describe
+        from megatron.data.progress import build_reporter
+
+        try:
+            prepared = prepare(options, build_reporter())
+        except KeyboardInterrupt:
+            print("\nInterrupted: nothing was prepared; what was fetched is kept, and the same command goes on from there.", file=sys.stderr)
+            return INTERRUPTED_STATUS
+        print(describe(prepared), flush=True)
+        return None
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

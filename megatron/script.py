@@ -23,6 +23,9 @@ def exit_status(work: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("\nInterrupted.\n")
         return INTERRUPTED_STATUS
+    except BrokenPipeError:  # whoever reads the output has seen enough of it; Python would complain once more while it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE_STATUS
     except OSError as error:
         sys.stderr.write(f"{_speaker()}{error.filename or 'The system'}: {error.strerror or error}.\n")
         return FAILURE_STATUS

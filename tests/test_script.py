@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -46,3 +48,14 @@ def test_other_processes_say_who_they_are(monkeypatch: pytest.MonkeyPatch, capsy
 def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         exit_status(lambda: 1 / 0)
+
+
+def test_a_reader_that_leaves_is_no_complaint() -> None:
+    program = "import sys\nfrom megatron.script import exit_status\nsys.exit(exit_status(lambda: print('line\\n' * 100_000, flush=True)))"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(5)
+    process.stdout.close()
+    assert (process.wait(), process.stderr.read()) == (1, b"")
+    process.stderr.close()

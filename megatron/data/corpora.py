@@ -103,7 +103,7 @@ class FetchedCorpus(Corpus):
 
     def begin(self, reporter: Reporter) -> None:
         if self.refetch:
-            self.store.discard()
+            self.store.restart()
 
     def meter(self) -> Meter:
         return Meter()

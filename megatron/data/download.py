@@ -29,7 +29,7 @@ def download(url: str, path: Path, reporter: Reporter) -> None:
             lock(file)
         except BlockingIOError:
             raise DatasetError(f"another process is downloading {path} right now; wait for it or choose another directory (-d)") from None
-        with network_errors(url), open_from(url, file.tell()) as response:
+        with network_errors(url, path), open_from(url, file.tell()) as response:
             if response.status != http.client.PARTIAL_CONTENT:
                 file.truncate(0)  # the server begins anew, whatever it was asked for
             receive(response, file, reporter)
@@ -61,11 +61,11 @@ def receive(response: Any, file: IO[bytes], reporter: Reporter) -> None:
 
 
 @contextmanager
-def network_errors(url: str) -> Iterator[None]:
+def network_errors(url: str, path: Path) -> Iterator[None]:
     try:
         yield
     except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
         raise DatasetError(
             f"{url} could not be fetched ({getattr(error, 'reason', None) or error}). Is there a network? What was fetched is kept and the same "
-            "command goes on from there; without a network, bring the file here and give it as input"
+            f"command goes on from there; without a network, bring the file here as {path}"
         ) from error

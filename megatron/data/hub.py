@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,8 +57,13 @@ HUB_CORPORA = {
 
 
 def hub_corpus(name: str, key: str) -> HubCorpus | None:
-    """A corpus by its name here or as hf:OWNER/NAME with its text under `key`; None: neither."""
-    return HubCorpus(name.removeprefix(GENERIC), None, key) if name.startswith(GENERIC) else HUB_CORPORA.get(name)
+    """A corpus by its name here or as hf:OWNER/NAME with its text under `key`; None: neither. Raises DatasetError for an impossible name."""
+    if not name.startswith(GENERIC):
+        return HUB_CORPORA.get(name)
+    path = name.removeprefix(GENERIC)
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
+        raise DatasetError(f"{name}: corpora on the Hugging Face hub are called {GENERIC}OWNER/NAME, for instance {GENERIC}roneneldan/TinyStories")
+    return HubCorpus(path, None, key)
 
 
 class HubStream:

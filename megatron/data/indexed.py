@@ -15,7 +15,7 @@ import os
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from megatron.data.locking import open_locked
+from megatron.data.locking import naming, open_locked
 
 MAGIC = b"MMIDIDX\x00\x00"
 CACHED_MAGIC = b"TNTIDX\x00\x00"
@@ -229,16 +229,6 @@ class IndexedDatasetWriter:
 def sync(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-@contextmanager
-def naming(folder: Path) -> Iterator[None]:
-    """Errors of the disk, a full one above all, say where."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(folder)
-        raise
 
 
 def map_bytes(path: Path) -> np.ndarray:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,12 +19,13 @@ from megatron.data.corpora import TEST_FRACTION, VALID_FRACTION, Corpus, Request
 from megatron.data.encode import TextTask, batches
 from megatron.data.hold_out import NOTHING, RECENT, Fraction, Parts, Survey
 from megatron.data.indexed import DatasetError, IndexedDatasetWriter, token_dtype
-from megatron.data.limits import CountTokens, Limiter, Limits
+from megatron.data.limits import Limiter, Limits
+from megatron.data.locking import naming
 from megatron.data.prepared import MANIFEST, Prepared, difference, read_manifest, whole
 from megatron.data.progress import Reporter
 from megatron.data.split import SPLITS
 from megatron.data.staging import LOCK, check_replaceable, publish, staging_folder
-from megatron.data.tokenizer import Tokenizer, load_tokenizer
+from megatron.data.tokenizer import Tokenizer
 from megatron.data.tokenizer.keep import keep_tokenizer
 from megatron.data.workers import map_in_order
 
@@ -92,7 +94,7 @@ def prepare(options: PrepareOptions, reporter: Reporter) -> Prepared:
     if known is not None and not anew:
         raise DatasetError(f"{target} {difference(target, known, settings)}; --force replaces it, another --name keeps both")
     check_replaceable(target, {MANIFEST, INDEX_MAPS, LOCK, *(known["files"] if known else ())})
-    with staging_folder(target) as stage:
+    with naming(target.parent), staging_folder(target) as stage:
         facts, left_out = Preparation(options, corpus, reporter, stage).run(target.name)
         manifest = {"format": FORMAT, "settings": settings, **facts}
         (stage / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -157,11 +159,12 @@ class Preparation:
 
     def run(self, name: str) -> tuple[dict[str, Any], list[str]]:
         """(the manifest's facts, what was left out). `name`: what the pair is called when nothing is held out, as GPT-NeoX calls it."""
+        given = self.given_tokenizer()  # what is wrong with it is said before hours of reading
         self.corpus.begin(self.reporter)
-        survey = self.survey()
+        survey = self.survey(given)
         self.count = len(survey.sizes)
         parts = self.corpus.hold_out.divide(survey)
-        tokenizer = self.tokenizer(parts, sum(survey.sizes))
+        tokenizer = self.trained_tokenizer(parts, sum(survey.sizes)) if given is None else given
         prefixes = {split: f"{name if self.corpus.hold_out == NOTHING else split}_text_document" for split in (*SPLITS, RECENT)}
         totals = self.tokenise(parts, token_dtype(tokenizer.vocab_size), sum(survey.sizes), prefixes)
         files = {path.name: path.stat().st_size for path in sorted(self.stage.iterdir()) if path.name != LOCK}
@@ -170,9 +173,10 @@ class Preparation:
         facts = {**used, "splits": splits, "prefixes": {split: prefixes[split] for split in splits}, "files": files}
         return {**facts, "left_out": dict(self.bad_input.counts)}, self.bad_input.summary()
 
-    def survey(self) -> Survey:
-        """Reads all that is taken of the corpus once, fetching what is not there yet."""
-        survey, meter, limiter = Survey(), self.corpus.meter(), Limiter(self.options.limits, self.token_counter())
+    def survey(self, tokenizer: Tokenizer | None) -> Survey:
+        """Reads all that is taken of the corpus once, fetching what is not there yet. `tokenizer` None: there is none yet to count tokens with."""
+        counter = partial(count_tokens, tokenizer, int(self.options.append_eod)) if tokenizer is not None else None
+        survey, meter, limiter = Survey(), self.corpus.meter(), Limiter(self.options.limits, counter)
         total = WHOLE if meter.total or limiter.limits else None
         with self.reporter.stage("reading", total) as stage, closing(limiter.take(self.corpus.documents(self.bad_input, meter))) as documents:
             for document in documents:
@@ -182,40 +186,31 @@ class Preparation:
             raise DatasetError("\n".join(["no text in the input", *self.bad_input.summary()]))
         return survey
 
-    def token_counter(self) -> CountTokens | None:
-        """None: the tokenizer is trained on the text, so that it cannot measure it before."""
-        options = self.options
-        if options.max_tokens is None or (options.tokenizer_type == "HFTokenizer" and options.tokenizer_file is None):
-            return None
-        tokenizer = load_tokenizer(options.tokenizer_type, options.tokenizer_file, options.merge_file)
-        end = int(options.append_eod)
-        return lambda texts: [len(ids) + end for ids in tokenizer.encode_batch(texts)]
-
     def pieces(self, parts: Parts) -> Iterator[tuple[str, str]]:
         """(split, text) of the documents that the survey counted; what it reported is passed over."""
         with closing(self.corpus.documents(lambda problem: None)) as documents:
             for number, document in zip(range(self.count), documents):  # noqa: B905  # the corpus goes on where a limit ended the survey
                 yield from parts.pieces(number, document.text)
 
-    def tokenizer(self, parts: Parts, total: int) -> Tokenizer:
-        """A given one is copied into the folder; else one is trained on the training part."""
+    def given_tokenizer(self) -> Tokenizer | None:
+        """The one that the options name, its files copied into the folder; None: one is to be trained."""
         options = self.options
-        if options.tokenizer_type != "HFTokenizer" or options.tokenizer_file is not None:
-            tokenizer = self.task().load()
-            given = {"vocab_file": options.tokenizer_file, "merge_file": options.merge_file}
-            self.tokenizer_files = keep_tokenizer(options.tokenizer_type, given, self.stage)
-            return tokenizer
-        self.train_tokenizer(parts, total)
-        return self.task().load()
+        if options.tokenizer_type == "HFTokenizer" and options.tokenizer_file is None:
+            return None
+        tokenizer = self.task().load()
+        given = {"vocab_file": options.tokenizer_file, "merge_file": options.merge_file}
+        self.tokenizer_files = keep_tokenizer(options.tokenizer_type, given, self.stage)
+        return tokenizer
 
     def task(self) -> TextTask:
-        """With the tokenizer that is given, or that `train_tokenizer` makes."""
+        """With the tokenizer that is given, or that `trained_tokenizer` makes."""
         options = self.options
         trained = options.tokenizer_type == "HFTokenizer" and options.tokenizer_file is None
         vocab_file = str(self.stage / TRAINED) if trained else options.tokenizer_file
         return TextTask(options.tokenizer_type, vocab_file, options.merge_file, options.append_eod)
 
-    def train_tokenizer(self, parts: Parts, total: int) -> None:
+    def trained_tokenizer(self, parts: Parts, total: int) -> Tokenizer:
+        """A byte-level BPE of the training part."""
         self.tokenizer_files = {"vocab_file": TRAINED}
         with self.reporter.stage("counting words", total) as stage:
 
@@ -229,6 +224,7 @@ class Preparation:
                 stage.rest(f"merging into {self.options.vocab_size:,} tokens")
 
             train_bpe(training_text(), self.options.vocab_size, self.stage / TRAINED)
+        return self.task().load()
 
     def tokenise(self, parts: Parts, dtype: np.dtype[Any], total: int, prefixes: dict[str, str]) -> dict[str, Totals]:
         """A text without tokens is left out."""
@@ -246,6 +242,11 @@ class Preparation:
                     if split != RECENT:
                         stage.advance(size, tokens=len(text_T))
         return {split: output.totals for split, output in outputs.items()}
+
+
+def count_tokens(tokenizer: Tokenizer, ends: int, texts: Sequence[str]) -> list[int]:
+    """The tokens of each text and `ends` more."""
+    return [len(ids) + ends for ids in tokenizer.encode_batch(texts)]
 
 
 def default_workers(total_bytes: int) -> int:

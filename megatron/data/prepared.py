@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.data.hold_out import RECENT
+from megatron.data.hold_out import NOTHING, RECENT
 from megatron.data.indexed import DatasetError
 from megatron.data.split import SPLITS
 
@@ -62,11 +62,10 @@ def describe(prepared: Prepared) -> str:
     recent = paths.pop(RECENT, None)
     if len(paths) == len(SPLITS):
         lines += [f"  {split}_data_paths: [{path}]" for split, path in paths.items()]
-    else:
-        lines += [
-            f"  data_path: {paths['train']}",
-            "  (nothing is held out: `split` divides it, 969,30,1 into train, valid and test unless it says otherwise)",
-        ]
+    elif manifest["settings"]["hold_out"] == [type(NOTHING).__name__, vars(NOTHING)]:
+        lines += [f"  data_path: {paths['train']}", "  (nothing is held out: `split` divides it, 969,30,1 into train, valid and test by default)"]
+    else:  # too little text for every split to get some
+        lines += [f"  data_path: {paths['train']}", "  split: '1'"]
     lines.append(f"  tokenizer_type: {manifest['tokenizer_type']}")
     for key, name in manifest["tokenizer_files"].items():
         lines.append(f"  {key}: {json.dumps(str(folder / name) if name in manifest['files'] else name)}")

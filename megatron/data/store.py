@@ -44,7 +44,9 @@ class Store:
         self._open_stream = open_stream
         self._key = key
 
-    def discard(self) -> None:
+    def restart(self) -> None:
+        """Forgets what was fetched, once the network turns out to be there. Raises DatasetError when it is not."""
+        self._open_stream()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def documents(self, on_problem: OnProblem) -> Generator[Document]:

@@ -157,6 +157,9 @@ def test_how_much_has_to_be_said(tmp_path: Path) -> None:
         find_corpus(Request(inputs=("c4",)))
     with pytest.raises(DatasetError, match=r"hf:a/b is of a size that is not known here; say how much of it"):
         find_corpus(Request(inputs=("hf:a/b",)))
+    for name in ("hf:", "hf:a/b/c", "hf:../x", "hf:a b"):
+        with pytest.raises(DatasetError, match=r"hf:.*: corpora on the Hugging Face hub are called hf:OWNER/NAME, for instance"):
+            find_corpus(Request(inputs=(name,), limits=Limits(documents=1)))
     with pytest.raises(DatasetError, match=r"--subset x: only corpora on the Hugging Face hub have subsets \(fineweb, .*, hf:OWNER/NAME\)"):
         find_corpus(Request(inputs=("sotu",), subset="x"))
 

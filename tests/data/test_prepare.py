@@ -24,7 +24,7 @@ from megatron.data.bpe import train_bpe
 from megatron.data.indexed import DatasetError, IndexedDataset
 from megatron.data.loader import SamplePlan, batches, build_data
 from megatron.data.prepare import BYTES_A_WORKER, PrepareOptions, default_workers, prepare
-from megatron.data.prepared import Prepared, describe
+from megatron.data.prepared import describe
 from megatron.data.progress import LineReporter, TerminalReporter, build_reporter
 from megatron.data.staging import publish, staging_folder
 from megatron.data.tokenizer import TokenizerError, build_tokenizer, load_tokenizer
@@ -202,6 +202,20 @@ def test_what_a_tokenizer_is_made_of_goes_into_the_folder(options: Callable[...,
     assert kept.decode(document).startswith(tuple(WORDS))
 
 
+def test_a_tokenizer_that_cannot_be_used_is_said_before_the_text_is_read(options: Callable[..., PrepareOptions], tmp_path: Path) -> None:
+    out = StringIO()
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(TokenizerError, match=r"bad\.json"):
+        prepare(options(tokenizer_file=str(tmp_path / "bad.json")), LineReporter(Console(file=out)))
+    assert not out.getvalue()
+
+
+def test_too_little_text_for_every_split_is_all_for_training(reporter: LineReporter, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abcdef")
+    prepared = prepare(PrepareOptions(inputs=(str(tmp_path / "a.txt"),), directory=str(tmp_path), vocab_size=300), reporter)
+    assert f"  data_path: \"{tmp_path}/a/train_text_document\"\n  split: '1'\n" in describe(prepared)
+
+
 def test_characters_need_no_tokenizer_file(options: Callable[..., PrepareOptions], reporter: LineReporter) -> None:
     prepared = prepare(options(tokenizer_type="CharLevelTokenizer"), reporter)
     assert "tokenizer.json" not in content(prepared.folder)
@@ -266,22 +280,40 @@ def test_the_command_line(command: ModuleType, options: Callable[..., PrepareOpt
     assert command.parse(arguments) == wanted
     assert command.main(arguments) == 0
     assert "data/corpus written" in capsys.readouterr().out
-    assert command.main([str(tmp_path / "none.txt")]) == 2
-    assert "prepare_data.py: no file or folder" in capsys.readouterr().err
-    assert command.main([*arguments, "--name", "x", "--tokenizer-file", str(tmp_path / "none.json")]) == 2
-    assert "prepare_data.py: vocab_file: no file" in capsys.readouterr().err
+    assert command.main([str(tmp_path / "none.txt")]) == 1
+    assert capsys.readouterr().err.startswith("no file or folder")
+    assert command.main([*arguments, "--name", "x", "--tokenizer-file", str(tmp_path / "none.json")]) == 1
+    assert "vocab_file: no file" in capsys.readouterr().err
     (tmp_path / "in_the_way").write_text("")
-    assert command.main([*arguments, "-d", str(tmp_path / "in_the_way")]) == 2
-    assert capsys.readouterr().err.endswith("nothing was written\n")
+    assert command.main([*arguments, "-d", str(tmp_path / "in_the_way")]) == 1
+    assert "in_the_way" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_control_c_is_no_traceback(command: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(*_: object) -> Prepared:
-        raise KeyboardInterrupt
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(
+    command: ModuleType, options: Callable[..., PrepareOptions], small_disk: Path | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if small_disk is None:
+        pytest.skip("a small disk cannot be mounted here (needs root)")
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": sentences(100, seed)}) + "\n" for seed in range(500)))
+    assert command.main([*options().inputs, "-d", str(small_disk / "data"), "-t", "CharLevelTokenizer"]) == 1
+    assert capsys.readouterr().err.endswith(f"{small_disk}/data: No space left on device.\n")
+    assert not list((small_disk / "data").iterdir())
+    (small_disk / "data").rmdir()
 
-    monkeypatch.setattr(command, "prepare", interrupted)
-    assert command.main([]) == 130
-    assert capsys.readouterr().err == "prepare_data.py: interrupted; nothing was written\n"
+
+def test_control_c_is_a_sentence(options: Callable[..., PrepareOptions], tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": sentences(30, seed)}) + "\n" for seed in range(20_000)))
+    command = [sys.executable, str(ROOT / "prepare_data.py"), *options().inputs, "-d", str(tmp_path / "data")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "data" / ".corpus.partial" / "lock").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 130
+    assert error.splitlines()[-1] == "Interrupted: nothing was prepared; what was fetched is kept, and the same command goes on from there."
+    assert "Traceback" not in error
+    assert not list((tmp_path / "data").iterdir())
 
 
 def run_command(*arguments: str) -> subprocess.Popen[bytes]:

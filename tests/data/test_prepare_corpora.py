@@ -193,6 +193,7 @@ def test_a_refetch_without_a_network_leaves_what_was_there(
     with pytest.raises(DatasetError, match=r"HuggingFaceFW/fineweb: the Hugging Face hub cannot be reached \("):
         prepare(options(inputs=("fineweb",), max_bytes=2000, force_redownload=True), reporter)
     assert {path.name: path.read_bytes() for path in prepared.folder.iterdir()} == before
+    assert not prepare(options(inputs=("fineweb",), max_bytes=2000, force=True), reporter).up_to_date, "from what was fetched before"
 
 
 def test_neox_s_flags(tool: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,7 +80,8 @@ def test_it_grows_as_more_is_asked_for_and_fetches_nothing_twice(tmp_path: Path)
     assert take(store, None) == TEXTS
     assert len(streams) == count
     assert sorted(path.name for path in store.folder.iterdir() if not path.name.startswith("part-")) == ["lock", "state.json"]
-    store.discard()
+    store.restart()
+    assert not store.folder.exists()
     assert take(store, 1) == TEXTS[:1]
 
 
@@ -133,7 +134,7 @@ def test_a_full_disk_leaves_a_store_that_goes_on(tmp_path: Path, small_disk: Pat
     with pytest.raises(OSError, match="No space left on device"):
         take(store, None)
     assert take(store, 5 * kept) == noise[: 5 * kept]
-    store.discard()
+    store.restart()
 
 
 FETCH = """
