@@ -276,7 +276,7 @@ _NOT_BUILT: dict[str, Ignored | Refused] = {
     ),
     "moe_glu": Refused("upstream dropped it in 2025; write a gated activation, such as activation: swiglu"),
     "use_tutel": Refused("upstream dropped it in 2025; write kernel_backends to choose an implementation; remove it"),
-    "mlp_type": Refused("upstream dropped it in 2024; write activation: swiglu, and intermediate_size for the width", _is("regular")),
+    "mlp_type": Refused("upstream dropped it in 2024; write activation: swiglu, and ffn_hidden_size for the width", _is("regular")),
     "warmup_iters": Refused("write warmup: the share of lr_decay_iters, such as 0.01"),
     "decay_lr_to": Refused("write min_lr: the learning rate at the end"),
     "attention_type": Refused("write attention_config, such as [[[flash], all]]"),

@@ -102,12 +102,12 @@ def _sentence(kind: str, context: dict[str, Any], details: ErrorDetails) -> str:
 def _hint(kind: str, value: Any) -> str:
     if isinstance(value, str) and value.lower() == "none":
         return f"; YAML reads {value} as text: write null, or leave the key out"
-    if kind.startswith("int") and isinstance(value, str):
+    if kind.startswith("int") and isinstance(value, str | float):
         try:
             number = float(value)
         except ValueError:
             return ""
-        return f"; write {int(number)}" if number == int(number) else ""
+        return f"; write {int(number)}" if number.is_integer() else ""
     if kind == "bool_type" and isinstance(value, str | int):
         return " (without quotes)" if str(value).lower() in ("true", "false") else ""
     if kind == "string_type" and isinstance(value, bool | int | float):

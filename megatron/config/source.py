@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -145,16 +146,30 @@ def _take(source: Source, key_node: yaml.Node, value_node: yaml.Node, file: str,
     _note_places(source, (key,), value_node, file, problems)
     try:
         source.values[key] = _construct(value_node)
-    except ValueError as error:  # YAML sees a date, such as 2024-13-01
-        problems.append(f"{place}: '{written}' = {value_node.value}: not a value that YAML can read ({error}); put text in quotes")
+    except ValueError as error:  # YAML sees a date, such as 2024-13-01, or is told to with !!timestamp
+        shown = value_node.value if isinstance(value_node, yaml.ScalarNode) else "..."
+        problems.append(f"{place}: '{written}' = {shown}: cannot be read ({error}); put text in quotes")
 
 
 def _construct(node: yaml.Node) -> Any:
+    """The value of a node: numbers, text, lists and dictionaries with text as keys. Raises ValueError for anything else that YAML can say."""
     loader = _Constructor("")
     try:
-        return loader.construct_object(node, deep=True)
+        return _plain(loader.construct_object(node, deep=True))
+    except AttributeError as error:  # PyYAML's own slip with a !!timestamp that is none
+        raise ValueError("it is not what its tag says") from error
     finally:
         loader.dispose()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else json.dumps(key, default=str): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise ValueError(f"a {type(value).__name__} is no number, text, list or dictionary")
 
 
 def _note_places(source: Source, path: KeyPath, node: yaml.Node, file: str, problems: list[str]) -> None:
