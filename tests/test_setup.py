@@ -18,7 +18,8 @@ TOOLS = ("bash", "env", "cat", "cksum", "cut", "dirname", "grep", "rm", "touch")
 def checkout(repository: Path, tmp_path: Path) -> Path:
     """What install.sh reads, under a path with a space in it, without a .venv."""
     folder = tmp_path / "a checkout"
-    shutil.copytree(repository / "requirements", folder / "requirements")
+    for part in ("requirements", "csrc"):
+        shutil.copytree(repository / part, folder / part)
     shutil.copy(repository / "pyproject.toml", folder)
     return folder
 
@@ -77,7 +78,8 @@ def test_when_everything_is_there_nothing_is_done(checkout: Path) -> None:
     python.write_text("#!/bin/sh\n[ $# = 2 ]\n")  # runs, and is good for nothing but being asked whether it does
     python.chmod(0o755)
     files = sorted((checkout / "requirements").glob("*.txt"))
-    content = f"{checkout}\n".encode() + b"".join(path.read_bytes() for path in [*files, checkout / "pyproject.toml"])
+    files += [checkout / "pyproject.toml", checkout / "csrc/build.py", *sorted((checkout / "csrc/data").glob("*.cpp"))]
+    content = f"{checkout}\n".encode() + b"".join(path.read_bytes() for path in files)
     checksum = subprocess.run(["cksum"], input=content, capture_output=True, check=True).stdout.decode().split()[0]
     (checkout / f".venv/.installed-dev-{checksum}").touch()
     for name in ("run", "dev"):

@@ -31,23 +31,21 @@ def build_overflow_maps(sizes_N: np.ndarray, usable_N: np.ndarray, documents: ra
     check_memory(num_samples, positions=math.ceil(num_samples * max(1.0, (seq_length + 1) / mean_size)), rows=num_samples + 1)
     rng = np.random.RandomState(seed)
     shuffle_index = shuffled_range(num_samples, rng)
-    order_P = np.arange(len(documents))
-    rng.shuffle(order_P)
+    order_P = np.arange(documents.start, documents.stop, dtype=np.int32)
     chosen: list[np.ndarray] = []
     begun: list[np.ndarray] = []
     samples = positions = filled = 0
     while samples < num_samples:
-        pass_P = documents.start + order_P
-        pass_P = pass_P[usable_N[pass_P]]
+        rng.shuffle(order_P)
+        pass_P = order_P[usable_N[order_P]]
         starts, filled = builders().pack_documents(sizes_N[pass_P], filled, seq_length + 1)
         starts = starts[: num_samples - samples]
         samples += len(starts)
         if samples == num_samples:
             pass_P = pass_P[: starts[-1] + 1]
         begun.append(starts + positions)
-        chosen.append(pass_P.astype(np.int32))
+        chosen.append(pass_P)
         positions += len(pass_P)
-        rng.shuffle(order_P)
     return IndexMaps(np.concatenate(chosen), rows_at(np.append(np.concatenate(begun), positions), positions), shuffle_index)
 
 
@@ -62,7 +60,9 @@ def build_unpacked_maps(usable_N: np.ndarray, documents: range, *, num_samples: 
 
 def rows_at(position_R: np.ndarray, positions: int) -> np.ndarray:
     """A sample index whose samples begin with the documents at these positions."""
-    return np.stack([position_R, np.zeros_like(position_R)], axis=1).astype(index_dtype(positions, len(position_R)))
+    sample_index = np.zeros((len(position_R), 2), index_dtype(positions, len(position_R)))
+    sample_index[:, 0] = position_R
+    return sample_index
 
 
 def usable_documents(

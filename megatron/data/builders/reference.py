@@ -6,6 +6,8 @@ side by side; K samples begun in one pass
 
 from __future__ import annotations
 
+from array import array
+
 import numpy as np
 
 BLOCK = 2048
@@ -49,7 +51,7 @@ def pack_documents(sizes_P: np.ndarray, filled: int, limit: int) -> tuple[np.nda
     next_P = np.maximum(np.searchsorted(ends_P, begins_P + limit, side="right"), np.arange(1, len(sizes_P) + 1))
     follow = memoryview(next_P)
     position = int(np.searchsorted(ends_P, limit - filled, side="right")) if filled else 0
-    starts = []
+    starts = array("q")  # a list of numbers takes five times the memory
     while position < len(sizes_P):
         starts.append(position)
         position = follow[position]
