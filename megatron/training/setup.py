@@ -43,6 +43,7 @@ def build_trainer(config: NeoXConfig, topology: Topology) -> Trainer:
     check_evaluation_data(datasets, plan, topology)
     vocabulary = padded_vocab_size(tokenizer.vocab_size, config.model.make_vocab_size_divisible_by)
     model = build_model(config.model, config.moe, vocabulary, seed=config.training.seed)
+    model.separate_documents(attention=config.data.reset_attention_mask, positions=config.data.reset_position_ids)
     engine = build_engine(config, model, world_size=topology.world_size)
     seed_random(config.training.seed + topology.data_parallel_rank)
     return Trainer(config, plan, topology, engine=engine, datasets=datasets, expected=expected_model(config, tokenizer.vocab_size))

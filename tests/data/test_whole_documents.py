@@ -138,3 +138,9 @@ def test_other_labels_and_other_ways_of_packing_never_reuse_a_map(numbered: Call
     assert 5 not in chopped.maps.document_index
     overflow = whole(numbered, {**case, "pack_impl": "pack_until_overflow"})
     assert overflow.maps.document_index.tolist() != with_four.maps.document_index.tolist()
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_maps_larger_than_the_memory_are_refused(numbered: Callable[..., Path], golden: dict[str, Any], number: int) -> None:
+    with pytest.raises(DatasetError, match=r"text: the order of 5,000,000,000,000 samples from .* GiB to work out"):
+        whole(numbered, {**golden["whole"][number], "num_samples": 5 * 10**12})

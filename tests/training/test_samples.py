@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron.data import map_cache
 from megatron.data.indexed import DatasetError, IndexedDataset, IndexedDatasetWriter
+from megatron.data.loader import SamplePlan, batches, build_data
 from megatron.model.gpt import GPTOutput, build_model
 from megatron.mpu.topology import current_topology
 from megatron.testing.distributed import run_distributed
@@ -50,10 +51,11 @@ def values_with_paths(corpus: Path, save: Path | None, labels: Path | None = Non
 class OneProcess:
     """What `forward` needs of an engine."""
 
-    def __init__(self) -> None:
-        config = tiny_config(max_position_embeddings=16)
+    def __init__(self, **keys: Any) -> None:
+        config = tiny_config(**keys)
         self.device = torch.device("cpu")
         self.model = build_model(config.model, config.moe, 128, seed=1)
+        self.model.separate_documents(attention=config.data.reset_attention_mask, positions=config.data.reset_position_ids)
 
     def __call__(self, tokens: Tensor, **arguments: Any) -> GPTOutput:
         return self.model(tokens, **arguments)
@@ -74,6 +76,40 @@ def test_the_loss_is_the_mean_over_what_counts() -> None:
 def test_a_batch_in_which_nothing_counts_has_no_loss() -> None:
     text = torch.arange(17)[None]
     assert forward(OneProcess(), {"text": text, "label": torch.full_like(text, -100)}, masked_token=None).lm_loss == 0.0
+
+
+@pytest.mark.parametrize("pos_emb", ["rotary", "learned"])
+def test_a_document_in_a_sample_is_predicted_as_if_it_were_alone(corpus: Path, pos_emb: str) -> None:
+    """From the file through packing and the model: what stands before a document in its sample leaves no trace."""
+    keys = {"pos_emb": pos_emb, "seq_length": 250, "max_position_embeddings": 250, "reset_attention_mask": True, "reset_position_ids": True}
+    config = tiny_config(**keys, data_path=str(corpus), split="1")
+    plan = SamplePlan(train_samples=20, valid_samples=0, test_samples=0)
+    dataset = build_data(config.data, seq_length=250, plan=plan, seed=1).train
+    engine, plain = OneProcess(**keys), OneProcess(pos_emb=pos_emb, max_position_embeddings=250)
+    batch = next(batches(dataset, micro_batch=4))  # type: ignore[arg-type]
+    together = forward(engine, batch, masked_token=None).token_loss_BS
+    assert together is not None
+    compared = 0
+    for text, document, loss in zip(batch["text"], batch["document"], together, strict=True):
+        for number in document.unique():
+            (places,) = torch.nonzero(document == number, as_tuple=True)
+            if len(places) > 1:
+                alone = forward(plain, {"text": text[places][None]}, masked_token=None).token_loss_BS
+                torch.testing.assert_close(loss[places[:-1]], alone[0], rtol=1e-4, atol=1e-5)  # type: ignore[index]
+                compared += 1
+    assert compared > len(batch["text"])
+
+
+def test_a_run_on_documents_kept_apart_resumes_exactly(corpus: Path, tmp_path: Path) -> None:
+    values = run_values(corpus, tmp_path / "a", seq_length=200, max_position_embeddings=200)
+    plain = train_losses({**values, "save": None, "checkpoint_factor": None, "metrics_file": str(tmp_path / "m.jsonl")})
+    values |= {"reset_attention_mask": True, "reset_position_ids": True}
+    apart, evaluated = train_losses(values), losses_of(tmp_path / "a/metrics.jsonl", "validation/lm_loss")
+    assert apart != plain
+    halves = {**values, "save": str(tmp_path / "b"), "resume_if_exists": True}
+    train_losses({**halves, "exit_interval": 5})
+    assert train_losses(halves) == apart
+    assert losses_of(tmp_path / "b/metrics.jsonl", "validation/lm_loss") == evaluated
 
 
 def test_labels_that_mask_nothing_change_nothing(corpus: Path, tmp_path: Path, label_file: Callable[..., Path]) -> None:
@@ -120,34 +156,32 @@ def test_an_epoch_shorter_than_a_step_is_explained(corpus: Path, tmp_path: Path)
         train_losses(run_values(corpus, tmp_path / "run", train_iters=None, train_epochs=1, eval_iters=0, gradient_accumulation_steps=2000))
 
 
-def count_builds(corpus: Path, shared: bool) -> int:
-    """How many index maps this process builds rather than finds."""
-    built = 0
-    original = map_cache.build
+def count_builds(corpus: Path) -> list[int]:
+    """How many index maps this process builds rather than finds, with a shared file system and without."""
+    built = [0, 0]
+    original, file = map_cache.build, IndexedDataset(corpus)
+    for number, shared in enumerate((True, False)):
 
-    def build(*args: Any, **settings: Any) -> Any:
-        nonlocal built
-        built += 1
-        return original(*args, **settings)
+        def build(*args: Any, number: int = number, **settings: Any) -> Any:
+            built[number] += 1
+            return original(*args, **settings)
 
-    map_cache.build = build
-    file = IndexedDataset(corpus)
-    try:
-        after_the_first(
-            lambda: map_cache.load_or_build(file, range(60), seq_length=16, num_samples=10 + shared, seed=1),  # type: ignore[arg-type,return-value]
-            current_topology(),
-            shared=shared,
-        )
-    finally:
-        map_cache.build = original
+        map_cache.build = build
+        try:
+            after_the_first(
+                lambda seed=number: map_cache.load_or_build(file, range(60), seq_length=16, num_samples=10, seed=seed),  # type: ignore[misc]
+                current_topology(),
+                shared=shared,
+            )
+        finally:
+            map_cache.build = original
     return built
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_one_process_builds_and_the_others_read(corpus: Path, tmp_path: Path, shared: bool) -> None:
+def test_one_process_builds_and_the_others_read(corpus: Path, tmp_path: Path) -> None:
     for suffix in (".bin", ".idx"):
         (tmp_path / f"foxes{suffix}").write_bytes(corpus.with_name(corpus.name + suffix).read_bytes())
-    assert run_distributed(count_builds, 2, tmp_path / "foxes", shared) == [1, 0]
+    assert run_distributed(count_builds, 2, tmp_path / "foxes") == [[1, 1], [0, 0]]
 
 
 def fail_or_pass(corpus: Path) -> str:
