@@ -25,13 +25,13 @@ def test_golden_vector(golden: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("num_samples", "epochs"), [(0, 1), (3, 1), (4, 2), (6, 2), (7, 3)])
 def test_the_fewest_epochs_that_suffice(num_samples: int, epochs: int) -> None:
-    maps = build_index_maps(np.array([3, 2, 4, 5]), np.arange(4), seq_length=4, num_samples=num_samples, seed=1)
+    maps = build_index_maps(np.array([3, 2, 4, 5], np.int32), np.arange(4), seq_length=4, num_samples=num_samples, seed=1)
     assert len(maps.document_index) == 4 * epochs
     assert len(maps.shuffle_index) == (14 * epochs - 1) // 4
 
 
 def test_one_epoch_whatever_it_gives() -> None:
-    sizes_N = np.array([3, 2, 4, 5])
+    sizes_N = np.array([3, 2, 4, 5], np.int32)
     one = build_index_maps(sizes_N, np.arange(4), seq_length=4, num_samples=None, seed=1234)
     assert equal(one, build_index_maps(sizes_N, np.arange(4), seq_length=4, num_samples=3, seed=1234))
     assert sorted(one.document_index.tolist()) == [0, 1, 2, 3]
@@ -41,11 +41,4 @@ def test_maps_larger_than_the_memory_are_refused_before_they_are_built() -> None
     """More samples than 32 bits can count are fine as such; the memory is the limit."""
     message = r"the order of 9,000,000,000,\d+ samples from 10,285,714,[\d,]+ documents .* GiB to work out, and .* are free"
     with pytest.raises(DatasetError, match=message):
-        build_index_maps(np.array([3, 2, 4, 5]), np.arange(4), seq_length=4, num_samples=9 * 10**12, seed=1)
-
-
-@pytest.mark.slow
-def test_ten_million_documents_in_seconds() -> None:
-    sizes = np.random.default_rng(0).integers(1, 2000, 10_000_000).astype(np.int32)
-    maps = build_index_maps(sizes, np.arange(len(sizes)), seq_length=2048, num_samples=4_000_000, seed=1)
-    assert len(maps.shuffle_index) == (int(sizes.sum(dtype=np.int64)) - 1) // 2048
+        build_index_maps(np.array([3, 2, 4, 5], np.int32), np.arange(4), seq_length=4, num_samples=9 * 10**12, seed=1)
