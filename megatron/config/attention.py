@@ -24,10 +24,12 @@ def expand_attention(config: Sequence[Any] | None, num_layers: int) -> list[str]
         return ["global"] * num_layers
     if all(isinstance(item, str) for item in config):
         return list(config)
-    layers: list[str] = []
-    for names, times in config:
-        layers += list(names) * (num_layers // len(names) if times == "all" else times)
-    return layers
+    return [name for item in config for name in list(item[0]) * _times(item, num_layers)]
+
+
+def _times(pattern: Sequence[Any], num_layers: int) -> int:
+    names, times = pattern
+    return num_layers // len(names) if times == "all" else int(times)
 
 
 def attention_problems(config: Sequence[Any] | None, num_layers: int) -> Iterator[Problem]:
@@ -68,7 +70,7 @@ def _name_problem(config: Sequence[Any]) -> str | None:
 
 
 def _length_problem(config: Sequence[Any], num_layers: int) -> str | None:
-    length = len(expand_attention(config, num_layers))
+    length = sum(1 if isinstance(item, str) else len(item[0]) * _times(item, num_layers) for item in config)
     if length == num_layers:
         return None
     return f"names {length} layers, and num_layers is {num_layers}" if length else f"has more names than there are layers ({num_layers})"

@@ -115,10 +115,9 @@ def gpt2_layer(weights: Weights, i: int) -> dict[str, Tensor]:
 
 def phi_layer(weights: Weights, i: int) -> dict[str, Tensor]:
     at = f"model.layers.{i}."
-    names = {"input_layernorm": "input_layernorm", "post_attention_layernorm": "input_layernorm", "attention.dense": "self_attn.dense"}
-    names |= {"mlp.linear1": "mlp.fc1", "mlp.linear2": "mlp.fc2"}
-    out = fused(weights, [f"{at}self_attn.{part}_proj" for part in "qkv"], HEADS)
-    return out | renamed(weights, {ours: at + theirs for ours, theirs in names.items()})
+    names = {"input_layernorm": "input_layernorm", "attention.dense": "self_attn.dense", "mlp.linear1": "mlp.fc1", "mlp.linear2": "mlp.fc2"}
+    out = fused(weights, [f"{at}self_attn.{part}_proj" for part in "qkv"], HEADS) | renamed(weights, {o: at + t for o, t in names.items()})
+    return out | renamed(weights, {"post_attention_layernorm": "model.final_layernorm"})  # anything will do: it is not used
 
 
 NO_BIASES = {"use_bias_in_attn_linear": False, "use_bias_in_mlp": False}
