@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "configs/README.md", "docs/data.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "configs/README.md", "docs/data.md", "docs/migrating.md"]
 SHELL_BLOCK = re.compile(r"^ *```(?:bash|sh|console|shell)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(?:#[^)]*)?\)")
 # Programs whose arguments say nothing about this repository.
