@@ -278,7 +278,7 @@ _NOT_BUILT: dict[str, Ignored | Refused] = {
     "use_tutel": Refused("upstream dropped it in 2025; write kernel_backends to choose an implementation; remove it"),
     "mlp_type": Refused("upstream dropped it in 2024; write activation: swiglu, and ffn_hidden_size for the width", _is("regular")),
     "warmup_iters": Refused("write warmup: the share of lr_decay_iters, such as 0.01"),
-    "decay_lr_to": Refused("write min_lr: the learning rate at the end"),
+    "decay_lr_to": Refused("write min_lr: the learning rate at the end itself, not its share of lr"),
     "attention_type": Refused("write attention_config, such as [[[flash], all]]"),
     "moe_lora_aux_loss_coeff": Refused(
         "LoRE routers have no loss of their own; write moe_losses: {load_balance: ..., z_loss: ...}, which are for the routers of experts",

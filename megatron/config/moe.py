@@ -53,7 +53,10 @@ class MoEConfig(Section):
             yield Problem(("moe_top_k", "moe_num_experts"), f"must be at most moe_num_experts ({self.moe_num_experts})")
         if self.moe_lore_top_k > self.moe_num_lores:
             yield Problem(("moe_lore_top_k", "moe_num_lores"), f"must be at most moe_num_lores ({self.moe_num_lores})")
-        yield from _unknown_name("moe_router_type", ROUTERS, self.moe_router_type)
+        if self.moe_router_type.lower() == "sinkhorn" and self.moe_router_type not in ROUTERS:
+            yield Problem(("moe_router_type",), "is not part of this version; write topk, and moe_losses: {load_balance: 0.01} for the balance")
+        else:
+            yield from _unknown_name("moe_router_type", ROUTERS, self.moe_router_type)
         yield from _unknown_name("moe_expert_type", EXPERTS, self.moe_expert_type)
         if self.moe_expert_type == "structmoe" and self.moe_num_experts == 1:
             yield Problem(("moe_expert_type", "moe_num_experts"), "needs moe_num_experts of 2 or more; with 1 every layer is dense")
