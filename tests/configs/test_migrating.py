@@ -64,7 +64,6 @@ REFUSED = [
     ("pipe_parallel_size: 2", "pipeline parallelism is not part of this version"),
     ("moe_router_type: sinkhorn", "moe_router_type"),
     ("data_impl: cached", "'data_impl' = 'cached'"),
-    ("log_gradient_noise_scale: true", "is not supported"),
     ("autotuning_run: tune", "is not supported"),
     ("use_mup: true", "is not supported"),
     ("train_impl: dpo", "is not supported"),
