@@ -28,15 +28,9 @@ REQUIRED_BY_NEOX_TOO = set(MODEL) - {"seq_length"}
 OTHER_TYPES = {"communication_data_type": "NeoX says bool, which DeepSpeed has never accepted; the name of a number format is meant"}
 # Choices that NeoX knows and that are refused with a sentence.
 REFUSED_CHOICES = {
-    "norm": {"non_parametric_layernorm", "scalenorm", "te_rmsnorm", "te_layernorm"},
-    "pos_emb": {"sinusoidal", "rpe", "alibi"},
-    "activation": {"softsign", "mish", "bilinear", "glu"},
-    "init_method": {"orthogonal", "scaled_orthogonal"},
-    "output_layer_init_method": {"orthogonal", "scaled_orthogonal"},
-    "lr_decay_style": {"exponential"},
-    "tokenizer_type": {"GPT2BPETokenizer", "HFGPT2Tokenizer", "SPMTokenizer", "TiktokenTokenizer"},
+    "norm": {"te_rmsnorm", "te_layernorm"},
     "data_impl": {"cached"},
-    "pack_impl": {"pack_until_overflow", "unpacked"},
+    "pack_impl": {"unpacked"},
     "dataset_impl": {"pairwise", "online"},
     "train_impl": {"dpo", "rm", "kto", "reinforce"},
     "moe_router_type": {"sinkhorn"},
