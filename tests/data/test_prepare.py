@@ -24,6 +24,7 @@ from megatron.data.bpe import train_bpe
 from megatron.data.indexed import DatasetError, IndexedDataset
 from megatron.data.loader import SamplePlan, batches, build_data
 from megatron.data.prepare import BYTES_A_WORKER, PrepareOptions, default_workers, prepare
+from megatron.data.prepare_arguments import parse
 from megatron.data.prepared import describe
 from megatron.data.progress import LineReporter, TerminalReporter, build_reporter
 from megatron.data.staging import publish, staging_folder
@@ -277,7 +278,7 @@ def test_progress_on_a_terminal_and_elsewhere(options: Callable[..., PrepareOpti
 def test_the_command_line(command: ModuleType, options: Callable[..., PrepareOptions], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = options()
     arguments = [*wanted.inputs, "-d", wanted.directory, "--vocab-size", "300"]
-    assert command.parse(arguments) == wanted
+    assert parse(arguments) == wanted
     assert command.main(arguments) == 0
     assert "data/corpus written" in capsys.readouterr().out
     assert command.main([str(tmp_path / "none.txt")]) == 1

@@ -22,6 +22,7 @@ from megatron.data import corpora
 from megatron.data.bpe import train_bpe
 from megatron.data.indexed import DatasetError, IndexedDataset
 from megatron.data.prepare import PrepareOptions, prepare
+from megatron.data.prepare_arguments import parse
 from megatron.data.prepared import describe
 from megatron.data.progress import LineReporter
 from megatron.data.tokenizer import load_tokenizer
@@ -196,8 +197,7 @@ def test_a_refetch_without_a_network_leaves_what_was_there(
     assert not prepare(options(inputs=("fineweb",), max_bytes=2000, force=True), reporter).up_to_date, "from what was fetched before"
 
 
-def test_neox_s_flags(tool: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    parse = tool("prepare_data.py").parse
+def test_neox_s_flags(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("DATA_DIR", "/scratch/data")
     wanted = PrepareOptions(
         inputs=("enwik8",), directory="x", tokenizer_type="GPT2BPETokenizer", tokenizer_file="v.json", merge_file="m.txt", force_redownload=True
