@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
         from megatron.inference.evaluation import evaluate
         from megatron.monitor.console import configure_logging
 
-        console = configure_logging(rank=0, log_dir=None)
+        console = configure_logging(rank=0)
         logging.getLogger("megatron.kernels").setLevel(logging.WARNING)
         evaluate(loaded.config, console, build_reporter())
 

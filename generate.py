@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
         from megatron.inference.session import generate
         from megatron.monitor.console import configure_logging
 
-        console = configure_logging(rank=0, log_dir=None)
+        console = configure_logging(rank=0)
         logging.getLogger("megatron.kernels").setLevel(logging.WARNING)
         generate(loaded.config, console, input, terminal=sys.stdin.isatty())
 

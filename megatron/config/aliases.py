@@ -89,10 +89,8 @@ _DERIVED = "it is worked out from other keys; remove it"
 _DERIVED_ZERO = "it is worked out from zero_optimization; write it there, such as zero_optimization: {stage: 1, reduce_bucket_size: 500000000}"
 _DERIVED_PROCESS = "every process finds it in its environment; set num_gpus, or global_num_gpus with several machines"
 _POST_TRAINING = "only pre-training (train_impl: normal) is part of this version; remove it"
-_COMET = "use tensorboard_dir, use_wandb or metrics_file instead of Comet"
 _MUP = "muP is not part of this version; remove it"
 _DEEPSPEED = "this DeepSpeed feature is not connected; remove it"
-_PROFILING = "profiling from the configuration is not part of this version; remove it"
 _TRANSFORMER_ENGINE = "Transformer Engine is not used; remove it"
 _OTHER_BLOCKS = "only transformer layers are part of this version; remove it"
 _PARALLEL = "the batch is divided over processes (data parallelism, ZeRO) in this version; remove it"
@@ -105,11 +103,6 @@ def _entries(kind: type[Ignored] | type[Refused], reason: str, *keys: str, unles
 
 
 _OF_FEATURES_THAT_ARE_OFF = [
-    "profile_step_start",
-    "profile_step_stop",
-    "memory_profiling_path",
-    "gradient_noise_scale_n_batches",
-    "gradient_noise_scale_cpu_offload",
     "s3_chunk_size",
     "gmlp_attn_dim",
     "te_fp8_format",
@@ -178,10 +171,6 @@ _WITHOUT_EFFECT: dict[str, Ignored | Refused] = {
     **_entries(Ignored, "upstream does not read it either", *_DEAD_UPSTREAM, unless=_always),
     **_entries(Ignored, "write it inside the fp16 dictionary, as upstream requires too", "hysteresis", "loss_scale_window", unless=_is()),
     "min_scale": Ignored("write fp16: {min_loss_scale: ...}, as upstream requires too", _is()),
-    **_entries(Ignored, _COMET, "comet_workspace", "comet_project", "comet_experiment_name", "comet_tags", "comet_others"),
-    **_entries(
-        Ignored, "norms of single parameters are not recorded", "log_grad_norm", "log_param_norm", "log_optimizer_states", "log_grad_pct_zeros"
-    ),
     "git_hash": Ignored("it is found at the start of a run", _always),
     **_entries(Ignored, "it belongs to a feature that is off", *_OF_FEATURES_THAT_ARE_OFF, unless=_always),
     "zero_allow_untested_optimizer": Ignored("DeepSpeed is always told to take the optimizer that it is given", _is(True)),
@@ -233,9 +222,6 @@ _NOT_BUILT: dict[str, Ignored | Refused] = {
     "data_efficiency": Refused("data comes from train_data_paths in the order of its index maps, not from DeepSpeed's sampler; remove it"),
     "checkpoint": Refused("checkpoints are written and checked by save, load and their keys, not by DeepSpeed alone; remove it"),
     "deepspeed_mpi": Refused("write launcher: openmpi and force_multi: true"),
-    "use_comet": Refused(_COMET),
-    "log_gradient_noise_scale": Refused("the gradient noise scale is not measured; remove it"),
-    **_entries(Refused, _PROFILING, "profile", "memory_profiling"),
     "return_logits": Refused("generate.py writes text, not logits; remove it"),
     "recompute": Refused("generation always uses its key/value cache; remove it"),
     "eval_tasks": Refused("lm-eval tasks are not part of this version; write eval_text_files, and eval.py measures text files"),

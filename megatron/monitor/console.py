@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-import socket
+import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
+
+from megatron.monitor.tee import Tee, still_copied
 
 LOGGER = "megatron"
 MAX_EXPERTS_SHOWN = 16
@@ -36,22 +37,20 @@ class LastingConsole(Console):
         self.quiet = True
 
 
-def configure_logging(*, rank: int, log_dir: str | None) -> Console:
-    """The package's messages go to standard output on rank 0, and on every rank to a file of its own in `log_dir`, which is appended to.
+def configure_logging(*, rank: int) -> Console:
+    """The package's messages go to standard output on rank 0, and on every rank to the file that standard output is copied to, if it is.
 
-    `log_dir` None: no files. Returns the console, for a display on top of it.
+    Returns the console, for a display on top of it: that one is for eyes only and not copied.
     """
-    console = LastingConsole()
+    copied = sys.stdout if isinstance(sys.stdout, Tee) else None
+    console = LastingConsole(file=copied.stream if copied is not None else None)
     logger = logging.getLogger(LOGGER)
     logger.handlers.clear()
     logger.propagate = False
     logger.setLevel(logging.INFO)
     logger.addHandler(ConsoleHandler(console) if rank == 0 else logging.NullHandler())
-    if log_dir is not None:
-        Path(log_dir).mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(Path(log_dir) / f"{socket.gethostname()}_rank_{rank:02d}_stdout.txt", encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        logger.addHandler(file)
+    if copied is not None:
+        logger.addHandler(logging.StreamHandler(copied.copy))
     return console
 
 
@@ -66,7 +65,9 @@ class ProgressDisplay:
         self._live = Live(Group(self._progress, self._load), console=console, refresh_per_second=4)
 
     def __enter__(self) -> ProgressDisplay:
-        self._live.start()
+        before = sys.stdout, sys.stderr
+        self._live.start()  # it catches what is printed, to show it above the bar
+        sys.stdout, sys.stderr = (still_copied(now, was) for now, was in zip((sys.stdout, sys.stderr), before, strict=True))
         return self
 
     def __exit__(self, *exception: object) -> None:

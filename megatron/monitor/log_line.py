@@ -1,24 +1,29 @@
-"""NeoX's console lines. People parse them: their words, order and number formats are kept (GPT-NeoX, megatron/training.py and logging.py)."""
+"""GPT-NeoX's console lines. People parse them: their words, order, spacing and number formats are kept."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+UNITS = ("", "KFLOPS", "MFLOPS", "GFLOPS", "TFLOPS", "PFLOPS", "EFLOPS", "ZFLOPS")
+MEGABYTE = 1024.0**2
+
 
 @dataclass(frozen=True, kw_only=True)
 class LogRecord:
-    """Means over the steps since the last line."""
+    """Means over the steps since the last line, and how many of them came to nothing."""
 
     iteration: int
     train_iters: int
     samples_per_second: float
-    milliseconds_per_step: float
+    seconds_per_step: float
     learning_rate: float
-    tflops: float
-    """Per device, approximate."""
-    model_flops_utilization: float | None
-    """Share of the device's peak. None: the peak is not known."""
+    flops: float
+    """Per second and device: what the hardware did, recomputation included."""
+    model_flops: float
+    """Per second and device: what the model needs, without recomputation."""
+    peak_flops: float | None
+    """What the device could do. None: not known, and no utilisation is shown."""
     losses: Mapping[str, float]
     """lm_loss first, then the auxiliary losses."""
     loss_scale: float | None
@@ -28,15 +33,16 @@ class LogRecord:
 
 
 def train_line(record: LogRecord) -> str:
+    """` samples/sec: ... | iteration ... | ... |`"""
     parts = [
         f" samples/sec: {record.samples_per_second:.3f}",
         f"iteration {record.iteration:8d}/{record.train_iters:8d}",
-        f"elapsed time per iteration (ms): {record.milliseconds_per_step:.1f}",
+        f"elapsed time per iteration (ms): {1000 * record.seconds_per_step:.1f}",
         f"learning rate: {record.learning_rate:.3E}",
-        f"approx flops per GPU: {record.tflops:.1f}TFLOPS",
+        f"approx flops per GPU: {readable_flops(record.flops)}",
     ]
-    if record.model_flops_utilization is not None:
-        parts.append(f"MFU: {record.model_flops_utilization:.2%}")
+    if record.peak_flops is not None:
+        parts += [f"MFU: {record.model_flops / record.peak_flops:.2%}", f"HFU: {record.flops / record.peak_flops:.2%}"]
     parts += [f"{name}: {value:.6E}" for name, value in record.losses.items()]
     if record.loss_scale is not None:
         parts.append(f"loss scale: {record.loss_scale:.1f}")
@@ -44,7 +50,32 @@ def train_line(record: LogRecord) -> str:
     return " | ".join(parts) + " |"
 
 
+def readable_flops(flops: float) -> str:
+    """`18.8TFLOPS`: the largest unit with a number of at least 1 before it."""
+    number, unit = flops, 0
+    while abs(number) >= 1000 and unit < len(UNITS) - 1:
+        number, unit = number / 1000, unit + 1
+    return f"{number:3.1f}{UNITS[unit]}"
+
+
+def memory_line(iteration: int, sizes: Mapping[str, int]) -> str:
+    """`after N iterations memory (MB) | allocated: ... | ...` of sizes in bytes; upstream prints it once, after the first log line."""
+    return f"after {iteration} iterations memory (MB) | " + " | ".join(f"{name}: {size / MEGABYTE}" for name, size in sizes.items())
+
+
+def time_line(seconds: Mapping[str, float]) -> str:
+    """`time (ms) | forward: ... | backward: ... | ...` of one step."""
+    return "time (ms)" + "".join(f" | {name}: {1000 * value:.2f}" for name, value in seconds.items())
+
+
+def progress_line(step: int, losses: Mapping[str, float], *, seconds_per_step: float, samples_per_second: float) -> str:
+    """DeepSpeed's line every `steps_per_print` steps: `steps: N loss: ... iter time (s): ... samples/sec: ...`, the total loss first."""
+    shown = " ".join(f"{name}: {value:0.4f}" for name, value in losses.items())
+    return f"steps: {step} {shown} iter time (s): {seconds_per_step:0.3f} samples/sec: {samples_per_second:0.3f}"
+
+
 def evaluation_lines(title: str, lm_loss: float, perplexity: float) -> str:
-    """` validation results at iteration N | lm_loss value: ... |` between two lines of dashes."""
+    """` validation results at iteration N | lm_loss value: ... |` between two lines of dashes, which are one longer than it, as upstream's."""
     line = f" {title} | lm_loss value: {lm_loss:.6E} | lm_loss_ppl value: {perplexity:.6E} | "
-    return "\n".join(["-" * len(line), line, "-" * len(line)])
+    dashes = "-" * (len(line) + 1)
+    return "\n".join([dashes, line, dashes])

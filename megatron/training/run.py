@@ -14,6 +14,7 @@ from megatron.checkpoint.ranks import together
 from megatron.config.loader import LoadedConfig
 from megatron.config.neox import check_device, check_trainable
 from megatron.monitor.console import ProgressDisplay, configure_logging
+from megatron.monitor.tee import copied_streams
 from megatron.mpu.topology import Topology
 from megatron.training.callbacks.build import build_callbacks, build_sinks, check_sinks
 from megatron.training.optimizer import choose_optimizer
@@ -32,9 +33,12 @@ def train(loaded: LoadedConfig) -> Trainer:
     user; a loss that stays NaN or infinite as TrainingDiverged.
     """
     config = loaded.config
-    topology = start_process(backend=config.parallel.distributed_backend, threads=config.launcher.threads_per_process)
-    console = configure_logging(rank=topology.rank, log_dir=config.logging.log_dir)
+    rank = int(os.environ.get("RANK", "0"))
     with ExitStack() as cleanup:
+        cleanup.callback(configure_logging, rank=rank)  # when the streams are no longer copied
+        cleanup.enter_context(copied_streams(config.logging.log_dir, rank=rank))  # before DeepSpeed keeps a stream for itself
+        console = configure_logging(rank=rank)
+        topology = start_process(backend=config.parallel.distributed_backend, threads=config.launcher.threads_per_process)
         check_trainable(config, topology.data_parallel_size)
         check_device(config, os.environ["DS_ACCELERATOR"])
         check_sinks(config.logging)

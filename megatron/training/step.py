@@ -6,7 +6,7 @@ Shapes: B micro-batch, S sequence length, A auxiliary losses, X MoE layers, E ex
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron.model.gpt import GPTOutput
 from megatron.training.loss import next_token_targets, poison_if_not_finite
 from megatron.training.optimizer import set_learning_rate
+from megatron.training.phases import Phases
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class StepMetrics:
     """None: no loss scaling."""
     seconds: float
     """Waiting for data, forward, backward and update, until the device was done."""
+    phase_seconds: dict[str, float]
+    """`forward` (with `batch generator`, the waiting for data, in it), `backward` and `optimizer`; GPT-NeoX's names."""
 
 
 class Tally:
@@ -67,16 +70,28 @@ class Tally:
         return losses.tolist(), loads[0].cpu(), loads[1].cpu()
 
 
-def take_step(engine: Any, batches: Iterator[dict[str, Tensor]], *, learning_rate: float, masked_token: int | None) -> StepMetrics:
-    """Takes one optimizer step of `gradient_accumulation_steps` micro-batches with a DeepSpeed engine (ZeRO 0 to 3)."""
+def take_step(
+    engine: Any, batches: Iterator[dict[str, Tensor]], *, learning_rate: float, masked_token: int | None, before_update: Callable[[], None]
+) -> StepMetrics:
+    """Takes one optimizer step of `gradient_accumulation_steps` micro-batches with a DeepSpeed engine (ZeRO 0 to 3).
+
+    `before_update` is called once, when the gradients are complete and the weights are not yet changed.
+    """
     started = time.perf_counter()
     set_learning_rate(engine.optimizer, learning_rate)
-    tally = Tally()
-    for _ in range(engine.gradient_accumulation_steps()):
-        output = forward(engine, next(batches), masked_token=masked_token)
+    tally, phases = Tally(), Phases(torch.device(engine.device))
+    for left in reversed(range(engine.gradient_accumulation_steps())):
+        with phases("forward"):
+            with phases("batch generator"):
+                batch = next(batches)
+            output = forward(engine, batch, masked_token=masked_token)
         assert output.loss is not None
-        engine.backward(poison_if_not_finite(output.loss))
-        engine.step()
+        with phases("backward"):
+            engine.backward(poison_if_not_finite(output.loss))
+        if not left:
+            before_update()
+        with phases("optimizer"):
+            engine.step()
         tally.add(output)
     (lm_loss, *aux_losses), expert_load, lore_load = tally.totals()
     return StepMetrics(
@@ -89,6 +104,7 @@ def take_step(engine: Any, batches: Iterator[dict[str, Tensor]], *, learning_rat
         applied=bool(engine.was_step_applied()),
         loss_scale=float(engine.optimizer.cur_scale) if engine.fp16_enabled() else None,
         seconds=time.perf_counter() - started,
+        phase_seconds=phases.seconds(),
     )
 
 

@@ -66,13 +66,17 @@ class Trainer:
         data = self.training_batches()
         while self.state.iteration < self.plan.train_iters and self.stop_requested is None:
             rate = learning_rate(self.plan.schedule, self.state.steps_done)
-            metrics = take_step(self.engine, data, learning_rate=rate, masked_token=self.plan.masked_token)
+            metrics = take_step(self.engine, data, learning_rate=rate, masked_token=self.plan.masked_token, before_update=self.before_update)
             self.count(metrics)
             for callback in self.callbacks:
                 callback.after_step(self, metrics)
         data.close()
         for callback in reversed(self.callbacks):
             callback.after_training(self)
+
+    def before_update(self) -> None:
+        for callback in self.callbacks:
+            callback.before_update(self)
 
     def training_batches(self) -> Batches:
         """This process's micro-batches, from where the run stands."""

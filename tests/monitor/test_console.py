@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from megatron.monitor.console import LOGGER, ConsoleHandler, ProgressDisplay, configure_logging, load_bars
+from megatron.monitor.console import LOGGER, ConsoleHandler, LastingConsole, ProgressDisplay, configure_logging, load_bars
+from megatron.monitor.tee import copied_streams
 
 
 def test_only_the_first_process_speaks(capsys: pytest.CaptureFixture[str]) -> None:
     for rank in (0, 1):
-        configure_logging(rank=rank, log_dir=None)
+        configure_logging(rank=rank)
         logging.getLogger(LOGGER).info("hello from %d", rank)
     assert capsys.readouterr().out == "hello from 0\n"
 
 
 def test_long_lines_stay_whole(capsys: pytest.CaptureFixture[str]) -> None:
-    configure_logging(rank=0, log_dir=None)
+    configure_logging(rank=0)
     logging.getLogger(LOGGER).info("x" * 400)
     assert capsys.readouterr().out == "x" * 400 + "\n"
-
-
-def test_log_files_are_appended_one_a_process(tmp_path: Path) -> None:
-    for word in ("first", "second"):
-        configure_logging(rank=1, log_dir=str(tmp_path / "logs"))
-        logging.getLogger(LOGGER).info(word)
-    (file,) = (tmp_path / "logs").iterdir()
-    assert file.name.endswith("_rank_01_stdout.txt")
-    assert [line.split()[-1] for line in file.read_text().splitlines()] == ["first", "second"]
 
 
 def test_markup_in_messages_is_text() -> None:
@@ -39,6 +32,20 @@ def test_markup_in_messages_is_text() -> None:
     handler = ConsoleHandler(Console(file=out, width=200))
     handler.emit(logging.LogRecord("megatron", logging.WARNING, "", 0, "[bold]data[0][/bold]", None, None))
     assert out.getvalue() == "[bold]data[0][/bold]\n"
+
+
+def test_what_is_printed_under_the_display_is_copied_and_the_bar_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with copied_streams(str(tmp_path), rank=0):
+        console = LastingConsole(file=sys.stdout.stream, force_terminal=True, width=120)  # type: ignore[attr-defined]
+        with ProgressDisplay(console, total=10, done=2):
+            print("from a library")
+            print("a warning", file=sys.stderr)
+        print("afterwards")
+    stdout, stderr = (next(tmp_path.glob(f"*_{name}.txt")).read_text().splitlines()[skip:] for name, skip in (("stdout", 1), ("stderr", 0)))
+    assert (stdout, stderr) == (["from a library", "afterwards"], ["a warning"])
+    seen = capsys.readouterr().out
+    assert "training" in seen
+    assert "from a library" in seen
 
 
 def test_display_shows_loss_speed_and_load() -> None:

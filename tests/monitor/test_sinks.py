@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from megatron.config.logging import LoggingConfig
+from megatron.monitor.comet import CometSink
 from megatron.monitor.jsonl import JsonlSink, read_jsonl
-from megatron.monitor.sink import scalars
+from megatron.monitor.sink import SinkUnavailable, scalars
 from megatron.monitor.tensorboard import TensorboardSink
 from megatron.monitor.wandb import WandbSink
 
@@ -78,6 +80,42 @@ def test_tensorboard_writes_events(tmp_path: Path) -> None:
     events.Reload()
     assert events.Tags()["scalars"] == ["train/lm_loss"]
     assert [(event.step, event.value) for event in events.Scalars("train/lm_loss")] == [(3, 2.5)]
+
+
+def test_comet_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("comet_ml", reason="the package comet_ml is not installed")
+    monkeypatch.setenv("COMET_START_ONLINE", "false")
+    monkeypatch.setenv("COMET_OFFLINE_DIRECTORY", str(tmp_path))
+    monkeypatch.setenv("COMET_DISABLE_AUTO_LOGGING", "1")  # restored after the test
+    keys = {
+        "comet_workspace": "forest",
+        "comet_project": "animals",
+        "comet_experiment_name": "fox",
+        "comet_tags": ["red"],
+        "comet_others": {"den": 7},
+    }
+    sink = CometSink(LoggingConfig(use_comet=True, **keys), {"num_layers": 2})  # type: ignore[arg-type]
+    sink.write(3, {"train/lm_loss": 2.5, "moe/expert_load": [[1, 2]]})
+    sink.close()
+    (archive,) = tmp_path.glob("*.zip")
+    with zipfile.ZipFile(archive) as files:
+        about = json.loads(files.read("experiment.json"))
+        messages = [json.loads(line)["payload"] for line in files.read("messages.json").splitlines()]
+    assert (about["project_name"], about["workspace"], about["tags"]) == ("animals", "forest", ["red"])
+    (metric,) = (message["metric"] for message in messages if message.get("metric", {}).get("metricName", "").startswith(("train", "moe")))
+    assert (metric["metricName"], metric["metricValue"], metric["step"]) == ("train/lm_loss", 2.5, 3)
+    text = json.dumps(messages)
+    assert all(word in text for word in ('"num_layers"', '"den"', '"fox"'))
+
+
+def test_comet_without_an_account_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("comet_ml", reason="the package comet_ml is not installed")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("COMET_API_KEY", raising=False)
+    with pytest.raises(
+        SinkUnavailable, match=r"use_comet: true, but Comet refused: .*API key.* Log in with `comet login`, or set COMET_START_ONLINE"
+    ):
+        CometSink(LoggingConfig(use_comet=True), {})
 
 
 def test_wandb_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tests.training.runs import losses_of, run_values, train_losses
     ("logging", "sentence"),
     [
         (LoggingConfig(use_wandb=True), "use_wandb: true needs the package 'wandb': pip install wandb, or leave the key out"),
+        (LoggingConfig(use_comet=True), "use_comet: true needs the package 'comet_ml': pip install comet_ml, or leave the key out"),
         (LoggingConfig(tensorboard_dir="tb"), "tensorboard_dir needs the package 'tensorboard': pip install tensorboard, or leave the key out"),
     ],
 )
@@ -33,12 +35,18 @@ def test_a_run_with_every_sink(corpus: Path, tmp_path: Path, monkeypatch: pytest
     pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    wanted = {"use_wandb": True, "tensorboard_dir": "tb", "log_dir": "logs", "progress": "rich"}
+    wanted = {"use_wandb": True, "wandb_group": "foxes", "tensorboard_dir": "tb", "log_dir": "logs", "progress": "rich", "log_grad_norm": True}
     train_losses(run_values(corpus, tmp_path / "run", train_iters=4, eval_iters=1, **wanted))
     assert list(tmp_path.glob("wandb/offline-run-*"))
     assert list(tmp_path.glob("tb/events*"))
     (log,) = tmp_path.glob("logs/*_rank_00_stdout.txt")
-    assert "number of nan iterations:   0 |" in log.read_text()
+    assert re.search(r"^ samples/sec: .* \| number of nan iterations:   0 \|$", log.read_text(), re.MULTILINE)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    expected = {"train/lm_loss", "train/learning_rate", "train/grad_norm", "train/tokens", "runtime/samples_per_sec", "timers/forward"}
+    assert expected | {"validation/lm_loss_ppl", "test/lm_loss", "gradient_norms/sequential.5.norm.weight"} <= set(events.Tags()["scalars"])
 
 
 def test_the_last_steps_are_logged_when_the_interval_is_longer(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

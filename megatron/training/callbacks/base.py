@@ -15,6 +15,9 @@ class Callback:
     def before_training(self, trainer: Trainer) -> None:
         """Once, before the first step of this launch."""
 
+    def before_update(self, trainer: Trainer) -> None:
+        """In each step, when its gradients are complete and the weights are not yet changed; `trainer.state.iteration` does not count it yet."""
+
     def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
         """After each step; `trainer.state.iteration` already counts it."""
 

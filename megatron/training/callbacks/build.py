@@ -10,6 +10,7 @@ from megatron.checkpoint.save import resolved_config_document
 from megatron.config.loader import LoadedConfig
 from megatron.config.logging import LoggingConfig
 from megatron.config.size import flops_per_token
+from megatron.monitor.comet import CometSink
 from megatron.monitor.console import ProgressDisplay
 from megatron.monitor.jsonl import JsonlSink
 from megatron.monitor.sink import Sink, SinkUnavailable
@@ -19,8 +20,12 @@ from megatron.training.callbacks.base import Callback
 from megatron.training.callbacks.checkpoint import CheckpointCallback
 from megatron.training.callbacks.communication import CommunicationCallback
 from megatron.training.callbacks.evaluate import EvaluateCallback
-from megatron.training.callbacks.log import LogCallback
+from megatron.training.callbacks.log import FlopsPerToken, LogCallback
+from megatron.training.callbacks.noise_scale import NoiseScaleCallback
+from megatron.training.callbacks.norms import NormsCallback, measures
 from megatron.training.callbacks.plot import PlotCallback
+from megatron.training.callbacks.print_steps import PrintStepsCallback
+from megatron.training.callbacks.profile import ProfileCallback
 from megatron.training.callbacks.stop import StopCallback
 from megatron.training.callbacks.watchdog import WatchdogCallback
 from megatron.training.trainer import Trainer
@@ -33,12 +38,14 @@ def build_callbacks(trainer: Trainer, loaded: LoadedConfig, sinks: Sequence[Sink
     """
     config = loaded.config
     vocabulary = trainer.checkpoint_args["padded_vocab_size"]
-    flops = flops_per_token(config.model, config.moe, vocabulary, recompute=config.training.checkpoint_activations)
+    model, recompute = flops_per_token(config.model, config.moe, vocabulary), config.training.checkpoint_activations
+    flops = FlopsPerToken(model, flops_per_token(config.model, config.moe, vocabulary, recompute=recompute))
     metrics_file, picture = metrics_path(config.logging, config.checkpoint.save), plot_path(config.logging, config.checkpoint.save)
     callbacks: list[Callback] = []
     if metrics_file is not None and picture is not None:
         callbacks.append(PlotCallback(metrics_file, picture))
     callbacks += [
+        *optional_callbacks(trainer, sinks),
         LogCallback(config.logging, sinks, display, flops_per_token=flops),
         WatchdogCallback(config.training.max_nonfinite_steps),
         EvaluateCallback(config.training, trainer.plan.batch.accumulation, sinks),
@@ -54,10 +61,25 @@ def build_callbacks(trainer: Trainer, loaded: LoadedConfig, sinks: Sequence[Sink
     return callbacks
 
 
+def optional_callbacks(trainer: Trainer, sinks: Sequence[Sink]) -> list[Callback]:
+    """Measurements that are made when the configuration asks for them."""
+    config = trainer.config.logging
+    callbacks: list[Callback] = []
+    if config.profile or config.memory_profiling:
+        callbacks.append(ProfileCallback(config, rank=trainer.topology.rank))
+    if chosen := measures(config):
+        callbacks.append(NormsCallback(chosen, sinks))
+    if config.log_gradient_noise_scale:
+        callbacks.append(NoiseScaleCallback(config, trainer.plan.batch.global_, sinks))
+    if config.steps_per_print:
+        callbacks.append(PrintStepsCallback(config.steps_per_print))
+    return callbacks
+
+
 def build_sinks(trainer: Trainer) -> list[Sink]:
     """Where this process writes its numbers: the first one everywhere, the others to Weights & Biases when `wandb_init_all_ranks` is on.
 
-    Raises SinkUnavailable when Weights & Biases refuses the run.
+    Raises SinkUnavailable when Weights & Biases or Comet refuses the run.
     """
     config, iteration, first = trainer.config, trainer.state.iteration, trainer.topology.is_first
     sinks: list[Sink] = []
@@ -69,13 +91,15 @@ def build_sinks(trainer: Trainer) -> list[Sink]:
         sinks.append(JsonlSink(path, resume_from=iteration, final_evaluation_follows=trainer.finished))
     if config.logging.tensorboard_dir is not None:
         sinks.append(TensorboardSink(config.logging.tensorboard_dir, resume_from=iteration))
+    if config.logging.use_comet:
+        sinks.append(CometSink(config.logging, config.flat()))
     return sinks
 
 
 def check_sinks(logging: LoggingConfig) -> None:
     """Raises SinkUnavailable for a package that a sink needs and that is not installed: on every process alike, before anything long begins."""
-    wanted = {"wandb": logging.use_wandb, "tensorboard": logging.tensorboard_dir is not None}
-    for package, key in (("wandb", "use_wandb: true"), ("tensorboard", "tensorboard_dir")):
+    wanted = {"wandb": logging.use_wandb, "comet_ml": logging.use_comet, "tensorboard": logging.tensorboard_dir is not None}
+    for package, key in (("wandb", "use_wandb: true"), ("comet_ml", "use_comet: true"), ("tensorboard", "tensorboard_dir")):
         if wanted[package] and importlib.util.find_spec(package) is None:
             raise SinkUnavailable(f"{key} needs the package '{package}': pip install {package}, or leave the key out")
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
+import resource
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor
 
 from megatron.config.logging import LoggingConfig
 from megatron.monitor.console import ProgressDisplay
-from megatron.monitor.log_line import LogRecord, train_line
+from megatron.monitor.log_line import LogRecord, memory_line, time_line, train_line
 from megatron.monitor.sink import Sink, Value
 from megatron.training.callbacks.base import Callback
 
@@ -23,6 +26,15 @@ if TYPE_CHECKING:
     from megatron.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
+PHASES = ("forward", "backward", "optimizer", "batch generator")
+"""In GPT-NeoX's order."""
+
+
+class FlopsPerToken(NamedTuple):
+    """Of one training step, active parameters only: what the model needs, and what the hardware does with recomputation."""
+
+    model: float
+    hardware: float
 
 
 class Window:
@@ -34,6 +46,20 @@ class Window:
     @property
     def seconds_per_step(self) -> float:
         return sum(m.seconds for m in self.metrics) / len(self.metrics)
+
+    @property
+    def phase_seconds(self) -> dict[str, float]:
+        """Per step, by name."""
+        names = [name for name in PHASES if name in self.metrics[0].phase_seconds]
+        return {name: sum(m.phase_seconds[name] for m in self.metrics) / len(self.metrics) for name in names}
+
+    @property
+    def skipped(self) -> int:
+        return sum(not m.applied for m in self.metrics)
+
+    @property
+    def nonfinite(self) -> int:
+        return sum(not math.isfinite(m.lm_loss) for m in self.metrics)
 
     def mean_losses(self, names: Sequence[str]) -> dict[str, float]:
         """Means by name over the steps that were taken (all of them when none was)."""
@@ -48,9 +74,9 @@ class Window:
 
 
 class LogCallback(Callback):
-    """`display` is None where there is none to see it. `flops_per_token`: forward and backward, active parameters only."""
+    """`display` is None where there is none to see it."""
 
-    def __init__(self, config: LoggingConfig, sinks: Sequence[Sink], display: ProgressDisplay | None, *, flops_per_token: float) -> None:
+    def __init__(self, config: LoggingConfig, sinks: Sequence[Sink], display: ProgressDisplay | None, *, flops_per_token: FlopsPerToken) -> None:
         self.config = config
         self.sinks = sinks
         self.display = display
@@ -70,7 +96,7 @@ class LogCallback(Callback):
             self._first_step = False
         self.window.metrics.append(metrics)
         iteration = trainer.state.iteration
-        values = step_values(metrics, trainer.config.moe.moe_losses)
+        values = step_values(metrics, trainer.config.moe.moe_losses) | {"train/tokens": trainer.state.consumed_tokens}
         at_interval = iteration % self.config.log_interval == 0
         if at_interval:
             values |= self._interval_values(trainer)
@@ -98,20 +124,20 @@ class LogCallback(Callback):
         self.sinks = ()
 
     def _interval_values(self, trainer: Trainer) -> dict[str, Value]:
-        seconds = self.window.seconds_per_step
-        flops = self._flops_per_device(trainer)
+        record = self._record(trainer, self.window.metrics[-1])
         values: dict[str, Value] = {
-            "runtime/samples_per_sec": trainer.plan.batch.global_ / seconds,
-            "runtime/iteration_time": seconds,
-            "runtime/steps_per_sec": 1 / seconds,
-            "runtime/tokens_per_sec": trainer.plan.tokens_per_step / seconds,
-            "runtime/flops_per_sec_per_gpu": flops,
-            "runtime/tokens_seen": trainer.state.consumed_tokens,
+            "runtime/samples_per_sec": record.samples_per_second,
+            "runtime/iteration_time": record.seconds_per_step,
+            "runtime/steps_per_sec": 1 / record.seconds_per_step,
+            "runtime/tokens_per_sec": trainer.plan.tokens_per_step / record.seconds_per_step,
+            "runtime/flops_per_sec_per_gpu": record.flops,
             "runtime/skipped_iterations": trainer.state.skipped,
             "runtime/nan_iterations": trainer.state.nonfinite,
         }
-        if self.config.peak_theoretical_tflops:
-            values["runtime/model_flops_utilization"] = flops / (self.config.peak_theoretical_tflops * 1e12)
+        if record.peak_flops is not None:
+            values["runtime/model_flops_utilization"] = record.model_flops / record.peak_flops
+            values["runtime/hardware_flops_utilization"] = record.flops / record.peak_flops
+        values |= {f"timers/{name}": seconds for name, seconds in self.window.phase_seconds.items()}
         expert_load, lore_load = self.window.loads()
         if expert_load.numel():
             values["moe/expert_load"] = expert_load.tolist()
@@ -120,33 +146,33 @@ class LogCallback(Callback):
             values["moe/lore_load"] = lore_load.tolist()
         return values
 
-    def _flops_per_device(self, trainer: Trainer) -> float:
-        tokens_per_second = trainer.plan.tokens_per_step / self.window.seconds_per_step
-        return self.flops_per_token * tokens_per_second / trainer.topology.world_size
-
-    def _log(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        flops, peak = self._flops_per_device(trainer), self.config.peak_theoretical_tflops
-        seconds = self.window.seconds_per_step
-        record = LogRecord(
+    def _record(self, trainer: Trainer, metrics: StepMetrics) -> LogRecord:
+        seconds, peak = self.window.seconds_per_step, self.config.peak_theoretical_tflops
+        tokens_per_second = trainer.plan.tokens_per_step / seconds / trainer.topology.world_size
+        return LogRecord(
             iteration=trainer.state.iteration,
             train_iters=trainer.plan.train_iters,
             samples_per_second=trainer.plan.batch.global_ / seconds,
-            milliseconds_per_step=1000 * seconds,
+            seconds_per_step=seconds,
             learning_rate=metrics.learning_rate,
-            tflops=flops / 1e12,
-            model_flops_utilization=flops / (peak * 1e12) if peak else None,
+            flops=self.flops_per_token.hardware * tokens_per_second,
+            model_flops=self.flops_per_token.model * tokens_per_second,
+            peak_flops=peak * 1e12 if peak else None,
             losses=self.window.mean_losses(["lm_loss", *trainer.config.moe.moe_losses]),
             loss_scale=metrics.loss_scale,
-            skipped=trainer.state.skipped,
-            nonfinite=trainer.state.nonfinite,
+            skipped=self.window.skipped,
+            nonfinite=self.window.nonfinite,
         )
-        log.info("%s", train_line(record))
-        if not self._memory_reported and torch.cuda.is_available():
-            log.info("%s", memory_line(trainer.state.iteration))
+
+    def _log(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        log.info("%s", train_line(self._record(trainer, metrics)))
+        if not self._memory_reported:
+            log.info("%s", memory_line(trainer.state.iteration, memory_sizes(torch.device(trainer.engine.device))))
         self._memory_reported = True
+        log.info("%s", time_line(self.window.phase_seconds))
 
 
-def step_values(metrics: StepMetrics, aux_names: Sequence[str] | dict[str, float]) -> dict[str, Value]:
+def step_values(metrics: StepMetrics, aux_names: Iterable[str]) -> dict[str, Value]:
     """A step's numbers under NeoX's names, plus `train/grad_norm` and each auxiliary loss by its own name."""
     values: dict[str, Value] = {"train/lm_loss": metrics.lm_loss, "train/learning_rate": metrics.learning_rate, "train/grad_norm": metrics.grad_norm}
     values |= {f"train/{name}": value for name, value in zip(aux_names, metrics.aux_losses, strict=True)}
@@ -155,13 +181,14 @@ def step_values(metrics: StepMetrics, aux_names: Sequence[str] | dict[str, float
     return values
 
 
-def memory_line(iteration: int) -> str:
-    """NeoX's report of the GPU's memory, after the first log line."""
-    megabytes = 1024.0**2
-    parts = {
+def memory_sizes(device: torch.device) -> dict[str, int]:
+    """Bytes, by upstream's names on a GPU; elsewhere what the process has in memory and has had at most."""
+    if device.type != "cuda":
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {"resident": psutil.Process().memory_info().rss, "max resident": most}
+    return {
         "allocated": torch.cuda.memory_allocated(),
         "max allocated": torch.cuda.max_memory_allocated(),
         "reserved": torch.cuda.memory_reserved(),
         "max reserved": torch.cuda.max_memory_reserved(),
     }
-    return f"after {iteration} iterations memory (MB) | " + " | ".join(f"{name}: {value / megabytes}" for name, value in parts.items())

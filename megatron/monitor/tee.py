@@ -1,0 +1,63 @@
+"""Copies of standard output and standard error in files."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class Tee:
+    """Writes to a file and to a stream. Whatever else is asked of it (is it a terminal, its encoding, ...) the stream answers."""
+
+    def __init__(self, stream: TextIO, copy: TextIO) -> None:
+        self.stream = stream
+        self.copy = copy
+
+    def write(self, text: str) -> int:
+        self.copy.write(text)
+        return self.stream.write(text)
+
+    def flush(self) -> None:
+        self.copy.flush()
+        self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def copied_streams(directory: str | None, *, rank: int) -> Iterator[None]:
+    """Until the end of the block, this process's standard output and standard error go to files in `directory` as well (None: they do not).
+
+    The files are named by host and rank, and appended to, so that runs that go on keep what was there. An exception that ends the block is written to
+    the second one.
+    """
+    if directory is None:
+        yield
+        return
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    names = {name: Path(directory) / f"{socket.gethostname()}_rank_{rank:02d}_{name}.txt" for name in ("stdout", "stderr")}
+    with ExitStack() as files:
+        copies = {name: files.enter_context(path.open("a", encoding="utf-8", errors="replace", buffering=1)) for name, path in names.items()}
+        copies["stdout"].write(f"---- {time.strftime('%Y-%m-%d %H:%M:%S')}, rank {rank}, process {os.getpid()} on {socket.gethostname()} ----\n")
+        before = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = Tee(before[0], copies["stdout"]), Tee(before[1], copies["stderr"])
+        try:
+            yield
+        except BaseException:
+            copies["stderr"].write(traceback.format_exc())
+            raise
+        finally:
+            sys.stdout, sys.stderr = before
+
+
+def still_copied(now: TextIO, before: TextIO) -> TextIO:
+    """`now`, with the copy that `before` had: for who puts another stream in the place of a copied one."""
+    return Tee(now, before.copy) if isinstance(before, Tee) and now is not before else now  # type: ignore[return-value]

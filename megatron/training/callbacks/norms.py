@@ -1,0 +1,71 @@
+"""Norms of single parameters, of their gradients and of the optimizer's averages, for those who look for what went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron.config.logging import LoggingConfig
+from megatron.monitor.sink import Sink
+from megatron.training.callbacks.base import Callback
+from megatron.training.gradients import optimizer_state_norms, whole_gradients, whole_parameters
+
+if TYPE_CHECKING:
+    from megatron.training.step import StepMetrics
+    from megatron.training.trainer import Trainer
+
+
+class Measures(NamedTuple):
+    """What to measure: name of the sinks' group -> a number of one gradient; and what there is to measure after the update."""
+
+    of_gradients: dict[str, Callable[[Tensor], Tensor]]
+    after_update: dict[str, Callable[[Any], dict[str, Tensor]]]
+
+
+def measures(config: LoggingConfig) -> Measures | None:
+    """What the configuration asks for; None when it asks for nothing."""
+    gradients = {"gradient_norms": (config.log_grad_norm, _norm), "pct_grad_zeros": (config.log_grad_pct_zeros, _per_cent_zeros)}
+    after = {
+        "parameter_norms": (config.log_param_norm, _parameter_norms),
+        "optimizer_state_norms": (config.log_optimizer_states, optimizer_state_norms),
+    }
+    chosen = Measures({name: f for name, (on, f) in gradients.items() if on}, {name: f for name, (on, f) in after.items() if on})
+    return chosen if any(chosen) else None
+
+
+class NormsCallback(Callback):
+    """Writes them at every step, as GPT-NeoX does. Under ZeRO each gradient is put together on every process, one at a time."""
+
+    def __init__(self, chosen: Measures, sinks: Sequence[Sink]) -> None:
+        self.chosen = chosen
+        self.sinks = sinks
+        self._found: dict[str, Tensor] = {}
+
+    def before_update(self, trainer: Trainer) -> None:
+        if self.chosen.of_gradients:
+            for name, gradient in whole_gradients(trainer.engine):
+                self._found |= {f"{group}/{name}": measure(gradient) for group, measure in self.chosen.of_gradients.items()}
+
+    def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        for group, measure in self.chosen.after_update.items():
+            self._found |= {f"{group}/{name}": number for name, number in measure(trainer.engine).items()}
+        if self._found:
+            values = dict(zip(self._found, torch.stack(list(self._found.values())).tolist(), strict=True))
+            for sink in self.sinks:
+                sink.write(trainer.state.iteration, values)
+        self._found = {}
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    return tensor.float().norm()
+
+
+def _per_cent_zeros(tensor: Tensor) -> Tensor:
+    return 100 * (tensor == 0).float().mean()
+
+
+def _parameter_norms(engine: Any) -> dict[str, Tensor]:
+    return {name: _norm(parameter) for name, parameter in whole_parameters(engine)}

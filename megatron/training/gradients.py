@@ -1,0 +1,56 @@
+"""Gradients, weights and the optimizer's averages as they would be on one process, whatever ZeRO has cut up. Every process calls these alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def whole_gradients(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """Name and gradient of each parameter that has one, averaged over micro-batches and processes, before clipping and without the loss scale.
+
+    To be read between the last backward pass of a step and its update. One gradient is whole at a time.
+    """
+    from deepspeed.utils import safe_get_full_grad
+
+    scale = engine.optimizer.cur_scale if engine.fp16_enabled() else 1.0
+    for name, parameter in engine.module.named_parameters():
+        gradient = safe_get_full_grad(parameter) if parameter.requires_grad else None
+        if gradient is not None:
+            yield name, gradient if scale == 1.0 else gradient.float() / scale
+
+
+def whole_parameters(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each parameter."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    for name, parameter in engine.module.named_parameters():
+        yield name, safe_get_full_fp32_param(parameter) if hasattr(parameter, "ds_id") else parameter.detach()
+
+
+def optimizer_state_norms(engine: Any) -> dict[str, Tensor]:
+    """`<group>_<average>` -> its norm over all parameters of that group (0: those that decay) and all processes, except averages of 8 bits."""
+    squares: dict[str, Tensor] = {}
+    for group, parameter, state in _states(engine.optimizer):
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.is_floating_point() and value.numel() == parameter.numel() > 1:
+                key = f"{group}_{name}"
+                squares[key] = squares.get(key, torch.zeros((), device=value.device)) + value.float().square().sum()
+    if int(engine.zero_optimization_stage()) > 0 and squares:
+        together = torch.stack(list(squares.values()))
+        torch.distributed.all_reduce(together)
+        squares = dict(zip(squares, together, strict=True))
+    return {key: value.sqrt() for key, value in squares.items()}
+
+
+def _states(optimizer: Any) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+    """Group, parameter (or ZeRO's part of several) and state of everything that this process updates."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if hasattr(optimizer, "sub_group_to_group_id"):  # ZeRO 3 hands its parts to the optimizer one after the other
+        parts = [(optimizer.sub_group_to_group_id[number], part) for number, part in enumerate(optimizer.fp32_partitioned_groups_flat)]
+    else:
+        parts = [(number, parameter) for number, group in enumerate(inner.param_groups) for parameter in group["params"]]
+    yield from ((number, parameter, inner.state[parameter]) for number, parameter in parts if parameter in inner.state)

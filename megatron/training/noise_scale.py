@@ -1,0 +1,59 @@
+"""The gradient noise scale: how large a batch may be before larger ones are not worth their compute."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+KEPT = 0.99
+"""Share of the running averages that a measurement leaves, as in GPT-NeoX."""
+
+
+class NoiseScale:
+    """McCandlish et al., 2018 (An empirical model of large-batch training), appendix A.1: g_i are the gradients of n batches of b sequences, B = n b,
+
+        |G_small|^2 = mean |g_i|^2              |G_big|^2 = |mean g_i|^2
+        |G|^2 = (B |G_big|^2 - b |G_small|^2) / (B - b)
+        S     = (|G_small|^2 - |G_big|^2) / (1 / b - 1 / B)
+        noise scale = S / |G|^2, each of them averaged over the measurements so far
+
+    It keeps one sum of gradients, on `device` (None: where they are).
+    """
+
+    def __init__(self, *, batch: int, n_batches: int, device: torch.device | None = None) -> None:
+        self.small, self.big, self.n_batches = batch, batch * n_batches, n_batches
+        self.device = device
+        self._sums: list[Tensor] = []
+        self._squares: list[float] = []
+        self._signal = self._noise = 0.0
+
+    def add(self, gradients: Iterable[Tensor]) -> float | None:
+        """Takes the gradients of one batch. Returns the noise scale after every n-th; a batch that is not finite is left out.
+
+        It may be negative while there are few measurements: both averages are estimates.
+        """
+        mine = [gradient.to(device=self.device, dtype=torch.float32, copy=True) for gradient in gradients]
+        square = _square(mine)
+        if not math.isfinite(square):
+            return None
+        self._squares.append(square)
+        if self._sums:
+            torch._foreach_add_(self._sums, mine)
+        else:
+            self._sums = mine
+        return self._measure() if len(self._squares) == self.n_batches else None
+
+    def _measure(self) -> float:
+        small, big = sum(self._squares) / self.n_batches, _square(self._sums) / self.n_batches**2
+        self._sums, self._squares = [], []
+        self._signal = KEPT * self._signal + (1 - KEPT) * (self.big * big - self.small * small) / (self.big - self.small)
+        self._noise = KEPT * self._noise + (1 - KEPT) * (small - big) / (1 / self.small - 1 / self.big)
+        return self._noise / self._signal if self._signal else math.inf
+
+
+def _square(tensors: list[Tensor]) -> float:
+    """The squared norm of all of them together."""
+    return float(torch.stack(torch._foreach_norm(tensors)).square().sum())
