@@ -13,7 +13,7 @@ from megatron.config.moe import MoEConfig
 from megatron.config.section import ConfigError
 from megatron.config.training import Batch, TrainingConfig, resolve_batch
 
-# Keys of the model that may differ from the checkpoint's: they say how it was trained or how it is run, not what it computes.
+# Keys of the model that may differ from the checkpoint's: they say how it was trained, run or padded, not what it computes.
 FREE_KEYS = frozenset(
     {
         "seq_length",
@@ -25,6 +25,7 @@ FREE_KEYS = frozenset(
         "precision",
         "attention_config",
         "rotary_save_freqs_buffer",
+        "make_vocab_size_divisible_by",
         "moe_jitter_eps",
         "moe_lore_init",
         "moe_losses",

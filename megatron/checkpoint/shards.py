@@ -122,6 +122,8 @@ def split_state(state: State, count: int, *, parallel_residual: bool) -> list[di
             pieces = _cut(rule, rule.dim, name, state, count)
         elif rule.added and parallel_residual:
             pieces = [tensor / count] * count
+        elif count > 1:
+            _check_flat(name, tensor)
         for shard, piece in zip(shards, pieces, strict=True):
             shard[name] = piece
     return shards
@@ -152,12 +154,17 @@ def _inputs_of_neighbour(state: State, name: str, neighbour: str) -> int:
 
 def _agreed(name: str, copies: Sequence[Tensor]) -> tuple[Tensor, float]:
     """The one value, and how far the copies are apart."""
-    if name.endswith("norm.weight") and copies[0].ndim > 1:
-        raise CheckpointError(f"{name} of shape {list(copies[0].shape)} normalises over the heads of one process: the whole model has no such norm.")
+    _check_flat(name, copies[0])
     if all(torch.equal(copy, copies[0]) for copy in copies[1:]):
         return copies[0], 0.0
     stacked = torch.stack([copy.float() for copy in copies])
     return stacked.mean(0).to(copies[0].dtype), float((stacked.amax(0) - stacked.amin(0)).max())
+
+
+def _check_flat(name: str, tensor: Tensor) -> None:
+    """GPT-NeoX's norms on queries and keys take all heads of a process together, so that the model depends on how many there are."""
+    if "norm." in name and tensor.ndim > 1:
+        raise CheckpointError(f"{name} of shape {list(tensor.shape)} normalises over all heads of a process: it can be neither merged nor cut.")
 
 
 def _drift_notice(apart: Mapping[str, float]) -> tuple[str, ...]:

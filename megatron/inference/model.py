@@ -6,9 +6,11 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from megatron.checkpoint import forward_check
 from megatron.checkpoint.agreement import check_architecture
 from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.load import check_args, check_shapes, module_shapes, shapes_of
@@ -80,7 +82,21 @@ def load_ready_model(config: NeoXConfig) -> ReadyModel:
     gpt.load_state_dict(weights.state_dict)
     choose_attention(config.model, gpt)
     gpt.eval().requires_grad_(False)
+    if config.checkpoint.checkpoint_validation_with_forward_pass:
+        log.info("%s", _compare_logits(config, gpt, path, weights.client_state.get(forward_check.KEY)))
     return ReadyModel(gpt, tokenizer, config.model, device, path, weights.client_state.get("iteration"))
+
+
+def _compare_logits(config: NeoXConfig, gpt: GPT, path: Path, stored: Any) -> str:
+    weight = next(gpt.parameters())
+
+    def run(tokens_BS: torch.Tensor) -> torch.Tensor:
+        logits_BSV = gpt(tokens_BS.to(weight.device)).logits_BSV
+        assert logits_BSV is not None
+        return logits_BSV
+
+    limits = {"positions": config.model.seq_length, "vocabulary": gpt.vocab_size}
+    return forward_check.check_validation_logits(path, stored, run, **limits, dtype=weight.dtype)
 
 
 def checkpoint_directory(checkpoint: CheckpointConfig) -> Path:

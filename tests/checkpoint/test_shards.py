@@ -129,7 +129,7 @@ def test_shards_that_do_not_fit(change: dict[str, Tensor], message: str) -> None
     ("extra", "message"),
     [
         ({"attention.surprise.weight": torch.ones(3)}, "sequential.2.attention.surprise.weight: no rule says how this weight is cut up"),
-        ({"attention.qk_layernorm.weight": torch.ones(2, 4)}, "normalises over the heads of one process"),
+        ({"attention.qk_layernorm.weight": torch.ones(2, 4)}, "normalises over all heads of a process: it can be neither merged nor cut"),
         ({"mlp.linear1.weight": torch.ones(3, 8)}, "is there without the matrix sequential.2.mlp.linear2.weight"),
         ({"mlp.linear1.weight": torch.ones(3, 8), "mlp.linear2.weight": torch.ones(8, 2)}, "has 3 rows and linear2 2 inputs"),
         ({"attention.rpe.weight": torch.ones(3)}, "of shape [3] has no dimension 1 along which"),
@@ -141,6 +141,8 @@ def test_weights_that_no_rule_fits(extra: dict[str, Tensor], message: str) -> No
 
 
 def test_what_cannot_be_cut() -> None:
+    with pytest.raises(CheckpointError, match=r"qk_layernorm\.scale of shape \[4, 4\] normalises over all heads"):
+        split_state({"sequential.2.attention.qk_layernorm.scale": torch.ones(4, 4)}, 2, parallel_residual=False)
     with pytest.raises(
         CheckpointError, match=re.escape("word_embeddings.weight of shape [33, 4] cannot be cut into 2 equal pieces along dimension 0")
     ):

@@ -174,6 +174,26 @@ def test_arguments_that_differ_are_all_named(tmp_path: Path) -> None:
         check_args(path, stored, {**ARGS, "num_attention_heads": 8, "tokenizer_type": "SPMTokenizer"})
 
 
+def test_zero_3_of_three_processes_by_hand(tmp_path: Path) -> None:
+    """Each weight is cut into three parts of equal length, the last one padded."""
+    whole = {"sequential.2.mlp.dense_h_to_4h.weight": torch.arange(8.0).view(4, 2), "sequential.2.mlp.dense_4h_to_h.bias": torch.arange(5.0) + 100}
+    path = tmp_path / "global_step7"
+    path.mkdir()
+    shapes = [{name: tensor.shape for name, tensor in whole.items()}]
+    empty = dict.fromkeys(whole, torch.empty(0, dtype=torch.bfloat16))
+    content = head(7, ARGS, module=empty, param_shapes=shapes, dp_world_size=3)
+    for rank in range(3):
+        flat = torch.cat([torch.cat([t.flatten(), torch.zeros(9)])[rank * n : (rank + 1) * n] for t, n in zip(whole.values(), (3, 2), strict=True)])
+        torch.save(content, path / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+        state = {"optimizer_state_dict": {"fp32_flat_groups": [flat[:2], flat[2:]]}}
+        torch.save(state, path / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    loaded = load_model_weights(path).state_dict
+    assert {name: tensor.dtype for name, tensor in loaded.items()} == dict.fromkeys(
+        ("sequential.2.mlp.linear1.weight", "sequential.2.mlp.linear2.bias"), torch.bfloat16
+    )
+    assert [tensor.tolist() for tensor in loaded.values()] == [tensor.tolist() for tensor in whole.values()]
+
+
 def test_zero_3_on_tensor_parallel_processes_is_refused(tmp_path: Path) -> None:
     path = write_sequential(tmp_path, shards(weights(), 1), head(7, ARGS))
     for rank in (0, 1):

@@ -1,5 +1,5 @@
-"""From the same weights, data and settings as GPT-NeoX the loss of every step is the same: 50 steps in fp32 against Hugging Face's models in a loop of
-their own. The weights go through the files that GPT-NeoX writes, whole and in parts, with today's names and with old ones."""
+"""From the same weights, data and settings as GPT-NeoX the loss of every step is the same: 50 steps in fp32 against Hugging Face's models in a loop
+of their own. The weights go through the files that GPT-NeoX writes, whole and in parts, with today's names and with old ones."""
 
 from __future__ import annotations
 

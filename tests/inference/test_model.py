@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,27 @@ def test_the_weights_outlive_the_checkpoint(checkpoint: dict[str, Any], ready: R
     loaded = load(checkpoint)
     shutil.rmtree(checkpoint["load"])
     assert torch.equal(loaded.gpt.state_dict()["sequential.0.word_embeddings.weight"], ready.gpt.state_dict()["sequential.0.word_embeddings.weight"])
+
+
+@pytest.mark.parametrize("precision", [None, "bfloat16"])
+def test_stored_logits_are_compared(
+    checkpoint: dict[str, Any], ready: ReadyModel, precision: str | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("megatron"), "propagate", True)
+    caplog.set_level(logging.INFO, "megatron")
+    keys = {**checkpoint, "checkpoint_validation_with_forward_pass": True, "precision": precision}
+    load(keys)
+    assert "holds no logits to check the model against" in caplog.text
+    file = Path(checkpoint["load"]) / "global_step2/mp_rank_00_model_states.pt"
+    content = torch.load(file, weights_only=True)
+    logits = ready.gpt(torch.arange(16)[None]).logits_BSV
+    assert logits is not None
+    torch.save({**content, "checkpoint_validation_logits": logits[0]}, file)
+    load(keys)
+    assert "the loaded model's logits agree with the saved ones" in caplog.text
+    torch.save({**content, "checkpoint_validation_logits": logits[0] * 1.2}, file)
+    with pytest.raises(CheckpointError, match="does not compute what the saved one did"):
+        load(keys)
 
 
 def test_save_is_used_without_load(checkpoint: dict[str, Any]) -> None:

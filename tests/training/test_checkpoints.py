@@ -13,9 +13,10 @@ from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.weights import load_model_weights
 from megatron.config.section import ConfigError
 from megatron.testing.tiny import TINY_DENSE, tiny_config
-from tests.checkpoint.upstream import head, write_layers, write_sequential
+from tests.checkpoint.upstream import cut_for_rank, head, write_layers, write_sequential
 from tests.training.runs import run_values, train_losses
 
+KEPT = ("lr_scheduler", "random_rng_state", "np_rng_state", "torch_rng_state")
 LAYERS = [f"layer_{layer:02d}-model_00-model_states.pt" for layer in (0, 2, 3, 5, 6)]
 
 
@@ -33,7 +34,7 @@ def rewritten(directory: Path, path: Path, *, layers: bool = False, optimizer: b
     groups = [
         {"lr": group["lr"], "weight_decay": group["weight_decay"], "params": group["params"], "step": max(steps)} for group in adam["param_groups"]
     ]
-    kept = {key: stored[key] for key in ("lr_scheduler", "random_rng_state", "np_rng_state", "torch_rng_state")}
+    kept = {key: stored[key] for key in KEPT}
     content = head(stored["iteration"], stored["args"], **kept, optimizer={"state": adam["state"], "param_groups": groups} if optimizer else {})
     return (write_layers if layers else write_sequential)(directory, [stored["module"]], content)
 
@@ -108,6 +109,30 @@ def test_a_converted_checkpoint_needs_finetune(corpus: Path, tmp_path: Path, str
     tuned = train_losses({**values, "finetune": True})
     assert len(tuned) == 8
     assert tuned[0] < straight[1][0]
+
+
+def test_parts_of_two_processes_go_on_without_their_optimizer(corpus: Path, tmp_path: Path, straight: tuple[Path, list[float]]) -> None:
+    stored = torch.load(straight[0] / "global_step4/mp_rank_00_model_states.pt", weights_only=True)
+    parts = [cut_for_rank(stored["module"], rank, 2, queries=32, kv=32, gated=False) for rank in range(2)]
+    content = head(4, {**stored["args"], "model_parallel_size": 2}, optimizer=stored["optimizer"], **{key: stored[key] for key in KEPT})
+    write_layers(tmp_path / "theirs", parts, content)
+    values = dense(corpus, tmp_path / "ours", load=str(tmp_path / "theirs"))
+    with pytest.raises(
+        CheckpointError, match=r"saved by 2 processes that shared the model, whose optimizer state cannot be read: .*no_load_optim=true"
+    ):
+        train_losses(values)
+    losses = train_losses({**values, "no_load_optim": True})
+    assert losses[0] == straight[1][4], "the weights, the random states and the data are where they were"
+    assert len(losses) == 4
+
+
+def test_other_padding_goes_on_without_the_optimizer(corpus: Path, tmp_path: Path, straight: tuple[Path, list[float]]) -> None:
+    values = dense(corpus, tmp_path / "ours", load=str(straight[0]), iteration=4, make_vocab_size_divisible_by=1024)
+    with pytest.raises(CheckpointError, match=r"optimizer's state cannot follow a vocabulary that is padded differently: .*no_load_optim=true"):
+        train_losses(values)
+    losses = train_losses({**values, "no_load_optim": True})
+    assert len(losses) == 4
+    assert losses[0] > straight[1][4], "512 tokens more that could follow"
 
 
 def test_an_optimizer_of_other_groups_is_refused(corpus: Path, tmp_path: Path, straight: tuple[Path, list[float]]) -> None:
