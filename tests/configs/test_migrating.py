@@ -48,6 +48,7 @@ ACCEPTED = [
     "attention_config: [[[flash], all]]",
     "distributed_backend: nccl",
     "temperature: 0.0\ntop_k: 5",
+    "log_gradient_noise_scale: true",
 ]
 
 
