@@ -27,7 +27,6 @@ OTHER_DEFAULTS: dict[str, tuple[Any, str]] = {
     "gradient_accumulation_steps": (1, "left out, it is worked out from train_batch_size and train_micro_batch_size_per_gpu, as NeoX's manual says"),
     "distributed_backend": ("nccl", "nccl where there are GPUs, gloo where there are none"),
     "seq_length": (None, "it has to be given: NeoX starts without it and fails later"),
-    "moe_router_type": ("sinkhorn", "the Sinkhorn router is not part of this version; topk is balanced by moe_losses: {load_balance: 0.01}"),
 }
 
 Judgement = Callable[[Any], bool]
@@ -249,7 +248,6 @@ _NOT_BUILT: dict[str, Ignored | Refused] = {
     "moe_loss_coeff": Refused("upstream dropped it in 2025; write moe_losses: {load_balance: 0.01}"),
     **_entries(Refused, _OLD_MOE, "moe_train_capacity_factor", "moe_eval_capacity_factor", "moe_min_capacity", "moe_token_dropping"),
     "create_moe_param_group": Refused("upstream dropped it in 2025; experts are in the optimizer's groups like all weights; remove it"),
-    "moe_use_residual": Refused("upstream dropped it in 2025; a dense MLP beside the experts is not part of this version; remove it"),
     **_entries(
         Refused,
         "upstream dropped it in 2025; every process has all experts in this version; remove it",
@@ -266,11 +264,8 @@ _NOT_BUILT: dict[str, Ignored | Refused] = {
     "warmup_iters": Refused("write warmup: the share of lr_decay_iters, such as 0.01"),
     "decay_lr_to": Refused("write min_lr: the learning rate at the end itself, not its share of lr"),
     "attention_type": Refused("write attention_config, such as [[[flash], all]]"),
-    "moe_lora_aux_loss_coeff": Refused(
-        "LoRE routers have no loss of their own; write moe_losses: {load_balance: ..., z_loss: ...}, which are for the routers of experts",
-        _is(0, 0.0),
-    ),
-    "lora_interaction_type": Refused("LoREs are added to the up-projection before the activation ('addition'); remove it", _is("addition")),
+    "moe_lora_aux_loss_coeff": Refused("write moe_losses: {lore_balance: ...} for the LoRE routers' own balance loss", _is(0, 0.0)),
+    "lora_interaction_type": Refused("write moe_lore_interaction: entangled (the fork's 'addition'), or gated (its 'geglu')", _is("addition")),
 }
 
 TABLE: dict[str, Ignored | Refused] = {**_WITHOUT_EFFECT, **_NOT_BUILT}

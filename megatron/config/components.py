@@ -10,14 +10,26 @@ import importlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-ROUTERS: dict[str, Any] = {"topk": "megatron.model.moe.routers.topk:TopKRouter"}
+ROUTERS: dict[str, Any] = {
+    "topk": "megatron.model.moe.routers.topk:TopKRouter",
+    "sinkhorn": "megatron.model.moe.routers.sinkhorn:SinkhornRouter",
+    "sigmoid": "megatron.model.moe.routers.sigmoid:SigmoidRouter",
+    "top_p": "megatron.model.moe.routers.top_p:TopPRouter",
+    "expert_choice": "megatron.model.moe.routers.expert_choice:ExpertChoiceRouter",
+}
 EXPERTS: dict[str, Any] = {
     "grouped": "megatron.model.moe.experts.grouped:GroupedExperts",
-    "structmoe": "megatron.model.moe.experts.structmoe:StructMoEExperts",
+    "structmoe": "megatron.model.moe.experts.structmoe:build_structmoe",
+    "decomposed": "megatron.model.moe.experts.decomposed:DecomposedExperts",
 }
 DISPATCHERS: dict[str, Any] = {"local": "megatron.model.moe.dispatch.local:LocalDispatcher"}
 LOSSES: dict[str, Any] = {
     "load_balance": "megatron.model.moe.losses.load_balance:load_balance_loss",
+    "sequence_load_balance": "megatron.model.moe.losses.load_balance:sequence_load_balance_loss",
+    "global_load_balance": "megatron.model.moe.losses.load_balance:global_load_balance_loss",
+    "block_wise_selection": "megatron.model.moe.losses.block_wise_selection:block_wise_selection_loss",
+    "lore_balance": "megatron.model.moe.losses.lore_balance:lore_balance_loss",
+    "entropy": "megatron.model.moe.losses.entropy:router_entropy_loss",
     "z_loss": "megatron.model.moe.losses.z_loss:router_z_loss",
 }
 

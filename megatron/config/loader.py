@@ -99,6 +99,9 @@ def _build(source: Source, problems: list[str]) -> LoadedConfig:
         problems.extend(describe_rules(error, source, _defaults(), without=broken))
     if problems:
         raise ConfigError(problems)
+    for key, sentence in config.moe.idle_keys():
+        where = source.place_of((key,))
+        notices.append(f"{f'{where}: ' if where else ''}'{key}' {sentence}")
     return LoadedConfig(config, notices=tuple(notices), without_section=without_section)
 
 

@@ -1,69 +1,169 @@
-"""Mixture of experts: how many, which router, which kind of expert, which losses. Names are those of `megatron.config.components`."""
+"""Mixture of experts: how many, in which layers, which router, kind of expert and losses. Names are those of `megatron.config.components`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
+from megatron.config import experts, routers
 from megatron.config.components import EXPERTS, LOSSES, ROUTERS, UnknownComponent, check_known
+from megatron.config.experts import DecomposedOptions, LoreOptions
 from megatron.config.model import ModelConfig
-from megatron.config.section import Fraction, PositiveInt, Problem, Section
+from megatron.config.routers import SigmoidOptions, TopPOptions
+from megatron.config.section import NaturalInt, PositiveFloat, PositiveInt, Problem
 
 
-class MoEConfig(Section):
-    moe_num_experts: PositiveInt = 1
-    """Experts in each MoE layer; 1 means that every layer is dense."""
-    moe_top_k: PositiveInt = 1
-    """Experts that each token is sent to."""
+class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions):
+    moe_num_experts_by_layer: list[PositiveInt] | None = None
+    """Each MoE layer's own number of experts, first to last (PR-MoE). None: `moe_num_experts` in all of them."""
     moe_expert_interval: PositiveInt = 1
-    """Layer i has experts when i is a multiple of this (layer 0 always)."""
-    moe_router_type: str = "topk"
+    """Layer i has experts when i is a multiple of this (layer 0 always), counted from the first layer that may have them."""
+    moe_first_k_dense_layers: NaturalInt = 0
+    """The first k layers are dense, whatever their number (DeepSeek's first_k_dense_replace)."""
+    moe_layers: list[NaturalInt] | None = None
+    """The layers that have experts, by number from 0, instead of a rule. None: by `moe_first_k_dense_layers` and `moe_expert_interval`."""
+    moe_router_type: str = "sinkhorn"
     """Name of the router that chooses experts."""
-    moe_jitter_eps: Fraction | None = None
-    """In training the router's input is multiplied by a random factor from 1 - eps to 1 + eps. None: no jitter."""
-    moe_normalize_top_k: bool = False
-    """Divide the weights of a token's chosen experts by their sum (Mixtral); otherwise they are the plain probabilities."""
     moe_expert_type: str = "grouped"
-    """Name of the kind of expert: `grouped` (MLPs) or `structmoe` (MLPs with routed low-rank experts inside)."""
-    moe_num_lores: PositiveInt = 8
-    """StructMoE: low-rank experts (LoREs) inside each expert, M."""
-    moe_lore_top_k: PositiveInt = 1
-    """StructMoE: LoREs that each token uses, l; at most `moe_num_lores`."""
-    moe_lore_rank: PositiveInt = 64
-    """StructMoE: rank of one LoRE, Q."""
-    moe_lore_normalize: bool = False
-    """StructMoE: divide the weights of the chosen LoREs by their sum."""
-    moe_lore_init: Literal["layer", "zero"] = "layer"
-    """StructMoE: initial second factor of a LoRE: like the layer's own weights, or zero (the LoRE starts without effect)."""
+    """Name of the kind of expert: grouped (MLPs), structmoe (MLPs with routed low-rank experts inside), decomposed (MLPs of low-rank matrices)."""
+    moe_num_shared_experts: NaturalInt = 0
+    """Experts that every token uses beside its chosen ones: one MLP of this many times the expert width (DeepSeekMoE)."""
+    moe_shared_expert_intermediate_size: PositiveInt | None = None
+    """True hidden width of the shared expert, gated or not (Qwen-MoE). None: `moe_num_shared_experts` decides."""
+    moe_shared_expert_gate: bool = False
+    """Multiply the shared expert's output by sigmoid(x w) (Qwen-MoE)."""
+    moe_use_residual: bool = False
+    """Residual MoE (DeepSpeed-MoE): a dense MLP beside the experts, the two mixed by a learned softmax of two weights per token."""
     moe_losses: dict[str, float] = {}
     """Auxiliary losses and their coefficients, e.g. {load_balance: 0.01, z_loss: 0.001}; a loss that is not named is not computed."""
-    kernel_backends: dict[str, str] = {}
-    """Implementation to use for an operation, e.g. {grouped_gemm: reference}; operations that are not named use the fastest that runs here."""
+    moe_block_wise_temperature: PositiveFloat = 1.0
+    """Temperature tau of the loss `block_wise_selection` (CoSMoEs, equation 2): router logits are multiplied by it."""
 
-    def is_moe_layer(self, layer: int) -> bool:
-        """Whether transformer layer `layer` (from 0) has experts instead of a dense MLP."""
-        return self.moe_num_experts > 1 and layer % self.moe_expert_interval == 0
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer has experts."""
+        return self.moe_num_experts > 1 or self.moe_num_experts_by_layer is not None
+
+    def moe_layer_numbers(self, num_layers: int) -> list[int]:
+        """The layers, from 0, that have experts instead of a dense MLP."""
+        if not self.has_experts:
+            return []
+        if self.moe_layers is not None:
+            return sorted(self.moe_layers)
+        first = self.moe_first_k_dense_layers
+        return [layer for layer in range(first, num_layers) if (layer - first) % self.moe_expert_interval == 0]
+
+    def for_layers(self, num_layers: int) -> dict[int, MoEConfig]:
+        """Layer -> its section, in which `moe_num_experts` is that layer's own number; layers with a dense MLP are absent."""
+        numbers = self.moe_layer_numbers(num_layers)
+        counts = self.moe_num_experts_by_layer or [self.moe_num_experts] * len(numbers)
+        return {
+            layer: self.model_copy(update={"moe_num_experts": count, "moe_num_experts_by_layer": None})
+            for layer, count in zip(numbers, counts, strict=True)
+        }
 
     def expert_width(self, model: ModelConfig) -> int:
-        """Hidden width F of one expert: `ffn_hidden_size` or `intermediate_size` as it is, else 4 * hidden_size rounded up to a multiple of 256."""
-        return model.ffn_hidden_size or model.mlp_size or -(-4 * model.hidden_size // 256) * 256
+        """Hidden width F of one expert, after segmentation."""
+        whole = self.moe_ffn_hidden_size or model.ffn_hidden_size or model.mlp_size or -(-4 * model.hidden_size // 256) * 256
+        return whole // self.moe_expert_segments
+
+    def shared_width(self, model: ModelConfig) -> int:
+        """Hidden width of the shared expert; 0 where there is none."""
+        return self.moe_shared_expert_intermediate_size or self.moe_num_shared_experts * self.expert_width(model)
+
+    def idle_keys(self) -> Iterator[tuple[str, str]]:
+        """(key, what to say of it) for keys that were given for a component that is not the chosen one. One from outside may read them all."""
+        if not self.has_experts:
+            return
+        for choice, options in (("moe_router_type", routers.OPTIONS), ("moe_expert_type", experts.OPTIONS)):
+            chosen = getattr(self, choice)
+            known = {key for section in options.values() for key in section.model_fields}
+            for key in sorted(self.model_fields_set & known - set(options[chosen].model_fields)) if chosen in options else ():
+                readers = " and ".join(name for name, section in options.items() if key in section.model_fields)
+                yield key, f"has no effect with {choice} {chosen}; it is read by {readers}"
+        if "moe_block_wise_temperature" in self.model_fields_set and "block_wise_selection" not in self.moe_losses:
+            yield "moe_block_wise_temperature", "has no effect unless moe_losses names block_wise_selection"
 
     def check(self) -> Iterator[Problem]:
-        if self.moe_top_k > self.moe_num_experts:
-            yield Problem(("moe_top_k", "moe_num_experts"), f"must be at most moe_num_experts ({self.moe_num_experts})")
-        if self.moe_lore_top_k > self.moe_num_lores:
-            yield Problem(("moe_lore_top_k", "moe_num_lores"), f"must be at most moe_num_lores ({self.moe_num_lores})")
-        if self.moe_router_type.lower() == "sinkhorn" and self.moe_router_type not in ROUTERS:
-            yield Problem(("moe_router_type",), "is not part of this version; write topk, and moe_losses: {load_balance: 0.01} for the balance")
-        else:
-            yield from _unknown_name("moe_router_type", ROUTERS, self.moe_router_type)
+        for options in (LoreOptions, DecomposedOptions, SigmoidOptions):
+            yield from options.check(self)
+        yield from self._count_problems()
+        yield from self._placement_problems()
+        yield from self._component_problems()
+        if self.moe_shared_expert_gate and not (self.moe_num_shared_experts or self.moe_shared_expert_intermediate_size):
+            yield Problem(("moe_shared_expert_gate",), "needs a shared expert: moe_num_shared_experts or moe_shared_expert_intermediate_size")
+        if self.moe_num_shared_experts and self.moe_shared_expert_intermediate_size:
+            keys = ("moe_shared_expert_intermediate_size", "moe_num_shared_experts")
+            yield Problem(keys, "give either it or moe_num_shared_experts, not both")
+
+    def check_with(self, model: ModelConfig) -> Iterator[Problem]:
+        """The rules that need the model's sizes too."""
+        if self.has_experts:
+            yield from self._layer_problems(model.num_layers)
+            yield from self._width_problems(model)
+
+    def _count_problems(self) -> Iterator[Problem]:
+        counts = self.moe_num_experts_by_layer
+        if counts is None:
+            if self.moe_top_k > self.moe_num_experts:
+                yield Problem(("moe_top_k", "moe_num_experts"), f"must be at most moe_num_experts ({self.moe_num_experts})")
+            return
+        if self.moe_num_experts > 1:
+            yield Problem(("moe_num_experts_by_layer", "moe_num_experts"), "give either it or moe_num_experts, not both")
+        if min(counts, default=1) < 2:
+            yield Problem(("moe_num_experts_by_layer",), "must name numbers of 2 or more; moe_layers says which layers have experts at all")
+        elif self.moe_top_k > min(counts):
+            yield Problem(("moe_top_k", "moe_num_experts_by_layer"), f"must be at most the smallest number of experts ({min(counts)})")
+
+    def _placement_problems(self) -> Iterator[Problem]:
+        if self.moe_layers is None:
+            return
+        if len(set(self.moe_layers)) < len(self.moe_layers) or not self.moe_layers:
+            yield Problem(("moe_layers",), "must name at least one layer, and each once")
+        for key in ("moe_first_k_dense_layers", "moe_expert_interval"):
+            if key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default:
+                yield Problem(("moe_layers", key), f"says which layers have experts; remove {key}")
+
+    def _component_problems(self) -> Iterator[Problem]:
+        yield from _unknown_name("moe_router_type", ROUTERS, self.moe_router_type)
         yield from _unknown_name("moe_expert_type", EXPERTS, self.moe_expert_type)
-        if self.moe_expert_type == "structmoe" and self.moe_num_experts == 1:
-            yield Problem(("moe_expert_type", "moe_num_experts"), "needs moe_num_experts of 2 or more; with 1 every layer is dense")
+        if not self.has_experts:
+            for key, default in (("moe_expert_type", "grouped"), ("moe_use_residual", False), ("moe_num_shared_experts", 0)):
+                if getattr(self, key) != default:
+                    yield Problem((key, "moe_num_experts"), "needs moe_num_experts of 2 or more; with 1 every layer is dense")
         for name, coefficient in self.moe_losses.items():
             yield from _unknown_name(f"moe_losses.{name}", LOSSES, name)
             if coefficient < 0:
                 yield Problem((f"moe_losses.{name}",), "must be 0 or more")
+        if "lore_balance" in self.moe_losses and not (self.moe_expert_type == "structmoe" and self.moe_lore_routed):
+            yield Problem(("moe_losses.lore_balance", "moe_expert_type"), "needs moe_expert_type: structmoe with routed LoREs")
+
+    def _layer_problems(self, num_layers: int) -> Iterator[Problem]:
+        numbers = self.moe_layer_numbers(num_layers)
+        if self.moe_layers is not None and max(self.moe_layers, default=0) >= num_layers:
+            yield Problem(("moe_layers", "num_layers"), f"must name layers from 0 to {num_layers - 1}")
+        elif not numbers:
+            yield Problem(("moe_first_k_dense_layers", "num_layers"), f"leaves no layer for experts; the model has {num_layers}")
+        if self.moe_num_experts_by_layer is not None and len(self.moe_num_experts_by_layer) != len(numbers):
+            yield Problem(("moe_num_experts_by_layer",), f"must have one number for each of the {len(numbers)} layers with experts")
+
+    def _width_problems(self, model: ModelConfig) -> Iterator[Problem]:
+        width, whole = self.expert_width(model), self.model_copy(update={"moe_expert_segments": 1}).expert_width(model)
+        if whole % self.moe_expert_segments:
+            yield Problem(("moe_expert_segments", "moe_ffn_hidden_size", "ffn_hidden_size"), f"must divide the expert width ({whole})")
+        if self.moe_expert_type == "structmoe":
+            inner = model.hidden_size if self.moe_lore_interaction == "standalone" else width
+            if self.moe_lore_rank > max(model.hidden_size, inner):
+                message = f"must be at most the larger width of the matrix that it adds to ({model.hidden_size} x {inner})"
+                yield Problem(("moe_lore_rank", "hidden_size"), message)
+            if self.moe_lore_projection != "up" and not model.is_gated:
+                yield Problem(("moe_lore_projection", "activation"), f"needs a gated activation such as swiglu; {model.activation} has no gate")
+            if self.moe_lore_interaction == "gated" and model.is_gated:
+                yield Problem(("moe_lore_interaction", "activation"), f"needs an activation without a gate of its own; {model.activation} has one")
+        if self.moe_expert_type == "decomposed" and self.decomposition_rank(model.hidden_size) > max(model.hidden_size, width):
+            yield Problem(
+                ("moe_decomposition_rank", "hidden_size"), f"must be at most the larger width of the matrix ({max(model.hidden_size, width)})"
+            )
 
 
 def _unknown_name(key: str, registry: Mapping[str, Any], name: str) -> Iterator[Problem]:

@@ -74,6 +74,7 @@ class NeoXConfig(Section):
         yield from gradient_problems(self.deepspeed, zero.stage, reduce_scatter=reduce_scatter, fp32_allreduce=self.optimizer.fp32_allreduce)
         if self.deepspeed.wandb is not None and self.deepspeed.wandb.enabled and self.logging.use_wandb:
             yield Problem(("wandb.enabled", "use_wandb"), "use_wandb is true as well, and one process can write only one run; keep use_wandb")
+        yield from self.moe.check_with(self.model)
         if self.checkpoint.iteration is not None and self.checkpoint.load is None and self.checkpoint.save is None:
             yield Problem(("iteration", "load"), "needs load: the directory with the checkpoint")
         if self.checkpoint.no_save_optim and self.optimizer.zero_optimization.stage == 3:

@@ -53,8 +53,8 @@ def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
 
 
 def count_parameters(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int) -> ParameterCount:
-    """Parameters of the model that `build_model` makes from the same sections."""
-    moe_layers = sum(moe.is_moe_layer(layer) for layer in range(model.num_layers))
+    """Parameters of the model that `build_model` makes from the same sections. top_p is counted with one expert per token, the least it uses."""
+    moe_layers = list(moe.for_layers(model.num_layers).values())
     embedding = padded_vocab_size * model.hidden_size
     if model.pos_emb == "learned":
         embedding += model.max_position_embeddings * model.hidden_size
@@ -63,19 +63,18 @@ def count_parameters(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int)
         "embedding": embedding,
         "attention": model.num_layers * _attention(model) + shared,
         "norms": (2 * model.num_layers + 1) * _norm(model, model.hidden_size) + model.num_layers * _query_key_norms(model),
-        "mlp": (model.num_layers - moe_layers) * _mlp(model),
-        "experts": moe_layers * moe.moe_num_experts * _expert(model, moe),
-        "lores": 0,
-        "routers": moe_layers * moe.moe_num_experts * model.hidden_size,
+        "mlp": (model.num_layers - len(moe_layers)) * _mlp(model) + sum(_beside(model, layer) for layer in moe_layers),
+        "experts": sum(layer.num_experts * _expert(model, layer) for layer in moe_layers),
+        "lores": sum(layer.num_experts * _lores(model, layer, active=False) for layer in moe_layers),
+        "routers": sum(layer.num_experts * model.hidden_size for layer in moe_layers),
         "head": padded_vocab_size * model.hidden_size if model.no_weight_tying else 0,
     }
-    active = total | {"experts": moe_layers * moe.moe_top_k * _expert(model, moe)}
+    active = total | {
+        "experts": sum(_active_experts(layer) * _expert(model, layer) for layer in moe_layers),
+        "lores": sum(_active_experts(layer) * _lores(model, layer, active=True) for layer in moe_layers),
+    }
     if model.gpt_j_tied:
         active["norms"] -= model.num_layers * _norm(model, model.hidden_size)
-    if moe.moe_expert_type == "structmoe":
-        lore_router = moe.moe_num_lores * model.hidden_size
-        total["lores"] = moe_layers * moe.moe_num_experts * (moe.moe_num_lores * _lore(model, moe) + lore_router)
-        active["lores"] = moe_layers * moe.moe_top_k * (moe.moe_lore_top_k * _lore(model, moe) + lore_router)
     return ParameterCount(total, active)
 
 
@@ -87,8 +86,9 @@ def flops_per_token(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int, 
     the keys in it).
     """
     active = count_parameters(model, moe, padded_vocab_size).active
-    dense = model.num_layers - sum(moe.is_moe_layer(layer) for layer in range(model.num_layers))
-    matrices = model.num_layers * _attention_matrices(model) + dense * _mlp_matrices(model) + padded_vocab_size * model.hidden_size
+    moe_layers = list(moe.for_layers(model.num_layers).values())
+    matrices = model.num_layers * _attention_matrices(model) + padded_vocab_size * model.hidden_size
+    matrices += (model.num_layers - len(moe_layers)) * _mlp_matrices(model) + sum(_beside(model, layer, biases=False) for layer in moe_layers)
     matrices += sum(active[part] for part in ("experts", "lores", "routers"))
     keys = model.seq_length if model.sliding_window_width is None else min(model.seq_length, model.sliding_window_width + 1)
     scores = 4 * keys * model.hidden_size * model.num_layers
@@ -141,18 +141,50 @@ def _norm(model: ModelConfig, width: int) -> int:
     }[model.norm]
 
 
-def _mlp_matrices(model: ModelConfig) -> int:
-    return ((2 if model.is_gated else 1) + 1) * model.hidden_size * model.mlp_width
+def _projections(model: ModelConfig) -> int:
+    """Matrices of one MLP or expert."""
+    return 3 if model.is_gated else 2
 
 
-def _mlp(model: ModelConfig) -> int:
-    biases = (2 if model.is_gated else 1) * model.mlp_width + model.hidden_size
-    return _mlp_matrices(model) + (biases if model.use_bias_in_mlp else 0)
+def _mlp_matrices(model: ModelConfig, width: int | None = None) -> int:
+    """Of an MLP of the given hidden width; None: the model's."""
+    return _projections(model) * model.hidden_size * (model.mlp_width if width is None else width)
+
+
+def _mlp(model: ModelConfig, width: int | None = None) -> int:
+    biases = (_projections(model) - 1) * (model.mlp_width if width is None else width) + model.hidden_size
+    return _mlp_matrices(model, width) + (biases if model.use_bias_in_mlp else 0)
+
+
+def _beside(model: ModelConfig, moe: MoEConfig, *, biases: bool = True) -> int:
+    """Of what stands beside the experts of a layer: the shared expert and the residual MLP, with what weighs them."""
+    count, mlp = 0, _mlp if biases else _mlp_matrices
+    if width := moe.shared_width(model):
+        count += mlp(model, width) + (model.hidden_size if moe.moe_shared_expert_gate else 0)
+    if moe.moe_use_residual:
+        count += mlp(model) + 2 * (model.hidden_size + biases)
+    return count
+
+
+def _active_experts(moe: MoEConfig) -> int:
+    """Experts that a token uses."""
+    return 1 if moe.moe_router_type == "top_p" else moe.top_k
 
 
 def _expert(model: ModelConfig, moe: MoEConfig) -> int:
-    return (3 if model.is_gated else 2) * model.hidden_size * moe.expert_width(model)
+    width = moe.expert_width(model)
+    if moe.moe_expert_type == "decomposed":
+        return _projections(model) * moe.decomposition_rank(model.hidden_size) * (model.hidden_size + width)
+    return _projections(model) * model.hidden_size * width
 
 
-def _lore(model: ModelConfig, moe: MoEConfig) -> int:
-    return moe.moe_lore_rank * (model.hidden_size + moe.expert_width(model))
+def _lores(model: ModelConfig, moe: MoEConfig, *, active: bool) -> int:
+    """Of the LoREs of one expert and their router: all, or those that one row uses."""
+    if moe.moe_expert_type != "structmoe":
+        return 0
+    width_out = model.hidden_size if moe.moe_lore_interaction == "standalone" else moe.expert_width(model)
+    pairs = 2 if moe.moe_lore_projection == "both" else 1
+    one = pairs * moe.moe_lore_rank * (model.hidden_size + width_out)
+    if not moe.moe_lore_routed:
+        return moe.moe_num_lores * one
+    return (moe.moe_lore_top_k if active else moe.moe_num_lores) * one + moe.moe_num_lores * model.hidden_size

@@ -1,6 +1,6 @@
 """The language model: a list of layers under NeoX's names, so that its state dictionary is NeoX's on-disk layout without pipelining.
 
-Shapes: B batch; S sequence; D model width; V padded vocabulary; A auxiliary losses; X MoE layers; E experts; G LoREs of a layer.
+Shapes: B batch; S sequence; D model width; V padded vocabulary; A auxiliary losses; X MoE layers; E experts.
 
     sequential.0            embedding            sequential.{L+3}    final norm
     sequential.2 to L+1     transformer layers   sequential.{L+4}    head, where it is not tied to the embedding
@@ -20,10 +20,11 @@ from megatron.model.attention import LayerCache
 from megatron.model.embedding import Embedding, FinalLinear, Targets, build_embedding, project
 from megatron.model.initialization import Initializer, build_initializer
 from megatron.model.layer import TransformerLayer, build_layer
+from megatron.model.moe.layer import STATISTICS, MoELayer
 from megatron.model.norms import build_norm
 from megatron.model.positions import Places, positions_in_documents
 from megatron.model.positions.rpe import RelativePositions
-from megatron.model.state import LayerState
+from megatron.model.state import LayerState, RouterReport
 
 if TYPE_CHECKING:
     from megatron.config.model import ModelConfig
@@ -45,14 +46,15 @@ class GPTOutput(NamedTuple):
     """Mean cross entropy, weighted by the loss mask; None without labels."""
     logits_BSV: Tensor | None
     """None with labels: the loss is computed without holding them."""
-    aux_losses_A: Tensor
-    """float32, unweighted, summed over the MoE layers, in the order of `moe_losses`."""
-    expert_load_XE: Tensor
-    """int64: tokens sent to each expert."""
-    lore_load_XG: Tensor
-    """int64: tokens sent to each LoRE; (X, 0) without LoREs."""
+    report: RouterReport
+    """Auxiliary losses, loads and statistics of each MoE layer."""
     token_loss_BS: Tensor | None
     """Cross entropy of each token, without mask and gradient; None without labels."""
+
+    @property
+    def aux_losses_A(self) -> Tensor:
+        """float32, unweighted, summed over the MoE layers, in the order of `moe_losses`."""
+        return self.report.aux_losses_XA.sum(0)
 
 
 class FinalNorm(nn.Module):
@@ -74,16 +76,20 @@ class GPT(nn.Module):
         super().__init__()
         self.num_layers, self.max_positions, self.vocab_size = model.num_layers, model.max_positions, padded_vocab_size
         self.coefficients = tuple(moe.moe_losses.values())
-        self.num_experts = moe.moe_num_experts
+        sections = moe.for_layers(model.num_layers)
         parts: dict[str, nn.Module] = {"0": build_embedding(model, padded_vocab_size, init)}
         rpe = _build_relative_positions(model, init)
-        parts |= {str(FIRST_LAYER + i): build_layer(model, moe, i, init, rpe) for i in range(model.num_layers)}
+        parts |= {str(FIRST_LAYER + i): build_layer(model, sections.get(i), i, init, rpe) for i in range(model.num_layers)}
         parts[str(model.num_layers + 3)] = FinalNorm(model)
         if model.no_weight_tying:
             parts[str(model.num_layers + 4)] = FinalLinear(model, padded_vocab_size, init)
         self.sequential = nn.ModuleDict(parts)
-        experts = [layer.mlp.experts for layer in self.layers if layer.has_experts]
-        self.num_lores = getattr(experts[0], "num_lores", 0) if experts else 0
+        experts = [layer.mlp.experts for layer in self.layers if isinstance(layer.mlp, MoELayer)]
+        num_experts = max((section.num_experts for section in sections.values()), default=0)
+        num_lores = max((getattr(layer_experts, "num_lores", 0) for layer_experts in experts), default=0)
+        self.wants_earlier_load = "global_load_balance" in moe.moe_losses
+        """Whether a loss looks at the step's earlier micro-batches."""
+        self.report_widths = (len(self.coefficients), num_experts, num_lores, len(STATISTICS))
         self.recompute_layers = 0
         self.separate_attention = self.separate_positions = False
 
@@ -91,6 +97,13 @@ class GPT(nn.Module):
     def layers(self) -> list[TransformerLayer]:
         """The transformer layers in order."""
         return [self.sequential[str(FIRST_LAYER + i)] for i in range(self.num_layers)]  # type: ignore[misc]
+
+    def update_balance(self, expert_load_XE: Tensor) -> None:
+        """After a step, moves the biases that routers balance their load with; `expert_load_XE` is the whole step's, over all processes."""
+        moe_layers = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoELayer)]
+        for moe, load_E in zip(moe_layers, expert_load_XE, strict=True):
+            if (balance := getattr(moe.router, "balance", None)) is not None:
+                balance.update(load_E[: moe.context.num_experts])
 
     def enable_activation_checkpointing(self, num_layers: int = 1) -> None:
         """In training keep only the inputs of each group of `num_layers` layers and compute the rest again in the backward."""
@@ -110,25 +123,26 @@ class GPT(nn.Module):
         loss_mask_BS: Tensor | None = None,
         document_BS: Tensor | None = None,
         cache: Sequence[LayerCache] | None = None,
+        earlier_load_XE: Tensor | None = None,
     ) -> GPTOutput:
         """Losses with labels, logits without. With a cache (one entry a layer) the tokens continue those that it holds, and are added to it.
 
-        `document_BS` numbers the tokens' documents, for what `separate_documents` asked for; None: they are of one.
+        `document_BS` numbers the tokens' documents, for what `separate_documents` asked for; None: they are of one. `earlier_load_XE` is the expert
+        load of the step's earlier micro-batches over all processes, for losses over the global batch; None in the first.
         """
         self._check(tokens_BS, {"labels": labels_BS, "loss mask": loss_mask_BS, "documents": document_BS}, cache)
         places = self._places(document_BS, cache)
         hidden_BSD = self.sequential["0"](tokens_BS, places)
-        state = LayerState.start(hidden_BSD, num_losses=len(self.coefficients), num_experts=self.num_experts, num_lores=self.num_lores)
+        state = LayerState.start(hidden_BSD, widths=self.report_widths, earlier_load_XE=earlier_load_XE)
         state = self._run_layers(state, places, cache)
         hidden_BSD = self.sequential[str(self.num_layers + 3)](state.hidden_BSD)
-        losses = (state.aux_losses_A, state.expert_load_XE, state.lore_load_XG)
         if labels_BS is None:
-            return GPTOutput(None, None, self._head(hidden_BSD, None)[0], *losses, None)
+            return GPTOutput(None, None, self._head(hidden_BSD, None)[0], state.report, None)
         lm_loss, token_loss_BS = self._head(hidden_BSD, Targets(labels_BS, loss_mask_BS))
         loss = lm_loss
-        for coefficient, aux_loss in zip(self.coefficients, state.aux_losses_A.unbind(), strict=True):
+        for coefficient, aux_loss in zip(self.coefficients, state.report.aux_losses_XA.sum(0).unbind(), strict=True):
             loss = loss + coefficient * aux_loss
-        return GPTOutput(loss, lm_loss, None, *losses, token_loss_BS)
+        return GPTOutput(loss, lm_loss, None, state.report, token_loss_BS)
 
     def _head(self, hidden_BSD: Tensor, targets: Targets | None) -> tuple[Tensor, ...]:
         key = str(self.num_layers + 4)

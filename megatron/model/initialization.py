@@ -34,12 +34,19 @@ class Initializer:
     """Projections that write to the residual stream (`output_layer_init_method`)."""
     xavier_normal: Fill
     """Tables of relative positions, whatever the config says, as in NeoX."""
+    normal: Callable[[float], Fill]
+    """A plain normal distribution of the given standard deviation."""
 
 
 def build_initializer(model: ModelConfig, seed: int) -> Initializer:
     """All fills draw from one generator; raises UnknownInitMethod."""
     generator = torch.Generator().manual_seed(seed)
-    return Initializer(*(_fill(method, model, generator) for method in (model.init_method, model.output_layer_init_method, "xavier_normal")))
+    into, out, xavier = (_fill(method, model, generator) for method in (model.init_method, model.output_layer_init_method, "xavier_normal"))
+
+    def normal(std: float) -> Fill:
+        return _drawn(partial(nn.init.normal_, mean=0.0, std=std), generator)
+
+    return Initializer(into, out, xavier, normal)
 
 
 def fill_each(fill: Fill, matrix: Tensor, count: int) -> None:
@@ -82,7 +89,10 @@ def _fill(method: str, model: ModelConfig, generator: torch.Generator) -> Fill:
     draw = _drawing_methods(model).get(method)
     if draw is None:
         draw = partial(nn.init.normal_, mean=0.0, std=standard_deviation(method, model))
+    return _drawn(draw, generator)
 
+
+def _drawn(draw: Draw, generator: torch.Generator) -> Fill:
     def fill(matrix: Tensor) -> None:
         draw(matrix, generator=generator)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from megatron.model.attention import LayerCache, SelfAttention
@@ -30,13 +29,12 @@ class TransformerLayer(nn.Module):
     Dropout follows both branches whatever is in them. (GPT-NeoX leaves it out after experts and after an MLP without biases.)
     """
 
-    def __init__(self, model: ModelConfig, moe: MoEConfig, index: int, init: Initializer, rpe: RelativePositions | None = None) -> None:
+    def __init__(self, model: ModelConfig, moe: MoEConfig | None, index: int, init: Initializer, rpe: RelativePositions | None = None) -> None:
         super().__init__()
         self.input_layernorm = build_norm(model)
         self.attention = SelfAttention(model, init, index=index, rpe=rpe)
         self.post_attention_layernorm = build_norm(model)
-        self.has_experts = moe.is_moe_layer(index)
-        self.mlp: nn.Module = MoELayer(model, moe, init) if self.has_experts else build_mlp(model, init)
+        self.mlp: nn.Module = build_mlp(model, init) if moe is None else MoELayer(model, moe, init)
         self.dropout = nn.Dropout(model.hidden_dropout)
 
     def forward(self, state: LayerState, places: Places = START, cache: LayerCache | None = None) -> LayerState:
@@ -47,15 +45,8 @@ class TransformerLayer(nn.Module):
         return state._replace(hidden_BSD=hidden_BSD + change_BSD)
 
     def _feed_forward(self, x_BSD: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        """(what the feed-forward part adds, the state with its losses and loads)."""
-        if not self.has_experts:
-            return self.dropout(self.mlp(x_BSD)), state
-        output = self.mlp(x_BSD)
-        return self.dropout(output.y_BSD), state._replace(
-            aux_losses_A=state.aux_losses_A + output.aux_losses_A,
-            expert_load_XE=torch.cat([state.expert_load_XE, output.expert_load_E[None]]),
-            lore_load_XG=torch.cat([state.lore_load_XG, output.lore_load_G[None]]),
-        )
+        """(what the feed-forward part adds, the state with its report)."""
+        return self.dropout(self.mlp(x_BSD)), state
 
 
 class ParallelResidualLayer(TransformerLayer):
@@ -81,9 +72,34 @@ class TiedParallelResidualLayer(ParallelResidualLayer):
         return x_BSD, x_BSD
 
 
-def build_layer(model: ModelConfig, moe: MoEConfig, index: int, init: Initializer, rpe: RelativePositions | None) -> TransformerLayer:
-    """Transformer layer `index` (from 0). `rpe`: the table of relative positions that all layers share; None where there is none."""
-    kind = TransformerLayer
-    if model.gpt_j_residual:
-        kind = TiedParallelResidualLayer if model.gpt_j_tied else ParallelResidualLayer
-    return kind(model, moe, index, init, rpe)
+class _WithExperts(TransformerLayer):
+    """The feed-forward part is a mixture of experts, which reports on itself."""
+
+    mlp: MoELayer
+
+    def _feed_forward(self, x_BSD: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+        y_BSD, *report = self.mlp(x_BSD, state.earlier_rows_E(self.mlp.context.num_experts))
+        return self.dropout(y_BSD), state._replace(report=state.report.then(*report))
+
+
+class MoETransformerLayer(_WithExperts, TransformerLayer):
+    """Sequential residual with experts."""
+
+
+class MoEParallelResidualLayer(_WithExperts, ParallelResidualLayer):
+    """`gpt_j_residual` with experts."""
+
+
+class MoETiedParallelResidualLayer(_WithExperts, TiedParallelResidualLayer):
+    """`gpt_j_tied` with experts."""
+
+
+def build_layer(model: ModelConfig, moe: MoEConfig | None, index: int, init: Initializer, rpe: RelativePositions | None) -> TransformerLayer:
+    """Transformer layer `index` (from 0). `moe`: the layer's own section; None for a dense one.
+
+    `rpe`: the table of relative positions that all layers share; None where there is none.
+    """
+    kinds = (TransformerLayer, ParallelResidualLayer, TiedParallelResidualLayer)
+    if moe is not None:
+        kinds = (MoETransformerLayer, MoEParallelResidualLayer, MoETiedParallelResidualLayer)
+    return kinds[model.gpt_j_residual + model.gpt_j_tied](model, moe, index, init, rpe)

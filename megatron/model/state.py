@@ -1,6 +1,7 @@
 """What travels through the layers beside the hidden states: losses and counts are returned, never collected on the side.
 
-Shapes: B batch; S sequence; D model width; A auxiliary losses, in the order of the config; X MoE layers so far; E experts; G LoREs of a layer.
+Shapes: B batch; S sequence; D model width; A auxiliary losses, in the order of the config; X MoE layers so far; E experts of the layer that has most;
+G LoREs, likewise; I statistics.
 """
 
 from __future__ import annotations
@@ -9,26 +10,44 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+
+class RouterReport(NamedTuple):
+    """What the MoE layers say of themselves, a row a layer."""
+
+    aux_losses_XA: Tensor
+    """float32, unweighted, with gradient."""
+    expert_load_XE: Tensor
+    """int64: tokens sent to each expert; 0 beyond a layer's own experts."""
+    lore_load_XG: Tensor
+    """int64: tokens sent to each LoRE; G = 0 where there are none."""
+    statistics_XI: Tensor
+    """float32, detached, in the order of `megatron.model.moe.layer.STATISTICS`."""
+
+    def then(self, aux_losses_A: Tensor, expert_load_E: Tensor, lore_load_G: Tensor, statistics_I: Tensor) -> RouterReport:
+        """With one more layer."""
+        rows = (aux_losses_A, expert_load_E, lore_load_G, statistics_I)
+        return RouterReport(*(torch.cat([old, pad(new, (0, old.shape[1] - len(new)))[None]]) for old, new in zip(self, rows, strict=True)))
 
 
 class LayerState(NamedTuple):
     """Input and output of every layer."""
 
     hidden_BSD: Tensor
-    aux_losses_A: Tensor
-    """float32, unweighted, summed over the MoE layers so far."""
-    expert_load_XE: Tensor
-    """int64: tokens sent to each expert, a row per MoE layer."""
-    lore_load_XG: Tensor
-    """int64: tokens sent to each LoRE, a row per MoE layer; G = 0 where there are none."""
+    report: RouterReport
+    earlier_load_XE: Tensor | None = None
+    """int64: `expert_load_XE` of the step's earlier micro-batches, over all processes; None in the first and outside training."""
 
     @staticmethod
-    def start(hidden_BSD: Tensor, *, num_losses: int, num_experts: int, num_lores: int) -> LayerState:
-        """Before the first layer: no losses, no counts."""
-        device = hidden_BSD.device
-        return LayerState(
-            hidden_BSD,
-            torch.zeros(num_losses, device=device),
-            torch.zeros(0, num_experts, dtype=torch.int64, device=device),
-            torch.zeros(0, num_lores, dtype=torch.int64, device=device),
-        )
+    def start(hidden_BSD: Tensor, *, widths: tuple[int, int, int, int], earlier_load_XE: Tensor | None = None) -> LayerState:
+        """Before the first layer; `widths` are (A, E, G, I)."""
+        dtypes = (torch.float32, torch.int64, torch.int64, torch.float32)
+        empty = (torch.zeros(0, width, dtype=dtype, device=hidden_BSD.device) for width, dtype in zip(widths, dtypes, strict=True))
+        return LayerState(hidden_BSD, RouterReport(*empty), earlier_load_XE)
+
+    def earlier_rows_E(self, num_experts: int) -> Tensor | None:
+        """The row of `earlier_load_XE` that belongs to the next MoE layer; None where there is none."""
+        if self.earlier_load_XE is None:
+            return None
+        return self.earlier_load_XE[self.report.expert_load_XE.shape[0], :num_experts]

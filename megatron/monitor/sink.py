@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-Value = float | list[list[int]]
-"""A number, or a table of counts (MoE layers x experts)."""
+Value = float | list[float] | list[list[int]]
+"""A number, a number of each MoE layer, or a table of counts (MoE layers x experts)."""
 
 
 class Sink(Protocol):
@@ -22,5 +22,13 @@ class SinkUnavailable(ValueError):
 
 
 def scalars(values: Mapping[str, Value]) -> dict[str, float]:
-    """The plain numbers among the values."""
-    return {key: float(value) for key, value in values.items() if not isinstance(value, list)}
+    """The plain numbers among the values; `x_by_layer` becomes `x/layer_0`, `x/layer_1`, ... (counted over the MoE layers)."""
+    numbers: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, int | float):
+            numbers[key] = float(value)
+            continue
+        for layer, number in enumerate(value):
+            if isinstance(number, int | float):
+                numbers[f"{key.removesuffix('_by_layer')}/layer_{layer}"] = float(number)
+    return numbers

@@ -33,7 +33,14 @@ TINY_DENSE: Mapping[str, Any] = MappingProxyType(
 
 # Four experts, two per token, with both auxiliary losses.
 TINY_MOE: Mapping[str, Any] = MappingProxyType(
-    {**TINY_DENSE, "moe_num_experts": 4, "moe_top_k": 2, "intermediate_size": 64, "moe_losses": {"load_balance": 0.01, "z_loss": 0.001}}
+    {
+        **TINY_DENSE,
+        "moe_num_experts": 4,
+        "moe_top_k": 2,
+        "moe_router_type": "topk",
+        "intermediate_size": 64,
+        "moe_losses": {"load_balance": 0.01, "z_loss": 0.001},
+    }
 )
 
 # The same with four LoREs in each expert, two of them per token.

@@ -41,8 +41,7 @@ def evaluate(
     finally:
         engine.train()
         stream.close()
-    (lm_loss, *_), _, _ = tally.totals()
-    return lm_loss
+    return tally.totals()[0]
 
 
 def evaluation_logits(engine: Any, tokens_BS: torch.Tensor) -> torch.Tensor:

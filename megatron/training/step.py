@@ -1,6 +1,6 @@
 """One optimizer step: micro-batches through the engine, and what came of it.
 
-Shapes: B micro-batch, S sequence length, A auxiliary losses, X MoE layers, E experts, G = E * M LoREs of a layer
+Shapes: B micro-batch, S sequence length, X MoE layers, E experts
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from megatron.model.gpt import GPTOutput
+from megatron.model.state import RouterReport
+from megatron.mpu.collectives import sum_over_data_parallel
 from megatron.training.loss import next_token_targets, poison_if_not_finite
 from megatron.training.optimizer import set_learning_rate
 from megatron.training.phases import Phases
@@ -26,10 +28,8 @@ class StepMetrics:
     lm_loss: float
     aux_losses: tuple[float, ...]
     """Unweighted, summed over the MoE layers, in the order of `moe_losses`."""
-    expert_load_XE: Tensor
-    """Tokens per expert."""
-    lore_load_XG: Tensor
-    """Tokens per LoRE; no columns without LoREs."""
+    router: RouterReport
+    """What the MoE layers say of themselves, on the CPU: losses and statistics averaged, loads summed."""
     learning_rate: float
     grad_norm: float
     """Before clipping."""
@@ -48,26 +48,29 @@ class Tally:
 
     def __init__(self) -> None:
         self._losses: list[Tensor] = []
-        self._expert_loads: list[Tensor] = []
-        self._lore_loads: list[Tensor] = []
+        self._reports: list[RouterReport] = []
 
     def add(self, output: GPTOutput) -> None:
         assert output.lm_loss is not None
-        self._losses.append(torch.cat([output.lm_loss.detach().float().reshape(1), output.aux_losses_A.detach().float()]))
-        self._expert_loads.append(output.expert_load_XE)
-        self._lore_loads.append(output.lore_load_XG)
+        self._losses.append(output.lm_loss.detach().float())
+        self._reports.append(RouterReport(*(part.detach() for part in output.report)))
 
-    def totals(self) -> tuple[list[float], Tensor, Tensor]:
-        """Mean losses (language model first), summed expert load and LoRE load, over micro-batches and processes."""
-        losses = torch.stack(self._losses).mean(0)
-        loads = [torch.stack(self._expert_loads).sum(0), torch.stack(self._lore_loads).sum(0)]
-        if torch.distributed.is_initialized() and (world_size := torch.distributed.get_world_size()) > 1:
-            torch.distributed.all_reduce(losses)
-            losses /= world_size
-            for load in loads:
-                if load.numel():
-                    torch.distributed.all_reduce(load)
-        return losses.tolist(), loads[0].cpu(), loads[1].cpu()
+    @property
+    def load_XE(self) -> Tensor:
+        """int64: the expert load so far, over all processes, on the device."""
+        return sum_over_data_parallel(torch.stack([report.expert_load_XE for report in self._reports]).sum(0))
+
+    def totals(self) -> tuple[float, RouterReport]:
+        """(mean loss of the language model, report), over micro-batches and processes."""
+        parts = [torch.stack(part) for part in zip(*self._reports, strict=True)]
+        means = torch.cat([torch.stack(self._losses).mean()[None], *(parts[i].mean(0).flatten() for i in (0, 3))])
+        loads = torch.cat([parts[i].sum(0).flatten() for i in (1, 2)])
+        world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        means, loads = sum_over_data_parallel(means).cpu() / world_size, sum_over_data_parallel(loads).cpu()
+        losses, statistics = means[1:].split([parts[0][0].numel(), parts[3][0].numel()])
+        experts, lores = loads.split([parts[1][0].numel(), parts[2][0].numel()])
+        shaped = (flat.view(part.shape[1:]) for flat, part in zip((losses, experts, lores, statistics), parts, strict=True))
+        return means[0].item(), RouterReport(*shaped)
 
 
 def take_step(
@@ -79,12 +82,18 @@ def take_step(
     """
     started = time.perf_counter()
     set_learning_rate(engine.optimizer, learning_rate)
+<<<<<<< HEAD
     tally, phases = Tally(), Phases(torch.device(engine.device))
     for left in reversed(range(engine.gradient_accumulation_steps())):
         with phases("forward"):
             with phases("batch generator"):
                 batch = next(batches)
             output = forward(engine, batch, masked_token=masked_token)
+=======
+    tally, earlier_load_XE = Tally(), None
+    for _ in range(engine.gradient_accumulation_steps()):
+        output = forward(engine, next(batches), masked_token=masked_token, earlier_load_XE=earlier_load_XE)
+>>>>>>> 1b4a2a0 (The MoE family: five routers, three kinds of expert, seven losses)
         assert output.loss is not None
         with phases("backward"):
             engine.backward(poison_if_not_finite(output.loss))
@@ -93,25 +102,29 @@ def take_step(
         with phases("optimizer"):
             engine.step()
         tally.add(output)
-    (lm_loss, *aux_losses), expert_load, lore_load = tally.totals()
+        if engine.module.wants_earlier_load:
+            earlier_load_XE = tally.load_XE
+    lm_loss, router = tally.totals()
+    applied = bool(engine.was_step_applied())
+    if applied:
+        engine.module.update_balance(router.expert_load_XE)
     return StepMetrics(
         lm_loss=lm_loss,
-        aux_losses=tuple(aux_losses),
-        expert_load_XE=expert_load,
-        lore_load_XG=lore_load,
+        aux_losses=tuple(router.aux_losses_XA.sum(0).tolist()),
+        router=router,
         learning_rate=learning_rate,
         grad_norm=float(engine.get_global_grad_norm() or 0.0),
-        applied=bool(engine.was_step_applied()),
+        applied=applied,
         loss_scale=float(engine.optimizer.cur_scale) if engine.fp16_enabled() else None,
         seconds=time.perf_counter() - started,
         phase_seconds=phases.seconds(),
     )
 
 
-def forward(engine: Any, batch: dict[str, Tensor], *, masked_token: int | None) -> GPTOutput:
-    """One micro-batch through the model, with the loss."""
+def forward(engine: Any, batch: dict[str, Tensor], *, masked_token: int | None, earlier_load_XE: Tensor | None = None) -> GPTOutput:
+    """One micro-batch through the model, with the loss; `earlier_load_XE` as `GPT.forward` takes it."""
     there = {key: values.to(engine.device, non_blocking=True) for key, values in batch.items()}
     tokens, labels, mask = next_token_targets(there["text"], there.get("label"), masked_token=masked_token)
     documents = {"document_BS": there["document"][:, :-1].contiguous()} if "document" in there else {}
-    output: GPTOutput = engine(tokens, labels_BS=labels, loss_mask_BS=mask, **documents)
+    output: GPTOutput = engine(tokens, labels_BS=labels, loss_mask_BS=mask, earlier_load_XE=earlier_load_XE, **documents)
     return output

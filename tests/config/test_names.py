@@ -70,7 +70,7 @@ def test_it_acts_exactly_as_the_key_that_it_stands_for(old: str) -> None:
     assert loaded.config == config_from_dict({**MODEL, **MOE, outer: value, **implied})
     assert loaded.config.given() == config_from_dict({**MODEL, **MOE, outer: value, **implied}).given()
     assert loaded.without_section == {old: VALUES[old]}
-    assert loaded.notices == ()
+    assert loaded.notices == load_values({**MODEL, **MOE, outer: value, **implied}).notices
 
 
 @pytest.mark.parametrize("old", RENAMED)

@@ -33,7 +33,6 @@ REFUSED_CHOICES = {
     "pack_impl": {"unpacked"},
     "dataset_impl": {"pairwise", "online"},
     "train_impl": {"dpo", "rm", "kto", "reinforce"},
-    "moe_router_type": {"sinkhorn"},
     "optimizer_type": {"onebitadam", "cpu_adam", "cpu_torch_adam", "sm3", "madgrad_wd", "sgd", "lion"},
     "zero_stage": {"all"},
 }

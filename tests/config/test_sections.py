@@ -81,8 +81,25 @@ def test_attention_config_names_every_layer(value: list[Any] | None, layers: lis
 
 
 def test_which_layers_have_experts() -> None:
-    assert [config(moe_num_experts=4, moe_expert_interval=2).moe.is_moe_layer(layer) for layer in range(4)] == [True, False, True, False]
-    assert not config().moe.is_moe_layer(0)
+    def layers(**keys: Any) -> list[int]:
+        return config(moe_num_experts=4, **keys).moe.moe_layer_numbers(4)
+
+    assert layers() == [0, 1, 2, 3]
+    assert layers(moe_expert_interval=2) == [0, 2]
+    assert layers(moe_first_k_dense_layers=1) == [1, 2, 3]
+    assert layers(moe_first_k_dense_layers=1, moe_expert_interval=2) == [1, 3]
+    assert layers(moe_layers=[3, 1]) == [1, 3]
+    assert config().moe.moe_layer_numbers(4) == []
+
+
+def test_each_layer_has_its_own_number_of_experts() -> None:
+    moe = config(moe_num_experts_by_layer=[4, 8], moe_layers=[1, 3]).moe
+    assert {layer: section.num_experts for layer, section in moe.for_layers(4).items()} == {1: 4, 3: 8}
+
+
+def test_fine_grained_experts_are_arithmetic() -> None:
+    built = config(moe_num_experts=16, moe_top_k=2, moe_expert_segments=4, ffn_hidden_size=1024)
+    assert (built.moe.num_experts, built.moe.top_k, built.moe.expert_width(built.model)) == (64, 8, 256)
 
 
 # (train_batch_size, micro batch, accumulation), processes -> resolved; the cases of NeoX's triangle, which it only half solves.

@@ -89,16 +89,16 @@ def test_auxiliary_losses_are_summed_over_the_layers_in_the_order_of_the_config(
 def test_without_experts_there_are_no_loads() -> None:
     out = tiny_model(moe=DENSE)(tokens())
     assert out.aux_losses_A.shape == (0,)
-    assert out.expert_load_XE.shape == (0, 1)
-    assert out.lore_load_XG.shape == (0, 0)
-    assert tiny_model(moe=moe_section(moe_expert_type="grouped"))(tokens()).lore_load_XG.shape == (2, 0)
+    assert out.report.expert_load_XE.shape == (0, 0)
+    assert out.report.lore_load_XG.shape == (0, 0)
+    assert tiny_model(moe=moe_section(moe_expert_type="grouped"))(tokens()).report.lore_load_XG.shape == (2, 0)
 
 
 def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
     torch.manual_seed(3)
     out = model(tokens()[:, :-1], labels_BS=tokens()[:, 1:])
     out.loss.backward()
-    return [out.loss.detach(), out.aux_losses_A.detach(), out.lore_load_XG, *(p.grad for p in model.parameters())]
+    return [out.loss.detach(), out.aux_losses_A.detach(), out.report.lore_load_XG, *(p.grad for p in model.parameters())]
 
 
 @pytest.mark.parametrize("group", [1, 2, 3])

@@ -136,14 +136,14 @@ def test_a_router_and_a_loss_from_outside_train_a_step(monkeypatch: pytest.Monke
         optimizer.zero_grad()
         losses.append(out.loss.item())
     assert losses[1] < losses[0]
-    assert out.expert_load_XE.tolist() == [[6, 5, 5], [6, 5, 5]]
+    assert out.report.expert_load_XE.tolist() == [[6, 5, 5], [6, 5, 5]]
 
 
 def test_an_unknown_component_says_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ROUTERS, "toy", ToyRouter)
     section = moe_section(moe_router_type="toy")
     monkeypatch.delitem(ROUTERS, "toy")
-    with pytest.raises(UnknownComponent, match=r"unknown name 'toy'.*known: topk"):
+    with pytest.raises(UnknownComponent, match=r"unknown name 'toy'.*known: .*topk"):
         tiny_model(moe=section)
 
 

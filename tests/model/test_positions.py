@@ -126,4 +126,4 @@ def test_documents_of_moe_layers_change_attention_only() -> None:
     out = model(tokens(), labels_BS=tokens(), document_BS=torch.zeros(2, 9, dtype=torch.int64))
     plain = model(tokens(), labels_BS=tokens())
     torch.testing.assert_close(out.loss, plain.loss)
-    assert torch.equal(out.expert_load_XE, plain.expert_load_XE)
+    assert torch.equal(out.report.expert_load_XE, plain.report.expert_load_XE)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.model.layer import TransformerLayer
+from megatron.model.moe import MoELayer
 from megatron.model.state import LayerState
 from tests.model.tiny_model import DENSE, model_section, moe_section, tiny_model, tokens
 
@@ -17,11 +18,11 @@ BIASES = list(itertools.product([False, True], repeat=2))
 
 
 def feed_forward(layer: TransformerLayer, x: Tensor) -> Tensor:
-    return layer.mlp(x).y_BSD if layer.has_experts else layer.mlp(x)
+    return layer.mlp(x).y_BSD if isinstance(layer.mlp, MoELayer) else layer.mlp(x)
 
 
 def state(hidden_BSD: Tensor) -> LayerState:
-    return LayerState.start(hidden_BSD, num_losses=2, num_experts=3, num_lores=0)
+    return LayerState.start(hidden_BSD, widths=(2, 3, 0, 3))
 
 
 def by_hand(kind: str, layer: TransformerLayer, x: Tensor) -> Tensor:

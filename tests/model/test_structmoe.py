@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron.model.activations import activation_function
 from megatron.model.initialization import build_initializer
 from megatron.model.moe.experts.grouped import GroupedExperts
-from megatron.model.moe.experts.structmoe import StructMoEExperts
+from megatron.model.moe.experts.structmoe import StructMoEExperts, build_structmoe
 from tests.model.tiny_model import model_section, moe_section, tiny_model, tokens
 
 ROWS = [5, 0, 4]
@@ -22,7 +22,7 @@ ROWS = [5, 0, 4]
 
 def build(dtype: torch.dtype = torch.float64, activation: str = "gelu", **moe: Any) -> StructMoEExperts:
     model = model_section(activation=activation)
-    return StructMoEExperts(model, moe_section(**moe), build_initializer(model, 3)).to(dtype)
+    return build_structmoe(model, moe_section(**moe), build_initializer(model, 3)).to(dtype)
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> Tensor:
@@ -130,7 +130,7 @@ def test_expert_parameters_are_the_part_of_one_expert() -> None:
 
 def test_loads_count_every_choice() -> None:
     out = tiny_model(moe=moe_section(moe_top_k=2, moe_lore_top_k=3))(tokens()[:, :-1])
-    assert out.expert_load_XE.shape == (2, 3)
-    assert out.lore_load_XG.shape == (2, 12)
-    assert out.expert_load_XE.sum(1).tolist() == [2 * 8 * 2] * 2
-    assert torch.equal(out.lore_load_XG.view(2, 3, 4).sum(2), 3 * out.expert_load_XE)
+    assert out.report.expert_load_XE.shape == (2, 3)
+    assert out.report.lore_load_XG.shape == (2, 12)
+    assert out.report.expert_load_XE.sum(1).tolist() == [2 * 8 * 2] * 2
+    assert torch.equal(out.report.lore_load_XG.view(2, 3, 4).sum(2), 3 * out.report.expert_load_XE)

@@ -34,6 +34,7 @@ def moe_section(**changes: Any) -> MoEConfig:
     """Three StructMoE experts with four LoREs each, unless told otherwise."""
     values: dict[str, Any] = {
         "moe_num_experts": 3,
+        "moe_router_type": "topk",
         "moe_expert_type": "structmoe",
         "moe_num_lores": 4,
         "moe_lore_rank": 3,

@@ -1,8 +1,9 @@
 """Bring rows into the order of their groups, and back. The one place this op is defined.
 
-Shapes:  T tokens;  K choices per token;  R = T*K routed rows, sorted by group (stable);  D width;  G groups.
+Shapes:  T tokens;  K choices per token;  R routed rows, sorted by group (stable);  D width;  G groups.
     permute:  rows_RD[r] = x_TD[order_R[r] // K]
     combine:  y_TD[t] = sum_k weight_TK[t, k] * rows_RD[inverse_TK[t, k]]     (a weight of None is 1)
+R = T*K, or less where choices may be empty: those stand at place R, one beyond the last row, and add nothing.
 
 Both directions are gathers along a permutation and its inverse, forward and backward, so no atomic or unordered addition is
 involved: results are the same bit for bit on every run.
@@ -20,12 +21,12 @@ from megatron.kernels.registry import Implementation, Op, torch_operator
 
 
 class Order(NamedTuple):
-    """The sorted order of T*K choices by their group."""
+    """The sorted order of the choices by their group."""
 
     order_R: Tensor
     """int64: the flat choice t*K + k that stands at place r."""
     inverse_TK: Tensor
-    """int64: the place at which choice (t, k) stands."""
+    """int64: the place at which choice (t, k) stands; R for an empty one."""
     rows_G: Tensor
     """int64: rows of each group."""
 
@@ -50,12 +51,21 @@ OP: Op[Permute] = Op("permute")
 OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None, Reference))
 
 
-def sort_by_group(group_TK: Tensor, num_groups: int) -> Order:
-    """Stable order of all choices by group; integers only, nothing to differentiate, no transfer to the host."""
-    flat_R = group_TK.reshape(-1)
-    order_R = torch.argsort(flat_R, stable=True)
-    inverse_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
-    return Order(order_R, inverse_R.view(group_TK.shape), torch.bincount(flat_R, minlength=num_groups))
+def sort_by_group(group_TK: Tensor, num_groups: int, *, padded: bool = False) -> Order:
+    """Stable order of all choices by group; integers only, nothing to differentiate.
+
+    With `padded`, group number `num_groups` marks an empty choice, which gets no row; how many rows remain has to be known on the host then. Without,
+    nothing is transferred.
+    """
+    flat_N = group_TK.reshape(-1)
+    order_N = torch.argsort(flat_N, stable=True)
+    inverse_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
+    rows_G = torch.bincount(flat_N, minlength=num_groups)
+    if not padded:
+        return Order(order_N, inverse_N.view(group_TK.shape), rows_G)
+    rows_G = rows_G[:num_groups]
+    routed = int(rows_G.sum())
+    return Order(order_N[:routed], inverse_N.clamp(max=routed).view(group_TK.shape), rows_G)
 
 
 def permute(x_TD: Tensor, order: Order, *, backend: str = "auto") -> Tensor:

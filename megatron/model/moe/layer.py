@@ -1,11 +1,10 @@
-"""The MoE layer: route, dispatch, compute, combine. Losses and counts are return values.
+"""The MoE layer: route, dispatch, compute, combine. Losses, counts and statistics are return values.
 
 Shapes: B batch; S sequence; T = B*S tokens; R routed rows; E experts; G LoREs of all experts; D model width; A auxiliary losses.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,7 +12,11 @@ from torch import Tensor, nn
 
 from megatron.config.components import DISPATCHERS, EXPERTS, LOSSES, ROUTERS, resolve_component
 from megatron.model.initialization import Initializer
-from megatron.model.moe.routing import LossContext, Routing
+from megatron.model.moe.losses.block_wise_selection import replacement_ratio
+from megatron.model.moe.losses.entropy import token_entropy
+from megatron.model.moe.routing import AuxLoss, LossContext, Routing
+from megatron.model.moe.shared import build_beside
+from megatron.mpu.collectives import sum_over_data_parallel
 
 if TYPE_CHECKING:
     from megatron.config.model import ModelConfig
@@ -30,30 +33,50 @@ class MoEOutput(NamedTuple):
     """int64: tokens sent to each expert."""
     lore_load_G: Tensor
     """int64: tokens sent to each LoRE; G = 0 where there are none."""
+    statistics: Tensor
+    """float32, detached, in the order of STATISTICS."""
+
+
+STATISTICS = ("router_entropy", "expert_replacement", "experts_per_token")
+"""Mean entropy of the router's probabilities in nats; the share of experts that the token before did not use (CoSMoEs, equations 4 and 5); mean
+number of experts that a token uses."""
 
 
 class MoELayer(nn.Module):
-    """The feed-forward part of a transformer layer as a mixture of experts."""
+    """The feed-forward part of a transformer layer as a mixture of experts; `moe` is the layer's own section (`MoEConfig.for_layers`)."""
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, init: Initializer) -> None:
         super().__init__()
         self.router = resolve_component(ROUTERS, moe.moe_router_type)(model, moe, init)
         self.experts = resolve_component(EXPERTS, moe.moe_expert_type)(model, moe, init)
+        self.beside = build_beside(model, moe, init)
         self.dispatcher = resolve_component(DISPATCHERS, "local")(moe)
-        self.losses = [resolve_component(LOSSES, name) for name in moe.moe_losses]
-        self.context = LossContext(moe.moe_num_experts, moe.moe_top_k)
+        self.losses: list[AuxLoss] = [resolve_component(LOSSES, name) for name in moe.moe_losses]
+        self.context = LossContext(moe.num_experts, moe.top_k, sum_over_processes=sum_over_data_parallel, temperature=moe.moe_block_wise_temperature)
 
-    def forward(self, x_BSD: Tensor) -> MoEOutput:
-        """The layer's output, losses and loads."""
+    def forward(self, x_BSD: Tensor, earlier_rows_E: Tensor | None = None) -> MoEOutput:
+        """Output, losses, loads, statistics; `earlier_rows_E` is the load of the step's earlier micro-batches, for losses over the global batch."""
         x_TD = x_BSD.flatten(0, 1)
-        routing = replace(self.router(x_TD), batch_shape=x_BSD.shape[:2])
+        routing = self.router(x_TD)._replace(batch_shape=tuple(x_BSD.shape[:2]))
         x_RD, plan = self.dispatcher.dispatch(x_TD, routing)
-        y_RD, lore_routing = self.experts(x_RD, plan.rows_E)
+        y_RD, lores = self.experts(x_RD, plan.rows_E)
         y_TD = self.dispatcher.combine(y_RD, plan)
-        lore_load_G = plan.rows_E.new_zeros(0) if lore_routing is None else lore_routing.rows_G
-        return MoEOutput(y_TD.view(x_BSD.shape), self._auxiliary_losses(routing), plan.rows_E, lore_load_G)
+        for part in self.beside:
+            y_TD = part(x_TD, y_TD)
+        context = self.context._replace(rows_E=plan.rows_E, lores=lores, earlier_rows_E=earlier_rows_E)
+        lore_load_G = plan.rows_E.new_zeros(0) if lores is None else lores.rows_G
+        return MoEOutput(y_TD.view(x_BSD.shape), self._auxiliary_losses(routing, context), plan.rows_E, lore_load_G, statistics(routing, context))
 
-    def _auxiliary_losses(self, routing: Routing) -> Tensor:
+    def _auxiliary_losses(self, routing: Routing, context: LossContext) -> Tensor:
         if not self.losses:
             return torch.zeros(0, device=routing.logit_TE.device)
-        return torch.stack([loss(routing, self.context).float() for loss in self.losses])
+        return torch.stack([loss(routing, context).float() for loss in self.losses])
+
+
+@torch.no_grad()
+def statistics(routing: Routing, context: LossContext) -> Tensor:
+    """float32, in the order of STATISTICS. Nothing is transferred to the host."""
+    assert context.rows_E is not None
+    tokens = max(1, routing.logit_TE.shape[0])
+    per_token = context.rows_E.sum() / tokens
+    return torch.stack([token_entropy(routing).mean().float(), replacement_ratio(routing, context).float(), per_token.float()])

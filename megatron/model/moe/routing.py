@@ -5,14 +5,13 @@ Shapes: B batch; S sequence; T = B*S tokens; E experts; K experts per token; R r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Routing:
+class Routing(NamedTuple):
     """A router's decision for every token."""
 
     expert_TK: Tensor
@@ -25,6 +24,8 @@ class Routing:
     """float32 (float64 in a float64 model)."""
     batch_shape: tuple[int, int] | None = None
     """(B, S), for who needs the order of tokens; None while only the router has seen it."""
+    padded: bool = False
+    """Whether tokens may use fewer than K experts: their other places hold expert number E, which does not exist, and weight 0."""
 
 
 class LoreRouting(NamedTuple):
@@ -42,9 +43,26 @@ class LoreRouting(NamedTuple):
     """int64: rows of each LoRE of each expert, G = E*M."""
 
 
-@dataclass(frozen=True)
-class LossContext:
+def _over_one_process(count_E: Tensor) -> Tensor:
+    return count_E
+
+
+class LossContext(NamedTuple):
     """What an auxiliary loss may know beside the routing."""
 
     num_experts: int
     top_k: int
+    rows_E: Tensor | None = None
+    """int64: rows that each expert got; None where only a routing is at hand."""
+    lores: LoreRouting | None = None
+    """The experts' second routing; None without LoREs."""
+    earlier_rows_E: Tensor | None = None
+    """int64: rows that each expert got in the earlier micro-batches of this step, over all processes; None in the first."""
+    sum_over_processes: Callable[[Tensor], Tensor] = _over_one_process
+    """Adds up integer counts over the data-parallel processes."""
+    temperature: float = 1.0
+    """tau of block-wise expert selection."""
+
+
+AuxLoss = Callable[[Routing, LossContext], Tensor]
+"""A pure function: (routing, context) -> scalar."""

@@ -13,11 +13,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 import torch
-from torch import Tensor
 
 from megatron.config.logging import LoggingConfig
+from megatron.model.state import RouterReport
 from megatron.monitor.console import ProgressDisplay
+<<<<<<< HEAD
 from megatron.monitor.log_line import LogRecord, memory_line, time_line, train_line
+=======
+from megatron.monitor.log_line import LogRecord, train_line
+from megatron.monitor.routing import router_values
+>>>>>>> 1b4a2a0 (The MoE family: five routers, three kinds of expert, seven losses)
 from megatron.monitor.sink import Sink, Value
 from megatron.training.callbacks.base import Callback
 
@@ -67,10 +72,10 @@ class Window:
         columns = zip(*((m.lm_loss, *m.aux_losses) for m in chosen), strict=True)
         return {name: sum(values) / len(values) for name, values in zip(names, columns, strict=True)}
 
-    def loads(self) -> tuple[Tensor, Tensor]:
-        """(expert_load_XE, lore_load_XG): tokens of all steps."""
-        experts, lores = zip(*((m.expert_load_XE, m.lore_load_XG) for m in self.metrics), strict=True)
-        return torch.stack(experts).sum(0), torch.stack(lores).sum(0)
+    def router(self) -> RouterReport:
+        """What the MoE layers said of themselves: losses and statistics averaged, loads summed over the steps."""
+        losses, experts, lores, statistics = (torch.stack(part) for part in zip(*(m.router for m in self.metrics), strict=True))
+        return RouterReport(losses.mean(0), experts.sum(0), lores.sum(0), statistics.mean(0))
 
 
 class LogCallback(Callback):
@@ -104,7 +109,7 @@ class LogCallback(Callback):
             sink.write(iteration, values)
         if self.display is not None:
             speed = trainer.plan.tokens_per_step / self.window.seconds_per_step
-            self.display.update(done=iteration, loss=metrics.lm_loss, tokens_per_second=speed, expert_load=metrics.expert_load_XE.tolist())
+            self.display.update(done=iteration, loss=metrics.lm_loss, tokens_per_second=speed, expert_load=metrics.router.expert_load_XE.tolist())
         if at_interval:
             self._log(trainer, metrics)
             self.window = Window()
@@ -134,6 +139,7 @@ class LogCallback(Callback):
             "runtime/skipped_iterations": trainer.state.skipped,
             "runtime/nan_iterations": trainer.state.nonfinite,
         }
+<<<<<<< HEAD
         if record.peak_flops is not None:
             values["runtime/model_flops_utilization"] = record.model_flops / record.peak_flops
             values["runtime/hardware_flops_utilization"] = record.flops / record.peak_flops
@@ -144,6 +150,11 @@ class LogCallback(Callback):
             values["moe/load_imbalance"] = float((expert_load.max(1).values / expert_load.float().mean(1)).mean())
         if lore_load.numel():
             values["moe/lore_load"] = lore_load.tolist()
+=======
+        if self.config.peak_theoretical_tflops:
+            values["runtime/model_flops_utilization"] = flops / (self.config.peak_theoretical_tflops * 1e12)
+        values |= router_values(self.window.router(), trainer.config.moe, trainer.config.model.num_layers)
+>>>>>>> 1b4a2a0 (The MoE family: five routers, three kinds of expert, seven losses)
         return values
 
     def _record(self, trainer: Trainer, metrics: StepMetrics) -> LogRecord:

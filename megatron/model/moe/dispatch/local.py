@@ -1,6 +1,6 @@
 """All experts are on this device: dispatch is a sort, nothing is dropped, nothing is sent.
 
-Shapes: T tokens; K experts per token; R = T*K routed rows, sorted by expert; E experts; D model width.
+Shapes: T tokens; K experts per token; R routed rows, sorted by expert, T*K where no place is empty; E experts; D model width.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class LocalDispatcher:
     """Sorts tokens by expert and adds up the results with the router's weights."""
 
     def __init__(self, moe: MoEConfig) -> None:
-        self.num_experts = moe.moe_num_experts
+        self.num_experts = moe.num_experts
         self.backend = moe.kernel_backends.get("permute", "auto")
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, LocalPlan]:
         """(x_RD sorted by expert, plan)."""
-        order = sort_by_group(routing.expert_TK, self.num_experts)
+        order = sort_by_group(routing.expert_TK, self.num_experts, padded=routing.padded)
         return permute(x_TD, order, backend=self.backend), LocalPlan(order, routing.weight_TK)
 
     def combine(self, y_RD: Tensor, plan: LocalPlan) -> Tensor:

@@ -3,8 +3,12 @@
 Shapes: R routed rows, sorted by expert; E experts; M LoREs per expert; G = E*M; L LoREs per row; Q LoRE rank; D model width; F expert width.
 
 Equation 2: H = x W_up + sum over the L chosen of (x pi_i A_i) B_i, before the activation. pi is the softmax over the expert's M router logits,
-taken at the L largest, and divided by their sum only where `moe_lore_normalize` says so. In a gated expert the LoREs add to the up-projection
-W_up, not to the gate.
+taken at the L largest, and divided by their sum only where `moe_lore_normalize` says so.
+
+    entangled    as equation 2, on the up-projection; in gated experts on the up-projection, the gate's, or both
+    standalone   y + sum of (x pi_i A_i) B_i with B of the model's width: the paper's ablation "non-entangled LoREs" (section 4.3)
+    gated        act(x W_up) * sum of (x pi_i A_i) B_i (the interaction `geglu` of the authors' fork)
+Without LoRE routers (`moe_lore_routed: false`, section 4.3) each expert has one LoRE of rank M*Q that is always on, with pi = 1.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from torch import Tensor, nn
 
 from megatron.kernels.grouped_gemm import grouped_gemm
 from megatron.kernels.grouped_lore import LoreChoice, grouped_lore
-from megatron.kernels.permute import Order, sort_by_group
+from megatron.kernels.permute import combine, permute, sort_by_group
 from megatron.model.initialization import Initializer, fill_each, zeros
 from megatron.model.moe.experts.grouped import GroupedExperts
 from megatron.model.moe.routers.topk import top_k
@@ -26,25 +30,30 @@ if TYPE_CHECKING:
     from megatron.config.model import ModelConfig
     from megatron.config.moe import MoEConfig
 
+Decision = tuple[LoreChoice, LoreRouting | None]
+"""What the LoREs' kernels need, and the routing; None where nothing is routed."""
+
 
 class LoREs(nn.Module):
-    """The LoREs of all experts of a layer and the experts' second routers; as a module it is the routing."""
+    """The LoREs of all experts of a layer and the experts' second routers. As a module it is the routing."""
 
-    def __init__(self, model: ModelConfig, moe: MoEConfig, init: Initializer) -> None:
+    def __init__(self, model: ModelConfig, moe: MoEConfig, init: Initializer, *, width_out: int) -> None:
         super().__init__()
-        self.num_experts, self.per_expert, self.rank = moe.moe_num_experts, moe.moe_num_lores, moe.moe_lore_rank
+        self.num_experts, self.per_expert, self.rank = moe.num_experts, moe.moe_num_lores, moe.moe_lore_rank
         self.top_l, self.normalize = moe.moe_lore_top_k, moe.moe_lore_normalize
         self.backend = moe.kernel_backends.get("grouped_gemm", "auto")
-        count, width, expert_width = self.num_experts * self.per_expert, model.hidden_size, moe.expert_width(model)
-        self.router = nn.Parameter(torch.empty(count, width))
-        self.a = nn.Parameter(torch.empty(count * self.rank, width))
-        self.b = nn.Parameter(torch.empty(count * self.rank, expert_width))
+        self.router = nn.Parameter(torch.empty(self.num_experts * self.per_expert, model.hidden_size))
+        self.a, self.b = _factors(self.num_experts * self.per_expert, self.rank, model.hidden_size, width_out)
         fill_each(init.into, self.router.data, self.num_experts)
-        fill_each(init.into, self.a.data, count)
-        fill_each(zeros if moe.moe_lore_init == "zero" else init.into, self.b.data, count)
+        self.fill(moe, init)
 
-    def forward(self, x_RD: Tensor, rows_E: Tensor) -> tuple[LoreRouting, Order]:
-        """The LoREs of every row, and the rows' order by LoRE. All experts' routers are one grouped product, in float32 (float64 for float64)."""
+    def fill(self, moe: MoEConfig, init: Initializer) -> None:
+        """Initial factors: A like the layer's weights, B so or zero."""
+        fill_each(init.into, self.a.data, len(self.a) // self.rank)
+        fill_each(zeros if moe.moe_lore_init == "zero" else init.into, self.b.data, len(self.b) // self.rank)
+
+    def forward(self, x_RD: Tensor, rows_E: Tensor) -> Decision:
+        """The LoREs of every row. All experts' routers are one grouped product, in float32 (float64 for float64)."""
         dtype = torch.promote_types(x_RD.dtype, torch.float32)
         router_EMD = self.router.to(dtype).view(self.num_experts, self.per_expert, -1)
         logit_RM = grouped_gemm(x_RD.to(dtype), router_EMD, rows_E, transposed=True, backend=self.backend)
@@ -53,28 +62,131 @@ class LoREs(nn.Module):
         first_E = torch.arange(0, len(self.router), self.per_expert, device=x_RD.device)
         first_R = first_E.repeat_interleave(rows_E, output_size=x_RD.shape[0])
         order = sort_by_group(lore_RL + first_R[:, None], len(self.router))
-        return LoreRouting(lore_RL, weight_RL, probability_RM, logit_RM, order.rows_G), order
+        return LoreChoice(weight_RL, order), LoreRouting(lore_RL, weight_RL, probability_RM, logit_RM, order.rows_G)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """(a_GQD, b_GQF)."""
-        return self.a.view(len(self.router), self.rank, -1), self.b.view(len(self.router), self.rank, -1)
+        return self.a.view(-1, self.rank, self.a.shape[1]), self.b.view(-1, self.rank, self.b.shape[1])
+
+    @property
+    def count(self) -> int:
+        """G."""
+        return len(self.a) // self.rank
+
+
+class UnroutedLoREs(LoREs):
+    """One LoRE of rank M*Q in each expert, always on."""
+
+    def __init__(self, model: ModelConfig, moe: MoEConfig, init: Initializer, *, width_out: int) -> None:
+        nn.Module.__init__(self)
+        self.rank = moe.moe_num_lores * moe.moe_lore_rank
+        self.a, self.b = _factors(moe.num_experts, self.rank, model.hidden_size, width_out)
+        self.fill(moe, init)
+
+    def forward(self, x_RD: Tensor, rows_E: Tensor) -> Decision:
+        """pi = 1 at the row's own expert."""
+        expert_R = torch.arange(len(rows_E), device=x_RD.device).repeat_interleave(rows_E, output_size=x_RD.shape[0])
+        dtype = torch.promote_types(x_RD.dtype, torch.float32)
+        return LoreChoice(torch.ones(len(x_RD), 1, dtype=dtype, device=x_RD.device), sort_by_group(expert_R[:, None], len(rows_E))), None
 
 
 class StructMoEExperts(GroupedExperts):
-    """MLPs whose up-projection is the expert's own matrix plus the chosen LoREs."""
+    """Entangled LoREs on the up-projection."""
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, init: Initializer) -> None:
         super().__init__(model, moe, init)
-        self.lores = LoREs(model, moe, init)
-        self.num_lores = moe.moe_num_experts * moe.moe_num_lores
+        width_out = model.hidden_size if moe.moe_lore_interaction == "standalone" else moe.expert_width(model)
+        self.lores = (LoREs if moe.moe_lore_routed else UnroutedLoREs)(model, moe, init, width_out=width_out)
+        self.num_lores = self.lores.count if moe.moe_lore_routed else 0
         self.backend = moe.kernel_backends.get("grouped_lore", "auto")
 
-    def forward(self, x_RD: Tensor, rows_E: Tensor) -> tuple[Tensor, LoreRouting]:  # type: ignore[override]
-        """(y_RD, the second routing, in the order of the given rows)."""
-        routing, order = self.lores(x_RD, rows_E)
+    def forward(self, x_RD: Tensor, rows_E: Tensor) -> tuple[Tensor, LoreRouting | None]:
+        """(y_RD, the second routing, in the order of the given rows; None where nothing is routed)."""
+        choice, routing = self.lores(x_RD, rows_E)
+        return self.compute(x_RD, rows_E, choice), routing
 
-        def up(x_RD: Tensor, w1_EFD: Tensor) -> Tensor:
-            a_GQD, b_GQF = self.lores.matrices()
-            return grouped_lore(x_RD, w1_EFD, a_GQD, b_GQF, LoreChoice(routing.weight_RL, order), backend=self.backend)
+    def compute(self, x_RD: Tensor, rows_E: Tensor, choice: LoreChoice) -> Tensor:
+        """y_RD."""
+        return self.mlp.down(self.mlp.activation(self.entangled(x_RD, self.mlp.w1, self.lores.matrices(), choice)), rows_E)
 
-        return self.mlp(x_RD, rows_E, up), routing
+    def entangled(self, x_RD: Tensor, weight: Tensor, matrices: tuple[Tensor, Tensor], choice: LoreChoice) -> Tensor:
+        """x W^T plus the chosen LoREs, equation 2."""
+        return grouped_lore(x_RD, self.mlp.per_expert(weight), *matrices, choice, backend=self.backend)
+
+    def added(self, x_RD: Tensor, choice: LoreChoice) -> Tensor:
+        """The chosen LoREs alone: sum of (x pi_i A_i) B_i."""
+        a_GQD, b_GQF = self.lores.matrices()
+        x_ND = permute(x_RD, choice.order)
+        u_NQ = grouped_gemm(x_ND, a_GQD, choice.order.rows_G, transposed=True, backend=self.mlp.backend)
+        return combine(grouped_gemm(u_NQ, b_GQF, choice.order.rows_G, backend=self.mlp.backend), choice.order, choice.pi_RL)
+
+
+class UpEntangledGatedExperts(StructMoEExperts):
+    """Gated experts, LoREs on the up-projection."""
+
+    def compute(self, x_RD: Tensor, rows_E: Tensor, choice: LoreChoice) -> Tensor:
+        """y_RD."""
+        up_RF = self.entangled(x_RD, self.mlp.w1, self.lores.matrices(), choice)
+        return self.mlp.down(self.mlp.activation(self.mlp.gate(x_RD, rows_E)) * up_RF, rows_E)
+
+
+class GateEntangledGatedExperts(StructMoEExperts):
+    """Gated experts, LoREs on the gate's projection."""
+
+    def compute(self, x_RD: Tensor, rows_E: Tensor, choice: LoreChoice) -> Tensor:
+        """y_RD."""
+        gate_RF = self.entangled(x_RD, self.mlp.w3, self.lores.matrices(), choice)
+        return self.mlp.down(self.mlp.activation(gate_RF) * self.mlp.up(x_RD, rows_E), rows_E)
+
+
+class BothEntangledGatedExperts(StructMoEExperts):
+    """Gated experts, LoREs on both projections: one choice, two pairs of factors."""
+
+    def __init__(self, model: ModelConfig, moe: MoEConfig, init: Initializer) -> None:
+        super().__init__(model, moe, init)
+        self.gate_lores = UnchosenLoREs(self.lores, moe, init)
+
+    def compute(self, x_RD: Tensor, rows_E: Tensor, choice: LoreChoice) -> Tensor:
+        """y_RD."""
+        up_RF = self.entangled(x_RD, self.mlp.w1, self.lores.matrices(), choice)
+        gate_RF = self.entangled(x_RD, self.mlp.w3, self.gate_lores.matrices(), choice)
+        return self.mlp.down(self.mlp.activation(gate_RF) * up_RF, rows_E)
+
+
+class UnchosenLoREs(LoREs):
+    """Factors of the shape of other LoREs, for who chooses with those."""
+
+    def __init__(self, like: LoREs, moe: MoEConfig, init: Initializer) -> None:
+        nn.Module.__init__(self)
+        self.rank = like.rank
+        self.a, self.b = _factors(like.count, like.rank, like.a.shape[1], like.b.shape[1])
+        self.fill(moe, init)
+
+
+class StandaloneExperts(StructMoEExperts):
+    """LoREs beside the expert, added to its output."""
+
+    def compute(self, x_RD: Tensor, rows_E: Tensor, choice: LoreChoice) -> Tensor:
+        """y_RD."""
+        return self.mlp.down(self.mlp.hidden(x_RD, rows_E), rows_E) + self.added(x_RD, choice)
+
+
+class LoreGatedExperts(StructMoEExperts):
+    """LoREs that multiply the activated hidden layer."""
+
+    def compute(self, x_RD: Tensor, rows_E: Tensor, choice: LoreChoice) -> Tensor:
+        """y_RD."""
+        return self.mlp.down(self.mlp.hidden(x_RD, rows_E) * self.added(x_RD, choice), rows_E)
+
+
+def build_structmoe(model: ModelConfig, moe: MoEConfig, init: Initializer) -> StructMoEExperts:
+    """The class for the config's interaction and activation."""
+    gated = {"up": UpEntangledGatedExperts, "gate": GateEntangledGatedExperts, "both": BothEntangledGatedExperts}[moe.moe_lore_projection]
+    entangled = gated if model.is_gated else StructMoEExperts
+    kinds = {"entangled": entangled, "standalone": StandaloneExperts, "gated": LoreGatedExperts}
+    return kinds[moe.moe_lore_interaction](model, moe, init)
+
+
+def _factors(count: int, rank: int, width_in: int, width_out: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """(A, B) of `count` LoREs, stacked and empty."""
+    return nn.Parameter(torch.empty(count * rank, width_in)), nn.Parameter(torch.empty(count * rank, width_out))

@@ -1,4 +1,11 @@
-"""The load-balancing loss of Switch Transformers (Fedus et al., 2021, equations 4 to 6)."""
+"""The load-balancing loss of Switch Transformers (Fedus et al., 2021, equations 4 to 6), over three spans of tokens.
+
+Shapes: B batch; S sequence; T = B*S tokens; E experts; K experts per token.
+
+    E * sum_e f_e P_e:  f_e the share of choices that expert e got (no gradient), P_e its mean probability.
+1 when both are uniform, E when all go to one expert. The probabilities of a token are divided by their sum where a router's do not sum to 1
+(sigmoid scores: DeepSeek-V3, equations 17 to 20).
+"""
 
 from __future__ import annotations
 
@@ -9,8 +16,49 @@ from megatron.model.moe.routing import LossContext, Routing
 
 
 def load_balance_loss(routing: Routing, context: LossContext) -> Tensor:
-    """E * sum_e f_e P_e: f the share of choices that expert e got (no gradient), P its mean probability. 1 when uniform, E when all go to one."""
-    choices = routing.expert_TK.reshape(-1)
-    count_E = torch.bincount(choices, minlength=context.num_experts)
-    probability_E = routing.probability_TE.mean(0)
-    return context.num_experts * torch.dot(count_E.to(probability_E.dtype) / max(1, len(choices)), probability_E)
+    """Over the tokens of the micro-batch."""
+    share_E = shares(torch.bincount(routing.expert_TK.reshape(-1), minlength=context.num_experts)[: context.num_experts])
+    return context.num_experts * torch.dot(share_E.to(routing.probability_TE.dtype), normalized(routing.probability_TE).mean(0))
+
+
+def sequence_load_balance_loss(routing: Routing, context: LossContext) -> Tensor:
+    """Within each sequence, averaged over sequences (DeepSeek-V2, equations 23 to 25; what CoSMoEs pairs with block-wise selection).
+
+    Raises ValueError for a routing that does not say where its sequences are.
+    """
+    if routing.batch_shape is None:
+        raise ValueError("sequence_load_balance: the routing has no batch_shape, so it is not known where a sequence ends")
+    batch, length = routing.batch_shape
+    chosen_TE = choices(routing, context.num_experts)
+    share_BE = shares(chosen_TE.view(batch, length, -1).sum(1))
+    probability_BE = normalized(routing.probability_TE).view(batch, length, -1).mean(1)
+    return context.num_experts * (share_BE.to(probability_BE.dtype) * probability_BE).sum(-1).mean()
+
+
+def global_load_balance_loss(routing: Routing, context: LossContext) -> Tensor:
+    """f over all tokens of the step so far: of every process, and of the micro-batches before this one; P over this micro-batch.
+
+    Qiu et al., 2025 ("Demons in the detail"): balance over the global batch leaves experts free to specialise within a sequence.
+    """
+    count_E = torch.bincount(routing.expert_TK.reshape(-1), minlength=context.num_experts)[: context.num_experts]
+    count_E = context.sum_over_processes(count_E)
+    if context.earlier_rows_E is not None:
+        count_E = count_E + context.earlier_rows_E
+    return context.num_experts * torch.dot(shares(count_E).to(routing.probability_TE.dtype), normalized(routing.probability_TE).mean(0))
+
+
+def choices(routing: Routing, num_experts: int) -> Tensor:
+    """chosen_TE, int64: 1 where the token uses the expert."""
+    chosen = routing.expert_TK.new_zeros(routing.expert_TK.shape[0], num_experts + 1)
+    return chosen.scatter_(1, routing.expert_TK, 1)[:, :num_experts]
+
+
+def shares(count: Tensor) -> Tensor:
+    """Counts along the last dimension divided by their sum; zero where there are none."""
+    return count.double() / count.sum(-1, keepdim=True).clamp(min=1)
+
+
+def normalized(probability_TE: Tensor) -> Tensor:
+    """Each token's probabilities divided by their sum, so that scores of other kinds count alike."""
+    total_T1 = probability_TE.sum(-1, keepdim=True)
+    return probability_TE / torch.where(total_T1 > 0, total_T1, torch.ones_like(total_T1))

@@ -1,0 +1,48 @@
+"""Block-wise expert selection, BlES (CoSMoEs: Huber et al., 2025, equations 2 to 7): consecutive tokens should use the same experts.
+
+Shapes: B batch; S sequence (the paper's T); T = B*S tokens; E experts; K experts per token.
+
+    W = softmax(tau R)                                                                      (2)
+    H = sum_e sum_b sum_t |(S[b,t+1] == e) - (S[b,t] == e)|                                 (4), S the top K of W (3), the same K as of R
+    H_norm = floor(H / 2) / (B K (S - 1))                                                   (5), no gradient
+    L_norm = sum_b sum_t sum_e |W[b,t+1,e] - W[b,t,e]| / (B S)                              (6)
+    loss = H_norm * L_norm                                                                  (7)
+
+A sequence of one token has no successor: the loss is 0 there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron.model.moe.losses.load_balance import choices
+from megatron.model.moe.routing import LossContext, Routing
+
+
+def block_wise_selection_loss(routing: Routing, context: LossContext) -> Tensor:
+    """The product of hard replacements (a constant) and soft differences. Raises ValueError for a routing without `batch_shape`."""
+    batch, length = sequences(routing)
+    weight_BSE = (context.temperature * routing.logit_TE).softmax(-1).view(batch, length, -1)
+    soft = weight_BSE.diff(dim=1).abs().sum() / (batch * length)
+    return replacement_ratio(routing, context).to(soft.dtype) * soft
+
+
+@torch.no_grad()
+def replacement_ratio(routing: Routing, context: LossContext) -> Tensor:
+    """H_norm, equations 4 and 5: the share of a token's experts that its predecessor did not use, float32 scalar (ExRep is 100 times it).
+
+    Where tokens use different numbers of experts, K is their mean over the tokens. Raises ValueError for a routing without `batch_shape`.
+    """
+    batch, length = sequences(routing)
+    chosen_BSE = choices(routing, context.num_experts).view(batch, length, -1)
+    replaced = chosen_BSE.diff(dim=1).abs().sum() // 2
+    places = chosen_BSE.sum() / (batch * length) * (batch * (length - 1))
+    return replaced / places.clamp(min=1)
+
+
+def sequences(routing: Routing) -> tuple[int, int]:
+    """(B, S)."""
+    if routing.batch_shape is None:
+        raise ValueError("block_wise_selection: the routing has no batch_shape, so it is not known where a sequence ends")
+    return routing.batch_shape

@@ -1,0 +1,69 @@
+"""What the routers of a model do, as numbers for every sink: of each MoE layer (a list, first layer first), and of all together.
+
+Shapes: X MoE layers; E experts of a layer; G LoREs of a layer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from megatron.model.moe.layer import STATISTICS
+from megatron.monitor.sink import Value
+
+if TYPE_CHECKING:
+    from megatron.config.moe import MoEConfig
+    from megatron.model.state import RouterReport
+
+
+def router_values(report: RouterReport, moe: MoEConfig, num_layers: int) -> dict[str, Value]:
+    """Under `moe/`; empty for a dense model.
+
+    expert_load, lore_load     tokens of each expert and LoRE of each layer
+    load_imbalance             the busiest expert's load over the mean one: 1 is even
+    delta_uniform              mean over experts of |share of tokens - 1/E|, in percent (CoSMoEs, section 3.3)
+    dead_experts, dead_lores   how many got no token
+    router_entropy             in nats, at most log E
+    expert_replacement         ExRep: experts that the token before did not use, in percent (CoSMoEs, equations 4 and 5)
+    experts_per_token          differs from K where a router chooses the number
+    dropped_tokens             always 0: experts have no capacity limit
+    <loss>_by_layer            each auxiliary loss, unweighted
+    """
+    if not len(report.expert_load_XE):
+        return {}
+    counts = [section.num_experts for section in moe.for_layers(num_layers).values()]
+    loads = [load_E[:count] for load_E, count in zip(report.expert_load_XE, counts, strict=True)]
+    columns: dict[str, list[float]] = {
+        "load_imbalance": [imbalance(load_E) for load_E in loads],
+        "delta_uniform": [delta_uniform(load_E) for load_E in loads],
+    }
+    columns |= {name: report.statistics_XI[:, i].tolist() for i, name in enumerate(STATISTICS)}
+    columns["expert_replacement"] = [100 * share for share in columns["expert_replacement"]]
+    columns |= {f"{name}_by_layer": report.aux_losses_XA[:, i].tolist() for i, name in enumerate(moe.moe_losses)}
+
+    values: dict[str, Value] = {"moe/expert_load": [load_E.tolist() for load_E in loads], "moe/dropped_tokens": 0}
+    values |= {f"moe/{name}": sum(column) / len(column) for name, column in columns.items() if not name.endswith("_by_layer")}
+    values |= {f"moe/{name if name.endswith('_by_layer') else name + '_by_layer'}": column for name, column in columns.items()}
+    values |= dead("experts", loads)
+    if report.lore_load_XG.numel():
+        lores = [load_G[: count * moe.moe_num_lores] for load_G, count in zip(report.lore_load_XG, counts, strict=True)]
+        values |= {"moe/lore_load": [load_G.tolist() for load_G in lores], **dead("lores", lores)}
+    return values
+
+
+def imbalance(load_E: Tensor) -> float:
+    """The largest load over the mean; 1 where nothing was routed."""
+    return float(load_E.max() / load_E.double().mean()) if load_E.any() else 1.0
+
+
+def delta_uniform(load_E: Tensor) -> float:
+    """Mean over experts of the difference between their share of the load and an even one, in percent."""
+    share_E = load_E.double() / load_E.sum().clamp(min=1)
+    return float(100 * (share_E - 1 / len(load_E)).abs().mean())
+
+
+def dead(what: str, loads: list[Tensor]) -> dict[str, Value]:
+    """How many of each layer, and of all layers, got nothing."""
+    by_layer: list[float] = [int((load == 0).sum()) for load in loads]
+    return {f"moe/dead_{what}": sum(by_layer), f"moe/dead_{what}_by_layer": by_layer}
