@@ -30,14 +30,14 @@ def block_wise_selection_loss(routing: Routing, context: LossContext) -> Tensor:
 
 @torch.no_grad()
 def replacement_ratio(routing: Routing, context: LossContext) -> Tensor:
-    """H_norm, equations 4 and 5: the share of a token's experts that its predecessor did not use, float32 scalar (ExRep is 100 times it).
+    """H_norm, equations 4 and 5: the share of a token's experts that its predecessor did not use (ExRep is 100 times it).
 
     Where tokens use different numbers of experts, K is their mean over the tokens. Raises ValueError for a routing without `batch_shape`.
     """
     batch, length = sequences(routing)
     chosen_BSE = choices(routing, context.num_experts).view(batch, length, -1)
     replaced = chosen_BSE.diff(dim=1).abs().sum() // 2
-    places = chosen_BSE.sum() / (batch * length) * (batch * (length - 1))
+    places = chosen_BSE.sum().double() / length * (length - 1)
     return replaced / places.clamp(min=1)
 
 
