@@ -16,7 +16,7 @@ from megatron.config.training import resolve_batch
 GUIDE = Path(__file__).resolve().parent.parent.parent / "docs" / "migrating.md"
 MODEL = {"num-layers": 2, "hidden-size": 64, "num-attention-heads": 4, "seq-length": 32, "max-position-embeddings": 32}
 # Words with an underscore that are no keys: names of other things.
-OTHER_WORDS = {"weights_only", "flash_attn", "load_balance", "dense_h_to_4h", "lr_decay_iters"}
+OTHER_WORDS = {"weights_only", "flash_attn", "load_balance", "expert_choice", "top_p", "dense_h_to_4h", "lr_decay_iters"}
 
 
 def load(folder: Path, *texts: str) -> LoadedConfig:
@@ -43,6 +43,7 @@ ACCEPTED = [
     "use_bias_in_mlp: false\ngpt_j_residual: true",
     "use_bias_in_mlp: false",
     "moe_num_experts: 4\ngpt_j_residual: true",
+    "moe_num_experts: 4\nmoe_router_type: sinkhorn",
     "init_method: orthogonal",
     "sliding_window_width: 8\npos_emb: rotary",
     "attention_config: [[[flash], all]]",
@@ -63,7 +64,6 @@ REFUSED = [
     ("zero_optimization: {stage: 0, stage: 1}", "'zero_optimization.stage' is given twice"),
     ("model_parallel_size: 2", "tensor parallelism is not part of this version"),
     ("pipe_parallel_size: 2", "pipeline parallelism is not part of this version"),
-    ("moe_router_type: sinkhorn", "moe_router_type"),
     ("data_impl: cached", "'data_impl' = 'cached'"),
     ("autotuning_run: tune", "is not supported"),
     ("use_mup: true", "is not supported"),
