@@ -82,18 +82,12 @@ def take_step(
     """
     started = time.perf_counter()
     set_learning_rate(engine.optimizer, learning_rate)
-<<<<<<< HEAD
-    tally, phases = Tally(), Phases(torch.device(engine.device))
+    tally, phases, earlier_load_XE = Tally(), Phases(torch.device(engine.device)), None
     for left in reversed(range(engine.gradient_accumulation_steps())):
         with phases("forward"):
             with phases("batch generator"):
                 batch = next(batches)
-            output = forward(engine, batch, masked_token=masked_token)
-=======
-    tally, earlier_load_XE = Tally(), None
-    for _ in range(engine.gradient_accumulation_steps()):
-        output = forward(engine, next(batches), masked_token=masked_token, earlier_load_XE=earlier_load_XE)
->>>>>>> 1b4a2a0 (The MoE family: five routers, three kinds of expert, seven losses)
+            output = forward(engine, batch, masked_token=masked_token, earlier_load_XE=earlier_load_XE)
         assert output.loss is not None
         with phases("backward"):
             engine.backward(poison_if_not_finite(output.loss))

@@ -17,12 +17,8 @@ import torch
 from megatron.config.logging import LoggingConfig
 from megatron.model.state import RouterReport
 from megatron.monitor.console import ProgressDisplay
-<<<<<<< HEAD
 from megatron.monitor.log_line import LogRecord, memory_line, time_line, train_line
-=======
-from megatron.monitor.log_line import LogRecord, train_line
 from megatron.monitor.routing import router_values
->>>>>>> 1b4a2a0 (The MoE family: five routers, three kinds of expert, seven losses)
 from megatron.monitor.sink import Sink, Value
 from megatron.training.callbacks.base import Callback
 
@@ -139,22 +135,11 @@ class LogCallback(Callback):
             "runtime/skipped_iterations": trainer.state.skipped,
             "runtime/nan_iterations": trainer.state.nonfinite,
         }
-<<<<<<< HEAD
         if record.peak_flops is not None:
             values["runtime/model_flops_utilization"] = record.model_flops / record.peak_flops
             values["runtime/hardware_flops_utilization"] = record.flops / record.peak_flops
         values |= {f"timers/{name}": seconds for name, seconds in self.window.phase_seconds.items()}
-        expert_load, lore_load = self.window.loads()
-        if expert_load.numel():
-            values["moe/expert_load"] = expert_load.tolist()
-            values["moe/load_imbalance"] = float((expert_load.max(1).values / expert_load.float().mean(1)).mean())
-        if lore_load.numel():
-            values["moe/lore_load"] = lore_load.tolist()
-=======
-        if self.config.peak_theoretical_tflops:
-            values["runtime/model_flops_utilization"] = flops / (self.config.peak_theoretical_tflops * 1e12)
         values |= router_values(self.window.router(), trainer.config.moe, trainer.config.model.num_layers)
->>>>>>> 1b4a2a0 (The MoE family: five routers, three kinds of expert, seven losses)
         return values
 
     def _record(self, trainer: Trainer, metrics: StepMetrics) -> LogRecord:
