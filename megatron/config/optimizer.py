@@ -156,6 +156,12 @@ class OptimizerConfig(Section):
         given = {key: getattr(self.optimizer.params, key) for key in SETTINGS[self.optimizer_type]}
         return {key: default if given[key] is None else given[key] for key, default in SETTINGS[self.optimizer_type].items()}
 
+    @property
+    def averages(self) -> tuple[int, int | None]:
+        """How many averages the optimizer keeps for each parameter, and how many bytes each takes (None: as its weights' precision has it)."""
+        momentum = 1 if self.optimizer_settings.get("momentum") else 0
+        return {"SGD": (momentum, None), "Lion": (1, None), "Adam8bit": (2, 1)}.get(self.optimizer_type, (2, None))
+
     def check(self) -> Iterator[Problem]:
         yield from self._optimizer_problems()
         yield from self._schedule_problems()

@@ -95,15 +95,18 @@ def flops_per_token(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int, 
     return (2 * matrices + scores) * (4 if recompute else 3)
 
 
-def training_memory(parameters: int, precision: str, *, zero_stage: int, data_parallel_size: int) -> Memory:
-    """Bytes per process for weights, gradients and Adam's state, as DeepSpeed keeps and divides them (`parameters` = all of the model's).
+def training_memory(
+    parameters: int, precision: str, *, zero_stage: int, data_parallel_size: int, averages: int = 2, average_bytes: int | None = None
+) -> Memory:
+    """Bytes per process for weights, gradients and the optimizer's state, as DeepSpeed keeps and divides them (`parameters` = all of the model's).
 
-    Bytes per parameter: fp32 4 + 4 + 8; fp16, and bfloat16 under ZeRO, 2 + 2 + 12 (fp32 master weights and averages);
-    bfloat16 without ZeRO 2 + 2 + 4.
+    Bytes per parameter, with Adam's two `averages`: fp32 4 + 4 + 8; fp16, and bfloat16 under ZeRO, 2 + 2 + 12 (fp32 master weights and averages);
+    bfloat16 without ZeRO 2 + 2 + 4. `average_bytes`: of one average; None: as these say.
     """
-    weights, gradients, optimizer = (4, 4, 8) if precision == "fp32" else (2, 2, 12)
-    if precision == "bfloat16" and zero_stage == 0:
-        optimizer = 4
+    without_master = precision == "bfloat16" and zero_stage == 0
+    weights, gradients = (4, 4) if precision == "fp32" else (2, 2)
+    master = 0 if precision == "fp32" or without_master else 4
+    optimizer = master + averages * (average_bytes or (2 if without_master else 4))
 
     def share(size: int, from_stage: int) -> int:
         return -(-parameters * size // data_parallel_size) if zero_stage >= from_stage else parameters * size

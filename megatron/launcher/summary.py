@@ -106,7 +106,8 @@ def _work(config: NeoXConfig, processes: int, words: Vocabulary) -> Table:
     table.add_section()
     total = count_parameters(config.model, config.moe, padded).total_sum
     stage = config.optimizer.zero_optimization.stage
-    memory = training_memory(total, config.precision, zero_stage=stage, data_parallel_size=processes)
+    averages, average_bytes = config.optimizer.averages
+    memory = training_memory(total, config.precision, zero_stage=stage, data_parallel_size=processes, averages=averages, average_bytes=average_bytes)
     table.add_row("memory per process", f"{_bytes(memory.total)} without activations ({config.precision}, ZeRO stage {stage})")
     table.add_row("", f"weights {_bytes(memory.weights)}, gradients {_bytes(memory.gradients)}, optimizer {_bytes(memory.optimizer)}")
     return table

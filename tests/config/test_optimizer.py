@@ -78,6 +78,20 @@ def test_the_place_of_a_parameter(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("keys", "averages"),
+    [
+        (spec("AdamW"), (2, None)),
+        (spec("SGD"), (0, None)),
+        (spec("SGD", momentum=0.9), (1, None)),
+        (spec("Lion"), (1, None)),
+        ({"use_bnb_optimizer": True}, (2, 1)),
+    ],
+)
+def test_what_an_optimizer_keeps(keys: dict[str, Any], averages: tuple[int, int | None]) -> None:
+    assert config_from_dict({**MODEL, **keys}).optimizer.averages == averages
+
+
 def test_other_spellings_and_decimal_shares_are_accepted() -> None:
     assert config_from_dict({**MODEL, **spec("lion")}).optimizer.optimizer_settings == {"betas": (0.9, 0.99)}
     assert config_from_dict({**MODEL, **spec("ADAM", eps=1e-6)}).optimizer.optimizer_settings == {

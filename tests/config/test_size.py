@@ -123,6 +123,16 @@ def test_memory(precision: str, stage: int, processes: int, bytes_: tuple[int, i
     assert memory.total == sum(bytes_)
 
 
+@pytest.mark.parametrize(
+    ("averages", "average_bytes", "fp32", "bf16", "fp16"), [(1, None, 4000, 2000, 8000), (0, None, 0, 0, 4000), (2, 1, 2000, 2000, 6000)]
+)
+def test_memory_of_other_optimizers(averages: int, average_bytes: int | None, fp32: int, bf16: int, fp16: int) -> None:
+    """Lion or SGD with momentum; plain SGD; averages of 8 bits."""
+    for precision, expected in (("fp32", fp32), ("bfloat16", bf16), ("fp16", fp16)):
+        memory = training_memory(1000, precision, zero_stage=0, data_parallel_size=1, averages=averages, average_bytes=average_bytes)
+        assert memory.optimizer == expected, precision
+
+
 def test_padded_vocab_size() -> None:
     assert [padded_vocab_size(size, 128) for size in (1, 128, 129, 50257)] == [128, 128, 256, 50304]
 

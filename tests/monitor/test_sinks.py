@@ -123,8 +123,18 @@ def test_wandb_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     wandb.teardown()  # it remembers the folder of an earlier run in this process
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    sink = WandbSink(LoggingConfig(use_wandb=True, wandb_run_name="fox"), {"num_layers": 2}, rank=1)
+    keys = {
+        "wandb_run_name": "fox",
+        "wandb_group": "animals",
+        "wandb_project": "forest",
+        "wandb_team": "rangers",
+        "wandb_host": "https://wandb.example",
+    }
+    sink = WandbSink(LoggingConfig(use_wandb=True, **keys), {"num_layers": 2}, rank=1)  # type: ignore[arg-type]
     sink.write(1, {"train/lm_loss": 2.5})
-    assert sink._run.name == "fox-rank1"
+    run = sink._run
+    assert (run.name, run.group, run.project, run.entity) == ("fox-rank1", "animals", "forest", "rangers")
+    assert run.settings.base_url == "https://wandb.example"
+    assert run.config["num_layers"] == 2
     sink.close()
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))

@@ -49,6 +49,14 @@ def test_a_run_with_every_sink(corpus: Path, tmp_path: Path, monkeypatch: pytest
     assert expected | {"validation/lm_loss_ppl", "test/lm_loss", "gradient_norms/sequential.5.norm.weight"} <= set(events.Tags()["scalars"])
 
 
+def test_an_account_alone_switches_nothing_on(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "COMET_API_KEY"):
+        monkeypatch.setenv(name, "0" * 40)
+    monkeypatch.chdir(tmp_path)
+    train_losses(run_values(corpus, tmp_path / "run", train_iters=1, eval_iters=0))
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
 def test_the_last_steps_are_logged_when_the_interval_is_longer(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train_losses(run_values(corpus, tmp_path / "run", train_iters=3, eval_iters=0, log_interval=100))
     assert "| iteration        3/       3 |" in capsys.readouterr().out
