@@ -76,7 +76,7 @@ def build(dataset: IndexedDataset, documents: range, *, seq_length: int, num_sam
             return build_index_maps(dataset.sizes, numbers, seq_length=seq_length, num_samples=num_samples, seed=seed)
         assert num_samples is not None
         usable_N = usable_documents(
-            dataset.sizes,
+            dataset,
             packing.labels,
             documents,
             longest=None if packing.allow_chopped else seq_length + 1,

@@ -66,12 +66,13 @@ def rows_at(position_R: np.ndarray, positions: int) -> np.ndarray:
 
 
 def usable_documents(
-    sizes_N: np.ndarray, labels: IndexedDataset | None, documents: range, *, longest: int | None, labelled_within: int
+    tokens: IndexedDataset, labels: IndexedDataset | None, documents: range, *, longest: int | None, labelled_within: int
 ) -> np.ndarray:
     """bool [N]: neither empty, nor longer than `longest` tokens (None: any length), nor without a label in its first `labelled_within` tokens.
 
     What is left out is logged. Raises DatasetError when nothing in `documents` is left.
     """
+    sizes_N = tokens.sizes
     reasons = {"empty": sizes_N == 0}
     if longest is not None:
         reasons[f"longer than seq_length + 1 = {longest:,} tokens (allow_chopped is false)"] = sizes_N > longest
@@ -84,7 +85,7 @@ def usable_documents(
     if not usable_N[part].any():
         raise DatasetError(f"no document is left to make samples of: {sentence}")
     if counts:
-        logger.info("Left out %s.", sentence)
+        logger.info("%s: left out %s.", tokens.prefix, sentence)
     return usable_N
 
 
