@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from megatron.config.machine import usable_cores
 from megatron.data.bad_input import BadInput, OnError
 from megatron.data.bpe import train_bpe
 from megatron.data.corpora import TEST_FRACTION, VALID_FRACTION, Corpus, Request, find_corpus
@@ -230,8 +230,9 @@ class Preparation:
         """A text without tokens is left out."""
         outputs: dict[str, SplitOutput] = {}
         batched = (([(text,) for _, text in batch], batch) for batch in batches(self.pieces(parts), lambda piece: len(piece[1])))
-        with ExitStack() as files, self.reporter.stage("tokenising", total) as stage:
-            for encoded, batch in map_in_order(self.task(), batched, self.options.workers or default_workers(total)):
+        encoding = map_in_order(self.task(), batched, self.options.workers or default_workers(total))
+        with closing(encoding), ExitStack() as files, self.reporter.stage("tokenising", total) as stage:
+            for encoded, batch in encoding:
                 (column,) = encoded.columns
                 texts_T = np.split(column.tokens_T, np.cumsum(column.sizes_N)[:-1])
                 for (split, text), text_T in zip(batch, texts_T, strict=True):
@@ -250,8 +251,8 @@ def count_tokens(tokenizer: Tokenizer, ends: int, texts: Sequence[str]) -> list[
 
 
 def default_workers(total_bytes: int) -> int:
-    """A process for each processor that may be used, but none for less than BYTES_A_WORKER."""
-    return max(1, min(len(os.sched_getaffinity(0)), total_bytes // BYTES_A_WORKER))
+    """A process for each core that may be used, but none for less than BYTES_A_WORKER."""
+    return max(1, min(usable_cores(), total_bytes // BYTES_A_WORKER))
 
 
 class SplitOutput:

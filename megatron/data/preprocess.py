@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -109,20 +109,20 @@ def preprocess(job: Job, options: PreprocessOptions, reporter: Reporter) -> Summ
     files = find_files(options.inputs)
     bad_input, meter, prefix, summary = BadInput(options.on_error), Meter.of(files), Path(options.output_prefix), Summary()
     total = meter.total if options.num_docs is None else options.num_docs
+    items = read_items(job, files, bad_input, meter)
+    noted = ((([item.payload for item in batch]), (batch, meter.done)) for batch in batches(items, lambda item: item.size))
+    encoding = map_in_order(job.task, noted, options.workers)
     with staging_folder(prefix) as folder:
-        with ExitStack() as stack, reporter.stage("tokenising", total) as stage:
+        with closing(encoding), ExitStack() as stack, reporter.stage("tokenising", total) as stage:
             writers = [open_output(stack, folder / f"{prefix.name}_{output.name}_document", output) for output in job.outputs]
             progress = Progress(stage, meter, options)
-            items = read_items(job, files, bad_input, meter)
-            noted = ((([item.payload for item in batch]), (batch, meter.done)) for batch in batches(items, lambda item: item.size))
-            for encoded, (batch, position) in map_in_order(job.task, noted, options.workers):
+            for encoded, (batch, position) in encoding:
                 for row, kind, what in encoded.unusable:
                     bad_input(Problem(kind, batch[row].origin, what))
-                kept = len(batch) - len(encoded.unusable)
-                tokens = sum(len(column.tokens_T) for output, column in zip(job.outputs, encoded.columns, strict=True) if output.counts)
                 for writer, column in zip(writers, encoded.columns, strict=True):
                     writer.add_column(column.tokens_T, column.sizes_N[column.sizes_N > 0])
-                summary.documents += kept
+                tokens = sum(len(column.tokens_T) for output, column in zip(job.outputs, encoded.columns, strict=True) if output.counts)
+                summary.documents += len(batch) - len(encoded.unusable)
                 summary.tokens += tokens
                 progress.advance(batch, tokens, position)
             progress.show()

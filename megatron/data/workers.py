@@ -10,7 +10,7 @@ import queue
 import signal
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -40,11 +40,11 @@ class Task(Protocol[BatchIn, ResultOut]):
     def start(self) -> Callable[[BatchIn], ResultOut]: ...
 
 
-def map_in_order(task: Task[Batch, Result], batches: Iterable[tuple[Batch, Note]], workers: int) -> Iterator[tuple[Result, Note]]:
+def map_in_order(task: Task[Batch, Result], batches: Iterable[tuple[Batch, Note]], workers: int) -> Generator[tuple[Result, Note]]:
     """The result of each batch with the note that came with it, in order. One worker is this process; more are processes of their own with one
     thread each.
 
-    An exception of the work is raised here. Raises WorkerError when a process dies.
+    An exception of the work is raised here. Raises WorkerError when a process dies. Closing the generator ends the processes.
     """
     if workers == 1:
         with single_threaded():

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from megatron.config.machine import usable_cores
 from megatron.data.bpe import train_bpe
 from megatron.data.indexed import DatasetError, IndexedDataset
 from megatron.data.loader import SamplePlan, batches, build_data
@@ -136,7 +137,7 @@ def test_several_processes_write_the_same_bytes(
     with pytest.raises(DatasetError, match="--workers -1: give a number from 1, or 0 for as many as the text is worth"):
         prepare(options(name="none", workers=-1), reporter)
     assert [default_workers(size) for size in (0, BYTES_A_WORKER, 2 * BYTES_A_WORKER - 1)] == [1, 1, 1]
-    assert default_workers(10**12) == len(os.sched_getaffinity(0))
+    assert default_workers(10**12) == usable_cores()
 
 
 def test_other_settings_or_input_are_not_written_over(options: Callable[..., PrepareOptions], reporter: LineReporter) -> None:
