@@ -134,8 +134,9 @@ def test_other_labels_and_other_ways_of_packing_never_reuse_a_map(numbered: Call
     assert 4 not in whole(numbered, case).maps.document_index
     with_four = whole(numbered, {**case, "labelled": [0, 1, 2, 3, 4, 5, 6], "num_samples": 5})
     assert 4 in with_four.maps.document_index
-    chopped = whole(numbered, {**case, "allow_chopped": False})
-    assert 5 not in chopped.maps.document_index
+    unlabelled = golden["whole"][0]
+    assert 5 in whole(numbered, unlabelled).maps.document_index
+    assert 5 not in whole(numbered, {**unlabelled, "allow_chopped": False}).maps.document_index
     overflow = whole(numbered, {**case, "pack_impl": "pack_until_overflow"})
     assert overflow.maps.document_index.tolist() != with_four.maps.document_index.tolist()
 
