@@ -31,7 +31,11 @@ def pytorch_form(stored: Mapping[str, Any], own_groups: list[dict[str, Any]], *,
 def check_adam_state(path: Path, stored: Any, own_groups: list[dict[str, Any]]) -> None:
     """Raises CheckpointError unless `stored` holds both averages of every weight, in groups as large as `own_groups`."""
     groups: list[dict[str, Any]] | None = stored.get("param_groups") if isinstance(stored, dict) else None
-    if groups is None or [len(group["params"]) for group in groups] != [len(group["params"]) for group in own_groups]:
+    if (
+        groups is None
+        or not isinstance(stored.get("state"), dict)
+        or [len(group["params"]) for group in groups] != [len(group["params"]) for group in own_groups]
+    ):
         raise _refusal(path, "it holds other groups of weights than Adam has here")
     weights = [weight for group in own_groups for weight in group["params"]]
     for index, weight in zip((index for group in groups for index in group["params"]), weights, strict=True):

@@ -33,7 +33,7 @@ class StoredCheckpoint:
     @property
     def world_size(self) -> int:
         """Data-parallel processes that saved it."""
-        return int(self.head.get("dp_world_size", 1))
+        return self.head.get("dp_world_size") or 1
 
     @property
     def client_state(self) -> dict[str, Any]:
@@ -41,6 +41,8 @@ class StoredCheckpoint:
         state = {key: value for key, value in self.head.items() if key not in layout.DEEPSPEED_KEYS}
         if "total_iters" in state:
             state.setdefault("iteration", state["total_iters"])
+        if "iteration" in state and not _is_count(state["iteration"]):
+            raise CheckpointError(f"{self.path}: its iteration is {state['iteration']!r}, which is no number of steps.")
         if "args" in state and not isinstance(state["args"], dict):
             state["args"] = dict(vars(state["args"])) if hasattr(state["args"], "__dict__") else {}
         return state
@@ -84,7 +86,11 @@ class StoredCheckpoint:
         """0 to 3, as the files say; reads one of the optimizer's."""
         if self.is_zero3 or not self.optimizer_files:
             return 3 if self.is_zero3 else 0
-        stage = read_file(self.optimizer_files[0], mmap=True)["optimizer_state_dict"].get("zero_stage")
+        content = read_file(self.optimizer_files[0], mmap=True)
+        state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{self.optimizer_files[0]} holds no state of an optimizer of ZeRO's (no 'optimizer_state_dict').")
+        stage = state.get("zero_stage")
         values = getattr(stage, "values", [1])  # the stage is an enumeration of DeepSpeed's, read as a stand-in; its BF16 optimizer names none
         return int(values[0])
 
@@ -142,9 +148,7 @@ def _layers_of_rank(path: Path, layers: list[int], rank: int) -> dict[str, torch
     for layer in layers:
         file = path / layout.layer_file(layer, rank)
         content = read_file(file, mmap=True)
-        if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
-            raise CheckpointError(f"{file} does not hold the weights of a layer by their names.")
-        shard |= {f"sequential.{layer}.{name}": tensor for name, tensor in content.items()}
+        shard |= {f"sequential.{layer}.{name}": tensor for name, tensor in _weights(file, content).items()}
     return shard
 
 
@@ -152,7 +156,21 @@ def _read_model(file: Path) -> dict[str, Any]:
     model = read_file(file, mmap=True)
     if not isinstance(model, dict) or not isinstance(model.get("module"), dict):
         raise CheckpointError(f"{file} holds no weights (no 'module' entry): it is no checkpoint of GPT-NeoX's layout.")
-    return model
+    return {**model, "module": _weights(file, model["module"])}
+
+
+def _weights(file: Path, content: Any) -> dict[str, torch.Tensor]:
+    """Tensors by name; Transformer Engine's entries without a tensor are left out."""
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise CheckpointError(f"{file} does not hold weights by their names.")
+    weights = {name: tensor for name, tensor in content.items() if not name.endswith("_extra_state")}
+    if wrong := next((name for name, tensor in weights.items() if not isinstance(tensor, torch.Tensor)), None):
+        raise CheckpointError(f"{file}: {wrong} is a {type(weights[wrong]).__name__}, no tensor.")
+    return weights
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _head(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,14 +187,14 @@ def _tensor_parallel_size(model: Mapping[str, Any], *, default: int) -> int:
     """As NeoX's args say it, else `default`: DeepSpeed's own number also counts pipeline stages."""
     args = model.get("args")
     size = args.get("model_parallel_size") if isinstance(args, dict) else getattr(args, "model_parallel_size", None)
-    return size if isinstance(size, int) and size > 0 else default
+    return size if isinstance(size, int) and _is_count(size) and size else default
 
 
 def _transformer_layers(head: Mapping[str, Any]) -> range:
     """The numbers of the transformer layers, as far as the args say how many there are: from 2 on, after the embedding and a change of shape."""
     args = head.get("args")
     layers = args.get("num_layers") if isinstance(args, dict) else getattr(args, "num_layers", None)
-    return range(2, 2 + layers) if isinstance(layers, int) else range(0)
+    return range(2, 2 + layers) if isinstance(layers, int) and _is_count(layers) else range(0)
 
 
 def _check_all_there(path: Path, expected: list[str], present: set[str], count: int) -> None:

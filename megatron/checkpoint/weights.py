@@ -88,7 +88,8 @@ def _whole_weights(stored: StoredCheckpoint, expected: Expected) -> tuple[dict[s
     if len(shards) > 1:
         notices.insert(0, f"Saved with model_parallel_size {len(shards)}: its parts are put together.")
     if not has_checksums(stored.path):
-        notices.insert(0, "Written by another program, without checksums: its files are taken as they are.")
+        why = "Its manifest is missing" if stored.is_own else "Written by another program, without checksums"
+        notices.insert(0, f"{why}: its files are taken as they are.")
     return merged.state, notices
 
 

@@ -63,7 +63,9 @@ def resume(trainer: Trainer) -> None:
     if not start.go_on:
         log.info("Starting at step 0 from the weights of %s.", path)
         return
-    iteration = client_state.get("iteration", 0)
+    iteration = client_state.get("iteration")
+    if iteration is None:
+        raise CheckpointError(f"{path} does not say at which iteration it was saved: add `-o finetune=true` to start at step 0 from its weights.")
     # In GPT-NeoX's checkpoints, which are without our counters.
     upstreams = {"iteration": iteration, "skipped": trainer.engine.skipped_steps, "consumed_samples": iteration * trainer.plan.batch.global_}
     trainer.state = TrainingState.from_state_dict({**upstreams, **client_state.get(STATE, {})})

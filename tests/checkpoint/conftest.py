@@ -43,6 +43,7 @@ def two(root: Path, one: dict[str, Any]) -> list[dict[str, Any]]:
         "save_and_resume": (str(root), TWO),
         "load_at_another_size": (one["save_and_resume"]["fp32", 0]["saved"],),
         "resume_in_other_stage": (str(root),),
+        "load_foreign": (one["save_and_resume"]["fp32", 0]["saved"],),
         "fill_up": (str(root / "full"),),
     }
     return run_distributed(rank_work.several, 2, work)

@@ -122,6 +122,18 @@ def resume_in_other_stage(root: str) -> dict[int, list[float]]:
     return losses
 
 
+def load_foreign(path: str) -> dict[str, Any]:
+    """A ZeRO-0 checkpoint of one process without anything of ours in it: random numbers that follow, and what was loaded."""
+    stored = torch.load(Path(path) / "mp_rank_00_model_states.pt", weights_only=True)
+    foreign = Path(path).parent / f"foreign of {ranks.rank()}" / "global_step3"
+    foreign.mkdir(parents=True)
+    torch.save({key: value for key, value in stored.items() if key != "gqa_layout"}, foreign / "mp_rank_00_model_states.pt")
+    engine = build_engine(0, seed=9)
+    seed_ranks(77)
+    load_checkpoint(engine, foreign)
+    return {"content": content(full_weights(engine)), "random": torch.rand(1).item(), "steps": engine.global_steps}
+
+
 def fill_up(root: str) -> dict[str, Any]:
     """A save that fails on the last rank only, because its files may not grow; then one that works again."""
     directory = Path(root)

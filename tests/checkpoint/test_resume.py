@@ -132,6 +132,17 @@ def test_zero0_loads_at_any_number_of_processes(saved: Saved, two: list[dict[str
         assert result["content"] == stored
 
 
+def test_another_programs_random_state_is_the_first_processs(saved: Saved, two: list[dict[str, Any]]) -> None:
+    stored = content(load_model_weights(saved[1][0]["fp32", 0]["saved"]).state_dict)
+    first, second = (results["load_foreign"] for results in two)
+    assert first["content"] == second["content"] == stored
+    assert first["steps"] == second["steps"] == 3
+    generator = torch.Generator()
+    generator.set_state(torch.load(f"{saved[1][0]['fp32', 0]['saved']}/mp_rank_00_model_states.pt", weights_only=True)["torch_rng_state"])
+    assert first["random"] == torch.rand(1, generator=generator).item()
+    assert second["random"] == torch.rand(1, generator=torch.Generator().manual_seed(78)).item()
+
+
 def test_a_step_saved_again_replaces_the_old_one(one: dict[str, Any]) -> None:
     *_, last, stored, names = one["replace_same_step"]
     assert stored == last

@@ -151,12 +151,32 @@ def test_parts_that_do_not_fit_are_named_with_their_path(tmp_path: Path) -> None
         load_model_weights(tmp_path)
 
 
-@pytest.mark.parametrize(("content", "message"), [([1], "does not hold the weights of a layer"), ({"a": 1}, "does not hold the weights of a layer")])
-def test_a_layer_file_of_something_else(tmp_path: Path, content: Any, message: str) -> None:
-    path = write_layers(tmp_path, shards(weights(), 1), head(7, ARGS))
-    torch.save(content, path / "layer_03-model_00-model_states.pt")
-    with pytest.raises(CheckpointError, match=rf"layer_03-model_00-model_states\.pt {message}"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [([1], " does not hold weights by their names"), ({1: torch.ones(1)}, " does not hold"), ({"a": 1}, ": a is a int, no tensor")],
+)
+@pytest.mark.parametrize("layers", [True, False])
+def test_something_else_in_the_place_of_weights(tmp_path: Path, content: Any, message: str, layers: bool) -> None:
+    if layers:
+        torch.save(content, write_layers(tmp_path, shards(weights(), 1), head(7, ARGS)) / "layer_03-model_00-model_states.pt")
+    else:
+        write_sequential(tmp_path, [content], head(7, ARGS))
+        message = message if isinstance(content, dict) else " holds no weights"
+    with pytest.raises(CheckpointError, match=rf"model_states\.pt{message}"):
         load_model_weights(tmp_path)
+
+
+def test_entries_of_transformer_engine_without_tensors(tmp_path: Path) -> None:
+    state: dict[str, Any] = weights()
+    write_sequential(tmp_path, [{**state, "sequential.2.attention.dense._extra_state": None}], head(7, ARGS))
+    check_same(load_model_weights(tmp_path).state_dict, state)
+
+
+@pytest.mark.parametrize("iteration", ["seven", -1, 1.5, None])
+def test_an_iteration_that_is_none(tmp_path: Path, iteration: Any) -> None:
+    write_sequential(tmp_path, shards(weights(), 1), {**head(7, ARGS), "iteration": iteration})
+    with pytest.raises(CheckpointError, match=f"its iteration is {iteration!r}, which is no number of steps"):
+        load_model_weights(next(path for path in tmp_path.iterdir() if path.is_dir()))
 
 
 def test_arguments_as_objects_are_read(tmp_path: Path) -> None:

@@ -208,6 +208,15 @@ def test_asked_for_and_not_there(corpus: Path, tmp_path: Path, straight: tuple[P
         train_losses({**values, "load": str(tmp_path / "run")})
 
 
+def test_a_checkpoint_that_does_not_say_its_iteration(corpus: Path, tmp_path: Path, straight: tuple[Path, list[float]]) -> None:
+    path = rewritten(tmp_path / "theirs", straight[0] / "global_step4")
+    content = torch.load(path / "mp_rank_00_model_states.pt", weights_only=False)
+    torch.save({key: value for key, value in content.items() if key != "iteration"}, path / "mp_rank_00_model_states.pt")
+    values = dense(corpus, tmp_path / "ours", load=str(tmp_path / "theirs"))
+    with pytest.raises(CheckpointError, match=r"does not say at which iteration it was saved: add `-o finetune=true`"):
+        train_losses(values)
+
+
 def test_loading_from_where_it_saves(corpus: Path, tmp_path: Path, straight: tuple[Path, list[float]]) -> None:
     """As NeoX's configurations have it: with resume_if_exists the first start is a start."""
     values = dense(corpus, tmp_path / "run", load=f"{tmp_path / 'run'}/", resume_if_exists=True)
