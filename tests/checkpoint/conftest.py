@@ -28,6 +28,7 @@ def one(root: Path, small_disk: Path | None) -> dict[str, Any]:
         "replace_same_step": (str(root / "replace"),),
         "bad_client_states": (str(root / "bad"),),
         "save_without_rng": (str(root / "without_rng"),),
+        "pipeline_module": (str(root / "pipeline"),),
         "unwritable": (str(root / "file" / "run"),),
     }
     (root / "file").write_text("no directory")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ from megatron.checkpoint import ranks
 from megatron.checkpoint.engine import Contents
 from megatron.checkpoint.load import Expected, find_checkpoint_together, load_checkpoint
 from megatron.checkpoint.save import resolved_config_document, save_checkpoint
-from tests.checkpoint.toy import build_engine, content, seed_ranks, train
+from megatron.checkpoint.weights import load_model_weights
+from megatron.model.gpt import GPT, build_model
+from megatron.testing.tiny import TINY_DENSE, tiny_config
+from tests.checkpoint.toy import build_engine, content, quick_deepspeed, seed_ranks, train
 
 CLIENT_STATE = {"args": {"hidden_size": 7, "num_attention_heads": 1}, "structmoe": {"consumed_samples": 12, "skipped": 0}}
 DOCUMENTS = {"a.yml": "x: 1\n", "b.yml": "x: 2\n", **resolved_config_document({"hidden_size": 7})}
@@ -134,6 +137,40 @@ def load_foreign(path: str) -> dict[str, Any]:
     return {"content": content(full_weights(engine)), "random": torch.rand(1).item(), "steps": engine.global_steps}
 
 
+def pipeline_module(root: str) -> dict[str, bool]:
+    """Layer files between us and DeepSpeed's PipelineModule, which GPT-NeoX lets write and read them: whether the weights arrive, both ways."""
+    deepspeed = quick_deepspeed()
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    config = tiny_config(TINY_DENSE)
+
+    def model(seed: int) -> GPT:
+        return build_model(config.model, config.moe, 64, seed=seed)
+
+    def pipeline(gpt: GPT) -> Any:
+        layers = [dict(gpt.sequential.items()).get(str(index), lambda x: x) for index in range(7)]
+        module = deepspeed.pipe.PipelineModule(layers=layers, topology=PipeModelDataParallelTopology(num_pp=1, num_mp=1, num_dp=1))
+        module.checkpoint_parallel_write_pipeline = False  # as its engine sets it
+        return module
+
+    def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+        return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in other)
+
+    theirs, ours, read = model(1), model(2), model(3)
+    path = Path(root) / "theirs" / "global_step1"
+    pipeline(theirs).save_state_dict(str(path), TorchCheckpointEngine())
+    torch.save({"module": None, "iteration": 1}, path / "mp_rank_00_model_states.pt")
+    arrived = load_model_weights(path).state_dict
+    optimizer = torch.optim.AdamW(ours.parameters(), fused=True)
+    engine, *_ = deepspeed.initialize(model=ours, optimizer=optimizer, config={"train_micro_batch_size_per_gpu": 1})
+    saved = save(engine, Path(root) / "ours", 1, contents=Contents(layer_files=True))
+    pipeline(read).load_state_dir(str(saved), TorchCheckpointEngine())
+    names = [sorted(file.name for file in folder.glob("layer_*")) for folder in (path, saved)]
+    return {"read": same(arrived, theirs.state_dict()), "written": same(read.state_dict(), ours.state_dict()), "names": names[0] == names[1]}
+
+
 def fill_up(root: str) -> dict[str, Any]:
     """A save that fails on the last rank only, because its files may not grow; then one that works again."""
     directory = Path(root)
@@ -170,8 +207,6 @@ def unwritable(directory: str) -> str:
 
 def replace_same_step(root: str) -> list[str]:
     """Saves the same step three times and returns the weights' hash at each save and what is stored at the end."""
-    from megatron.checkpoint.load import load_model_weights
-
     engine = build_engine(0)
     seed_ranks(1)
     hashes = []

@@ -143,6 +143,10 @@ def test_another_programs_random_state_is_the_first_processs(saved: Saved, two: 
     assert second["random"] == torch.rand(1, generator=torch.Generator().manual_seed(78)).item()
 
 
+def test_deepspeeds_pipeline_module_reads_and_writes_the_same_layer_files(one: dict[str, Any]) -> None:
+    assert one["pipeline_module"] == {"read": True, "written": True, "names": True}
+
+
 def test_a_step_saved_again_replaces_the_old_one(one: dict[str, Any]) -> None:
     *_, last, stored, names = one["replace_same_step"]
     assert stored == last
