@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-Counted = Literal["all", "outside the embeddings", "embeddings once", "active"]
+Counted = Literal["all", "outside the embeddings", "embeddings once", "active", "experts"]
 
 
 class Published(NamedTuple):
@@ -26,6 +26,17 @@ LLAMA = "Touvron et al. 2023, arXiv:2302.13971, table 2, to the digit in the wei
 LLAMA2 = "weights of meta-llama/Llama-2-*-hf"
 LLAMA3 = "weights of meta-llama/Meta-Llama-3-*"
 CODE_LLAMA = "weights of codellama/CodeLlama-*-hf"
+STRUCTMOE = "Sarwar et al. 2024, StructMoE, section 4.1 and figures 2 to 5"
+COSMOES = "Huber et al. 2025, CoSMoEs, table 1"
+
+# Experts of StructMoE's baselines; "parameter matched" is a statement about experts, LoREs included.
+EXPERTS_13 = 24 * 13 * 2 * 1024 * 4096
+EXPERTS_10 = 12 * 10 * 2 * 768 * 3072
+
+
+def cosmoes(total: float, active: float | None = None) -> list[Published]:
+    return [Published(total, "all", 0.01, COSMOES), *([Published(active, "active", 0.01, COSMOES)] if active else [])]
+
 
 FIGURES: dict[str, list[Published]] = {
     "pythia/14M.yml": [exact(14_067_712, "weights of EleutherAI/pythia-14m")],
@@ -77,6 +88,37 @@ FIGURES: dict[str, list[Published]] = {
         Published(46.7e9, "all", 0.001, "Mistral AI's announcement of December 2023"),
         Published(12.9e9, "active", 0.005, "Mistral AI's announcement of December 2023"),
     ],
+    # 32 LoREs of rank 64 match 13 and 10 experts with no whole number of experts: the heads of the files say what the paper's totals could mean.
+    "structmoe/410M-2B-fineweb.yml": [Published(EXPERTS_13, "experts", 0.05, STRUCTMOE)],
+    "structmoe/410M-13experts-fineweb.yml": [exact(EXPERTS_13, STRUCTMOE, "experts")],
+    "structmoe/410M-matched-8x8x128.yml": [Published(EXPERTS_13, "experts", 0.001, f"{STRUCTMOE}: exactly, but for the routers of the LoREs")],
+    "structmoe/125M-710M-redpajama.yml": [Published(EXPERTS_10, "experts", 0.07, STRUCTMOE), Published(710e6, "all", 0.04, STRUCTMOE)],
+    "structmoe/125M-10experts-redpajama.yml": [exact(EXPERTS_10, STRUCTMOE, "experts")],
+    "structmoe/125M-710M-router-free.yml": [Published(EXPERTS_10, "experts", 0.07, STRUCTMOE), Published(710e6, "all", 0.041, STRUCTMOE)],
+    "structmoe/125M-710M-non-entangled.yml": [Published(EXPERTS_10, "experts", 0.07, STRUCTMOE), Published(710e6, "all", 0.04, STRUCTMOE)],
+    "cosmoes/phone-dense-flop.yml": cosmoes(1.50e9),
+    "cosmoes/phone-moe.yml": cosmoes(3.75e9, 1.37e9),
+    "cosmoes/phone-moe-bles.yml": cosmoes(3.75e9, 1.37e9),
+    "cosmoes/phone-moe-wd.yml": cosmoes(3.65e9, 1.42e9),
+    "cosmoes/phone-dense-param.yml": cosmoes(3.61e9),
+    "cosmoes/wearable-dense-flop.yml": cosmoes(189e6),
+    "cosmoes/wearable-moe.yml": cosmoes(377e6, 188e6),
+    "cosmoes/wearable-moe-bles.yml": cosmoes(377e6, 188e6),
+    "cosmoes/wearable-moe-wd.yml": [Published(377e6, "all", 0.012, COSMOES), Published(188e6, "active", 0.01, COSMOES)],
+    "cosmoes/wearable-dense-param.yml": cosmoes(380e6),
+    "moe/deepseekmoe-2B.yml": [
+        Published(2.0e9, "all", 0.025, "Dai et al. 2024, arXiv:2401.06066, section 4.1: two digits"),
+        Published(0.3e9, "active", 0.17, "Dai et al. 2024, arXiv:2401.06066, section 4.1: one digit"),
+    ],
+    "moe/olmoe-1B-7B.yml": [
+        Published(6_919_161_856, "all", 1e-5, "weights of allenai/OLMoE-1B-7B-0924, which normalise queries and keys over all heads"),
+        Published(1.28e9, "active", 0.01, "model card of allenai/OLMoE-1B-7B-0924: 1.3B"),
+    ],
+    "moe/switch-base-8.yml": [
+        Published(
+            12 * 4 * 768**2 + (6 + 6 * 8) * 2 * 768 * 3072, "outside the embeddings", 0.001, "the sizes of google/switch-base-8, of one of its two stacks"
+        )
+    ],
 }
 
 # Tokens of the tokenizers that the heads of the files name.
@@ -88,4 +130,6 @@ VOCABULARIES = {
     "Llama 3": 128_256,
     "Mistral": 32_000,
     "sotu": 8_192,
+    "DeepSeekMoE": 8_192,
+    "T5": 32_100,
 }

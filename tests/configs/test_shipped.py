@@ -15,7 +15,7 @@ import yaml
 
 from megatron.config.loader import LoadedConfig, load_config
 from megatron.config.section import ConfigError
-from megatron.config.size import ParameterCount, count_parameters, padded_vocab_size
+from megatron.config.size import ParameterCount, count_parameters, padded_vocab_size, training_memory
 from megatron.config.training import resolve_batch
 from tests.configs.published import FIGURES, VOCABULARIES, Published
 
@@ -27,6 +27,7 @@ OWN_MODELS = {"quickstart.yml"}  # published nowhere else
 PARAMETERS = re.compile(
     r"^# Parameters: ([\d,]+)(?: \(([\d,]+) active\))? with a vocabulary of ([\d,]+) \((.+)'s ([\d,]+) tokens(?:, padded)?\)$", re.M
 )
+LAYOUT = re.compile(r"^# On 64 GPUs: (\d+) sequences? x (\d+) accumulation steps each, ZeRO stage (\d): ([\d.]+) GiB each without activations$", re.M)
 TOKENS = re.compile(r"^# Tokens per step: ([\d,]+) \(([\d,]+) sequences of ([\d,]+)\); in all: ([\d,]+)$", re.M)
 
 
@@ -100,6 +101,16 @@ def test_a_step_takes_as_many_tokens_as_the_head_says(name: str) -> None:
     assert [number(group) for group in found.groups()] == [tokens, sequences, config.model.seq_length, tokens * steps]
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if name.split("/")[0] in ("structmoe", "cosmoes", "mixtral", "moe")])
+def test_a_paper_s_model_is_laid_out_on_64_gpus_as_the_head_says(name: str) -> None:
+    found = LAYOUT.search(FILES[name])
+    assert found, f"{name} does not say `# On 64 GPUs: M sequences x A accumulation steps each, ZeRO stage Z: G GiB each without activations`"
+    config = load(name).config
+    batch, stage = resolve_batch(config.training, 64), config.optimizer.zero_optimization.stage
+    memory = training_memory(count(name).total_sum, str(config.precision), zero_stage=stage, data_parallel_size=64)
+    assert found.groups() == (str(batch.micro), str(batch.accumulation), str(stage), f"{memory.total / 2**30:.1f}")
+
+
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in OWN_MODELS])
 def test_a_model_is_as_large_as_published(name: str) -> None:
     assert FIGURES.get(name), f"tests/configs/published.py has no figure for {name}"
@@ -109,6 +120,7 @@ def test_a_model_is_as_large_as_published(name: str) -> None:
         "outside the embeddings": counted.total_sum - counted.total["embedding"] - counted.total["head"],
         "embeddings once": counted.total_sum - counted.total["head"],
         "active": counted.active_sum,
+        "experts": counted.total["experts"] + counted.total["lores"],
     }
     for published in FIGURES[name]:
         assert figures[published.counted] == pytest.approx(published.figure, rel=published.tolerance, abs=0), published.source
