@@ -116,7 +116,7 @@ FIGURES: dict[str, list[Published]] = {
     ],
     "moe/switch-base-8.yml": [
         Published(
-            12 * 4 * 768**2 + (6 + 6 * 8) * 2 * 768 * 3072, "outside the embeddings", 0.001, "the sizes of google/switch-base-8, of one of its two stacks"
+            12 * 4 * 768**2 + 54 * 2 * 768 * 3072, "outside the embeddings", 0.001, "one of the two stacks of google/switch-base-8: 6 + 6 * 8 MLPs"
         )
     ],
 }
