@@ -115,9 +115,7 @@ FIGURES: dict[str, list[Published]] = {
         Published(1.28e9, "active", 0.01, "model card of allenai/OLMoE-1B-7B-0924: 1.3B"),
     ],
     "moe/switch-base-8.yml": [
-        Published(
-            12 * 4 * 768**2 + 54 * 2 * 768 * 3072, "outside the embeddings", 0.001, "one of the two stacks of google/switch-base-8: 6 + 6 * 8 MLPs"
-        )
+        Published(12 * 4 * 768**2 + 54 * 2 * 768 * 3072, "outside the embeddings", 0.001, "google/switch-base-8, one of its two stacks"),
     ],
 }
 
