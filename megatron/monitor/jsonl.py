@@ -28,7 +28,8 @@ class JsonlSink:
         if path.exists() and not resume_from:
             os.replace(path, path.with_name(f"{path.name}.previous"))
         elif path.exists():
-            kept = [r for r in read_jsonl(path) if r["iteration"] <= resume_from and not (final_evaluation_follows and TRAIN_LOSS not in r)]
+            last = resume_from if final_evaluation_follows else None
+            kept = [r for r in read_jsonl(path) if r["iteration"] <= resume_from and not (r["iteration"] == last and _is_evaluation(r))]
             replacement = path.with_name(f".{path.name}.new")
             replacement.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
             os.replace(replacement, path)
@@ -40,6 +41,10 @@ class JsonlSink:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _is_evaluation(record: Mapping[str, Any]) -> bool:
+    return any(key.startswith(("validation/", "test/")) for key in record)
 
 
 def _strict(value: Value) -> Value | None:

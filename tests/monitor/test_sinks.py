@@ -42,11 +42,17 @@ def test_jsonl_of_a_new_run_moves_the_old_one_aside(tmp_path: Path) -> None:
 def test_jsonl_has_the_final_evaluation_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write_steps(path, range(1, 4), resume_from=0)
+    sink = JsonlSink(path, resume_from=3)
+    sink.write(2, {"validation/lm_loss": 2.0})
+    sink.write(3, {"gradient_norms/w": 3.0})
     for _ in range(2):
-        sink = JsonlSink(path, resume_from=3, final_evaluation_follows=True)
         sink.write(3, {"test/lm_loss": 1.0})
         sink.close()
-    assert [list(record)[1] for record in read_jsonl(path)] == ["train/lm_loss"] * 3 + ["test/lm_loss"]
+        sink = JsonlSink(path, resume_from=3, final_evaluation_follows=True)
+    sink.write(3, {"test/lm_loss": 1.0})
+    sink.close()
+    keys = ["validation/lm_loss", "gradient_norms/w", "test/lm_loss"]
+    assert [list(record)[1] for record in read_jsonl(path)] == ["train/lm_loss"] * 3 + keys, "the evaluation in between and other records stay"
 
 
 def test_jsonl_survives_a_line_cut_short(tmp_path: Path) -> None:

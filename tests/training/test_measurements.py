@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.testing.devices import DEVICES
 from megatron.testing.distributed import run_distributed
 from megatron.testing.tiny import TINY_DENSE
 from megatron.training.phases import Phases
@@ -101,9 +102,10 @@ def test_two_processes_change_no_norm(corpus: Path, tmp_path: Path, stage_0: Pat
         check_same(measured(tmp_path / f"{stage}.jsonl"), measured(stage_0)[:2])
 
 
-def test_nothing_is_measured_unasked(corpus: Path, tmp_path: Path) -> None:
-    train_losses(values_of(corpus, tmp_path / "metrics.jsonl", 0, train_iters=2))
-    assert measured(tmp_path / "metrics.jsonl") == [{}, {}]
+def test_nothing_is_measured_unasked_and_measuring_changes_nothing(corpus: Path, tmp_path: Path, stage_0: Path) -> None:
+    losses = train_losses(values_of(corpus, tmp_path / "metrics.jsonl", 0))
+    assert measured(tmp_path / "metrics.jsonl") == [{}] * 4
+    assert [record["train/lm_loss"] for record in records(stage_0)] == losses
 
 
 def test_a_skipped_step_in_bf16_is_measured_as_well(corpus: Path, tmp_path: Path) -> None:
@@ -145,10 +147,14 @@ def test_lines_of_a_run(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert 0 < last["timers/forward"] + last["timers/backward"] + last["timers/optimizer"] <= last["runtime/iteration_time"]
 
 
-def test_phases_add_up_and_nest() -> None:
-    phases = Phases(torch.device("cpu"))
+@pytest.mark.parametrize("device", DEVICES)
+def test_phases_add_up_and_nest(device: str) -> None:
+    phases, matrix = Phases(torch.device(device)), torch.ones(300, 300, device=device)
     for _ in range(3):
-        with phases("outer"), phases("inner"):
-            pass
+        with phases("outer"):
+            with phases("inner"):
+                matrix = matrix @ matrix / 300
+            matrix = matrix @ matrix / 300
+    assert matrix.sum().item() == pytest.approx(300 * 300), "the device is done"
     seconds = phases.seconds()
     assert 0 < seconds["inner"] < seconds["outer"]

@@ -12,6 +12,7 @@ from torch import nn
 
 from megatron.config.optimizer import OptimizerConfig, OptimizerParams, OptimizerSpec
 from megatron.model.norms import RMSNorm
+from megatron.testing.devices import DEVICES
 from megatron.training.lion import Lion
 from megatron.training.optimizer import (
     OptimizerUnavailable,
@@ -33,7 +34,7 @@ def network() -> nn.Module:
 
 
 def loss_of(model: nn.Module, scale: float) -> torch.Tensor:
-    return scale * model(torch.linspace(-1, 1, 20).view(4, 5)).square().sum()
+    return scale * model(torch.linspace(-1, 1, 20, device=next(model.parameters()).device).view(4, 5)).square().sum()
 
 
 def config_of(kind: str, max_norm: float = 1.0, **params: Any) -> OptimizerConfig:
@@ -70,11 +71,12 @@ REFERENCES: dict[str, tuple[dict[str, Any], Any]] = {
 
 @pytest.mark.parametrize(("max_norm", "scale"), [(1.0, 100.0), (1.0, 1e-3), (0.0, 0.5)], ids=["clipped", "small enough", "clipping off"])
 @pytest.mark.parametrize("name", REFERENCES)
-def test_same_as_clipping_and_then_the_plain_one(name: str, max_norm: float, scale: float) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_same_as_clipping_and_then_the_plain_one(device: str, name: str, max_norm: float, scale: float) -> None:
     params, plain = REFERENCES[name]
-    ours, theirs = network(), network()
+    ours, theirs = network().to(device), network().to(device)
     kind = name.split()[-1] if name.endswith("Adam") else name.split()[0]
-    mine = build_optimizer(config_of(kind, max_norm, **params), ours, "cpu")
+    mine = build_optimizer(config_of(kind, max_norm, **params), ours, device)
     assert isinstance(mine, Skipping)
     reference = plain(parameter_groups(theirs, DECAY), lr=LR, **{key: value for key, value in params.items() if key != "adam_w_mode"})
     for _ in range(5):

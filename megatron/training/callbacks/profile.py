@@ -37,6 +37,8 @@ class ProfileCallback(Callback):
         self._profile: profile | None = None
 
     def before_training(self, trainer: Trainer) -> None:
+        for directory in (self.config.trace_dir, self.config.memory_profiling_path):  # now, not after the steps, if they cannot be made
+            Path(directory or ".").mkdir(parents=True, exist_ok=True)
         self._look(trainer)
 
     def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
@@ -95,6 +97,4 @@ class ProfileCallback(Callback):
         return file
 
     def _file(self, directory: str | None, ending: str) -> Path:
-        path = Path(directory or ".")
-        path.mkdir(parents=True, exist_ok=True)
-        return path / f"{self.name}{ending}"
+        return Path(directory or ".") / f"{self.name}{ending}"
