@@ -9,11 +9,14 @@ from megatron.config import experts, routers
 from megatron.config.components import EXPERTS, LOSSES, ROUTERS, UnknownComponent, check_known
 from megatron.config.experts import DecomposedOptions, LoreOptions
 from megatron.config.model import ModelConfig
-from megatron.config.routers import SigmoidOptions, TopPOptions
+from megatron.config.routers import SigmoidOptions, TopKOptions, TopPOptions
 from megatron.config.section import NaturalInt, PositiveFloat, PositiveInt, Problem
 
+NEED_EXPERTS = ("moe_expert_type", "moe_expert_segments", "moe_use_residual", "moe_num_shared_experts", "moe_shared_expert_intermediate_size")
+"""Keys that say something of MoE layers, where there must be one."""
 
-class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions):
+
+class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, TopKOptions):
     moe_num_experts_by_layer: list[PositiveInt] | None = None
     """Each MoE layer's own number of experts, first to last (PR-MoE). None: `moe_num_experts` in all of them."""
     moe_expert_interval: PositiveInt = 1
@@ -81,6 +84,9 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions):
             for key in sorted(self.model_fields_set & known - set(options[chosen].model_fields)) if chosen in options else ():
                 readers = " and ".join(name for name, section in options.items() if key in section.model_fields)
                 yield key, f"has no effect with {choice} {chosen}; it is read by {readers}"
+        if self.moe_expert_type == "structmoe" and not self.moe_lore_routed:
+            for key in sorted(self.model_fields_set & {"moe_lore_top_k", "moe_lore_normalize"}):
+                yield key, "has no effect with moe_lore_routed: false; it is read where LoREs are routed"
         if "moe_block_wise_temperature" in self.model_fields_set and "block_wise_selection" not in self.moe_losses:
             yield "moe_block_wise_temperature", "has no effect unless moe_losses names block_wise_selection"
 
@@ -128,8 +134,8 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions):
         yield from _unknown_name("moe_router_type", ROUTERS, self.moe_router_type)
         yield from _unknown_name("moe_expert_type", EXPERTS, self.moe_expert_type)
         if not self.has_experts:
-            for key, default in (("moe_expert_type", "grouped"), ("moe_use_residual", False), ("moe_num_shared_experts", 0)):
-                if getattr(self, key) != default:
+            for key in NEED_EXPERTS:
+                if getattr(self, key) != type(self).model_fields[key].default:
                     yield Problem((key, "moe_num_experts"), "needs moe_num_experts of 2 or more; with 1 every layer is dense")
         for name, coefficient in self.moe_losses.items():
             yield from _unknown_name(f"moe_losses.{name}", LOSSES, name)

@@ -31,20 +31,35 @@ class RouterOptions(Section):
         return self.moe_top_k * self.moe_expert_segments
 
 
-class TopKOptions(RouterOptions):
-    """`topk`: softmax over the experts, the most probable ones chosen."""
+class JitterOptions(RouterOptions):
+    """`expert_choice`, and what all routers but sinkhorn know."""
 
     moe_jitter_eps: Fraction | None = None
     """In training the router's input is multiplied by a random factor from 1 - eps to 1 + eps. None: no jitter."""
+
+
+class NormalizeOptions(JitterOptions):
+    """For routers whose weights may be divided by their sum."""
+
     moe_normalize_top_k: bool = False
     """Divide the weights of a token's chosen experts by their sum (Mixtral, DeepSeek-V3); otherwise they are the plain probabilities."""
-    moe_router_pre_softmax: bool = True
-    """topk: softmax over all experts before the choice; false: over the chosen experts alone, after it (Mixtral)."""
+
+
+class ScaleOptions(NormalizeOptions):
+    """For routers whose weights may be scaled."""
+
     moe_router_topk_scaling_factor: PositiveFloat = 1.0
     """topk, sigmoid: the weights of the chosen experts are multiplied by this (2.5 in DeepSeek-V3)."""
 
 
-class SigmoidOptions(TopKOptions):
+class TopKOptions(ScaleOptions):
+    """`topk`: softmax over the experts, the most probable ones chosen."""
+
+    moe_router_pre_softmax: bool = True
+    """topk: softmax over all experts before the choice; false: over the chosen experts alone, after it (Mixtral)."""
+
+
+class SigmoidOptions(ScaleOptions):
     """`sigmoid`: DeepSeek-V3's router."""
 
     moe_router_bias_update_rate: NonNegativeFloat = 0.001
@@ -57,10 +72,8 @@ class SigmoidOptions(TopKOptions):
     def check(self) -> Iterator[Problem]:
         groups, chosen = self.moe_router_num_groups, self.moe_router_group_topk
         if (groups is None) != (chosen is None):
-            yield Problem(
-                ("moe_router_num_groups", "moe_router_group_topk"),
-                "moe_router_num_groups and moe_router_group_topk go together; give both or neither",
-            )
+            given, missing = ("moe_router_num_groups", "moe_router_group_topk")[:: 1 if chosen is None else -1]
+            yield Problem((given,), f"goes together with {missing}; give both or neither")
         if groups is None or chosen is None:
             return
         if self.num_experts % groups:
@@ -72,7 +85,7 @@ class SigmoidOptions(TopKOptions):
             yield Problem(("moe_router_group_topk", "moe_top_k"), message)
 
 
-class TopPOptions(TopKOptions):
+class TopPOptions(NormalizeOptions):
     """`top_p`: as many experts as a token needs."""
 
     moe_router_top_p: Annotated[float, Field(gt=0, le=1)] = 0.4
@@ -84,6 +97,6 @@ OPTIONS: dict[str, type[RouterOptions]] = {
     "sinkhorn": RouterOptions,
     "sigmoid": SigmoidOptions,
     "top_p": TopPOptions,
-    "expert_choice": TopKOptions,
+    "expert_choice": JitterOptions,
 }
 """Router -> the options that it reads."""

@@ -1,9 +1,11 @@
-"""GPT-NeoX's console lines. People parse them: their words, order, spacing and number formats are kept."""
+"""The console lines. GPT-NeoX's are parsed by people: their words, order, spacing and number formats are kept; `router_line` is ours."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from megatron.monitor.sink import Value
 
 UNITS = ("", "KFLOPS", "MFLOPS", "GFLOPS", "TFLOPS", "PFLOPS", "EFLOPS", "ZFLOPS")
 MEGABYTE = 1024.0**2
@@ -48,6 +50,24 @@ def train_line(record: LogRecord) -> str:
         parts.append(f"loss scale: {record.loss_scale:.1f}")
     parts += [f"number of skipped iterations: {record.skipped:3d}", f"number of nan iterations: {record.nonfinite:3d}"]
     return " | ".join(parts) + " |"
+
+
+def router_line(values: Mapping[str, Value]) -> str:
+    """` routers | load imbalance: ... | delta uniform: ... | ... |` from what `router_values` says of all MoE layers together; our own line."""
+
+    def shown(name: str, number_format: str) -> str:
+        return format(values[f"moe/{name}"], number_format)
+
+    parts = [
+        f"load imbalance: {shown('load_imbalance', '.2f')}",
+        f"delta uniform: {shown('delta_uniform', '.1f')}%",
+        f"entropy: {shown('router_entropy', '.2f')}",
+        f"expert replacement: {shown('expert_replacement', '.1f')}%",
+        f"dead experts: {shown('dead_experts', 'd')}",
+        *([f"dead lores: {shown('dead_lores', 'd')}"] if "moe/dead_lores" in values else []),
+        f"dropped tokens: {shown('dropped_tokens', 'd')}",
+    ]
+    return " | ".join([" routers", *parts]) + " |"
 
 
 def readable_flops(flops: float) -> str:

@@ -22,13 +22,19 @@ class SinkUnavailable(ValueError):
 
 
 def scalars(values: Mapping[str, Value]) -> dict[str, float]:
-    """The plain numbers among the values; `x_by_layer` becomes `x/layer_0`, `x/layer_1`, ... (counted over the MoE layers)."""
+    """Plain numbers only, for those who draw a curve of each.
+
+    `x_by_layer` becomes `x/layer_0`, `x/layer_1`, ... (counted over the MoE layers), and a table `x/layer_0/0`, `x/layer_0/1`, ...
+    """
     numbers: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, int | float):
             numbers[key] = float(value)
             continue
-        for layer, number in enumerate(value):
-            if isinstance(number, int | float):
-                numbers[f"{key.removesuffix('_by_layer')}/layer_{layer}"] = float(number)
+        for layer, row in enumerate(value):
+            name = f"{key.removesuffix('_by_layer')}/layer_{layer}"
+            if isinstance(row, int | float):
+                numbers[name] = float(row)
+            else:
+                numbers |= {f"{name}/{i}": float(count) for i, count in enumerate(row)}
     return numbers

@@ -73,3 +73,62 @@ def grid() -> list[dict[str, Any]]:
 @pytest.mark.parametrize("case", grid(), ids=lambda case: "-".join(str(value) for value in case.values()))
 def test_every_parameter_of_every_variant_gets_a_gradient(case: dict[str, Any]) -> None:
     check_gradients(model_section(**case, **LONG), DENSE)
+
+
+INTERACTIONS = [
+    {},
+    {"moe_lore_interaction": "standalone"},
+    {"moe_lore_interaction": "gated", "activation": "silu"},
+    {"moe_lore_routed": False},
+    {"moe_lore_routed": False, "moe_lore_interaction": "standalone"},
+    *({"moe_lore_projection": projection, "activation": "swiglu"} for projection in ("up", "gate", "both")),
+    {"moe_lore_projection": "both", "activation": "geglu", "moe_lore_routed": False},
+    {"moe_lore_interaction": "standalone", "activation": "swiglu"},
+    {"moe_lore_normalize": True},
+]
+PLACES = [
+    {"moe_num_shared_experts": 1},
+    {"moe_shared_expert_intermediate_size": 10, "moe_shared_expert_gate": True},
+    {"moe_use_residual": True},
+    {"moe_use_residual": True, "moe_num_shared_experts": 2, "moe_shared_expert_gate": True},
+    {"moe_expert_segments": 2},
+    {"moe_num_experts": 1, "moe_num_experts_by_layer": [2, 4]},
+    {"moe_expert_interval": 2},
+    {"moe_first_k_dense_layers": 1},
+    {"moe_layers": [1]},
+]
+ALL_LOSSES = dict.fromkeys(("load_balance", "sequence_load_balance", "global_load_balance", "block_wise_selection", "entropy", "z_loss"), 0.01)
+
+
+def moe_grid() -> list[dict[str, Any]]:
+    """Every router with every kind of expert, residual and bias, by one; activations take turns, so that each comes with each router and kind."""
+    activations = typing.get_args(Activation)
+    return [
+        {"router": router, "experts": experts, "residual": residual, "bias": bias, "activation": activations[i % len(activations)]}
+        for i, (residual, bias, router, experts) in enumerate(itertools.product((False, True), (False, True), ROUTERS, EXPERTS))
+    ]
+
+
+@pytest.mark.parametrize("case", moe_grid(), ids=lambda case: "-".join(str(value) for value in case.values()))
+def test_every_router_with_every_kind_of_expert(case: dict[str, Any]) -> None:
+    model = model_section(gpt_j_residual=case["residual"], use_bias_in_mlp=case["bias"], activation=case["activation"], **LONG)
+    moe = moe_section(moe_router_type=case["router"], moe_expert_type=case["experts"], moe_top_k=2, moe_num_lores=2, moe_losses=ALL_LOSSES)
+    check_gradients(model, moe)
+
+
+@pytest.mark.parametrize("router", ["topk", "sigmoid"])
+@pytest.mark.parametrize("case", INTERACTIONS, ids=lambda case: "-".join(str(value) for value in case.values()))
+def test_what_lores_add_to(case: dict[str, Any], router: str) -> None:
+    activation = case.get("activation", "gelu")
+    section = {key: value for key, value in case.items() if key != "activation"}
+    losses = {} if section.get("moe_lore_routed") is False else {"lore_balance": 0.01}
+    lores = {"moe_num_lores": 2, "moe_lore_top_k": 2 if "moe_lore_normalize" in case else 1}
+    if losses == {}:
+        del lores["moe_lore_top_k"]
+    check_gradients(model_section(activation=activation, **LONG), moe_section(moe_router_type=router, moe_losses=losses, **lores, **section))
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("case", PLACES, ids=lambda case: "-".join(case))
+def test_what_stands_beside_experts_and_where_they_are(case: dict[str, Any], experts: str) -> None:
+    check_gradients(model_section(**LONG), moe_section(moe_expert_type=experts, moe_num_lores=2, moe_losses={}, **case))

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from megatron.monitor.log_line import LogRecord, evaluation_lines, memory_line, progress_line, readable_flops, time_line, train_line
+from megatron.monitor.log_line import LogRecord, evaluation_lines, memory_line, progress_line, readable_flops, router_line, time_line, train_line
 
 RECORD = LogRecord(
     iteration=1,
@@ -48,6 +48,21 @@ def test_every_part_of_the_line() -> None:
         "approx flops per GPU: 18.8TFLOPS | MFU: 25.64% | HFU: 34.18% | lm_loss: 2.000000E+00 | z_loss: 5.000000E-01 | "
         "number of skipped iterations:  12 | number of nan iterations:   3 |"
     )
+
+
+def test_the_routers_line_is_beside_upstreams() -> None:
+    values = {
+        "moe/load_imbalance": 1.234,
+        "moe/delta_uniform": 2.06,
+        "moe/router_entropy": 1.019,
+        "moe/expert_replacement": 40.13,
+        "moe/dead_experts": 1,
+        "moe/dropped_tokens": 0,
+    }
+    start = " routers | load imbalance: 1.23 | delta uniform: 2.1% | entropy: 1.02 | expert replacement: 40.1% | dead experts: 1"
+    assert router_line(values) == f"{start} | dropped tokens: 0 |"
+    assert router_line({**values, "moe/dead_lores": 3}) == f"{start} | dead lores: 3 | dropped tokens: 0 |"
+    assert not PARSED.search(router_line(values)), "scripts that look for GPT-NeoX's line do not find this one"
 
 
 @pytest.mark.parametrize(

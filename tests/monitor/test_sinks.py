@@ -71,8 +71,9 @@ def test_jsonl_is_strict_json_for_nan_and_keeps_tables(tmp_path: Path) -> None:
     assert path.read_text() == '{"iteration": 1, "train/lm_loss": null, "train/grad_norm": null, "moe/expert_load": [[1, 2]]}\n'
 
 
-def test_scalars_leave_tables_out() -> None:
-    assert scalars({"a": 1, "b": [[1]]}) == {"a": 1.0}
+def test_scalars_name_the_layers_and_the_columns_of_tables() -> None:
+    given = {"a": 1, "b_by_layer": [0.5, 2], "c": [[1, 2], [3]]}
+    assert scalars(given) == {"a": 1.0, "b/layer_0": 0.5, "b/layer_1": 2.0, "c/layer_0/0": 1.0, "c/layer_0/1": 2.0, "c/layer_1/0": 3.0}
 
 
 def test_tensorboard_writes_events(tmp_path: Path) -> None:
@@ -84,7 +85,7 @@ def test_tensorboard_writes_events(tmp_path: Path) -> None:
 
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert events.Tags()["scalars"] == ["train/lm_loss"]
+    assert sorted(events.Tags()["scalars"]) == ["moe/expert_load/layer_0/0", "moe/expert_load/layer_0/1", "train/lm_loss"]
     assert [(event.step, event.value) for event in events.Scalars("train/lm_loss")] == [(3, 2.5)]
 
 

@@ -1,4 +1,4 @@
-"""Numbers of each step to every sink, NeoX's log line every `log_interval` steps, the progress display in between."""
+"""Numbers of each step to every sink, NeoX's log line and the routers' every `log_interval` steps, the progress display in between."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from megatron.config.logging import LoggingConfig
 from megatron.model.state import RouterReport
 from megatron.monitor.console import ProgressDisplay
-from megatron.monitor.log_line import LogRecord, memory_line, time_line, train_line
+from megatron.monitor.log_line import LogRecord, memory_line, router_line, time_line, train_line
 from megatron.monitor.routing import router_values
 from megatron.monitor.sink import Sink, Value
 from megatron.training.callbacks.base import Callback
@@ -139,8 +139,10 @@ class LogCallback(Callback):
             values["runtime/model_flops_utilization"] = record.model_flops / record.peak_flops
             values["runtime/hardware_flops_utilization"] = record.flops / record.peak_flops
         values |= {f"timers/{name}": seconds for name, seconds in self.window.phase_seconds.items()}
-        values |= router_values(self.window.router(), trainer.config.moe, trainer.config.model.num_layers)
-        return values
+        return values | self._router_values(trainer)
+
+    def _router_values(self, trainer: Trainer) -> dict[str, Value]:
+        return router_values(self.window.router(), trainer.config.moe, trainer.config.model.num_layers)
 
     def _record(self, trainer: Trainer, metrics: StepMetrics) -> LogRecord:
         seconds, peak = self.window.seconds_per_step, self.config.peak_theoretical_tflops
@@ -162,6 +164,8 @@ class LogCallback(Callback):
 
     def _log(self, trainer: Trainer, metrics: StepMetrics) -> None:
         log.info("%s", train_line(self._record(trainer, metrics)))
+        if routers := self._router_values(trainer):
+            log.info("%s", router_line(routers))
         if not self._memory_reported:
             log.info("%s", memory_line(trainer.state.iteration, memory_sizes(torch.device(trainer.engine.device))))
         self._memory_reported = True

@@ -1,0 +1,59 @@
+"""Keys of the MoE family that were given and have no effect, because they belong to a component that was not chosen: a notice with file and line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron.config.loader import load_config
+
+BASE = "num_layers: 2\nhidden_size: 64\nnum_attention_heads: 4\nseq_length: 32\nmax_position_embeddings: 32\nmoe_num_experts: 4\n"
+UNROUTED = "moe_expert_type: structmoe\nmoe_lore_routed: false\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "notices"),
+    [
+        ("moe_router_top_p: 0.3", ["1: 'moe_router_top_p' has no effect with moe_router_type sinkhorn; it is read by top_p"]),
+        (
+            "moe_jitter_eps: 0.1",
+            ["1: 'moe_jitter_eps' has no effect with moe_router_type sinkhorn; it is read by topk and sigmoid and top_p and expert_choice"],
+        ),
+        (
+            "moe_router_type: sigmoid\nmoe_router_pre_softmax: false",
+            ["2: 'moe_router_pre_softmax' has no effect with moe_router_type sigmoid; it is read by topk"],
+        ),
+        (
+            "moe_router_type: top_p\nmoe_router_topk_scaling_factor: 2.5",
+            ["2: 'moe_router_topk_scaling_factor' has no effect with moe_router_type top_p; it is read by topk and sigmoid"],
+        ),
+        (
+            "moe_router_type: expert_choice\nmoe_normalize_top_k: true",
+            ["2: 'moe_normalize_top_k' has no effect with moe_router_type expert_choice; it is read by topk and sigmoid and top_p"],
+        ),
+        (
+            "moe_router_type: topk\nmoe_router_num_groups: 2\nmoe_router_group_topk: 1",
+            [
+                "3: 'moe_router_group_topk' has no effect with moe_router_type topk; it is read by sigmoid",
+                "2: 'moe_router_num_groups' has no effect with moe_router_type topk; it is read by sigmoid",
+            ],
+        ),
+        ("moe_lore_rank: 8", ["1: 'moe_lore_rank' has no effect with moe_expert_type grouped; it is read by structmoe"]),
+        ("moe_decomposition_rank: 8", ["1: 'moe_decomposition_rank' has no effect with moe_expert_type grouped; it is read by decomposed"]),
+        (UNROUTED + "moe_lore_top_k: 2", ["3: 'moe_lore_top_k' has no effect with moe_lore_routed: false; it is read where LoREs are routed"]),
+        (
+            UNROUTED + "moe_lore_normalize: true",
+            ["3: 'moe_lore_normalize' has no effect with moe_lore_routed: false; it is read where LoREs are routed"],
+        ),
+        ("moe_block_wise_temperature: 2.0", ["1: 'moe_block_wise_temperature' has no effect unless moe_losses names block_wise_selection"]),
+        ("moe_router_type: topk\nmoe_router_pre_softmax: false\nmoe_router_topk_scaling_factor: 2.5\nmoe_normalize_top_k: true", []),
+        ("moe_router_type: top_p\nmoe_normalize_top_k: true\nmoe_jitter_eps: 0.1", []),
+        ("moe_expert_type: structmoe\nmoe_lore_top_k: 2\nmoe_lore_normalize: true", []),
+    ],
+)
+def test_idle_keys_give_notices(given: str, notices: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("base.yml").write_text(BASE)
+    Path("given.yml").write_text(given + "\n")
+    assert list(load_config(["base", "given"]).notices) == [f"given.yml:{notice}" for notice in notices]
