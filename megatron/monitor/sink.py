@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 Value = float | list[float] | list[list[int]]
@@ -31,10 +31,11 @@ def scalars(values: Mapping[str, Value]) -> dict[str, float]:
         if isinstance(value, int | float):
             numbers[key] = float(value)
             continue
-        for layer, row in enumerate(value):
+        rows: Sequence[float | list[int]] = value
+        for layer, row in enumerate(rows):
             name = f"{key.removesuffix('_by_layer')}/layer_{layer}"
-            if isinstance(row, int | float):
-                numbers[name] = float(row)
-            else:
+            if isinstance(row, list):
                 numbers |= {f"{name}/{i}": float(count) for i, count in enumerate(row)}
+            else:
+                numbers[name] = float(row)
     return numbers

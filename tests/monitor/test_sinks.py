@@ -109,8 +109,10 @@ def test_comet_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         about = json.loads(files.read("experiment.json"))
         messages = [json.loads(line)["payload"] for line in files.read("messages.json").splitlines()]
     assert (about["project_name"], about["workspace"], about["tags"]) == ("animals", "forest", ["red"])
-    (metric,) = (message["metric"] for message in messages if message.get("metric", {}).get("metricName", "").startswith(("train", "moe")))
-    assert (metric["metricName"], metric["metricValue"], metric["step"]) == ("train/lm_loss", 2.5, 3)
+    metrics = [message["metric"] for message in messages if message.get("metric", {}).get("metricName", "").startswith(("train", "moe"))]
+    expected = {"train/lm_loss": 2.5, "moe/expert_load/layer_0/0": 1, "moe/expert_load/layer_0/1": 2}
+    assert {metric["metricName"]: metric["metricValue"] for metric in metrics} == expected
+    assert {metric["step"] for metric in metrics} == {3}
     text = json.dumps(messages)
     assert all(word in text for word in ('"num_layers"', '"den"', '"fox"'))
 
