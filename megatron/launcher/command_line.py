@@ -150,7 +150,8 @@ def _stop(parser: argparse.ArgumentParser, sentence: str) -> NoReturn:
 def _show_check(loaded: LoadedConfig, processes: int) -> int:
     from rich.console import Console
 
-    from megatron.launcher.summary import summary, vocabulary
+    from megatron.analysis.vocabulary import vocabulary
+    from megatron.launcher.summary import summary
 
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     for part in summary(loaded, processes, vocabulary(loaded.config.data)):

@@ -3,40 +3,20 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from megatron.config.data import DataConfig
+from megatron.analysis.size import memory_per_process
+from megatron.analysis.tables import bytes_text, plain_table
+from megatron.analysis.vocabulary import Vocabulary
 from megatron.config.loader import LoadedConfig
 from megatron.config.neox import OWNER, SECTION_CLASSES, NeoXConfig, check_trainable
 from megatron.config.section import ConfigError, Section
-from megatron.config.size import count_parameters, flops_per_token, padded_vocab_size, training_memory
+from megatron.config.size import count_parameters, flops_per_token, padded_vocab_size
 from megatron.config.training import resolve_batch
-from megatron.data.tokenizer import TokenizerError, build_tokenizer
-
-
-class Vocabulary(NamedTuple):
-    """Entries of the tokenizer, or None with the reason why they cannot be counted."""
-
-    size: int | None
-    reason: str
-
-
-def vocabulary(data: DataConfig) -> Vocabulary:
-    """The number of tokens that the configured tokenizer has; its file need not exist yet, and nothing is downloaded."""
-    if data.tokenizer_type != "CharLevelTokenizer":
-        if data.vocab_file is None:
-            return Vocabulary(None, "vocab_file is not given")
-        if not Path(data.vocab_file).exists():
-            return Vocabulary(None, f"vocab_file '{data.vocab_file}' does not exist yet")
-    try:
-        return Vocabulary(build_tokenizer(data).vocab_size, "")
-    except TokenizerError as error:
-        return Vocabulary(None, str(error))
 
 
 def summary(loaded: LoadedConfig, processes: int, words: Vocabulary) -> list[RenderableType]:
@@ -106,10 +86,9 @@ def _work(config: NeoXConfig, processes: int, words: Vocabulary) -> Table:
     table.add_section()
     total = count_parameters(config.model, config.moe, padded).total_sum
     stage = config.optimizer.zero_optimization.stage
-    averages, average_bytes = config.optimizer.averages
-    memory = training_memory(total, config.precision, zero_stage=stage, data_parallel_size=processes, averages=averages, average_bytes=average_bytes)
-    table.add_row("memory per process", f"{_bytes(memory.total)} without activations ({config.precision}, ZeRO stage {stage})")
-    table.add_row("", f"weights {_bytes(memory.weights)}, gradients {_bytes(memory.gradients)}, optimizer {_bytes(memory.optimizer)}")
+    memory = memory_per_process(config, total, processes)
+    table.add_row("memory per process", f"{bytes_text(memory.total)} without activations ({config.precision}, ZeRO stage {stage})")
+    table.add_row("", f"weights {bytes_text(memory.weights)}, gradients {bytes_text(memory.gradients)}, optimizer {bytes_text(memory.optimizer)}")
     return table
 
 
@@ -122,19 +101,8 @@ def _heading(text: str) -> str:
 
 
 def _table(*columns: str, numbers: bool = False) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for position, column in enumerate(columns):
-        table.add_column(column, justify="right" if numbers and position else "left", overflow="fold", no_wrap=column in ("section", "key", "what"))
-    return table
+    return plain_table(*columns, numbers=numbers, whole=("section", "key", "what"))
 
 
 def _text(value: Any) -> str:
     return json.dumps(value.model_dump(mode="json") if isinstance(value, Section) else value)
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} TiB"

@@ -152,6 +152,39 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         for bias in (True, False)
         for keys in ({"use_qk_layernorm": True}, {"qk_norm_per_head": True, "num_kv_heads": 2})
     ],
+    "router": [{"moe_num_experts": 4, "moe_top_k": 2, "moe_router_type": name} for name in ("topk", "sigmoid", "top_p", "expert_choice")],
+    "experts": [
+        {"moe_num_experts": 4, "moe_expert_type": "decomposed", **keys}
+        for keys in ({}, {"moe_decomposition_rank": 24, "activation": "swiglu"}, {"moe_decomposition_fraction": 0.3, "moe_ffn_hidden_size": 96})
+    ],
+    "LoREs": [
+        {**STRUCTMOE, **keys}
+        for keys in (
+            {"moe_lore_routed": False},
+            {"moe_lore_interaction": "standalone", "moe_lore_top_k": 2},
+            {"moe_lore_interaction": "gated"},
+            {"moe_lore_projection": "both", "activation": "swiglu"},
+            {"moe_lore_projection": "gate", "activation": "geglu", "moe_lore_init": "zero"},
+            {"moe_lore_projection": "both", "activation": "swiglu", "moe_lore_routed": False, "moe_expert_segments": 2},
+        )
+    ],
+    "beside the experts": [
+        {"moe_num_experts": 4, "use_bias_in_mlp": bias, **keys}
+        for bias in (True, False)
+        for keys in (
+            {"moe_num_shared_experts": 2},
+            {"moe_shared_expert_intermediate_size": 80, "moe_shared_expert_gate": True, "activation": "swiglu"},
+            {"moe_use_residual": True},
+            {"moe_use_residual": True, "moe_num_shared_experts": 1, "moe_expert_segments": 2, "moe_top_k": 2},
+        )
+    ],
+    "layers": [
+        {"moe_num_experts_by_layer": [2, 4]},
+        {"moe_num_experts_by_layer": [4, 2], **{key: value for key, value in STRUCTMOE.items() if key != "moe_num_experts"}},
+        {"moe_num_experts": 4, "moe_layers": [1]},
+        {"moe_num_experts": 4, "moe_first_k_dense_layers": 1},
+    ],
+    "segments": [{"moe_num_experts": 4, "moe_expert_segments": 4}, {**STRUCTMOE, "moe_expert_segments": 2}],
     "width": [{"ffn_hidden_size": 100}, {"expansion_factor": 1.5, "mlp_multiple_of": 64}, {"activation": "swiglu", "intermediate_size": 100}],
 }
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron.analysis.vocabulary import Vocabulary, vocabulary
 from megatron.config.data import DataConfig
-from megatron.launcher.summary import Vocabulary, vocabulary
 
 
 def test_bytes_need_no_file() -> None:

@@ -1,0 +1,1 @@
+"""Answers about models from their configurations and results."""

@@ -1,0 +1,22 @@
+"""Tables and numbers as the command lines show them."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+
+def plain_table(*columns: str, numbers: bool = False, whole: tuple[str, ...] = ()) -> Table:
+    """A table without lines; `numbers`: all columns but the first stand to the right; the `whole` columns are never broken."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="right" if numbers and position else "left", overflow="fold", no_wrap=column in whole)
+    return table
+
+
+def bytes_text(number: float) -> str:
+    """In the largest unit that leaves at least 1."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"

@@ -1,0 +1,39 @@
+"""How many tokens the vocabulary of a configuration has, without a run: from its tokenizer, or from what the file's head says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron.config.data import DataConfig
+from megatron.data.tokenizer import TokenizerError, build_tokenizer
+
+# The shipped files: "# Parameters: N with a vocabulary of V (X's 50,257 tokens, padded)".
+_STATED = re.compile(r"^# Parameters: .* with a vocabulary of [\d,]+ \(.+'s ([\d,]+) tokens", re.MULTILINE)
+
+
+class Vocabulary(NamedTuple):
+    """Entries of the tokenizer, or None with the reason why they cannot be counted."""
+
+    size: int | None
+    reason: str
+
+
+def vocabulary(data: DataConfig) -> Vocabulary:
+    """The number of tokens that the configured tokenizer has; its file need not exist yet, and nothing is downloaded."""
+    if data.tokenizer_type != "CharLevelTokenizer":
+        if data.vocab_file is None:
+            return Vocabulary(None, "vocab_file is not given")
+        if not Path(data.vocab_file).exists():
+            return Vocabulary(None, f"vocab_file '{data.vocab_file}' does not exist yet")
+    try:
+        return Vocabulary(build_tokenizer(data).vocab_size, "")
+    except TokenizerError as error:
+        return Vocabulary(None, str(error))
+
+
+def stated_vocabulary(text: str) -> int | None:
+    """The tokens that the head of a shipped configuration names; None where it names none."""
+    found = _STATED.search(text)
+    return int(found.group(1).replace(",", "")) if found else None
