@@ -1,5 +1,5 @@
-"""From the same weights and data as GPT-NeoX's dropless MoE (Gale et al.'s dMoE behind GPT-NeoX's routers) the loss of every step is the same: 50 steps
-in fp32 against a loop over experts around Hugging Face's model, from a checkpoint with GPT-NeoX's names.
+"""From the same weights and data as GPT-NeoX's dropless MoE (Gale et al.'s dMoE behind GPT-NeoX's routers) the loss of every step is the same: 50
+steps in fp32 against a loop over experts around Hugging Face's model, from a checkpoint with GPT-NeoX's names.
 
 Shapes: T tokens; D model width; E experts; K experts per token; F expert width.
 """
@@ -47,7 +47,7 @@ class DroplessMoE(nn.Module):
 
 
 def balanced(logit_TE: Tensor) -> Tensor:
-    """Sinkhorn as GPT-NeoX has it: columns start at 1 / (E * sum), at most 3 rounds, none after the columns have moved by less than 1e-4 on average."""
+    """Sinkhorn as GPT-NeoX has it: columns start at 1 / (E * sum), 3 rounds, none after the columns moved by less than 1e-4 on average."""
     cost = logit_TE.exp()
     tokens, experts = cost.shape
     column = 1 / (experts * cost.sum(dim=0))
@@ -83,7 +83,7 @@ def upstreams_names(model: nn.Module) -> dict[str, Tensor]:
     [("sinkhorn", 1, 1), ("topk", 2, 2), ("sinkhorn", 2, 2)],
     ids=["sinkhorn", "topk every other layer", "sinkhorn of 2"],
 )
-def test_dropless_experts(tmp_path: Path, documents: list[np.ndarray], router: str, top_k: int, interval: int) -> None:  # noqa: F811 (the fixture)
+def test_dropless_experts(tmp_path: Path, documents: list[np.ndarray], router: str, top_k: int, interval: int) -> None:
     model = with_experts(list(range(0, LAYERS, interval)), sinkhorn=router == "sinkhorn", top_k=top_k)
     values: dict[str, Any] = {"moe_num_experts": EXPERTS, "moe_top_k": top_k, "moe_router_type": router, "moe_expert_interval": interval}
     # GPT-NeoX's intermediate_size is the width of an expert as it is, and also that of dense layers, which are 4 * hidden_size here.
