@@ -1,0 +1,93 @@
+"""Whole runs of the MoE family: ZeRO, recomputation, accumulation, resuming, bf16 and two processes change nothing that they should not."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.config.components import EXPERTS, ROUTERS
+from megatron.config.loader import LoadedConfig
+from megatron.testing.distributed import run_distributed
+from megatron.testing.tiny import TINY_MOE, tiny_config
+from megatron.training.run import train
+from tests.training.runs import losses_of, run_values, train_losses
+
+LORES = {"moe_num_lores": 2, "moe_lore_rank": 4}
+PAIRS = list(zip(ROUTERS, itertools.cycle(EXPERTS), strict=False))
+"""Every router, and every kind of expert."""
+ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
+
+
+def moe_values(corpus: Path, save: Path | None, router: str, experts: str = "grouped", **overrides: Any) -> dict[str, Any]:
+    values = {key: value for key, value in run_values(corpus, save).items() if key in TINY_MOE or not key.startswith("moe_")}
+    lores = LORES if experts == "structmoe" else {}
+    chosen = {"moe_router_type": router, "moe_expert_type": experts, "moe_losses": {"z_loss": 0.001}, "eval_iters": 0, "optimizer": ADAM}
+    return {**values, **lores, **chosen, **overrides}
+
+
+@pytest.mark.parametrize(("router", "experts"), PAIRS)
+def test_zero_stages_agree(corpus: Path, tmp_path: Path, router: str, experts: str) -> None:
+    def losses(stage: int) -> list[float]:
+        zero = {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
+        settings = {"train_iters": 3, "zero_optimization": zero, "metrics_file": str(tmp_path / f"{stage}.jsonl")}
+        return train_losses(moe_values(corpus, None, router, experts, **settings))
+
+    expected = losses(0)
+    for stage in (1, 2, 3):
+        assert losses(stage) == pytest.approx(expected, abs=1e-5), stage
+
+
+@pytest.mark.parametrize(("router", "experts"), PAIRS)
+def test_recomputed_activations_change_nothing(corpus: Path, tmp_path: Path, router: str, experts: str) -> None:
+    values = moe_values(corpus, None, router, experts, train_iters=4, hidden_dropout=0.1)
+    expected = train_losses({**values, "metrics_file": str(tmp_path / "kept.jsonl")})
+    assert train_losses({**values, "checkpoint_activations": True, "metrics_file": str(tmp_path / "again.jsonl")}) == expected
+
+
+@pytest.mark.parametrize("router", ["topk", "sigmoid", "top_p"])
+def test_accumulation_changes_nothing(corpus: Path, tmp_path: Path, router: str) -> None:
+    """Of the routers that look at each token alone; sinkhorn and expert_choice look at the whole micro-batch."""
+    values = moe_values(corpus, None, router, train_batch_size=4, train_iters=4)
+    whole = train_losses({**values, "train_micro_batch_size_per_gpu": 4, "metrics_file": str(tmp_path / "a.jsonl")})
+    parts = train_losses({**values, "train_micro_batch_size_per_gpu": 1, "metrics_file": str(tmp_path / "b.jsonl")})
+    assert parts == pytest.approx(whole, abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_balance_bias_goes_on_bit_for_bit(corpus: Path, tmp_path: Path, stage: int) -> None:
+    """A rate at which a bias that starts at 0 again chooses other experts."""
+    bias = {"moe_router_bias_update_rate": 0.1, "zero_optimization": {"stage": stage}}
+    values = moe_values(corpus, tmp_path / "a", "sigmoid", **bias)
+    expected = train_losses(values)
+    halves = {**values, "save": str(tmp_path / "b"), "resume_if_exists": True}
+    assert train_losses({**halves, "exit_interval": 5}) == expected[:5]
+    assert train_losses(halves) == expected
+    for key in ("moe/expert_load", "moe/delta_uniform"):
+        assert losses_of(tmp_path / "b/metrics.jsonl", key) == losses_of(tmp_path / "a/metrics.jsonl", key)
+
+
+def test_the_balance_bias_stays_float32_in_bf16(corpus: Path, tmp_path: Path) -> None:
+    values = moe_values(corpus, None, "sigmoid", precision="bfloat16", train_iters=3, metrics_file=str(tmp_path / "m.jsonl"))
+    engine = train(LoadedConfig(tiny_config(values))).engine
+    biases = [buffer for name, buffer in engine.module.named_buffers() if name.endswith("balance.bias")]
+    assert len(biases) == 2
+    assert next(engine.module.parameters()).dtype == torch.bfloat16
+    for bias in biases:
+        assert bias.dtype == torch.float32
+        steps = bias / 0.001
+        assert bias.any()
+        assert torch.allclose(steps, steps.round(), atol=1e-3), "it moved by whole steps of 0.001"
+
+
+def test_balance_over_the_global_batch_is_that_of_one_process(corpus: Path, tmp_path: Path) -> None:
+    values = moe_values(corpus, None, "topk", moe_losses={"global_load_balance": 0.1}, train_batch_size=4, train_iters=6)
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    losses = train_losses({**values, "train_micro_batch_size_per_gpu": 4, "metrics_file": str(one)})
+    settings = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}, "metrics_file": str(two)}
+    assert run_distributed(train_losses, 2, {**values, **settings}, backend=None)[0] == pytest.approx(losses, abs=1e-5)
+    key = "train/global_load_balance"
+    assert losses_of(two, key) == pytest.approx(losses_of(one, key), abs=1e-5)
