@@ -25,7 +25,7 @@ def at_least_one(text: str) -> int:
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="How large models are, from their configurations alone: nothing is built or allocated.")
+    parser = argparse.ArgumentParser(description="How large models are, from their configurations alone. FLOPs: of training, without recomputation.")
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="a model file, such as configs/mixtral/8x7B.yml")
     parser.add_argument("--match", metavar="OTHER", help="the rank, number of LoREs or of experts that makes each CONFIG as large as this one")
     parser.add_argument("--active", action="store_true", help="with --match: the parameters that one token meets, instead of all")
