@@ -90,7 +90,7 @@ class ModelConfig(Section):
     no_weight_tying: bool = False
     """True: the output head has its own weights. False: it uses the word embeddings."""
     make_vocab_size_divisible_by: PositiveInt = 128
-    """The vocabulary is padded up to a multiple of this."""
+    """The vocabulary is padded up to a multiple of this (in NeoX, of this times model_parallel_size)."""
     activation: Activation = "gelu"
     """Activation of MLPs and experts; geglu, reglu, swiglu, glu (sigmoid) and bilinear (none) are gated (two input projections). swish is silu."""
     bias_gelu_fusion: bool = False

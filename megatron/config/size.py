@@ -48,7 +48,8 @@ class Memory:
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
-    """The vocabulary rounded up as in NeoX; it does not depend on the number of processes."""
+    """The vocabulary rounded up to a multiple. NeoX takes the multiple times model_parallel_size, so that its models change size with the number of
+    processes; this does not depend on it (with one they are equal)."""
     return -(-vocab_size // divisible_by) * divisible_by
 
 

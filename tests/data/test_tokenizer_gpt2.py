@@ -93,8 +93,8 @@ def test_files_that_are_not_gpt2s_are_explained(files: tuple[Path, Path], shared
 
 
 def test_names_on_the_hub_are_not_looked_for_unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
         TokenizerError, match=r"without vocab_file means `gpt2` .* has not been downloaded: give a folder .*, or vocab_file: gpt2 to download"
     ):

@@ -14,6 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from tokenizers import Tokenizer
 
@@ -239,28 +240,47 @@ def test_the_command_says_what_is_wrong_in_a_sentence(corpus: Path, vocab: Path,
     assert process.communicate()[1] == f"{corpus}/.out.partial: Not a directory.\n"
 
 
+def run_until_it_writes(vocab: Path, folder: Path) -> subprocess.Popen[str]:
+    """The command on a large file, two workers, in the middle of its work."""
+    big = folder / "big.jsonl"
+    big.write_text("".join(json.dumps({"text": f"{TEXTS[number % 4]} {number} " * 8}) + "\n" for number in range(40_000)))
+    process = run_command(*arguments(big, vocab, folder / "out", "--workers", "2"))
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in (folder / ".out.partial").glob("*.bin*")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    return process
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(vocab: Path, tmp_path: Path) -> None:
+    process = run_until_it_writes(vocab, tmp_path)
+    workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    assert len(workers) == 2
+    workers[0].kill()
+    err = process.communicate()[1]
+    assert process.returncode == 1
+    assert err.startswith("a worker process was ended by SIGKILL (the system does that when memory runs out); nothing was written.")
+    assert [path.name for path in tmp_path.iterdir()] == ["big.jsonl"]
+    assert not any(child.is_running() for child in workers)
+
+
 def test_killed_it_leaves_the_files_of_before(vocab: Path, tmp_path: Path) -> None:
-    old, big = tmp_path / "old.jsonl", tmp_path / "big.jsonl"
+    old = tmp_path / "old.jsonl"
     old.write_text('{"text": "the old text"}\n')
-    big.write_text("".join(json.dumps({"text": f"{TEXTS[number % 4]} {number}"}) + "\n" for number in range(40_000)))
     preprocess_data.main(arguments(old, vocab, tmp_path / "out"))
     before = written(tmp_path / "out_text_document")
-    stage = tmp_path / ".out.partial"
-    for number in (signal.SIGINT, signal.SIGKILL):
-        process = run_command(*arguments(big, vocab, tmp_path / "out", "--workers", "2"))
-        deadline = time.monotonic() + 60
-        while not (stage.is_dir() and any(path.stat().st_size for path in stage.glob("*.bin*"))):
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(number)
-        err = process.communicate()[1]
-        assert written(tmp_path / "out_text_document") == before
-        if number == signal.SIGINT:
-            assert process.returncode == 130
-            assert err.endswith("\nInterrupted.\n")
-            assert "Traceback" not in err
-            assert not stage.exists()
+    process = run_until_it_writes(vocab, tmp_path)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate()[1]
+    assert process.returncode == 130
+    assert err.endswith("\nInterrupted.\n")
+    assert "Traceback" not in err
+    assert not (tmp_path / ".out.partial").exists()
+    process = run_until_it_writes(vocab, tmp_path)
+    process.kill()
+    process.communicate()
+    assert written(tmp_path / "out_text_document") == before
     preprocess_data.main(arguments(old, vocab, tmp_path / "out"))
     assert written(tmp_path / "out_text_document") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big.jsonl", "old.jsonl", "out_text_document.bin", "out_text_document.idx"]
