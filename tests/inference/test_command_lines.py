@@ -15,6 +15,7 @@ import pytest
 
 from megatron.data.indexed import IndexedDatasetWriter, token_dtype
 from megatron.testing.tiny import TINY_STRUCTMOE
+from tests.training.runs import outer_environment
 
 Write = Callable[[Mapping[str, Any]], Path]
 
@@ -24,7 +25,7 @@ def run(repository: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedP
     """Runs a script of the repository in `tmp_path`."""
 
     def start(script: str, *words: object, **options: Any) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(repository), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        environment = {**outer_environment(), "PYTHONPATH": str(repository), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(repository / script), *map(str, words)]
         options = {"stdin": subprocess.DEVNULL, **options}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False, **options)

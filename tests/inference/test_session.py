@@ -110,6 +110,7 @@ def test_filters_without_a_temperature_are_pointed_out(
     keys: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("megatron"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("megatron"), "handlers", [])  # what a run in this process has left there would tell it twice
     with caplog.at_level(logging.WARNING, "megatron"):
         run(keys, top_k=5)
     assert caplog.messages == [
