@@ -42,5 +42,8 @@ def test_a_disk_mounted_read_only(one: dict[str, Any], small_disk: Path | None) 
     if small_disk is None:
         pytest.skip(NO_SMALL_DISK)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(CheckpointError, match=r"Could not save into .*Read-only file system"):
-        prepare(small_disk / "run")
+    try:
+        with pytest.raises(CheckpointError, match=r"Could not save into .*Read-only file system"):
+            prepare(small_disk / "run")
+    finally:  # other tests of this session write on it
+        subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)

@@ -24,8 +24,9 @@ Write = Callable[[Mapping[str, Any]], Path]
 def run(repository: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs a script of the repository in `tmp_path`."""
 
-    def start(script: str, *words: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    def start(script: str, *words: object, rank: str | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
         environment = {**outer_environment(), "PYTHONPATH": str(repository), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        environment |= {} if rank is None else {"RANK": rank}
         command = [sys.executable, str(repository / script), *map(str, words)]
         options = {"stdin": subprocess.DEVNULL, **options}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False, **options)
@@ -91,10 +92,9 @@ def test_mistakes_get_a_sentence(
     assert "Traceback" not in finished.stderr
 
 
-def test_only_the_first_of_several_processes_works(run: Any, yaml_file: Write, checkpoint: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
+def test_only_the_first_of_several_processes_works(run: Any, yaml_file: Write, checkpoint: dict[str, Any]) -> None:
     for script in ("generate.py", "eval.py"):
-        finished = run(script, yaml_file(checkpoint))
+        finished = run(script, yaml_file(checkpoint), rank="1")
         assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
 
 

@@ -174,7 +174,7 @@ def test_lore_balance_is_switch_s_inside_each_expert(top_l: int) -> None:
         own = range(first, first + rows)
         for m in range(M):
             f = sum(m in lores.lore_RL[r].tolist() for r in own) / max(1, rows * top_l)
-            probability = sum(float(lores.probability_RM[r, m]) for r in own) / max(1, rows)
+            probability = sum(float(lores.probability_RM[r, m].detach()) for r in own) / max(1, rows)
             wanted += rows / 12 * M * f * probability
         first += rows
     assert loss("lore_balance", routing, lores=lores, rows_E=rows_E).item() == pytest.approx(wanted, rel=1e-12)
