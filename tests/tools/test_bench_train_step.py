@@ -1,0 +1,21 @@
+"""tools/bench/train_step.py: it runs, and says what its report is read for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_one_round_of_one_step(repository: Path) -> None:
+    command = [sys.executable, str(repository / "tools/bench/train_step.py"), "--precision", "fp32", "--rounds", "1", "--steps", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(repository), "DS_ACCELERATOR": "cpu"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert finished.returncode == 0, finished.stderr
+    report = json.loads(finished.stdout.splitlines()[-1])
+    assert (report["precision"], report["zero_stage"]) == ("fp32", 0)
+    assert report["ratio_to_plain"] > 0
+    assert report["ratio_to_upstream"] > report["ratio_to_plain"]
+    assert min(report[rate] for rate in ("tokens_per_second", "plain_tokens_per_second", "matmul_flops")) > 0
