@@ -1,0 +1,45 @@
+"""What a table for an architecture has to supply."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megatron.config.neox import NeoXConfig
+from megatron.convert.mapping import Entry
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model of ours: its configuration, and the rows of its vocabulary (padding included)."""
+
+    config: NeoXConfig
+    vocabulary: int
+
+
+class Architecture(Protocol):
+    """One of Hugging Face's model classes, as a table in both directions."""
+
+    name: str
+    """What `--architecture` calls it."""
+    model_type: str
+    """`model_type` in its config.json."""
+    class_name: str
+    """The class for language modelling, as config.json's `architectures` names it."""
+
+    def obstacles(self, source: Source) -> Iterator[str]:
+        """What the class cannot represent, a sentence for each key; nothing where it fits."""
+        ...
+
+    def settings(self, source: Source) -> dict[str, Any]:
+        """The entries of config.json that describe the model, without tokens and number format."""
+        ...
+
+    def keys(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The model and moe keys of the configuration of ours that computes the same as a config.json. Raises ConversionError."""
+        ...
+
+    def table(self, source: Source) -> Iterator[Entry]:
+        """An entry for each of our weights, layer by layer."""
+        ...

@@ -1,0 +1,1 @@
+"""A table for each of Hugging Face's architectures, one a file."""
