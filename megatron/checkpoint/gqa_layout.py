@@ -27,10 +27,11 @@ many times as much as the other order gives."""
 
 
 class Ordered(NamedTuple):
-    """Weights in today's order, and a sentence on how that was decided; None where there was nothing to decide."""
+    """Weights in today's order, and a sentence on how that was decided; None where there was nothing to decide. `layout`: what was found."""
 
     shards: list[dict[str, Tensor]]
     notice: str | None
+    layout: str = "q,k,v"
 
 
 def todays_order(shards: Sequence[Mapping[str, Tensor]], *, heads: int, layout: str) -> Ordered:
@@ -50,7 +51,7 @@ def todays_order(shards: Sequence[Mapping[str, Tensor]], *, heads: int, layout: 
         return Ordered([dict(shard) for shard in shards], f"{READ} as all queries, all keys, all values: {reason}.")
     converted = [{name: _from_per_head(shard[name], sizes, heads) for owner, name, sizes in grouped if owner is shard} for shard in shards]
     ordered = [{**shard, **changes} for shard, changes in zip(shards, converted, strict=True)]
-    return Ordered(ordered, f"{READ} head by head, as GPT-NeoX had them until November 2024: {reason}.")
+    return Ordered(ordered, f"{READ} head by head, as GPT-NeoX had them until November 2024: {reason}.", chosen)
 
 
 def _look(weights: list[tuple[Tensor, list[int]]], heads: int) -> tuple[str, str]:

@@ -16,7 +16,7 @@ import torch
 from megatron.checkpoint import layout
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.find import find_checkpoint
-from megatron.checkpoint.gqa_layout import todays_order
+from megatron.checkpoint.gqa_layout import Ordered, todays_order
 from megatron.checkpoint.names import Named, modern_names
 from megatron.checkpoint.shards import merge_shards
 from megatron.checkpoint.stored import StoredCheckpoint, check_known_layout, has_checksums, inspect_checkpoint
@@ -82,21 +82,27 @@ def _whole_weights(stored: StoredCheckpoint, expected: Expected) -> tuple[dict[s
     """The weights under today's names and in today's order, tensor-parallel shards merged, and notices. Raises CheckpointError."""
     check_known_layout(stored)
     named = [modern_names(shard) for shard in ([merge_zero3(stored)] if stored.is_zero3 else stored.shards)]
-    shards, order_notice = _in_todays_order(stored, named, expected)
-    merged = merge_shards(shards, parallel_residual=expected.parallel_residual)
-    notices = [*_name_notices(named[0]), *filter(None, [order_notice]), *merged.notices]
-    if len(shards) > 1:
-        notices.insert(0, f"Saved with model_parallel_size {len(shards)}: its parts are put together.")
+    ordered = in_todays_order(stored, named, expected)
+    merged = merge_shards(ordered.shards, parallel_residual=expected.parallel_residual)
+    return merged.state, [*notices_on(stored, named, ordered), *merged.notices]
+
+
+def notices_on(stored: StoredCheckpoint, named: list[Named], ordered: Ordered) -> list[str]:
+    """What a user should know of how the weights were read."""
+    notices = [*_name_notices(named[0]), *filter(None, [ordered.notice])]
+    if len(named) > 1:
+        notices.insert(0, f"Saved with model_parallel_size {len(named)}: its parts are put together.")
     if not has_checksums(stored.path):
         why = "Its manifest is missing" if stored.is_own else "Written by another program, without checksums"
         notices.insert(0, f"{why}: its files are taken as they are.")
-    return merged.state, notices
+    return notices
 
 
-def _in_todays_order(stored: StoredCheckpoint, named: list[Named], expected: Expected) -> tuple[list[dict[str, torch.Tensor]], str | None]:
+def in_todays_order(stored: StoredCheckpoint, named: list[Named], expected: Expected) -> Ordered:
+    """The weights of each tensor-parallel process, their query/key/value rows as today's. Raises CheckpointError."""
     heads = (stored.client_state.get("args") or {}).get("num_attention_heads") or expected.args.get("num_attention_heads")
     if stored.is_own or not isinstance(heads, int):
-        return [entry.state for entry in named], None
+        return Ordered([entry.state for entry in named], None)
     return todays_order([entry.state for entry in named], heads=max(1, heads // len(named)), layout=expected.gqa_layout)
 
 

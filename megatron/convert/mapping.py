@@ -131,6 +131,26 @@ class Zero:
         return torch.zeros(self.size)
 
 
+class Constant:
+    """A weight that only they have, or that here takes no part: `size` entries of `value`, wherever it is made."""
+
+    def __init__(self, size: int, value: float, *, unused: bool = False) -> None:
+        self.size, self.value, self.unused = size, value, unused
+
+    def there(self, ours: Tensor) -> Sequence[Tensor]:
+        """The constant; nothing of a weight that takes no part."""
+        return () if self.unused else (self._made(),)
+
+    def back(self, theirs: Sequence[Tensor]) -> Tensor:
+        """The constant. Raises Misfit where theirs is something else, since ours has no place for it."""
+        if any(bool((tensor != self.value).any()) for tensor in theirs):
+            raise Misfit(f"must be {self.value:g} everywhere: this model has no such weight")
+        return self._made()
+
+    def _made(self) -> Tensor:
+        return torch.full((self.size,), self.value)
+
+
 class Repeated:
     """One weight of ours that is there `count` times."""
 
@@ -152,7 +172,8 @@ class Repeated:
 class Entry:
     """One of our weights, where it is there, and how it gets there."""
 
-    ours: str
+    ours: str | None
+    """None: a weight that only they have."""
     theirs: tuple[str, ...]
     form: Form = Same()  # noqa: RUF009 -- it has no state
     exact: bool = False
@@ -160,6 +181,7 @@ class Entry:
 
 
 Table = Sequence[Entry]
+_NOTHING = torch.empty(0)
 
 
 class Named(NamedTuple):
@@ -174,7 +196,7 @@ def to_theirs(table: Iterable[Entry], read: Read) -> Iterator[Named]:
     """Their weights, an entry at a time. Raises ConversionError."""
     for entry in table:
         try:
-            tensors = entry.form.there(read(entry.ours))
+            tensors = entry.form.there(_NOTHING if entry.ours is None else read(entry.ours))
         except Misfit as error:
             raise ConversionError(f"{entry.ours} {error}.") from error
         for name, tensor in zip(entry.theirs, tensors, strict=True):
@@ -188,15 +210,19 @@ def to_ours(table: Iterable[Entry], read: Read) -> Iterator[Named]:
             tensor = entry.form.back([read(name) for name in entry.theirs])
         except Misfit as error:
             raise ConversionError(f"{' and '.join(entry.theirs)} {error}.") from error
-        yield Named(entry.ours, tensor, entry.exact)
+        if entry.ours is not None:
+            yield Named(entry.ours, tensor, entry.exact)
 
 
 def check_complete(table: Table, ours: Mapping[str, object] | set[str]) -> None:
     """Raises ConversionError unless the table maps each of our weights, and only these, exactly once, and names none of theirs twice."""
-    for kind, names in (("ours", [entry.ours for entry in table]), ("theirs", [name for entry in table for name in entry.theirs])):
+    for kind, names in (
+        ("ours", [entry.ours for entry in table if entry.ours is not None]),
+        ("theirs", [name for entry in table for name in entry.theirs]),
+    ):
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise ConversionError(f"{twice[0]} ({kind}) stands twice in the table of the architecture.")
-    mapped = {entry.ours for entry in table}
+    mapped = {entry.ours for entry in table if entry.ours is not None}
     if missing := sorted(set(ours) - mapped):
         raise ConversionError(f"{missing[0]} has no place in the other architecture ({len(missing)} such weights).")
     if extra := sorted(mapped - set(ours)):

@@ -83,7 +83,8 @@ def test_each_process_has_its_own_rows() -> None:
 
 def test_as_many_keys_as_queries_need_no_decision() -> None:
     state = shard(torch.ones(3 * QUERIES, WIDTH))
-    assert todays_order([state], heads=HEADS, layout="per_head") == ([state], None)
+    ordered = todays_order([state], heads=HEADS, layout="per_head")
+    assert (ordered.shards, ordered.notice) == ([state], None)
 
 
 def test_another_number_of_heads_is_refused() -> None:

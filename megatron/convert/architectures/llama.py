@@ -1,0 +1,120 @@
+"""LlamaForCausalLM and the dense decoders that differ from it in a norm, a bias or a window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron.convert.architecture import Source
+from megatron.convert.architectures import fit
+from megatron.convert.architectures.settings import decoder_keys, decoder_settings, window_keys, window_setting
+from megatron.convert.architectures.weights import attention, ends, gated_mlp, head_norms, layer_norms, ours
+from megatron.convert.errors import ConversionError
+from megatron.convert.mapping import Entry
+
+
+class Llama:
+    """RMS norms, gated MLPs, biases on all attention projections, on all of the MLP's, or nowhere."""
+
+    name, model_type, class_name = "llama", "llama", "LlamaForCausalLM"
+    allowed: fit.Allowed = {**fit.DENSE, "use_bias_in_attn_linear": fit.ANY, "use_bias_in_mlp": fit.ANY}
+    bias_of_output = True
+    """Whether a bias on queries, keys and values goes with one on the output."""
+
+    def obstacles(self, source: Source) -> Iterator[str]:
+        yield from fit.obstacles(source, self.allowed, class_name=self.class_name)
+
+    def settings(self, source: Source) -> dict[str, Any]:
+        model = source.config.model
+        return {**decoder_settings(source), "attention_bias": model.use_bias_in_attn_linear, "mlp_bias": model.use_bias_in_mlp}
+
+    def keys(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {**decoder_keys(settings), "use_bias_in_mlp": bool(settings.get("mlp_bias", False))}
+
+    def table(self, source: Source) -> Iterator[Entry]:
+        model = source.config.model
+        yield from ends(source)
+        for layer in range(model.num_layers):
+            theirs = f"model.layers.{layer}"
+            yield from layer_norms(model, layer, theirs)
+            yield from attention(model, layer, f"{theirs}.self_attn", bias_of_output=self.bias_of_output)
+            if model.qk_norm_per_head:
+                yield from head_norms(layer, f"{theirs}.self_attn")
+            yield from self.feed_forward(source, layer, f"{theirs}.mlp")
+
+    def feed_forward(self, source: Source, layer: int, theirs: str) -> Iterator[Entry]:
+        """The part of a layer that is not attention."""
+        model = source.config.model
+        yield from gated_mlp(f"{ours(layer)}.mlp", theirs, model.mlp_width, bias=model.use_bias_in_mlp)
+
+
+class Mistral(Llama):
+    """A Llama without biases, with a window."""
+
+    name, model_type, class_name = "mistral", "mistral", "MistralForCausalLM"
+    allowed: fit.Allowed = {**fit.DENSE, "sliding_window_width": fit.ANY}
+
+    def settings(self, source: Source) -> dict[str, Any]:
+        return {**decoder_settings(source), "sliding_window": window_setting(source.config.model)}
+
+    def keys(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {**decoder_keys(settings), **window_keys(settings)}
+
+
+class Olmo(Llama):
+    """A Llama whose norms have no weights."""
+
+    name, model_type, class_name = "olmo", "olmo", "OlmoForCausalLM"
+    allowed: fit.Allowed = {**fit.DENSE, "norm": {"non_parametric_layernorm"}, "use_bias_in_attn_linear": fit.ANY}
+    EPSILON = 1e-5
+
+    def obstacles(self, source: Source) -> Iterator[str]:
+        yield from super().obstacles(source)
+        if source.config.model.layernorm_epsilon != self.EPSILON:
+            yield f"layernorm_epsilon: {source.config.model.layernorm_epsilon} ({self.class_name} has {self.EPSILON} only)"
+
+    def settings(self, source: Source) -> dict[str, Any]:
+        settings = {**decoder_settings(source), "attention_bias": source.config.model.use_bias_in_attn_linear, "clip_qkv": None}
+        return {key: value for key, value in settings.items() if key not in ("rms_norm_eps", "head_dim")}
+
+    def keys(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        if settings.get("clip_qkv") is not None:
+            raise ConversionError(f"clip_qkv: {settings['clip_qkv']} cannot be represented: queries, keys and values are not clipped here.")
+        keys = decoder_keys({**settings, "rms_norm_eps": None})
+        del keys["rms_norm_epsilon"]
+        return {**keys, "norm": "non_parametric_layernorm", "layernorm_epsilon": self.EPSILON}
+
+
+class Qwen2(Llama):
+    """A Llama with biases on queries, keys and values, and none on the output."""
+
+    name, model_type, class_name = "qwen2", "qwen2", "Qwen2ForCausalLM"
+    allowed: fit.Allowed = {**fit.DENSE, "use_bias_in_attn_linear": {True}}
+    bias_of_output = False
+
+    def settings(self, source: Source) -> dict[str, Any]:
+        return {**decoder_settings(source), "use_sliding_window": False}
+
+    def keys(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        check_no_window(settings)
+        return {**decoder_keys(settings), "use_bias_in_attn_linear": True}
+
+
+class Qwen3(Llama):
+    """A Llama with norms on each query and key head."""
+
+    name, model_type, class_name = "qwen3", "qwen3", "Qwen3ForCausalLM"
+    allowed: fit.Allowed = {**fit.DENSE, "qk_norm_per_head": {True}, "use_bias_in_attn_linear": fit.ANY}
+
+    def settings(self, source: Source) -> dict[str, Any]:
+        return {**decoder_settings(source), "attention_bias": source.config.model.use_bias_in_attn_linear, "use_sliding_window": False}
+
+    def keys(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        check_no_window(settings)
+        return {**decoder_keys(settings), "qk_norm_per_head": True}
+
+
+def check_no_window(settings: Mapping[str, Any]) -> None:
+    """Raises ConversionError where some layers have a window and others none."""
+    if settings.get("use_sliding_window"):
+        raise ConversionError("use_sliding_window: true cannot be represented: a window would be that of some layers only.")
