@@ -51,7 +51,7 @@ def save_checkpoint(
     try:
         ranks.raise_first([(_explain(directory, iteration, error) if error else None, CheckpointError) for _, error in gathered])
         all_files = {name: record for rank_files, _ in gathered for name, record in rank_files.items()}
-        ranks.together(lambda: _commit(directory, staged, all_files, documents, facts), only_rank=0)
+        ranks.together(lambda: commit(directory, staged, all_files, documents, facts), only_rank=0)
     except CheckpointError as error:
         if ranks.rank() == 0:
             shutil.rmtree(layout.staging(directory), ignore_errors=True)
@@ -117,7 +117,7 @@ def _write_rank_files(engine: Any, staged: Path, state: dict[str, Any], contents
     return files, None if error is None else error.strerror or str(error)
 
 
-def _commit(directory: Path, staged: Path, files: dict[str, FileRecord], documents: Mapping[str, str], facts: Mapping[str, Any]) -> None:
+def commit(directory: Path, staged: Path, files: dict[str, FileRecord], documents: Mapping[str, str], facts: Mapping[str, Any]) -> None:
     """Rank 0, when every rank's files are on the disk: documents, manifest, rename, `latest`."""
     configs = staged / layout.CONFIGS
     configs.mkdir()

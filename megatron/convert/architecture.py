@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from megatron.config.neox import NeoXConfig
 from megatron.convert.mapping import Entry
@@ -18,6 +19,13 @@ class Source:
     vocabulary: int
 
 
+class Code(NamedTuple):
+    """Python files that an export carries with it, and which classes in them transformers is to use (config.json's `auto_map`)."""
+
+    files: tuple[Path, ...]
+    auto_map: dict[str, str]
+
+
 class Architecture(Protocol):
     """One of Hugging Face's model classes, as a table in both directions."""
 
@@ -27,6 +35,9 @@ class Architecture(Protocol):
     """`model_type` in its config.json."""
     class_name: str
     """The class for language modelling, as config.json's `architectures` names it."""
+
+    code: Code | None
+    """None: the class is one of transformers' own."""
 
     def obstacles(self, source: Source) -> Iterator[str]:
         """What the class cannot represent, a sentence for each key; nothing where it fits."""

@@ -29,7 +29,7 @@ def write_directory(directory: Path, settings: dict[str, Any], weights: dict[str
 
 def load_theirs(directory: Path) -> Any:
     model, info = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.eval()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron.config.model import ModelConfig
-from megatron.convert.architecture import Source
+from megatron.convert.architecture import Code, Source
 from megatron.convert.architectures import fit
 from megatron.convert.architectures.settings import known, partial_rotary_settings, rotary_keys, size_keys
 from megatron.convert.architectures.weights import ends, layer_norms, norm, ours
@@ -20,6 +20,7 @@ class GPTNeoX:
     """Layer norms with biases, MLPs without a gate, as many key as query heads; its fused projection has our order."""
 
     name, model_type, class_name = "neox", "gpt_neox", "GPTNeoXForCausalLM"
+    code: Code | None = None
     allowed: fit.Allowed = {
         **fit.DENSE,
         "norm": {"layernorm"},

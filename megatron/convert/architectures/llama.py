@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron.convert.architecture import Source
+from megatron.convert.architecture import Code, Source
 from megatron.convert.architectures import fit
 from megatron.convert.architectures.settings import decoder_keys, decoder_settings, window_keys, window_setting
 from megatron.convert.architectures.weights import attention, ends, gated_mlp, head_norms, layer_norms, ours
@@ -17,6 +17,7 @@ class Llama:
     """RMS norms, gated MLPs, biases on all attention projections, on all of the MLP's, or nowhere."""
 
     name, model_type, class_name = "llama", "llama", "LlamaForCausalLM"
+    code: Code | None = None
     allowed: fit.Allowed = {**fit.DENSE, "use_bias_in_attn_linear": fit.ANY, "use_bias_in_mlp": fit.ANY}
     bias_of_output = True
     """Whether a bias on queries, keys and values goes with one on the output."""

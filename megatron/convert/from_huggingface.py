@@ -1,0 +1,231 @@
+"""A directory of Hugging Face's as a checkpoint of ours, with the configuration to go on training it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from megatron.checkpoint.save import resolved_config_document
+from megatron.checkpoint.save_weights import Division, save_weights
+from megatron.config import config_from_dict
+from megatron.config.size import padded_vocab_size
+from megatron.convert.architecture import Architecture, Source
+from megatron.convert.architectures import ARCHITECTURES
+from megatron.convert.errors import ConversionError
+from megatron.convert.logits import Compared, compare, our_logits, their_logits, tokens_to_compare
+from megatron.convert.mapping import Entry, to_ours
+from megatron.convert.opened import open_checkpoint
+from megatron.convert.tensor_files import StoredTensors
+from megatron.convert.to_huggingface import AUTO, PRECISIONS
+from megatron.convert.tokenizers import tokenizer_keys
+from megatron.convert.upcycle import Upcycled, upcycle
+from megatron.data.progress import Reporter, Stage
+from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.training.engine import DTYPES
+from megatron.training.setup import checkpoint_args
+
+BUFFERS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
+"""Endings of what older versions of transformers stored beside the weights."""
+CONFIG = "config.yml"
+SAME_PRECISION = {"fp32": "fp32", "fp16": "fp16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """What to read, and how to write it. `layer_files`: a file for each layer. `upcycle`: keys that make experts of the dense MLPs."""
+
+    input_dir: Path
+    output_dir: Path
+    precision: str = AUTO
+    tensor_parallel: int = 1
+    layer_files: bool = False
+    upcycle: Mapping[str, Any] = field(default_factory=dict)
+    check: bool = True
+    force: bool = False
+    """Writes into a directory that is there already."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was written."""
+
+    path: Path
+    config_file: Path
+    class_name: str
+    compared: Compared | None
+    """None where the comparison was not wanted, or the logits are not meant to be equal."""
+    notices: tuple[str, ...] = ()
+
+
+def import_model(request: Import, reporter: Reporter) -> Imported:
+    """Writes <output_dir>/global_step0, config.yml and the tokenizer, and compares the logits of what was written with Hugging Face's.
+
+    Raises ConversionError, CheckpointError, ConfigError, TokenizerError; what was written is removed then.
+    """
+    target = request.output_dir
+    if target.exists() and not request.force and (not target.is_dir() or any(target.iterdir())):
+        raise ConversionError(f"{target} is there already: choose another --output-dir, or add --force to write into it.")
+    settings = read_settings(request.input_dir)
+    architecture = architecture_of(settings)
+    stored = StoredTensors(request.input_dir)
+    existed = target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        return _written(request, architecture, settings, stored, reporter)
+    except BaseException:
+        if not existed:
+            shutil.rmtree(target, ignore_errors=True)
+        raise
+
+
+def _written(request: Import, architecture: Architecture, settings: Mapping[str, Any], stored: StoredTensors, reporter: Reporter) -> Imported:
+    tokens = tokenizer_keys(request.input_dir, request.output_dir)
+    if "vocab_file" in tokens:
+        tokens["vocab_file"] = str(request.output_dir / tokens["vocab_file"])
+    keys: dict[str, Any] = {**architecture.keys(settings), **(tokens or {"tokenizer_type": "CharLevelTokenizer"})}
+    precision = precision_of(request, settings)
+    keys |= {"precision": precision, "make_vocab_size_divisible_by": 1}
+    source = Source(config_from_dict(keys), settings["vocab_size"])
+    table = list(architecture.table(source))
+    check_used(table, stored, tied="lm_head.weight" if not source.config.model.no_weight_tying else None)
+    tokenizer = build_tokenizer(source.config.data) if tokens else None
+    keys["make_vocab_size_divisible_by"] = divisor(tokenizer, source.vocabulary)
+    source = Source(config_from_dict(keys), source.vocabulary)
+    weights: Iterator[tuple[str, Tensor]] = (
+        (named.name, _cast(named.tensor, precision, exact=named.exact)) for named in to_ours(in_order(table), stored.read)
+    )
+    upcycled: Upcycled | None = None
+    if request.upcycle:
+        upcycled = upcycle(source, request.upcycle, keys)
+        keys, source, weights = upcycled.keys, upcycled.source, upcycled.weights(weights)
+    with reporter.stage("weights", None) as progress:
+        path = save(request, source, _counted(weights, progress))
+    config_file = request.output_dir / CONFIG
+    config_file.write_text(config_text(request, keys))
+    exact = upcycled is None or upcycled.is_exact
+    compared = compare_logits(request, source, tokenizer) if request.check and exact else None
+    return Imported(path, config_file, architecture.class_name, compared, upcycled.notices if upcycled is not None else ())
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """config.json with the defaults of its class filled in. Raises ConversionError."""
+    file = directory / "config.json"
+    if not directory.is_dir():
+        raise ConversionError(f"{directory} is no directory: give one with config.json and weights (download it first: hf download NAME).")
+    try:
+        given = json.loads(file.read_text())
+        model_type = given["model_type"]
+    except FileNotFoundError:
+        raise ConversionError(f"{file} is missing: {directory} is no model of Hugging Face's.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConversionError(f"{file} is damaged: it does not say which model_type it is of ({error}).") from error
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if model_type not in CONFIG_MAPPING:
+        return dict(given)
+    settings = {key: value for key, value in given.items() if key not in ("model_type", "transformers_version", "architectures")}
+    return {**AutoConfig.for_model(model_type, **settings).to_dict(), "architectures": given.get("architectures")}
+
+
+def architecture_of(settings: Mapping[str, Any]) -> Architecture:
+    """The table for a config.json. Raises ConversionError for a model_type that there is none for."""
+    by_type = {architecture.model_type: architecture for architecture in ARCHITECTURES.values()}
+    if settings["model_type"] not in by_type:
+        raise ConversionError(f"model_type {settings['model_type']} cannot be read; known are {', '.join(sorted(by_type))}.")
+    return by_type[settings["model_type"]]
+
+
+def precision_of(request: Import, settings: Mapping[str, Any]) -> str:
+    """Our name of the number format. Raises ConversionError for an unknown one."""
+    if request.precision != AUTO:
+        if request.precision not in PRECISIONS:
+            raise ConversionError(f"--precision {request.precision}: must be {AUTO} or one of {', '.join(PRECISIONS)}.")
+        return SAME_PRECISION[request.precision]
+    stored = str(settings.get("dtype") or settings.get("torch_dtype") or "float32").removeprefix("torch.")
+    return {"bfloat16": "bfloat16", "float16": "fp16"}.get(stored, "fp32")
+
+
+def read_keys(file: Path) -> dict[str, Any]:
+    """The keys of a YAML file that is no whole configuration. Raises ConversionError."""
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConversionError(f"{file} cannot be read: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConversionError(f"{file} holds no keys such as moe_num_experts: 4.")
+    return {key.replace("-", "_"): value for key, value in content.items()}
+
+
+def check_used(table: list[Entry], stored: StoredTensors, *, tied: str | None) -> None:
+    """Raises ConversionError for a weight of theirs that no entry reads; `tied` is a copy of the embedding that may be there."""
+    read = {name for entry in table for name in entry.theirs}
+    left = [name for name in stored.names if name not in read and name != tied and not name.endswith(BUFFERS)]
+    if left:
+        raise ConversionError(f"{stored.directory} holds {left[0]}, which this model has no place for ({len(left)} such weights).")
+
+
+def divisor(tokenizer: Tokenizer | None, rows: int) -> int:
+    """`make_vocab_size_divisible_by` that pads the tokenizer's vocabulary to as many rows as the model has."""
+    if tokenizer is None:
+        return next(size for size in (128, 64, 8, 1) if rows % size == 0)
+    for size in (128, 64, 32, 16, 8, 256, 512, 1024, 1):
+        if padded_vocab_size(tokenizer.vocab_size, size) == rows:
+            return size
+    return rows  # any tokenizer with fewer entries is padded to it
+
+
+def in_order(table: list[Entry]) -> list[Entry]:
+    """Layer by layer as they lie on disk: the last norm and the head after the layers."""
+    return sorted(table, key=lambda entry: -1 if entry.ours is None else int(entry.ours.split(".")[1]))
+
+
+def save(request: Import, source: Source, weights: Iterator[tuple[str, Tensor]]) -> Path:
+    """The checkpoint."""
+    args = {**checkpoint_args(source.config, source.vocabulary), "model_parallel_size": request.tensor_parallel}
+    division = Division(request.tensor_parallel, request.layer_files, source.config.model.gpt_j_residual)
+    documents = resolved_config_document(source.config.flat())
+    state = {"iteration": 0, "args": args}
+    return save_weights(request.output_dir, weights, client_state=state, documents=documents, division=division)
+
+
+def config_text(request: Import, keys: Mapping[str, Any]) -> str:
+    """The YAML to go on with."""
+    head = (
+        f"# The model of {request.input_dir}. To go on training it, give this file together with one that says how (data, optimizer, train_iters):\n"
+        f"#   python deepy.py train.py {request.output_dir / CONFIG} how.yml\n"
+    )
+    return head + yaml.safe_dump({**keys, "load": str(request.output_dir), "finetune": True}, sort_keys=False)
+
+
+def compare_logits(request: Import, source: Source, tokenizer: Tokenizer | None) -> Compared:
+    """The checkpoint that was written against Hugging Face's model. Raises ConversionError where they differ."""
+    texts = tokens_to_compare(source, tokenizer)
+    opened = open_checkpoint(request.output_dir)
+    theirs = their_logits(request.input_dir, texts, DTYPES[source.config.precision])
+    return compare(our_logits(opened.source, opened.weights.read, texts), theirs)
+
+
+def described(imported: Imported) -> Iterator[str]:
+    """What a user should see at the end."""
+    yield from imported.notices
+    yield f"{imported.path}: weights of {imported.class_name}; {imported.config_file}: the configuration that goes with them."
+    if imported.compared is not None:
+        yield f"Compared with the original: {imported.compared}."
+
+
+def _cast(tensor: Tensor, precision: str, *, exact: bool) -> Tensor:
+    return tensor.to(torch.float32 if exact else DTYPES[precision])
+
+
+def _counted(weights: Iterator[tuple[str, Tensor]], progress: Stage) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in weights:
+        progress.advance(tensor.nbytes, 0)
+        yield name, tensor

@@ -1,0 +1,57 @@
+"""A checkpoint of ours, ready to be converted: its configuration and its weights, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron.checkpoint import layout
+from megatron.checkpoint.find import find_checkpoint
+from megatron.checkpoint.layerwise import LayerwiseWeights
+from megatron.checkpoint.manifest import damage
+from megatron.checkpoint.weights import Expected, read_config
+from megatron.config import NeoXConfig, config_from_dict, load_config
+from megatron.convert.architecture import Source
+from megatron.convert.errors import ConversionError
+
+EMBEDDING = "sequential.0.word_embeddings.weight"
+
+
+class Opened(NamedTuple):
+    """A checkpoint, and the model that it is of."""
+
+    path: Path
+    source: Source
+    weights: LayerwiseWeights
+
+
+def open_checkpoint(directory: Path, config_files: Sequence[Path] = ()) -> Opened:
+    """`directory`: a checkpoint (global_step100), or the directory of a run, of which `latest` names one.
+
+    The configuration is the one that the checkpoint holds (of GPT-NeoX's: its YAML files), or that of `config_files`.
+    Raises CheckpointError, ConfigError and ConversionError.
+    """
+    if layout.looks_like_checkpoint(directory):
+        path = directory
+        if problems := damage(path):
+            raise ConversionError(" ".join(problems[:2]))
+    else:
+        path = find_checkpoint(directory)
+    config = checkpoint_config(path, config_files)
+    weights = LayerwiseWeights(path, Expected(parallel_residual=config.model.gpt_j_residual, gqa_layout=config.checkpoint.gqa_layout))
+    if EMBEDDING not in weights.names:
+        raise ConversionError(f"{path} holds no {EMBEDDING}: it is no language model of GPT-NeoX's layout.")
+    return Opened(path, Source(config, weights.read(EMBEDDING).shape[0]), weights)
+
+
+def checkpoint_config(path: Path, config_files: Sequence[Path]) -> NeoXConfig:
+    """What describes the model of a checkpoint. Raises ConfigError, and ConversionError where nothing does."""
+    if config_files:
+        return load_config(config_files).config
+    if resolved := read_config(path):
+        return config_from_dict(resolved)
+    written = sorted(file for ending in ("yml", "yaml", "json") for file in (path / layout.CONFIGS).glob(f"*.{ending}"))
+    if not written:
+        raise ConversionError(f"{path} holds no configuration ({layout.CONFIGS}/): name its files with --config_file.")
+    return load_config(written).config

@@ -1,0 +1,146 @@
+"""A checkpoint as a directory of Hugging Face's: whole and checked, or not there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.config.data import DataConfig
+from megatron.convert.architecture import Architecture
+from megatron.convert.card import model_card
+from megatron.convert.choice import AUTO, choose_architecture
+from megatron.convert.errors import ConversionError
+from megatron.convert.logits import Compared, compare, our_logits, their_logits, tokens_to_compare
+from megatron.convert.mapping import check_complete, to_theirs
+from megatron.convert.opened import Opened, open_checkpoint
+from megatron.convert.tensor_files import ShardWriter
+from megatron.convert.tokenizers import SpecialTokens, save_tokenizer
+from megatron.data.progress import Reporter, Stage
+from megatron.data.staging import publish, staging_folder
+from megatron.data.tokenizer import build_tokenizer
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Export:
+    """What to write, and how. `precision` auto: as the checkpoint has it. `pad_token_id` None: the tokenizer's, if it has one."""
+
+    input_dir: Path
+    output_dir: Path
+    config_files: tuple[Path, ...] = ()
+    architecture: str = AUTO
+    precision: str = AUTO
+    save_tokenizer: bool = True
+    vocab_is_hf: bool = False
+    """`vocab_file` is a tokenizer of Hugging Face's (a tokenizer.json or its folder), whatever `tokenizer_type` says."""
+    pad_token_id: int | None = None
+    shard_bytes: int = 10**9
+    check: bool = True
+    force: bool = False
+    """Replaces a directory that is there already."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    class_name: str
+    parameters: int
+    bytes: int
+    compared: Compared | None
+    """None where the comparison was not wanted."""
+    notices: tuple[str, ...]
+
+
+def export_checkpoint(export: Export, reporter: Reporter) -> Exported:
+    """Writes weights, config.json, generation_config.json, tokenizer and model card, loads the result and compares its logits.
+
+    Raises ConversionError, CheckpointError, ConfigError, TokenizerError; nothing is at `output_dir` then that was not there before.
+    """
+    target = export.output_dir
+    if target.exists() and not export.force and (not target.is_dir() or any(target.iterdir())):
+        raise ConversionError(f"{target} is there already: choose another --output_dir, or add --force to replace it.")
+    opened = open_checkpoint(export.input_dir, export.config_files)
+    architecture = choose_architecture(opened.source, export.architecture)
+    table = list(architecture.table(opened.source))
+    check_complete(table, set(opened.weights.names))
+    with staging_folder(target) as stage:
+        special = save_tokenizer(tokenizer_config(opened, export), stage) if export.save_tokenizer else SpecialTokens(None, None, None)
+        special = special._replace(pad=special.pad if export.pad_token_id is None else export.pad_token_id)
+        with reporter.stage("weights", None) as progress:
+            writer = write_weights(opened, architecture, export, stage, progress)
+        write_settings(opened, architecture, special, stage, dtype_of(opened, export))
+        compared = compare_logits(opened, export, stage) if export.check else None
+        (stage / "README.md").write_text(model_card(target.name, opened, architecture, str(compared) if compared is not None else None))
+        publish(stage, target)
+    return Exported(architecture.class_name, writer.parameters, writer.total_bytes, compared, tuple(opened.weights.notices))
+
+
+def dtype_of(opened: Opened, export: Export) -> torch.dtype:
+    """The number format of the exported weights. Raises ConversionError for an unknown one."""
+    if export.precision == AUTO:
+        return opened.weights.read("sequential.0.word_embeddings.weight").dtype
+    if export.precision not in PRECISIONS:
+        raise ConversionError(f"--precision {export.precision}: must be {AUTO} or one of {', '.join(PRECISIONS)}.")
+    return PRECISIONS[export.precision]
+
+
+def tokenizer_config(opened: Opened, export: Export) -> DataConfig:
+    """The section that names the tokenizer."""
+    data = opened.source.config.data
+    if not export.vocab_is_hf:
+        return data
+    file = Path(str(data.vocab_file))
+    return data.model_copy(update={"tokenizer_type": "HFTokenizer", "vocab_file": str(file / "tokenizer.json" if file.is_dir() else file)})
+
+
+def write_weights(opened: Opened, architecture: Architecture, export: Export, directory: Path, progress: Stage) -> ShardWriter:
+    """Weight by weight, so that one layer and one shard are in memory."""
+    dtype, writer = dtype_of(opened, export), ShardWriter(directory, export.shard_bytes)
+    for named in to_theirs(architecture.table(opened.source), opened.weights.read):
+        tensor = named.tensor if named.exact else named.tensor.to(dtype)
+        writer.add(named.name, tensor)
+        progress.advance(tensor.nbytes, 0)
+    writer.close()
+    return writer
+
+
+def write_settings(opened: Opened, architecture: Architecture, special: SpecialTokens, directory: Path, dtype: torch.dtype) -> None:
+    """config.json, generation_config.json and the code that the class needs."""
+    tokens = {f"{kind}_token_id": token for kind, token in special._asdict().items()}
+    name = str(dtype).removeprefix("torch.")
+    settings: dict[str, Any] = {"architectures": [architecture.class_name], "model_type": architecture.model_type}
+    settings |= architecture.settings(opened.source) | tokens | {"dtype": name, "torch_dtype": name, "use_cache": True}
+    if architecture.code is not None:
+        settings["auto_map"] = architecture.code.auto_map
+        for file in architecture.code.files:
+            shutil.copyfile(file, directory / file.name)
+    _write_json(directory / "config.json", settings)
+    _write_json(directory / "generation_config.json", {key: token for key, token in tokens.items() if token is not None})
+
+
+def compare_logits(opened: Opened, export: Export, directory: Path) -> Compared:
+    """Ours first, so that one model is in memory at a time. Raises ConversionError where they differ."""
+    tokenizer = build_tokenizer(tokenizer_config(opened, export)) if export.save_tokenizer else None
+    texts = tokens_to_compare(opened.source, tokenizer)
+    ours = our_logits(opened.source, opened.weights.read, texts, dtype_of(opened, export))
+    return compare(ours, their_logits(directory, texts))
+
+
+def described(exported: Exported, target: Path) -> Iterator[str]:
+    """What a user should see at the end."""
+    yield from exported.notices
+    yield f"{target}: {exported.class_name}, {exported.parameters:,} parameters, {exported.bytes / 1e6:,.1f} MB."
+    if exported.compared is not None:
+        yield f"Compared with the checkpoint: {exported.compared}."
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,64 @@
+#!/usr/bin/env python
+"""Write a Hugging Face model as a checkpoint, with the configuration to go on training it, and check that it computes the same.
+
+python tools/ckpts/convert_hf_to_neox.py --model_path pythia-160m --output_dir runs/pythia-160m
+python tools/ckpts/convert_hf_to_neox.py --model_path llama --output_dir runs/moe --upcycle moe.yml    # a mixture of experts from a dense model
+
+The model is a directory with config.json and weights; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron.script import exit_status
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Write a Hugging Face model as a checkpoint, and check that it computes the same.")
+    parser.add_argument("--model_path", "--model", "--hf-model-name", "--input_dir", dest="input_dir", type=Path, required=True, help="its directory")
+    parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, help="directory to write; must not be there yet")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel processes to cut the weights up for; default: 1")
+    parser.add_argument("--pp", type=int, default=0, help="1 or more: a file for each layer, as pipe_parallel_size 1 has them; default: 0")
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp16", "bf16", "fp32"], help="of the weights; default: the model's")
+    parser.add_argument("--upcycle", type=Path, metavar="YAML", help="file with the moe_ keys that make experts of the model's dense MLPs")
+    parser.add_argument("--skip-check", action="store_true", help="do not load the result and compare its logits")
+    parser.add_argument("--force", action="store_true", help="write into the output directory if it is there")
+    options = parser.parse_args(argv)
+    if options.tp < 1 or options.pp < 0:
+        parser.error("--tp must be at least 1 and --pp at least 0")
+    return options
+
+
+def main(argv: list[str]) -> int:
+    options = parse(argv)
+
+    def work() -> None:
+        from megatron.training.process import choose_accelerator
+
+        choose_accelerator()
+        from megatron.convert.from_huggingface import Import, described, import_model, read_keys
+        from megatron.data.progress import build_reporter
+
+        request = Import(
+            options.input_dir,
+            options.output_dir,
+            options.precision,
+            tensor_parallel=options.tp,
+            layer_files=options.pp > 0,
+            upcycle=read_keys(options.upcycle) if options.upcycle else {},
+            check=not options.skip_check,
+            force=options.force,
+        )
+        for line in described(import_model(request, build_reporter())):
+            print(line)
+
+    return exit_status(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
