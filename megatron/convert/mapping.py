@@ -224,6 +224,6 @@ def check_complete(table: Table, ours: Mapping[str, object] | set[str]) -> None:
             raise ConversionError(f"{twice[0]} ({kind}) stands twice in the table of the architecture.")
     mapped = {entry.ours for entry in table if entry.ours is not None}
     if missing := sorted(set(ours) - mapped):
-        raise ConversionError(f"{missing[0]} has no place in the other architecture ({len(missing)} such weights).")
+        raise ConversionError(f"{missing[0]} has no place in the model that the configuration describes ({len(missing)} such weights).")
     if extra := sorted(mapped - set(ours)):
-        raise ConversionError(f"{extra[0]} is not in the checkpoint ({len(extra)} such weights).")
+        raise ConversionError(f"{extra[0]} is not in the checkpoint, though the configuration describes it ({len(extra)} such weights).")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.save import resolved_config_document
+from megatron.checkpoint.save_weights import Division, save_weights
 from megatron.config.neox import NeoXConfig
 from megatron.convert.architecture import Source
 from megatron.model.gpt import GPT, build_model
 from megatron.testing.tiny import tiny_config
+from megatron.training.setup import checkpoint_args
 
 VOCABULARY = 96
 BASE: Mapping[str, Any] = {
@@ -68,7 +72,7 @@ def source_of(keys: Mapping[str, Any]) -> Source:
 
 
 def config_of(keys: Mapping[str, Any]) -> NeoXConfig:
-    return tiny_config(keys) if "train_iters" in keys else tiny_config(**keys)
+    return tiny_config(**keys)
 
 
 def lively_model(config: NeoXConfig, *, seed: int = 5, dtype: torch.dtype = torch.float32) -> GPT:
@@ -88,3 +92,27 @@ def logits_of(gpt: GPT, tokens_BS: Tensor) -> Tensor:
         logits_BSV = gpt(tokens_BS).logits_BSV
     assert logits_BSV is not None
     return logits_BSV
+
+
+def save_model(directory: Path, config: NeoXConfig, gpt: GPT, *, division: Division | None = None, iteration: int = 3) -> Path:
+    """The model as a checkpoint of ours, without an optimizer."""
+    args = {**checkpoint_args(config, VOCABULARY), "model_parallel_size": (division or Division()).tensor_parallel}
+    return save_weights(
+        directory,
+        gpt.state_dict().items(),
+        client_state={"iteration": iteration, "args": args, "training_state": {"consumed_tokens": 4096}},
+        documents=resolved_config_document(config.flat()),
+        division=division or Division(),
+    )
+
+
+def save_stage(directory: str, keys: Mapping[str, Any], stage: int) -> str:
+    """The model of `lively_model`, saved by an engine at a ZeRO stage. For run_distributed."""
+    from megatron.checkpoint.save import save_checkpoint
+    from megatron.training.engine import build_engine
+
+    config = tiny_config(**{**keys, "zero_optimization": {"stage": stage}})
+    gpt = lively_model(config).requires_grad_(True)
+    engine = build_engine(config, gpt, world_size=torch.distributed.get_world_size())
+    state = {"args": checkpoint_args(config, VOCABULARY)}
+    return str(save_checkpoint(engine, directory, 3, client_state=state, documents=resolved_config_document(config.flat())))
