@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from megatron.convert.errors import ConversionError
 from megatron.convert.logits import Compared, compare, our_logits, their_logits, tokens_to_compare
 from megatron.convert.mapping import Entry, to_ours
 from megatron.convert.opened import open_checkpoint
+from megatron.convert.shapes import Shapes, checked, model_shapes
 from megatron.convert.tensor_files import StoredTensors
 from megatron.convert.to_huggingface import AUTO, PRECISIONS
 from megatron.convert.tokenizers import tokenizer_keys
@@ -40,14 +41,15 @@ SAME_PRECISION = {"fp32": "fp32", "fp16": "fp16", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Import:
-    """What to read, and how to write it. `layer_files`: a file for each layer. `upcycle`: keys that make experts of the dense MLPs."""
+    """What to read, and how to write it. `layer_files`: a file for each layer. `upcycle`: keys that make experts of the dense MLPs;
+    None: they stay."""
 
     input_dir: Path
     output_dir: Path
     precision: str = AUTO
     tensor_parallel: int = 1
     layer_files: bool = False
-    upcycle: Mapping[str, Any] = field(default_factory=dict)
+    upcycle: Mapping[str, Any] | None = None
     check: bool = True
     force: bool = False
     """Writes into a directory that is there already."""
@@ -99,11 +101,9 @@ def _written(request: Import, architecture: Architecture, settings: Mapping[str,
     tokenizer = build_tokenizer(source.config.data) if tokens else None
     keys["make_vocab_size_divisible_by"] = divisor(tokenizer, source.vocabulary)
     source = Source(config_from_dict(keys), source.vocabulary)
-    weights: Iterator[tuple[str, Tensor]] = (
-        (named.name, _cast(named.tensor, precision, exact=named.exact)) for named in to_ours(in_order(table), stored.read)
-    )
+    weights = converted(table, stored, model_shapes(source), DTYPES[precision])
     upcycled: Upcycled | None = None
-    if request.upcycle:
+    if request.upcycle is not None:
         upcycled = upcycle(source, request.upcycle, keys)
         keys, source, weights = upcycled.keys, upcycled.source, upcycled.weights(weights)
     with reporter.stage("weights", None) as progress:
@@ -221,8 +221,10 @@ def described(imported: Imported) -> Iterator[str]:
         yield f"Compared with the original: {imported.compared}."
 
 
-def _cast(tensor: Tensor, precision: str, *, exact: bool) -> Tensor:
-    return tensor.to(torch.float32 if exact else DTYPES[precision])
+def converted(table: list[Entry], stored: StoredTensors, shapes: Shapes, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Our weights, layer by layer. Raises ConversionError, also for shapes that the configuration does not ask for."""
+    for named in to_ours(in_order(table), stored.read):
+        yield named.name, checked(named.name, named.tensor, shapes).to(torch.float32 if named.exact else dtype)
 
 
 def _counted(weights: Iterator[tuple[str, Tensor]], progress: Stage) -> Iterator[tuple[str, Tensor]]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.names import is_derived
 from megatron.convert.architecture import Source
 from megatron.convert.errors import ConversionError
 from megatron.convert.tokenizers import SAMPLE
@@ -47,6 +48,8 @@ def our_logits(source: Source, read: Callable[[str], Tensor], texts: list[Tensor
     """Logits [1, S, V] of our model with the weights that `read` gives, rounded to `precision` first (None: as they are)."""
     gpt = build_model(source.config.model, source.config.moe, source.vocabulary, seed=0).eval().requires_grad_(False)
     for name, tensor in gpt.state_dict().items():
+        if is_derived(name):
+            continue
         stored = read(name)
         tensor.copy_(stored if precision is None or not stored.is_floating_point() else stored.to(precision))
     return [_logits(gpt(text).logits_BSV) for text in texts]

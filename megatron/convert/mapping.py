@@ -206,8 +206,12 @@ def to_theirs(table: Iterable[Entry], read: Read) -> Iterator[Named]:
 def to_ours(table: Iterable[Entry], read: Read) -> Iterator[Named]:
     """Our weights, an entry at a time. Raises ConversionError."""
     for entry in table:
+        parts = [read(name) for name in entry.theirs]
         try:
-            tensor = entry.form.back([read(name) for name in entry.theirs])
+            tensor = entry.form.back(parts)
+        except RuntimeError as error:
+            shapes = " and ".join(str(list(part.shape)) for part in parts)
+            raise ConversionError(f"{' and '.join(entry.theirs)} of shape {shapes} cannot become {entry.ours}.") from error
         except Misfit as error:
             raise ConversionError(f"{' and '.join(entry.theirs)} {error}.") from error
         if entry.ours is not None:

@@ -19,6 +19,7 @@ from megatron.convert.errors import ConversionError
 from megatron.convert.logits import Compared, compare, our_logits, their_logits, tokens_to_compare
 from megatron.convert.mapping import check_complete, to_theirs
 from megatron.convert.opened import Opened, open_checkpoint
+from megatron.convert.shapes import checked_read, model_shapes
 from megatron.convert.tensor_files import ShardWriter
 from megatron.convert.tokenizers import SpecialTokens, save_tokenizer
 from megatron.data.progress import Reporter, Stage
@@ -104,7 +105,8 @@ def tokenizer_config(opened: Opened, export: Export) -> DataConfig:
 def write_weights(opened: Opened, architecture: Architecture, export: Export, directory: Path, progress: Stage) -> ShardWriter:
     """Weight by weight, so that one layer and one shard are in memory."""
     dtype, writer = dtype_of(opened, export), ShardWriter(directory, export.shard_bytes)
-    for named in to_theirs(architecture.table(opened.source), opened.weights.read):
+    read = checked_read(opened.weights.read, model_shapes(opened.source))
+    for named in to_theirs(architecture.table(opened.source), read):
         tensor = named.tensor if named.exact else named.tensor.to(dtype)
         writer.add(named.name, tensor)
         progress.advance(tensor.nbytes, 0)

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
             options.precision,
             tensor_parallel=options.tp,
             layer_files=options.pp > 0,
-            upcycle=read_keys(options.upcycle) if options.upcycle else {},
+            upcycle=read_keys(options.upcycle) if options.upcycle else None,
             check=not options.skip_check,
             force=options.force,
         )
