@@ -131,7 +131,14 @@ def test_the_loss_of_labels_is_the_mean_over_next_tokens() -> None:
     assert model(text, labels=text).aux_loss is None
 
 
-ALL_LOSSES = {"load_balance": 0.3, "sequence_load_balance": 0.5, "global_load_balance": 0.1, "z_loss": 0.01, "entropy": 0.2}
+ALL_LOSSES = {
+    "load_balance": 0.3,
+    "sequence_load_balance": 0.5,
+    "global_load_balance": 0.1,
+    "z_loss": 0.01,
+    "entropy": 0.2,
+    "block_wise_selection": 2.0,
+}
 ROUTINGS = {"topk": MOE, "sigmoid": SIGMOID, "top_p": {**MOE, "moe_router_type": "top_p"}, "sinkhorn 1": CASES["sinkhorn 1"]}
 
 
@@ -139,7 +146,7 @@ ROUTINGS = {"topk": MOE, "sigmoid": SIGMOID, "top_p": {**MOE, "moe_router_type":
 def test_auxiliary_losses_are_ours(router: str) -> None:
     """Each alone, and all with their coefficients as `aux_loss` and in the loss."""
     assert ALL_LOSSES.keys() == LOSSES.keys()
-    _, gpt, _, model = pair(**{**ROUTINGS[router], "moe_losses": ALL_LOSSES})
+    _, gpt, _, model = pair(**{**ROUTINGS[router], "moe_losses": ALL_LOSSES, "moe_block_wise_temperature": 0.5})
     expected_A = gpt(tokens()).aux_losses_A
     for name, value in zip(ALL_LOSSES, expected_A, strict=True):
         model.config.moe_losses = {name: 1.0}
@@ -196,6 +203,7 @@ def test_gradients_are_ours(name: str) -> None:
         torch.testing.assert_close(back[key], parameter.grad, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["structmoe swiglu both", "rpe scaled in some layers", "tied residual experts"])
 def test_gradient_checkpointing_changes_no_gradient(name: str, reentrant: bool) -> None:

@@ -93,7 +93,7 @@ for name in sys.argv[2:]:
 
 def export(name: str, folder: Path) -> None:
     """What an export of this case holds, and the logits that our model gives."""
-    source, gpt, state, model = pair(**CASES[name])
+    source, gpt, state, _ = pair(**CASES[name])
     architecture = StructMoE()
     settings = {"model_type": architecture.model_type, "architectures": [architecture.class_name], **architecture.settings(source)}
     folder.mkdir(parents=True)

@@ -334,10 +334,11 @@ def _expert_weights(model: ModelConfig, moe: MoEConfig) -> Iterator[tuple[str, s
         count, rank = (experts * moe.moe_num_lores, moe.moe_lore_rank) if routed else (experts, moe.moe_num_lores * moe.moe_lore_rank)
         width_out = width if moe.moe_lore_interaction == "standalone" else expert_width
         if routed:
-            yield "lores.router", "lores.router", (experts, moe.moe_num_lores, width)
-        for lores in ("lores", "gate_lores") if moe.moe_lore_projection == "both" else ("lores",):
-            yield f"{lores}.a", f"{lores}.a", (count, rank, width)
-            yield f"{lores}.b", f"{lores}.b", (count, rank, width_out)
+            yield "lores.router", "lores.router.weight", (experts, moe.moe_num_lores, width)
+        both = moe.moe_lore_projection == "both"
+        for ours, theirs in (("lores", "lores.factors"), ("gate_lores", "gate_lores")) if both else (("lores", "lores.factors"),):
+            yield f"{ours}.a", f"{theirs}.a", (count, rank, width)
+            yield f"{ours}.b", f"{theirs}.b", (count, rank, width_out)
 
 
 def _stacked(ours: str, theirs: str, shape: tuple[int, int, int]) -> Entry:

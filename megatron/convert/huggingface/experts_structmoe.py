@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +100,8 @@ def combine(rows_RD: Tensor, order: Order, weight_TK: Tensor) -> Tensor:
     """y_TD: the rows of each token, weighted and summed."""
     if len(rows_RD) < order.place_TK.numel():  # the row that empty choices point at
         rows_RD = F.pad(rows_RD, (0, 0, 0, 1))
-    return (rows_RD[order.place_TK] * weight_TK.to(rows_RD.dtype)[:, :, None]).sum(1)
+    rows_TKD = rows_RD.index_select(0, order.place_TK.flatten()).unflatten(0, order.place_TK.shape)
+    return (rows_TKD * weight_TK.to(rows_RD.dtype)[:, :, None]).sum(1)
 
 
 def grouped_mm(x_RI: Tensor, weight_GIO: Tensor, ends_G: Tensor) -> Tensor:
@@ -226,70 +227,61 @@ class LoreChoice(NamedTuple):
 
 
 class LoREFactors(nn.Module):
-    """The low-rank experts A_i B_i of all experts."""
+    """The low-rank experts A_i B_i of all experts: M of rank Q each, or without routing one of rank M*Q."""
 
     def __init__(self, config: StructMoEConfig, num_experts: int, width_out: int) -> None:
         super().__init__()
-        lores = num_experts * config.num_lores
-        self.a = nn.Parameter(torch.empty(lores, config.lore_rank, config.hidden_size))
-        self.b = nn.Parameter(torch.empty(lores, config.lore_rank, width_out))
+        per_expert, rank = (config.num_lores, config.lore_rank) if config.lore_routed else (1, config.num_lores * config.lore_rank)
+        self.a = nn.Parameter(torch.empty(num_experts * per_expert, rank, config.hidden_size))
+        self.b = nn.Parameter(torch.empty(num_experts * per_expert, rank, width_out))
 
-    def added(self, x_RD: Tensor, choice: LoreChoice) -> Tensor:
+    def forward(self, x_RD: Tensor, choice: LoreChoice) -> Tensor:
         """sum over the chosen i of (x pi_i A_i) B_i: what StructMoE's equation 2 adds to x W."""
-        x_ND = x_RD[choice.order.source_R]
+        x_ND = x_RD.index_select(0, choice.order.source_R)
         y_NF = grouped_mm(grouped_linear(x_ND, self.a, choice.order.ends_G), self.b, choice.order.ends_G)
         return combine(y_NF, choice.order, choice.weight_RL)
 
 
-class LoREs(LoREFactors):
-    """With every expert's own router over its M LoREs."""
+class LoreRouter(nn.Module):
+    """Every expert's own router over its M LoREs."""
 
-    def __init__(self, config: StructMoEConfig, num_experts: int, width_out: int) -> None:
-        super().__init__(config, num_experts, width_out)
-        self.router = nn.Parameter(torch.empty(num_experts, config.num_lores, config.hidden_size))
+    def __init__(self, config: StructMoEConfig, num_experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, config.num_lores, config.hidden_size))
         self.top_l, self.normalize = config.lore_top_k, config.lore_norm_topk_prob
 
-    def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """What the LoREs add."""
-        return self.added(x_RD, self.choose(x_RD, ends_E))
-
-    def choose(self, x_RD: Tensor, ends_E: Tensor) -> LoreChoice:
+    def forward(self, x_RD: Tensor, ends_E: Tensor) -> LoreChoice:
         """The L most probable LoREs of each row among those of its expert; all experts' routers are one grouped product."""
-        experts, per_expert, _ = self.router.shape
+        experts, per_expert, _ = self.weight.shape
         dtype = exact_dtype(x_RD)
         with exact(x_RD):
-            weight_RL, lore_RL = grouped_linear(x_RD.to(dtype), self.router.to(dtype), ends_E).softmax(-1).topk(self.top_l, dim=-1)
+            weight_RL, lore_RL = grouped_linear(x_RD.to(dtype), self.weight.to(dtype), ends_E).softmax(-1).topk(self.top_l, dim=-1)
         if self.normalize:
             weight_RL = weight_RL / weight_RL.sum(-1, keepdim=True)
         expert_R = torch.searchsorted(ends_E, torch.arange(len(x_RD), device=x_RD.device, dtype=torch.int32), right=True)
         return LoreChoice(weight_RL, sort_by_group(lore_RL + per_expert * expert_R[:, None], experts * per_expert))
 
 
-class UnroutedLoREs(nn.Module):
-    """One LoRE of rank M*Q in each expert, always on (StructMoE, section 4.3)."""
+class NoLoreRouter(nn.Module):
+    """Every row has its expert's one LoRE, with pi = 1 (StructMoE, section 4.3)."""
+
+    def forward(self, x_RD: Tensor, ends_E: Tensor) -> LoreChoice:
+        """The rows as they lie."""
+        row_R = torch.arange(len(x_RD), device=x_RD.device)
+        return LoreChoice(x_RD.new_ones(len(x_RD), 1), Order(row_R, row_R[:, None], ends_E))
+
+
+class LoREs(nn.Module):
+    """Low-rank experts and who chooses among them."""
 
     def __init__(self, config: StructMoEConfig, num_experts: int, width_out: int) -> None:
         super().__init__()
-        rank = config.num_lores * config.lore_rank
-        self.a = nn.Parameter(torch.empty(num_experts, rank, config.hidden_size))
-        self.b = nn.Parameter(torch.empty(num_experts, rank, width_out))
+        self.router = LoreRouter(config, num_experts) if config.lore_routed else NoLoreRouter()
+        self.factors = LoREFactors(config, num_experts, width_out)
 
     def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """(x A) B."""
-        return self.added(x_RD, self.choose(x_RD, ends_E))
-
-    def choose(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """Nothing to choose: each row has its expert's LoRE."""
-        return ends_E
-
-    def added(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """(x A) B."""
-        return grouped_mm(grouped_linear(x_RD, self.a, ends_E), self.b, ends_E)
-
-
-def build_lores(config: StructMoEConfig, num_experts: int, width_out: int) -> Any:
-    """LoREs that make rows of this width: a module with `choose` and `added`, which does both when it is called."""
-    return (LoREs if config.lore_routed else UnroutedLoREs)(config, num_experts, width_out)
+        """What they add."""
+        return self.factors(x_RD, self.router(x_RD, ends_E))
 
 
 class EntangledExperts(StructMoEExperts):
@@ -297,7 +289,7 @@ class EntangledExperts(StructMoEExperts):
 
     def __init__(self, config: StructMoEConfig, num_experts: int) -> None:
         super().__init__(config, num_experts)
-        self.lores = build_lores(config, num_experts, config.moe_intermediate_size)
+        self.lores = LoREs(config, num_experts, config.moe_intermediate_size)
 
     def hidden(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         """h_RF."""
@@ -309,7 +301,7 @@ class UpEntangledGatedExperts(GatedExperts):
 
     def __init__(self, config: StructMoEConfig, num_experts: int) -> None:
         super().__init__(config, num_experts)
-        self.lores = build_lores(config, num_experts, config.moe_intermediate_size)
+        self.lores = LoREs(config, num_experts, config.moe_intermediate_size)
 
     def hidden(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         """h_RF."""
@@ -329,14 +321,13 @@ class BothEntangledGatedExperts(UpEntangledGatedExperts):
 
     def __init__(self, config: StructMoEConfig, num_experts: int) -> None:
         super().__init__(config, num_experts)
-        factors = LoREFactors if config.lore_routed else UnroutedLoREs
-        self.gate_lores = factors(config, num_experts, config.moe_intermediate_size)
+        self.gate_lores = LoREFactors(config, num_experts, config.moe_intermediate_size)
 
     def hidden(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         """h_RF."""
-        choice = self.lores.choose(x_RD, ends_E)
-        gate_RF = self.gate(x_RD, ends_E) + self.gate_lores.added(x_RD, choice)
-        return self.activation(gate_RF) * (self.up(x_RD, ends_E) + self.lores.added(x_RD, choice))
+        choice = self.lores.router(x_RD, ends_E)
+        gate_RF = self.gate(x_RD, ends_E) + self.gate_lores(x_RD, choice)
+        return self.activation(gate_RF) * (self.up(x_RD, ends_E) + self.lores.factors(x_RD, choice))
 
 
 class LoreGatedExperts(EntangledExperts):
@@ -352,7 +343,7 @@ class StandaloneExperts(StructMoEExperts):
 
     def __init__(self, config: StructMoEConfig, num_experts: int) -> None:
         super().__init__(config, num_experts)
-        self.lores = build_lores(config, num_experts, config.hidden_size)
+        self.lores = LoREs(config, num_experts, config.hidden_size)
 
     def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         """y_RD."""

@@ -35,6 +35,8 @@ class Decision(NamedTuple):
     """1 where the token uses the expert."""
     counts_BS: Tensor
     """1 for tokens, 0 for padding."""
+    temperature: float
+    """Of block-wise selection."""
 
     def over_tokens(self, value_T: Tensor) -> Tensor:
         """The mean over the tokens that count."""
@@ -53,7 +55,7 @@ class StructMoERouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size))
         self.num_experts, self.top_k = num_experts, config.num_experts_per_tok
         self.normalize, self.scale = config.norm_topk_prob, config.routed_scaling_factor
-        self.jitter = config.router_jitter_noise
+        self.jitter, self.temperature = config.router_jitter_noise, config.moe_block_wise_temperature
 
     def forward(self, x_TD: Tensor) -> Routing:
         """The routing of each token."""
@@ -82,7 +84,7 @@ class StructMoERouter(nn.Module):
         probability_TE = self.probability(logit_TE)
         expert_TK, _ = self.decide(logit_TE.detach())
         chosen_TE = F.one_hot(expert_TK, self.num_experts + 1).sum(1)[:, : self.num_experts].to(probability_TE.dtype)
-        return Decision(logit_TE, probability_TE / probability_TE.sum(-1, keepdim=True), chosen_TE, counts_BS)
+        return Decision(logit_TE, probability_TE / probability_TE.sum(-1, keepdim=True), chosen_TE, counts_BS, self.temperature)
 
 
 class SinkhornRouter(StructMoERouter):
@@ -173,6 +175,16 @@ ROUTERS: dict[str, type[StructMoERouter]] = {
 # ---------------------------------------------------------------- beside the experts
 
 
+class ExactLinear(nn.Linear):
+    """A linear layer in the number format of routers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """In float32 (float64 for float64)."""
+        dtype = exact_dtype(x)
+        with exact(x):
+            return F.linear(x.to(dtype), self.weight.to(dtype))
+
+
 class SharedExpert(nn.Module):
     """y + mlp(x): an expert that every token uses."""
 
@@ -190,14 +202,11 @@ class GatedSharedExpert(SharedExpert):
 
     def __init__(self, config: StructMoEConfig) -> None:
         super().__init__(config)
-        self.gate = nn.Linear(config.hidden_size, 1, bias=False)
+        self.gate = ExactLinear(config.hidden_size, 1, bias=False)
 
     def forward(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
         """The layer's output."""
-        dtype = exact_dtype(x_TD)
-        with exact(x_TD):
-            gate_T1 = F.linear(x_TD.to(dtype), self.gate.weight.to(dtype)).sigmoid()
-        return y_TD + gate_T1.to(x_TD.dtype) * self.mlp(x_TD)
+        return y_TD + self.gate(x_TD).sigmoid().to(x_TD.dtype) * self.mlp(x_TD)
 
 
 class ResidualMLP(nn.Module):
@@ -232,7 +241,7 @@ class StructMoESparseMoeBlock(nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         routing = self.gate(x_TD)
         order = sort_by_group(routing.expert_TK, self.gate.num_experts, padded=self.gate.padded)
-        y_TD = combine(self.experts(x_TD[order.source_R], order.ends_G), order, routing.weight_TK)
+        y_TD = combine(self.experts(x_TD.index_select(0, order.source_R), order.ends_G), order, routing.weight_TK)
         for part in self.beside.values():
             y_TD = part(x_TD, y_TD)
         return y_TD.view(x_BSD.shape), routing.logit_TE
@@ -265,14 +274,25 @@ def entropy_loss(decision: Decision) -> Tensor:
     return decision.over_tokens(-(decision.probability_TE * decision.probability_TE.clamp(min=smallest).log()).sum(-1))
 
 
+def block_wise_selection_loss(decision: Decision) -> Tensor:
+    """Consecutive tokens should use the same experts (CoSMoEs, equations 2 to 7): the share of experts replaced times how far weights move."""
+    counts_BS = decision.counts_BS
+    pairs_BS1 = (counts_BS[:, 1:] * counts_BS[:, :-1])[:, :, None]
+    weight_TE = (decision.temperature * decision.logit_TE).softmax(-1)
+    moved, replaced = ((x.view(*counts_BS.shape, -1).diff(dim=1).abs() * pairs_BS1).sum() for x in (weight_TE, decision.chosen_TE))
+    places = decision.over_tokens(decision.chosen_TE.sum(-1)) * pairs_BS1.sum()
+    return (replaced / 2).floor() / places.clamp(min=1) * moved / counts_BS.sum().clamp(min=1)
+
+
 LOSSES: dict[str, Callable[[Decision], Tensor]] = {
     "load_balance": load_balance_loss,
     "global_load_balance": load_balance_loss,  # over the batch of this process alone
     "sequence_load_balance": sequence_load_balance_loss,
     "z_loss": z_loss,
     "entropy": entropy_loss,
+    "block_wise_selection": block_wise_selection_loss,
 }
-"""The auxiliary losses that are computed here. Two belong to pre-training and are left out: block_wise_selection and lore_balance."""
+"""The auxiliary losses that are computed here: all but lore_balance."""
 
 
 def auxiliary_loss(
