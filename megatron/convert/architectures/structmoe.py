@@ -1,0 +1,346 @@
+"""StructMoEForCausalLM: this project's own class for transformers, for every model that no class of theirs fits. Exports hold its code.
+
+Shapes: E experts; M LoREs per expert; Q LoRE rank; F hidden width; D model width; H query heads; K key/value heads; d head dimension; r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.config.model import ModelConfig
+from megatron.config.moe import MoEConfig
+from megatron.convert.architecture import Source
+from megatron.convert.errors import ConversionError
+from megatron.convert.mapping import Entry, Form, HeadByHead, Misfit, Reshaped, Rows
+
+CODE = tuple(sorted((Path(__file__).parent.parent / "huggingface").glob("*_structmoe.py")))
+"""The files that an export has to hold beside its weights."""
+AUTO_MAP = {
+    "AutoConfig": "configuration_structmoe.StructMoEConfig",
+    "AutoModel": "modeling_structmoe.StructMoEModel",
+    "AutoModelForCausalLM": "modeling_structmoe.StructMoEForCausalLM",
+}
+FIRST_LAYER = 2
+RESIDUALS = ("sequential", "parallel", "tied")
+NORM_WEIGHTS = {"layernorm": ("weight", "bias"), "rmsnorm": ("scale",), "scalenorm": ("g",), "non_parametric_layernorm": ()}
+EPSILONS = {"rmsnorm": "rms_norm_epsilon", "scalenorm": "scalenorm_epsilon"}
+
+# Key of ours -> the setting that is the same.
+MODEL_NAMES = {
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "max_position_embeddings": "max_position_embeddings",
+    "use_bias_in_attn_linear": "attention_bias",
+    "use_bias_in_mlp": "mlp_bias",
+    "attention_dropout": "attention_dropout",
+    "hidden_dropout": "hidden_dropout",
+    "norm": "norm_type",
+    "use_bias_in_norms": "norm_bias",
+    "pos_emb": "position_type",
+    "rotary_pct": "rotary_pct",
+    "rotary_emb_base": "rotary_emb_base",
+    "opt_pos_emb_offset": "position_offset",
+    "rpe_num_buckets": "rpe_num_buckets",
+    "rpe_max_distance": "rpe_max_distance",
+    "init_method_std": "initializer_range",
+}
+MOE_NAMES = {
+    "moe_expert_type": "expert_type",
+    "moe_router_type": "router_type",
+    "moe_shared_expert_gate": "shared_expert_gate",
+    "moe_use_residual": "residual_mlp",
+    "moe_losses": "moe_losses",
+    "moe_block_wise_temperature": "moe_block_wise_temperature",
+}
+NORMALIZED = {"moe_normalize_top_k": "norm_topk_prob"}
+SCALED = {**NORMALIZED, "moe_router_topk_scaling_factor": "routed_scaling_factor"}
+ROUTER_NAMES: dict[str, dict[str, str]] = {
+    "topk": SCALED,
+    "sinkhorn": {},
+    "sigmoid": {**SCALED, "moe_router_num_groups": "n_group", "moe_router_group_topk": "topk_group"},
+    "top_p": {**NORMALIZED, "moe_router_top_p": "router_top_p"},
+    "expert_choice": {},
+}
+EXPERT_NAMES: dict[str, dict[str, str]] = {
+    "grouped": {},
+    "structmoe": {
+        "moe_num_lores": "num_lores",
+        "moe_lore_top_k": "lore_top_k",
+        "moe_lore_rank": "lore_rank",
+        "moe_lore_normalize": "lore_norm_topk_prob",
+        "moe_lore_routed": "lore_routed",
+        "moe_lore_interaction": "lore_interaction",
+        "moe_lore_projection": "lore_projection",
+    },
+    "decomposed": {"moe_decomposition_rank": "decomposition_rank"},
+}
+
+
+class StructMoE:
+    """All that can be trained here, except what a plugin adds."""
+
+    name, model_type, class_name = "structmoe", "structmoe_neox", "StructMoEForCausalLM"
+
+    def obstacles(self, source: Source) -> Iterator[str]:
+        moe = source.config.moe
+        for key, known in (("moe_router_type", ROUTER_NAMES), ("moe_expert_type", EXPERT_NAMES)):
+            if moe.has_experts and getattr(moe, key) not in known:
+                yield f"{key}: {getattr(moe, key)} ({self.class_name} has {', '.join(known)}; what a plugin adds cannot be exported)"
+
+    def settings(self, source: Source) -> dict[str, Any]:
+        model = source.config.model
+        scales = [model.position_bias_coefficient(layer) for layer in range(model.num_layers)]
+        window = model.sliding_window_width
+        return {
+            "auto_map": AUTO_MAP,
+            "vocab_size": source.vocabulary,
+            **{theirs: getattr(model, ours) for ours, theirs in MODEL_NAMES.items()},
+            "num_key_value_heads": model.kv_heads,
+            "intermediate_size": model.mlp_width,
+            "hidden_act": model.hidden_function,
+            "residual_type": RESIDUALS[model.gpt_j_residual + model.gpt_j_tied],
+            "norm_eps": getattr(model, EPSILONS.get(model.norm, "layernorm_epsilon")),
+            "qk_norm": "all_heads" if model.use_qk_layernorm else "per_head" if model.qk_norm_per_head else "none",
+            "position_bias_scale": scales,
+            "sliding_window": None if window is None else window + 1,
+            "tie_word_embeddings": not model.no_weight_tying,
+            **(_moe_settings(source) if source.config.moe.has_experts else {}),
+        }
+
+    def keys(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        from megatron.convert.huggingface.configuration_structmoe import StructMoEConfig
+
+        try:
+            config = StructMoEConfig(**settings)
+        except ValueError as error:
+            raise ConversionError(f"The settings of this {self.class_name} do not fit together: {error}.") from error
+        gelu_tanh = config.hidden_act == "gelu_tanh"
+        residual = RESIDUALS.index(config.residual_type)
+        return {
+            **{ours: getattr(config, theirs) for ours, theirs in MODEL_NAMES.items()},
+            **({} if config.kv_heads == config.num_attention_heads else {"num_kv_heads": config.kv_heads}),
+            "seq_length": config.max_position_embeddings - config.position_offset,
+            "ffn_hidden_size": config.intermediate_size,
+            "activation": "gelu" if gelu_tanh else config.hidden_act,
+            "bias_gelu_fusion": gelu_tanh,
+            "gpt_j_residual": residual > 0,
+            "gpt_j_tied": residual > 1,
+            EPSILONS.get(config.norm_type, "layernorm_epsilon"): config.norm_eps,
+            "use_qk_layernorm": config.qk_norm == "all_heads",
+            "qk_norm_per_head": config.qk_norm == "per_head",
+            "no_weight_tying": not config.tie_word_embeddings,
+            **({} if config.sliding_window is None else {"sliding_window_width": config.sliding_window - 1}),
+            **_scale_keys(config.position_bias_scale),
+            **(_moe_keys(config) if any(config.num_experts_by_layer) else {}),
+        }
+
+    def table(self, source: Source) -> Iterator[Entry]:
+        model = source.config.model
+        sections = source.config.moe.for_layers(model.num_layers)
+        bias_table = OneForAllLayers()
+        yield Entry("sequential.0.word_embeddings.weight", ("model.embed_tokens.weight",))
+        if model.pos_emb == "learned":
+            yield Entry("sequential.0.position_embeddings.weight", ("model.embed_positions.weight",))
+        for layer in range(model.num_layers):
+            ours, theirs = f"sequential.{FIRST_LAYER + layer}", f"model.layers.{layer}"
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                yield from _norm(model, f"{ours}.{norm}", f"{theirs}.{norm}")
+            yield from _attention(model, f"{ours}.attention", f"{theirs}.self_attn")
+            if model.pos_emb == "rpe":
+                yield bias_table.entry(f"{ours}.attention.rpe.weight", "model.position_bias.weight", layer)
+            if layer in sections:
+                yield from _experts_layer(model, sections[layer], f"{ours}.mlp", f"{theirs}.mlp")
+            else:
+                yield from _mlp(model, f"{ours}.mlp", f"{theirs}.mlp", model.mlp_width)
+        yield from _norm(model, f"sequential.{model.num_layers + 3}.norm", "model.norm")
+        if model.no_weight_tying:
+            yield Entry(f"sequential.{model.num_layers + 4}.final_linear.weight", ("lm_head.weight",))
+
+
+# ---------------------------------------------------------------- settings and keys
+
+
+def _moe_settings(source: Source) -> dict[str, Any]:
+    """The settings of a model with experts."""
+    model, moe = source.config.model, source.config.moe
+    sections = moe.for_layers(model.num_layers)
+    names = {**MOE_NAMES, **ROUTER_NAMES.get(moe.moe_router_type, {}), **EXPERT_NAMES.get(moe.moe_expert_type, {})}
+    settings = {theirs: getattr(moe, ours) for ours, theirs in names.items()} | {
+        "num_experts_by_layer": [sections[layer].num_experts if layer in sections else 0 for layer in range(model.num_layers)],
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.expert_width(model),
+        "shared_expert_intermediate_size": moe.shared_width(model),
+        "router_jitter_noise": 0.0 if moe.moe_router_type == "sinkhorn" else moe.moe_jitter_eps or 0.0,
+    }
+    if moe.moe_router_type == "topk":
+        settings["norm_topk_prob"] = moe.moe_normalize_top_k or not moe.moe_router_pre_softmax
+    if moe.moe_expert_type == "decomposed":
+        settings["decomposition_rank"] = moe.decomposition_rank(model.hidden_size)
+    return settings
+
+
+def _moe_keys(config: Any) -> dict[str, Any]:
+    """The keys of a StructMoEConfig with experts. Raises ConversionError for a layer with a single one."""
+    layers = [layer for layer, count in enumerate(config.num_experts_by_layer) if count]
+    counts = [config.num_experts_by_layer[layer] for layer in layers]
+    if min(counts) < 2:
+        raise ConversionError(f"num_experts_by_layer: {config.num_experts_by_layer} cannot be represented: a layer has no expert or at least 2.")
+    names = {**MOE_NAMES, **ROUTER_NAMES[config.router_type], **EXPERT_NAMES[config.expert_type]}
+    keys = {ours: getattr(config, theirs) for ours, theirs in names.items()} | {
+        "moe_layers": layers,
+        "moe_num_experts": counts[0],
+        "moe_top_k": config.num_experts_per_tok,
+        "moe_ffn_hidden_size": config.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": config.shared_expert_intermediate_size or None,
+        "moe_jitter_eps": config.router_jitter_noise or None,
+    }
+    if len(set(counts)) > 1:
+        keys |= {"moe_num_experts": None, "moe_num_experts_by_layer": counts}
+    if "block_wise_selection" not in keys["moe_losses"]:
+        del keys["moe_block_wise_temperature"]
+    return {key: value for key, value in keys.items() if value is not None}
+
+
+def _scale_keys(scales: Sequence[float]) -> dict[str, Any]:
+    """The keys that give each layer's position biases these factors. Raises ConversionError where none do."""
+    if set(scales) == {1.0}:
+        return {}
+    numbers = [float(max(1, layer)) for layer in range(len(scales))]
+    if any(scale not in (1.0, number) for scale, number in zip(scales, numbers, strict=True)):
+        raise ConversionError(f"position_bias_scale: {list(scales)} cannot be represented: each must be 1 or the number of its layer.")
+    kinds = ["global" if scale == number else "flash" for scale, number in zip(scales, numbers, strict=True)]
+    return {"apply_query_key_layer_scaling": True, "attention_config": kinds}
+
+
+# ---------------------------------------------------------------- weights
+
+
+class OneForAllLayers:
+    """A weight that every layer of ours holds and that is there once: the first layer's entry carries it, the others have to agree.
+
+    It remembers the weight from the first entry to the last, since a table is run through from its beginning to its end.
+    """
+
+    def __init__(self) -> None:
+        self.weight = torch.empty(0)
+
+    def entry(self, ours: str, theirs: str, layer: int) -> Entry:
+        """The entry of a layer (from 0)."""
+        return Entry(ours, () if layer else (theirs,), _Remembered(self) if layer else _Remembering(self))
+
+
+class _Remembering:
+    """The first layer's."""
+
+    def __init__(self, shared: OneForAllLayers) -> None:
+        self.shared = shared
+
+    def there(self, ours: Tensor) -> Sequence[Tensor]:
+        """The weight."""
+        self.shared.weight = ours
+        return (ours,)
+
+    def back(self, theirs: Sequence[Tensor]) -> Tensor:
+        """The weight."""
+        self.shared.weight = theirs[0]
+        return theirs[0]
+
+
+class _Remembered:
+    """A later layer's."""
+
+    def __init__(self, shared: OneForAllLayers) -> None:
+        self.shared = shared
+
+    def there(self, ours: Tensor) -> Sequence[Tensor]:
+        """Nothing. Raises Misfit where the layers do not agree."""
+        if not torch.equal(ours, self.shared.weight):
+            raise Misfit("is not the same as in the first layer, and the other architecture has one for all layers")
+        return ()
+
+    def back(self, theirs: Sequence[Tensor]) -> Tensor:
+        """The first layer's."""
+        return self.shared.weight
+
+
+def _norm(model: ModelConfig, ours: str, theirs: str) -> Iterator[Entry]:
+    for part in NORM_WEIGHTS[model.norm]:
+        if part != "bias":
+            yield Entry(f"{ours}.{part}", (f"{theirs}.weight",))
+        elif model.use_bias_in_norms:
+            yield Entry(f"{ours}.bias", (f"{theirs}.bias",))
+
+
+def _attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[Entry]:
+    heads, kv_heads, d = model.num_attention_heads, model.kv_heads, model.head_dim
+    split: Form = HeadByHead(heads) if heads == kv_heads else Rows([heads * d, kv_heads * d, kv_heads * d])
+    for part in ("weight", "bias") if model.use_bias_in_attn_linear else ("weight",):
+        yield Entry(f"{ours}.query_key_value.{part}", tuple(f"{theirs}.{which}_proj.{part}" for which in "qkv"), split)
+        yield Entry(f"{ours}.dense.{part}", (f"{theirs}.o_proj.{part}",))
+    if model.use_qk_layernorm:
+        yield from _norm(model, f"{ours}.qk_layernorm", f"{theirs}.qk_norm")
+    if model.qk_norm_per_head:
+        for norm in ("q_norm", "k_norm"):
+            yield from _norm(model, f"{ours}.{norm}", f"{theirs}.{norm}")
+
+
+def _mlp(model: ModelConfig, ours: str, theirs: str, width: int) -> Iterator[Entry]:
+    into = ("up_proj", "gate_proj") if model.is_gated else ("up_proj",)
+    for part in ("weight", "bias") if model.use_bias_in_mlp else ("weight",):
+        yield Entry(f"{ours}.linear1.{part}", tuple(f"{theirs}.{name}.{part}" for name in into), Rows([width] * len(into)))
+        yield Entry(f"{ours}.linear2.{part}", (f"{theirs}.down_proj.{part}",))
+
+
+def _experts_layer(model: ModelConfig, moe: MoEConfig, ours: str, theirs: str) -> Iterator[Entry]:
+    yield Entry(f"{ours}.router.layer.weight", (f"{theirs}.gate.weight",))
+    if moe.moe_router_type == "sigmoid":
+        yield Entry(f"{ours}.router.balance.bias", (f"{theirs}.gate.e_score_correction_bias",), exact=True)
+    for name, their_name, count in _expert_weights(model, moe):
+        yield _stacked(f"{ours}.experts.{name}", f"{theirs}.experts.{their_name}", count)
+    beside = 0
+    if width := moe.shared_width(model):
+        yield from _mlp(model, f"{ours}.beside.0.mlp", f"{theirs}.beside.shared_expert.mlp", width)
+        if moe.moe_shared_expert_gate:
+            yield Entry(f"{ours}.beside.0.gate.weight", (f"{theirs}.beside.shared_expert.gate.weight",))
+        beside = 1
+    if moe.moe_use_residual:
+        yield from _mlp(model, f"{ours}.beside.{beside}.mlp", f"{theirs}.beside.residual_mlp.mlp", model.mlp_width)
+        for part in ("weight", "bias"):
+            yield Entry(f"{ours}.beside.{beside}.coefficient.{part}", (f"{theirs}.beside.residual_mlp.coefficient.{part}",))
+
+
+def _expert_weights(model: ModelConfig, moe: MoEConfig) -> Iterator[tuple[str, str, tuple[int, int, int]]]:
+    """(our name, their name, (matrices, rows, columns)) of everything that the experts have."""
+    experts, width, expert_width = moe.num_experts, model.hidden_size, moe.expert_width(model)
+    matrices = ("w1", "w2", "w3") if model.is_gated else ("w1", "w2")
+    if moe.moe_expert_type == "decomposed":
+        rank = moe.decomposition_rank(width)
+        thin, wide = (experts, rank, width), (experts, expert_width, rank)
+        for name in matrices:
+            left, right = (wide, thin) if name == "w2" else (thin, wide)
+            yield f"mlp.{name}_left", f"{name}_left", left
+            yield f"mlp.{name}_right", f"{name}_right", right
+        return
+    for name in matrices:
+        yield f"mlp.{name}", name, (experts, expert_width, width)
+    if moe.moe_expert_type == "structmoe":
+        routed = moe.moe_lore_routed
+        count, rank = (experts * moe.moe_num_lores, moe.moe_lore_rank) if routed else (experts, moe.moe_num_lores * moe.moe_lore_rank)
+        width_out = width if moe.moe_lore_interaction == "standalone" else expert_width
+        if routed:
+            yield "lores.router", "lores.router.weight", (experts, moe.moe_num_lores, width)
+        both = moe.moe_lore_projection == "both"
+        for ours, theirs in (("lores", "lores.factors"), ("gate_lores", "gate_lores")) if both else (("lores", "lores.factors"),):
+            yield f"{ours}.a", f"{theirs}.a", (count, rank, width)
+            yield f"{ours}.b", f"{theirs}.b", (count, rank, width_out)
+
+
+def _stacked(ours: str, theirs: str, shape: tuple[int, int, int]) -> Entry:
+    matrices, rows, columns = shape
+    return Entry(ours, (theirs,), Reshaped((matrices * rows, columns), shape))

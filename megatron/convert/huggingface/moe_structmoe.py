@@ -1,0 +1,307 @@
+"""Routers, the mixture of experts and its auxiliary losses. Written into exports by StructMoE-NeoX; needs torch and nothing else.
+
+Shapes: B batch; S sequence; T = B*S tokens; D model width; E experts; K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_structmoe import StructMoEConfig
+from .experts_structmoe import build_experts, build_mlp, combine, exact, exact_dtype, sort_by_group
+
+
+class Routing(NamedTuple):
+    """A router's decision for every token."""
+
+    expert_TK: Tensor
+    """E where a place is empty."""
+    weight_TK: Tensor
+    logit_TE: Tensor
+
+
+class Decision(NamedTuple):
+    """What the losses look at: one layer's routing of one batch."""
+
+    logit_TE: Tensor
+    probability_TE: Tensor
+    """Divided by their sum where a router's do not sum to 1."""
+    chosen_TE: Tensor
+    """1 where the token uses the expert."""
+    counts_BS: Tensor
+    """1 for tokens, 0 for padding."""
+    temperature: float
+    """Of block-wise selection."""
+
+    def over_tokens(self, value_T: Tensor) -> Tensor:
+        """The mean over the tokens that count."""
+        counts_T = self.counts_BS.flatten()
+        return (value_T * counts_T).sum() / counts_T.sum().clamp(min=1)
+
+
+class StructMoERouter(nn.Module):
+    """The K most probable experts. What the subclasses choose differently is `decide`."""
+
+    padded = False
+    """Whether tokens may use fewer than K experts."""
+
+    def __init__(self, config: StructMoEConfig, num_experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size))
+        self.num_experts, self.top_k = num_experts, config.num_experts_per_tok
+        self.normalize, self.scale = config.norm_topk_prob, config.routed_scaling_factor
+        self.jitter, self.temperature = config.router_jitter_noise, config.moe_block_wise_temperature
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        """The routing of each token."""
+        if self.training and self.jitter:
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
+        dtype = exact_dtype(x_TD)
+        with exact(x_TD):
+            logit_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+            return Routing(*self.decide(logit_TE), logit_TE)
+
+    def probability(self, logit_TE: Tensor) -> Tensor:
+        """probability_TE: a softmax over all experts."""
+        return logit_TE.softmax(-1)
+
+    def decide(self, logit_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """(expert_TK, weight_TK): the probabilities of the chosen ones."""
+        weight_TK, expert_TK = self.probability(logit_TE).topk(self.top_k, dim=-1)
+        return expert_TK, self.scale * self.normalized(weight_TK)
+
+    def normalized(self, weight_TK: Tensor) -> Tensor:
+        """The weights, divided by their sum where the config says so."""
+        return weight_TK / weight_TK.sum(-1, keepdim=True) if self.normalize else weight_TK
+
+    def decision(self, logit_TE: Tensor, counts_BS: Tensor) -> Decision:
+        """What the auxiliary losses look at; `counts_BS` is 0 for padding."""
+        probability_TE = self.probability(logit_TE)
+        expert_TK, _ = self.decide(logit_TE.detach())
+        chosen_TE = F.one_hot(expert_TK, self.num_experts + 1).sum(1)[:, : self.num_experts].to(probability_TE.dtype)
+        return Decision(logit_TE, probability_TE / probability_TE.sum(-1, keepdim=True), chosen_TE, counts_BS, self.temperature)
+
+
+class SinkhornRouter(StructMoERouter):
+    """Sigmoid for K = 1, softmax else. (The balancing of the choice belongs to pre-training and is left out here.)"""
+
+    def probability(self, logit_TE: Tensor) -> Tensor:
+        """probability_TE."""
+        return logit_TE.sigmoid() if self.top_k == 1 else logit_TE.softmax(-1)
+
+
+class SigmoidRouter(StructMoERouter):
+    """DeepSeek-V3's: a bias steers the choice, which may be limited to the best groups of experts. (Its updates belong to pre-training.)"""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: StructMoEConfig, num_experts: int) -> None:
+        super().__init__(config, num_experts)
+        self.register_buffer("e_score_correction_bias", torch.zeros(num_experts, dtype=torch.float32))
+        self.groups, self.chosen_groups = config.n_group or 1, config.topk_group or 1
+
+    def probability(self, logit_TE: Tensor) -> Tensor:
+        """score_TE, which need not sum to 1."""
+        return logit_TE.sigmoid()
+
+    def decide(self, logit_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """(expert_TK, weight_TK)."""
+        score_TE = self.probability(logit_TE)
+        preference_TE = score_TE.detach() + self.e_score_correction_bias.to(score_TE.dtype)
+        if self.groups > 1:
+            preference_TE = self.within_best_groups(preference_TE)
+        expert_TK = preference_TE.topk(self.top_k, dim=-1).indices
+        return expert_TK, self.scale * self.normalized(score_TE.gather(1, expert_TK))
+
+    def within_best_groups(self, preference_TE: Tensor) -> Tensor:
+        """Minus infinity outside the groups whose two best experts are preferred most."""
+        preference_TGe = preference_TE.unflatten(-1, (self.groups, -1))
+        group_TG = preference_TGe.topk(min(2, preference_TGe.shape[-1]), dim=-1).values.sum(-1)
+        chosen_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(1, group_TG.topk(self.chosen_groups, dim=-1).indices, True)
+        return preference_TGe.masked_fill(~chosen_TG[:, :, None], -torch.inf).flatten(1)
+
+
+class TopPRouter(StructMoERouter):
+    """The fewest experts whose probabilities sum to at least p (Huang et al., 2024); K = E places."""
+
+    padded = True
+
+    def __init__(self, config: StructMoEConfig, num_experts: int) -> None:
+        super().__init__(config, num_experts)
+        self.threshold = config.router_top_p
+
+    def decide(self, logit_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """(expert_TK, weight_TK)."""
+        weight_TK, expert_TK = self.probability(logit_TE).sort(dim=-1, descending=True, stable=True)
+        unused_TK = weight_TK.detach().cumsum(-1) - weight_TK.detach() >= self.threshold
+        unused_TK[:, 0] = False
+        return expert_TK.masked_fill(unused_TK, self.num_experts), self.normalized(weight_TK.masked_fill(unused_TK, 0.0))
+
+
+class ExpertChoiceRouter(StructMoERouter):
+    """Every expert takes its best tokens of the whole batch (Zhou et al., 2022); K = E places.
+
+    What a token gets depends on the tokens around it, later ones and other texts included: generation with a cache sees other choices than one
+    forward over the finished text.
+    """
+
+    padded = True
+
+    def decide(self, logit_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """(expert_TK, weight_TK)."""
+        probability_TE = self.probability(logit_TE)
+        tokens = len(logit_TE)
+        capacity = min(tokens, max(1, round(tokens * self.top_k / self.num_experts)))
+        token_CE = probability_TE.detach().topk(capacity, dim=0).indices
+        chosen_TE = torch.zeros_like(probability_TE, dtype=torch.bool).scatter_(0, token_CE, True)
+        expert_E = torch.arange(self.num_experts, device=logit_TE.device)
+        return torch.where(chosen_TE, expert_E, self.num_experts), probability_TE * chosen_TE
+
+
+ROUTERS: dict[str, type[StructMoERouter]] = {
+    "topk": StructMoERouter,
+    "sinkhorn": SinkhornRouter,
+    "sigmoid": SigmoidRouter,
+    "top_p": TopPRouter,
+    "expert_choice": ExpertChoiceRouter,
+}
+
+
+# ---------------------------------------------------------------- beside the experts
+
+
+class ExactLinear(nn.Linear):
+    """A linear layer in the number format of routers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """In float32 (float64 for float64)."""
+        dtype = exact_dtype(x)
+        with exact(x):
+            return F.linear(x.to(dtype), self.weight.to(dtype))
+
+
+class SharedExpert(nn.Module):
+    """y + mlp(x): an expert that every token uses."""
+
+    def __init__(self, config: StructMoEConfig) -> None:
+        super().__init__()
+        self.mlp = build_mlp(config, config.shared_expert_intermediate_size)
+
+    def forward(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
+        """The layer's output."""
+        return y_TD + self.mlp(x_TD)
+
+
+class GatedSharedExpert(SharedExpert):
+    """y + sigmoid(x w) * mlp(x) (Qwen1.5-MoE)."""
+
+    def __init__(self, config: StructMoEConfig) -> None:
+        super().__init__(config)
+        self.gate = ExactLinear(config.hidden_size, 1, bias=False)
+
+    def forward(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
+        """The layer's output."""
+        return y_TD + self.gate(x_TD).sigmoid().to(x_TD.dtype) * self.mlp(x_TD)
+
+
+class ResidualMLP(nn.Module):
+    """c1 * y + c2 * mlp(x) with (c1, c2) = softmax(x W + b) (DeepSpeed-MoE)."""
+
+    def __init__(self, config: StructMoEConfig) -> None:
+        super().__init__()
+        self.mlp = build_mlp(config, config.intermediate_size)
+        self.coefficient = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
+        """The layer's output."""
+        experts_T, dense_T = self.coefficient(x_TD).float().softmax(-1).to(x_TD.dtype).unbind(-1)
+        return experts_T[:, None] * y_TD + dense_T[:, None] * self.mlp(x_TD)
+
+
+class StructMoESparseMoeBlock(nn.Module):
+    """A mixture of experts: route, sort, compute, combine."""
+
+    def __init__(self, config: StructMoEConfig, num_experts: int) -> None:
+        super().__init__()
+        self.gate = ROUTERS[config.router_type](config, num_experts)
+        self.experts = build_experts(config, num_experts)
+        self.beside = nn.ModuleDict()
+        if config.shared_expert_intermediate_size:
+            self.beside["shared_expert"] = (GatedSharedExpert if config.shared_expert_gate else SharedExpert)(config)
+        if config.residual_mlp:
+            self.beside["residual_mlp"] = ResidualMLP(config)
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """(y_BSD, logit_TE)."""
+        x_TD = x_BSD.flatten(0, 1)
+        routing = self.gate(x_TD)
+        order = sort_by_group(routing.expert_TK, self.gate.num_experts, padded=self.gate.padded)
+        y_TD = combine(self.experts(x_TD.index_select(0, order.source_R), order.ends_G), order, routing.weight_TK)
+        for part in self.beside.values():
+            y_TD = part(x_TD, y_TD)
+        return y_TD.view(x_BSD.shape), routing.logit_TE
+
+
+# ---------------------------------------------------------------- auxiliary losses
+
+
+def sequence_load_balance_loss(decision: Decision) -> Tensor:
+    """E * sum_e f_e P_e (Switch Transformers, equations 4 to 6) within each sequence, averaged over sequences (DeepSeek-V2)."""
+    counts_BS1 = decision.counts_BS[:, :, None]
+    chosen_BE, probability_BE = ((part.view(*counts_BS1.shape[:2], -1) * counts_BS1).sum(1) for part in (decision.chosen_TE, decision.probability_TE))
+    share_BE = chosen_BE / chosen_BE.sum(-1, keepdim=True).clamp(min=1)
+    return share_BE.shape[1] * (share_BE * probability_BE / counts_BS1.sum(1).clamp(min=1)).sum(-1).mean()
+
+
+def load_balance_loss(decision: Decision) -> Tensor:
+    """The same over all tokens of the batch."""
+    return sequence_load_balance_loss(decision._replace(counts_BS=decision.counts_BS.reshape(1, -1)))
+
+
+def z_loss(decision: Decision) -> Tensor:
+    """Mean of logsumexp(logits)^2 (ST-MoE, equation 5)."""
+    return decision.over_tokens(decision.logit_TE.logsumexp(-1).square())
+
+
+def entropy_loss(decision: Decision) -> Tensor:
+    """Mean entropy of the probabilities, in nats (Huang et al., 2024, equation 6)."""
+    smallest = torch.finfo(decision.probability_TE.dtype).tiny
+    return decision.over_tokens(-(decision.probability_TE * decision.probability_TE.clamp(min=smallest).log()).sum(-1))
+
+
+def block_wise_selection_loss(decision: Decision) -> Tensor:
+    """Consecutive tokens should use the same experts (CoSMoEs, equations 2 to 7): the share of experts replaced times how far weights move."""
+    counts_BS = decision.counts_BS
+    pairs_BS1 = (counts_BS[:, 1:] * counts_BS[:, :-1])[:, :, None]
+    weight_TE = (decision.temperature * decision.logit_TE).softmax(-1)
+    moved, replaced = ((x.view(*counts_BS.shape, -1).diff(dim=1).abs() * pairs_BS1).sum() for x in (weight_TE, decision.chosen_TE))
+    places = decision.over_tokens(decision.chosen_TE.sum(-1)) * pairs_BS1.sum()
+    return (replaced / 2).floor() / places.clamp(min=1) * moved / counts_BS.sum().clamp(min=1)
+
+
+LOSSES: dict[str, Callable[[Decision], Tensor]] = {
+    "load_balance": load_balance_loss,
+    "global_load_balance": load_balance_loss,  # over the batch of this process alone
+    "sequence_load_balance": sequence_load_balance_loss,
+    "z_loss": z_loss,
+    "entropy": entropy_loss,
+    "block_wise_selection": block_wise_selection_loss,
+}
+"""The auxiliary losses that are computed here: all but lore_balance."""
+
+
+def auxiliary_loss(
+    routers: Sequence[StructMoERouter], router_logits: Sequence[Tensor], counts_BS: Tensor, coefficients: Mapping[str, float]
+) -> Tensor:
+    """The losses times their coefficients, summed over the layers; `counts_BS` is 0 for padding. Those that are not in `LOSSES` are left out."""
+    total = counts_BS.new_zeros(())
+    for router, logit_TE in zip(routers, router_logits, strict=True):
+        decision = router.decision(logit_TE, counts_BS.to(logit_TE.device))
+        for name in coefficients.keys() & LOSSES.keys():
+            total = total + coefficients[name] * LOSSES[name](decision).to(total)
+    return total
