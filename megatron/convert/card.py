@@ -42,7 +42,7 @@ Trained with StructMoE-NeoX and exported as `{architecture.class_name}`; {compar
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
 model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
 inputs = tokenizer("The state of the Union", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))

@@ -134,7 +134,11 @@ class ShardWriter:
             (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def _write(self) -> None:
-        save_file(self._waiting, self._part(len(self._shards)), metadata={"format": "pt"})
+        part = self._part(len(self._shards))
+        part.touch()  # as readable as any new file; the library's own are for their owner alone
+        mode = part.stat().st_mode
+        save_file(self._waiting, part, metadata={"format": "pt"})
+        part.chmod(mode)
         self._shards.append(list(self._waiting))
         self._waiting, self._waiting_bytes = {}, 0
 

@@ -46,6 +46,7 @@ def test_the_command(main: Callable[..., int], run: Path, tmp_path: Path, capsys
     assert "LlamaForCausalLM, 29,408 parameters" in printed
     assert "Compared with the checkpoint: largest difference of a logit" in printed
     assert "64 tokens of a text and 64 random ones" in printed
+    assert len({file.stat().st_mode for file in (tmp_path / "hf").iterdir()}) == 1
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (config["architectures"], config["pad_token_id"], config["eos_token_id"]) == (["LlamaForCausalLM"], 0, 0)
     card = (tmp_path / "hf" / "README.md").read_text()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron.config.model import ModelConfig
 from megatron.config.moe import MoEConfig
-from megatron.convert.architecture import Source
+from megatron.convert.architecture import Code, Source
 from megatron.convert.errors import ConversionError
 from megatron.convert.mapping import Entry, Form, HeadByHead, Misfit, Reshaped, Rows
 
@@ -86,6 +86,7 @@ class StructMoE:
     """All that can be trained here, except what a plugin adds."""
 
     name, model_type, class_name = "structmoe", "structmoe_neox", "StructMoEForCausalLM"
+    code: Code | None = Code(CODE, AUTO_MAP)
 
     def obstacles(self, source: Source) -> Iterator[str]:
         moe = source.config.moe
