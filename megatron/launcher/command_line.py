@@ -18,6 +18,7 @@ from megatron.config.source import canonical
 from megatron.config.transport import decode
 from megatron.launcher.plan import plan_launch, worker_count
 from megatron.launcher.processes import run_until_done, survey
+from megatron.mpu.environment import complete_environment
 
 # NeoX's flags that stand for a key; the flag's value wins over the files like any override.
 KEY_FLAGS = {
@@ -89,7 +90,8 @@ def _deepy_parser() -> argparse.ArgumentParser:
 def config_from_argv(argv: Sequence[str]) -> LoadedConfig:
     """The configuration of a worker script: from deepy.py's `--megatron_config`, or from YAML files and overrides given to the script itself.
 
-    Mistakes are printed as sentences and end the process with status 2. `--local_rank` and `--deepspeed_config`, which launchers add, are accepted.
+    Mistakes are printed as sentences and end the process with status 2. The environment says afterwards which process this is (LaunchError where it
+    cannot). `--local_rank` and `--deepspeed_config`, which launchers add, are accepted.
     """
     parser = _parser(Path(sys.argv[0]).name or "train.py", "CONFIG [CONFIG ...]")
     for flag in ("--local_rank", "--local-rank", "--deepspeed_config"):
@@ -97,11 +99,12 @@ def config_from_argv(argv: Sequence[str]) -> LoadedConfig:
     parser.add_argument("--megatron_config", help=argparse.SUPPRESS)
     request = _take_apart(parser, argv)
     try:
-        if request.transported is not None:
-            return decode(request.transported)
-        return load_request(request, request.words)
+        loaded = load_request(request, request.words) if request.transported is None else decode(request.transported)
     except ConfigError as error:
         _stop(parser, str(error))
+    launcher = loaded.config.launcher
+    complete_environment(os.environ, master_addr=launcher.master_addr, master_port=launcher.master_port)
+    return loaded
 
 
 def _parser(program: str, positionals: str) -> argparse.ArgumentParser:
