@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from megatron.config.attention import attention_problems, expand_attention
+from megatron.config.rope import RopeScaling, rope_problems
 from megatron.config.section import Fraction, NaturalInt, PositiveFloat, PositiveInt, Problem, Section
 
 Activation = Literal["gelu", "geglu", "relu", "softsign", "swish", "mish", "silu", "reglu", "swiglu", "bilinear", "glu"]
@@ -71,6 +72,9 @@ class ModelConfig(Section):
     """Share of each head's dimensions that rotary positions turn; the number of dimensions must come out even."""
     rotary_emb_base: PositiveInt = 10000
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Scaled rotary frequencies, as in Hugging Face's config.json: {rope_type: llama3, factor, low_freq_factor, high_freq_factor,
+    original_max_position_embeddings}, or {rope_type: linear, factor}. None: not scaled. NeoX has no such key."""
     rotary_save_freqs_buffer: bool = False
     """Write the rotary frequencies into checkpoints, for a NeoX that expects them there; they are never read."""
     rpe_num_buckets: Annotated[int, Field(ge=2)] = 32
@@ -207,6 +211,8 @@ class ModelConfig(Section):
         elif self.seq_length <= self.max_position_embeddings < self.seq_length + self.opt_pos_emb_offset:
             message = f"leaves {max(0, self.max_positions)} of {self.max_position_embeddings} rows, fewer than seq_length ({self.seq_length})"
             yield Problem(("opt_pos_emb_offset", "max_position_embeddings", "seq_length"), message)
+        if self.rope_scaling is not None:
+            yield from rope_problems(self.rope_scaling, self.pos_emb)
         if self.pos_emb == "sinusoidal" and self.hidden_size % 2:
             yield Problem(("hidden_size", "pos_emb"), "must be even for sinusoidal positions, which are pairs of sine and cosine")
         if self.pos_emb == "rpe" and self.rpe_max_distance <= self.rpe_num_buckets // 2:

@@ -149,7 +149,7 @@ def test_without_positions_order_does_not_matter() -> None:
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("layout", [HeadLayout(4, 4, 6), HeadLayout(4, 2, 6)])
 def test_gradcheck_of_the_split_and_rotation(layout: HeadLayout, restart: bool) -> None:
-    cos, sin = (table.double() for table in rotary_table(3, 4, 100, torch.device("cpu")))
+    cos, sin = (table.double() for table in rotary_table(3, (1.0, 0.1), torch.device("cpu")))
     if restart:
         position_BS = torch.tensor([[0, 1, 2], [0, 0, 1]])
         cos, sin = cos[position_BS], sin[position_BS]
@@ -160,8 +160,8 @@ def test_gradcheck_of_the_split_and_rotation(layout: HeadLayout, restart: bool) 
 def test_the_rotary_table_serves_training_after_inference() -> None:
     rotary_table.cache_clear()
     with torch.inference_mode():
-        rotary_table(3, 4, 100, torch.device("cpu"))
-    assert not rotary_table(3, 4, 100, torch.device("cpu"))[0].is_inference()
+        rotary_table(3, (1.0, 0.1), torch.device("cpu"))
+    assert not rotary_table(3, (1.0, 0.1), torch.device("cpu"))[0].is_inference()
 
 
 @pytest.mark.parametrize("pos_emb", ["alibi", "rotary"])

@@ -28,14 +28,14 @@ class PlainSplit:
 
 
 class Rotary:
-    """The model's rotary positions: how many there are, how many dimensions of a head they turn, and the base of their frequencies."""
+    """The model's rotary positions: how many there are, and the frequency of each pair of dimensions that they turn."""
 
-    def __init__(self, positions: int, dimensions: int, base: int) -> None:
-        self.numbers = (positions, dimensions, base)
+    def __init__(self, positions: int, frequencies: tuple[float, ...]) -> None:
+        self.positions, self.frequencies = positions, frequencies
 
     def rows(self, places: Places, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the tokens, float32."""
-        cos_Pn, sin_Pn = rotary_table(*self.numbers, device)
+        cos_Pn, sin_Pn = rotary_table(self.positions, self.frequencies, device)
         return places.rows(cos_Pn, length), places.rows(sin_Pn, length)
 
 
