@@ -61,8 +61,8 @@ class ModelConfig(Section):
     use_bias_in_norms: bool = True
     """Biases in layernorm (the other norms have none). NeoX does not read this key: its layernorm models always have biases."""
     use_qk_layernorm: bool = False
-    """A norm (of the kind of `norm`), the same for queries and keys, with a weight for every head and dimension; layernorm takes its mean over all
-    heads, the others over each. Not with grouped key/value heads."""
+    """A norm (of the kind of `norm`), the same for queries and keys, with a weight for every query head and dimension; layernorm takes its mean over
+    all heads, the others over each. Grouped key/value heads are repeated for it, as in NeoX, which takes the memory of a model without groups."""
     qk_norm_per_head: bool = False
     """A norm (of the kind of `norm`) over the dimensions of each head for queries, and another for keys, as in Qwen 3. NeoX has no such key."""
     pos_emb: Literal["learned", "rotary", "sinusoidal", "rpe", "alibi", "none"] = "learned"
@@ -110,7 +110,8 @@ class ModelConfig(Section):
     attention_dropout: Fraction = 0.0
     """Dropout probability on attention weights."""
     hidden_dropout: Fraction = 0.0
-    """Dropout probability on embeddings and on what attention and MLP add to the residual stream."""
+    """Dropout probability on embeddings and on what attention and MLP add to the residual stream; as in NeoX, none after experts and after MLPs
+    without biases."""
     init_method: InitMethod = "normal"
     """Initialisation of input projections, embeddings and the output head."""
     output_layer_init_method: InitMethod = "scaled_normal"
@@ -129,6 +130,11 @@ class ModelConfig(Section):
     def kv_heads(self) -> int:
         """Key/value heads, `num_kv_heads` resolved."""
         return self.num_kv_heads or self.num_attention_heads
+
+    @property
+    def attended_kv_heads(self) -> int:
+        """Key/value heads that queries meet: with `use_qk_layernorm` one each, since its weights differ from query head to query head."""
+        return self.num_attention_heads if self.use_qk_layernorm else self.kv_heads
 
     @property
     def rotary_dim(self) -> int:
@@ -197,9 +203,6 @@ class ModelConfig(Section):
         yield from self._width_problems()
         yield from self._position_problems()
         yield from attention_problems(self.attention_config, self.num_layers)
-        if self.use_qk_layernorm and self.kv_heads != heads:
-            message = "has weights for every query head, and these keys have fewer heads; use qk_norm_per_head"
-            yield Problem(("use_qk_layernorm", "num_kv_heads"), message)
         if self.use_qk_layernorm and self.qk_norm_per_head:
             yield Problem(("qk_norm_per_head", "use_qk_layernorm"), "does not go with use_qk_layernorm; keep one of them")
         if self.gpt_j_tied and not self.gpt_j_residual:

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from megatron.model.attention.cache import LayerCache
 from megatron.model.attention.sdpa import AlibiSdpa, Attend, CausalSdpa, RelativeSdpa
-from megatron.model.attention.split import NormedRotarySplit, NormedSplit, PlainSplit, Rotary, RotarySplit, Split
+from megatron.model.attention.split import (
+    NormedRotarySplit,
+    NormedSplit,
+    PlainSplit,
+    RepeatedRotarySplit,
+    RepeatedSplit,
+    Rotary,
+    RotarySplit,
+    Split,
+)
 from megatron.model.initialization import Initializer
 from megatron.model.mlp import build_linear
 from megatron.model.norms import build_norm
@@ -63,9 +72,8 @@ class SelfAttention(nn.Module):
         query_norm, key_norm = (self.qk_layernorm, self.qk_layernorm) if model.use_qk_layernorm else (self.q_norm, self.k_norm)
         if query_norm is None or key_norm is None:
             return PlainSplit(self.layout) if rotary is None else RotarySplit(self.layout, rotary)
-        if rotary is None:
-            return NormedSplit(self.layout, query_norm, key_norm)
-        return NormedRotarySplit(self.layout, query_norm, key_norm, rotary)
+        plain, turning = (RepeatedSplit, RepeatedRotarySplit) if self.layout.kv_heads < model.attended_kv_heads else (NormedSplit, NormedRotarySplit)
+        return plain(self.layout, query_norm, key_norm) if rotary is None else turning(self.layout, query_norm, key_norm, rotary)
 
     def _build_attend(self, model: ModelConfig, index: int) -> Attend:
         coefficient = model.position_bias_coefficient(index)
