@@ -15,6 +15,7 @@ from megatron.config.loader import LoadedConfig, load_config
 from megatron.config.neox import OWNER, check_trainable
 from megatron.config.section import ConfigError
 from megatron.config.source import canonical
+from megatron.config.training import resolve_batch
 from megatron.config.transport import decode
 from megatron.launcher.plan import plan_launch, worker_count
 from megatron.launcher.processes import run_until_done, survey
@@ -151,6 +152,7 @@ def _stop(parser: argparse.ArgumentParser, sentence: str) -> NoReturn:
 
 
 def _show_check(loaded: LoadedConfig, processes: int) -> int:
+    """Returns the exit status. Raises ConfigError where the batch sizes contradict each other; what is missing may be in another file."""
     from rich.console import Console
 
     from megatron.analysis.vocabulary import vocabulary
@@ -159,4 +161,7 @@ def _show_check(loaded: LoadedConfig, processes: int) -> int:
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     for part in summary(loaded, processes, vocabulary(loaded.config.data)):
         console.print(part, soft_wrap=isinstance(part, str))  # sentences stay in one line, tables keep to the width
+    training = loaded.config.training
+    if training.train_batch_size is not None or training.train_micro_batch_size_per_gpu is not None:
+        resolve_batch(training, processes)
     return 0

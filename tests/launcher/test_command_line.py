@@ -207,3 +207,13 @@ def test_check_shows_what_will_happen_and_runs_nothing(folder: Path) -> None:
 
     tokenizer.write_text("{}")
     assert "is not a tokenizer.json" in run(folder, *words).stdout
+
+
+def test_check_fails_for_batch_sizes_that_do_not_multiply_out(folder: Path) -> None:
+    words = ("deepy.py", "train.py", "-d", "configs", "small", "--check", "-o", "train_batch_size=32", "gradient_accumulation_steps=8", "num_gpus=2")
+    done = run(folder, *words)
+    product = "train_micro_batch_size_per_gpu (4) * gradient_accumulation_steps (8) * data-parallel processes (2)"
+    assert done.returncode == 2
+    assert done.stderr == f"deepy.py: 1 problem(s) in the configuration:\n  'train_batch_size' = 32: must equal {product}\n"
+    assert "Given in small.yml, command line" in done.stdout, "what was asked for is shown all the same"
+    assert run(folder, *words[:-1], "num_gpus=1").returncode == 0
