@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +17,7 @@ from megatron.config.section import ConfigError
 from megatron.config.source import canonical
 from megatron.config.training import resolve_batch
 from megatron.config.transport import decode
-from megatron.launcher.plan import plan_launch, worker_count
+from megatron.launcher.plan import machine_notices, plan_launch, worker_count
 from megatron.launcher.processes import run_until_done, survey
 from megatron.mpu.environment import complete_environment
 
@@ -68,6 +68,8 @@ def main(argv: Sequence[str]) -> int:
         launch = plan_launch(script, loaded, machine)
     except ConfigError as error:
         _stop(parser, str(error))
+    for notice in machine_notices(loaded):
+        sys.stderr.write(f"{parser.prog}: {notice}\n")
     if launch.replaces:
         os.execve(launch.argv[0], launch.argv, launch.env)
     return run_until_done(launch.argv, launch.env, launch.processes)
@@ -159,6 +161,7 @@ def _show_check(loaded: LoadedConfig, processes: int) -> int:
     from megatron.launcher.summary import summary
 
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    loaded = replace(loaded, notices=(*loaded.notices, *machine_notices(loaded)))
     for part in summary(loaded, processes, vocabulary(loaded.config.data)):
         console.print(part, soft_wrap=isinstance(part, str))  # sentences stay in one line, tables keep to the width
     training = loaded.config.training
