@@ -45,7 +45,7 @@ class ModelConfig(Section):
     """Hidden width of MLPs and experts as it is, gated or not (Megatron-LM's meaning). None: `intermediate_size` and its rule decide."""
     intermediate_size: PositiveInt | None = None
     """MLP size. Dense MLP: the width, or for gated activations 3 times the width (NeoX's rule). Experts: the width as is. None: 4 * hidden_size."""
-    expansion_factor: PositiveFloat | None = None
+    expansion_factor: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """`intermediate_size` as a multiple of hidden_size. None: 4, or whatever `intermediate_size` or `ffn_hidden_size` say."""
     mlp_multiple_of: PositiveInt = 1
     """The width of a dense MLP is rounded up to a multiple of this; `ffn_hidden_size` has to be one."""
