@@ -32,20 +32,33 @@ FREE_KEYS = frozenset(
         "kernel_backends",
     }
 )
+# What training further from the weights may change without changing a shape: how far apart positions are, and how far a token sees.
+POSITION_KEYS = frozenset({"max_position_embeddings", "rotary_emb_base", "rope_scaling", "sliding_window_width"})
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
-def check_architecture(path: Path, flat_config: Mapping[str, Any]) -> None:
+def check_architecture(path: Path, flat_config: Mapping[str, Any], *, finetune: bool = False) -> list[str]:
     """Raises ConfigError naming every key of the architecture whose value in `flat_config` (NeoXConfig.flat) differs from that in the checkpoint.
 
-    Keys that the checkpoint does not know, all of them in another program's, are not compared. Raises CheckpointError when its configuration cannot
-    be read.
+    Keys that the checkpoint does not know, all of them in another program's, are not compared. `finetune`: POSITION_KEYS may differ; the sentences
+    that are returned say which do. Raises CheckpointError when the checkpoint's configuration cannot be read.
     """
     stored = read_config(path)
     keys = [key for section in (ModelConfig, MoEConfig) for key in section.model_fields if key not in FREE_KEYS]
-    different = [key for key in keys if key in stored and stored[key] != flat_config[key]]
-    if different:
-        raise ConfigError([f"'{key}' = {flat_config[key]!r}: the model in {path} was trained with {stored[key]!r}" for key in different])
+    different = {
+        key: f"'{key}' = {flat_config[key]!r}: the model in {path} was trained with {stored[key]!r}"
+        for key in keys
+        if key in stored and stored[key] != flat_config[key]
+    }
+    moved = [key for key in different if finetune and key in POSITION_KEYS]
+    problems = [
+        sentence + ("; finetune: true may change it" if key in POSITION_KEYS and not finetune else "")
+        for key, sentence in different.items()
+        if key not in moved
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return [f"{different[key]}." for key in moved]
 
 
 def batch_change(path: Path, batch: Batch) -> str | None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from megatron.config.attention import attention_problems, expand_attention
+from megatron.config.rope import RopeScaling, rope_problems
 from megatron.config.section import Fraction, NaturalInt, PositiveFloat, PositiveInt, Problem, Section
 
 Activation = Literal["gelu", "geglu", "relu", "softsign", "swish", "mish", "silu", "reglu", "swiglu", "bilinear", "glu"]
@@ -44,7 +45,7 @@ class ModelConfig(Section):
     """Hidden width of MLPs and experts as it is, gated or not (Megatron-LM's meaning). None: `intermediate_size` and its rule decide."""
     intermediate_size: PositiveInt | None = None
     """MLP size. Dense MLP: the width, or for gated activations 3 times the width (NeoX's rule). Experts: the width as is. None: 4 * hidden_size."""
-    expansion_factor: PositiveFloat | None = None
+    expansion_factor: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """`intermediate_size` as a multiple of hidden_size. None: 4, or whatever `intermediate_size` or `ffn_hidden_size` say."""
     mlp_multiple_of: PositiveInt = 1
     """The width of a dense MLP is rounded up to a multiple of this; `ffn_hidden_size` has to be one."""
@@ -60,8 +61,8 @@ class ModelConfig(Section):
     use_bias_in_norms: bool = True
     """Biases in layernorm (the other norms have none). NeoX does not read this key: its layernorm models always have biases."""
     use_qk_layernorm: bool = False
-    """A norm (of the kind of `norm`), the same for queries and keys, with a weight for every head and dimension; layernorm takes its mean over all
-    heads, the others over each. Not with grouped key/value heads."""
+    """A norm (of the kind of `norm`), the same for queries and keys, with a weight for every query head and dimension; layernorm takes its mean over
+    all heads, the others over each. Grouped key/value heads are repeated for it, as in NeoX, which takes the memory of a model without groups."""
     qk_norm_per_head: bool = False
     """A norm (of the kind of `norm`) over the dimensions of each head for queries, and another for keys, as in Qwen 3. NeoX has no such key."""
     pos_emb: Literal["learned", "rotary", "sinusoidal", "rpe", "alibi", "none"] = "learned"
@@ -71,6 +72,9 @@ class ModelConfig(Section):
     """Share of each head's dimensions that rotary positions turn; the number of dimensions must come out even."""
     rotary_emb_base: PositiveInt = 10000
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Scaled rotary frequencies, as in Hugging Face's config.json: {rope_type: llama3, factor, low_freq_factor, high_freq_factor,
+    original_max_position_embeddings}, or {rope_type: linear, factor}. None: not scaled. NeoX has no such key."""
     rotary_save_freqs_buffer: bool = False
     """Write the rotary frequencies into checkpoints, for a NeoX that expects them there; they are never read."""
     rpe_num_buckets: Annotated[int, Field(ge=2)] = 32
@@ -106,7 +110,8 @@ class ModelConfig(Section):
     attention_dropout: Fraction = 0.0
     """Dropout probability on attention weights."""
     hidden_dropout: Fraction = 0.0
-    """Dropout probability on embeddings and on what attention and MLP add to the residual stream."""
+    """Dropout probability on embeddings and on what attention and MLP add to the residual stream; as in NeoX, none after experts and after MLPs
+    without biases."""
     init_method: InitMethod = "normal"
     """Initialisation of input projections, embeddings and the output head."""
     output_layer_init_method: InitMethod = "scaled_normal"
@@ -125,6 +130,11 @@ class ModelConfig(Section):
     def kv_heads(self) -> int:
         """Key/value heads, `num_kv_heads` resolved."""
         return self.num_kv_heads or self.num_attention_heads
+
+    @property
+    def attended_kv_heads(self) -> int:
+        """Key/value heads that queries meet: with `use_qk_layernorm` one each, since its weights differ from query head to query head."""
+        return self.num_attention_heads if self.use_qk_layernorm else self.kv_heads
 
     @property
     def rotary_dim(self) -> int:
@@ -193,9 +203,6 @@ class ModelConfig(Section):
         yield from self._width_problems()
         yield from self._position_problems()
         yield from attention_problems(self.attention_config, self.num_layers)
-        if self.use_qk_layernorm and self.kv_heads != heads:
-            message = "has weights for every query head, and these keys have fewer heads; use qk_norm_per_head"
-            yield Problem(("use_qk_layernorm", "num_kv_heads"), message)
         if self.use_qk_layernorm and self.qk_norm_per_head:
             yield Problem(("qk_norm_per_head", "use_qk_layernorm"), "does not go with use_qk_layernorm; keep one of them")
         if self.gpt_j_tied and not self.gpt_j_residual:
@@ -207,6 +214,8 @@ class ModelConfig(Section):
         elif self.seq_length <= self.max_position_embeddings < self.seq_length + self.opt_pos_emb_offset:
             message = f"leaves {max(0, self.max_positions)} of {self.max_position_embeddings} rows, fewer than seq_length ({self.seq_length})"
             yield Problem(("opt_pos_emb_offset", "max_position_embeddings", "seq_length"), message)
+        if self.rope_scaling is not None:
+            yield from rope_problems(self.rope_scaling, self.pos_emb)
         if self.pos_emb == "sinusoidal" and self.hidden_size % 2:
             yield Problem(("hidden_size", "pos_emb"), "must be even for sinusoidal positions, which are pairs of sine and cosine")
         if self.pos_emb == "rpe" and self.rpe_max_distance <= self.rpe_num_buckets // 2:

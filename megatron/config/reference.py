@@ -25,6 +25,8 @@ file only; `-o key=value` on the command line wins over files (`-o optimizer.par
 None.
 """
 
+PAGE = "configs/neox_arguments.md"
+
 
 def reference_page() -> str:
     """The page as Markdown."""
@@ -110,4 +112,4 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(reference_page(), encoding="utf-8")
+    Path(sys.argv[1] if len(sys.argv) > 1 else PAGE).write_text(reference_page(), encoding="utf-8")

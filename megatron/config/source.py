@@ -95,7 +95,7 @@ def canonical(key: str) -> str:
 def find_file(name: Path | str, conf_dir: Path | None) -> Path:
     """The file meant by a name on the command line: inside `conf_dir` when given, `.yml` added when there is no suffix."""
     path = Path(name) if conf_dir is None else Path(conf_dir) / name
-    return path if path.suffix.lower() in YAML_SUFFIXES else path.with_name(path.name + ".yml")
+    return path if path.suffix.lower() in YAML_SUFFIXES or path.name in ("", "..") else path.with_name(path.name + ".yml")
 
 
 def read_text(path: Path, problems: list[str]) -> str | None:
@@ -137,8 +137,12 @@ def parse(text: str, file: str, problems: list[str]) -> Source:
 
 
 def _take(source: Source, key_node: yaml.Node, value_node: yaml.Node, file: str, problems: list[str]) -> None:
+    place = Place(file, key_node.start_mark.line + 1)
+    if not isinstance(key_node, yaml.ScalarNode):
+        problems.append(f"{place}: a key must be a word, but is a {'list' if isinstance(key_node, yaml.SequenceNode) else 'dictionary'}")
+        return
     written = str(key_node.value)
-    key, place = canonical(written), Place(file, key_node.start_mark.line + 1)
+    key = canonical(written)
     if key in source.values:
         problems.append(f"{place}: '{written}' repeats '{key}', first given at {source.places[(key,)]}")
         return

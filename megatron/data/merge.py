@@ -25,9 +25,12 @@ class Merged:
 def merge(folder: Path, output: Path, reporter: Reporter) -> Merged:
     """Writes the pair `output` from every other pair in `folder`, in natural order of their names: whole or not at all.
 
-    Raises DatasetError when there is none, when a half is missing or damaged, and when their tokens are of different types.
+    Raises DatasetError when there is none, when a half is missing or damaged, when their tokens are of different types, and when texts lie among
+    labels.
     """
-    inputs = [IndexedDataset(prefix) for prefix in pairs_in(folder, output)]
+    prefixes = pairs_in(folder, output)
+    _check_kinds(prefixes)
+    inputs = [IndexedDataset(prefix) for prefix in prefixes]
     first = inputs[0]
     for other in inputs[1:]:
         if other.dtype != first.dtype:
@@ -63,3 +66,15 @@ def pairs_in(folder: Path, output: Path) -> list[Path]:
     if not prefixes:
         raise DatasetError(f"--input {folder}: no .bin/.idx pairs in this folder" + (" but the one to be written" if found else ""))
     return sorted(prefixes, key=lambda prefix: natural_order(prefix.name))
+
+
+def _check_kinds(prefixes: Sequence[Path]) -> None:
+    """Labels and rewards lie beside their texts, where the tools for masks and chats write them."""
+    kinds = {prefix: next((kind for kind in ("label", "reward") if prefix.name.endswith(f"{kind}_document")), "text") for prefix in prefixes}
+    first, *others = prefixes
+    other = next((prefix for prefix in others if kinds[prefix] != kinds[first]), None)
+    if other is not None:
+        raise DatasetError(
+            f"{first} and {other} are of different kinds by their names ({kinds[first]} and {kinds[other]}), and would become documents of one file; "
+            "put each kind into a folder of its own and merge it from there"
+        )

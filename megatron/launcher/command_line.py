@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,9 +15,11 @@ from megatron.config.loader import LoadedConfig, load_config
 from megatron.config.neox import OWNER, check_trainable
 from megatron.config.section import ConfigError
 from megatron.config.source import canonical
+from megatron.config.training import resolve_batch
 from megatron.config.transport import decode
-from megatron.launcher.plan import plan_launch, worker_count
+from megatron.launcher.plan import machine_notices, plan_launch, worker_count
 from megatron.launcher.processes import run_until_done, survey
+from megatron.mpu.environment import complete_environment
 
 # NeoX's flags that stand for a key; the flag's value wins over the files like any override.
 KEY_FLAGS = {
@@ -66,6 +68,8 @@ def main(argv: Sequence[str]) -> int:
         launch = plan_launch(script, loaded, machine)
     except ConfigError as error:
         _stop(parser, str(error))
+    for notice in machine_notices(loaded):
+        sys.stderr.write(f"{parser.prog}: {notice}\n")
     if launch.replaces:
         os.execve(launch.argv[0], launch.argv, launch.env)
     return run_until_done(launch.argv, launch.env, launch.processes)
@@ -89,7 +93,8 @@ def _deepy_parser() -> argparse.ArgumentParser:
 def config_from_argv(argv: Sequence[str]) -> LoadedConfig:
     """The configuration of a worker script: from deepy.py's `--megatron_config`, or from YAML files and overrides given to the script itself.
 
-    Mistakes are printed as sentences and end the process with status 2. `--local_rank` and `--deepspeed_config`, which launchers add, are accepted.
+    Mistakes are printed as sentences and end the process with status 2. The environment says afterwards which process this is (LaunchError where it
+    cannot). `--local_rank` and `--deepspeed_config`, which launchers add, are accepted.
     """
     parser = _parser(Path(sys.argv[0]).name or "train.py", "CONFIG [CONFIG ...]")
     for flag in ("--local_rank", "--local-rank", "--deepspeed_config"):
@@ -97,11 +102,12 @@ def config_from_argv(argv: Sequence[str]) -> LoadedConfig:
     parser.add_argument("--megatron_config", help=argparse.SUPPRESS)
     request = _take_apart(parser, argv)
     try:
-        if request.transported is not None:
-            return decode(request.transported)
-        return load_request(request, request.words)
+        loaded = load_request(request, request.words) if request.transported is None else decode(request.transported)
     except ConfigError as error:
         _stop(parser, str(error))
+    launcher = loaded.config.launcher
+    complete_environment(os.environ, master_addr=launcher.master_addr, master_port=launcher.master_port)
+    return loaded
 
 
 def _parser(program: str, positionals: str) -> argparse.ArgumentParser:
@@ -148,12 +154,17 @@ def _stop(parser: argparse.ArgumentParser, sentence: str) -> NoReturn:
 
 
 def _show_check(loaded: LoadedConfig, processes: int) -> int:
+    """Returns the exit status. Raises ConfigError where the batch sizes contradict each other; what is missing may be in another file."""
     from rich.console import Console
 
     from megatron.analysis.vocabulary import vocabulary
     from megatron.launcher.summary import summary
 
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    loaded = replace(loaded, notices=(*loaded.notices, *machine_notices(loaded)))
     for part in summary(loaded, processes, vocabulary(loaded.config.data)):
         console.print(part, soft_wrap=isinstance(part, str))  # sentences stay in one line, tables keep to the width
+    training = loaded.config.training
+    if training.train_batch_size is not None or training.train_micro_batch_size_per_gpu is not None:
+        resolve_batch(training, processes)
     return 0

@@ -57,6 +57,18 @@ def plan_launch(script: Path, loaded: LoadedConfig, machine: Machine) -> Launch:
     return Launch((sys.executable, "-m", "deepspeed.launcher.launch", *local, *worker_arguments), env, processes, False)
 
 
+def machine_notices(loaded: LoadedConfig) -> list[str]:
+    """Sentences on what was asked for about machines and is not done."""
+    launcher = loaded.config.launcher
+    for name, file in (("'hostfile'", launcher.hostfile), ("DLTS_HOSTFILE", os.environ.get("DLTS_HOSTFILE"))):
+        if file:
+            return [] if Path(file).is_file() else [f"{name} = '{file}': no such file; this machine alone is used"]
+    asked = "slurm" if launcher.deepspeed_slurm else launcher.launcher
+    if asked == "pdsh" or _hostfile(loaded) is not None or launcher.force_multi:
+        return []
+    return [f"'launcher' = '{asked}': there is no hostfile, so this machine alone is used; give one, or force_multi: true"]
+
+
 def _hostfile(loaded: LoadedConfig) -> str | None:
     """The file that names the machines, or None when there is none: this machine only."""
     name = loaded.config.launcher.hostfile or os.environ.get("DLTS_HOSTFILE") or _DEFAULT_HOSTFILE

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class TransformerLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)) (sequential residual).
 
-    Dropout follows both branches whatever is in them. (GPT-NeoX leaves it out after experts and after an MLP without biases.)
+    Dropout follows both, except after experts and after an MLP without biases, as in GPT-NeoX.
     """
 
     def __init__(self, model: ModelConfig, moe: MoEConfig | None, index: int, init: Initializer, rpe: RelativePositions | None = None) -> None:
@@ -36,6 +36,7 @@ class TransformerLayer(nn.Module):
         self.post_attention_layernorm = build_norm(model)
         self.mlp: nn.Module = build_mlp(model, init) if moe is None else MoELayer(model, moe, init)
         self.dropout = nn.Dropout(model.hidden_dropout)
+        self.mlp_dropout = nn.Dropout(model.hidden_dropout if moe is None and model.use_bias_in_mlp else 0.0)
 
     def forward(self, state: LayerState, places: Places = START, cache: LayerCache | None = None) -> LayerState:
         """The state after this layer; with a cache the hidden states continue the tokens that it holds."""
@@ -46,7 +47,7 @@ class TransformerLayer(nn.Module):
 
     def _feed_forward(self, x_BSD: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
         """(what the feed-forward part adds, the state with its report)."""
-        return self.dropout(self.mlp(x_BSD)), state
+        return self.mlp_dropout(self.mlp(x_BSD)), state
 
 
 class ParallelResidualLayer(TransformerLayer):
@@ -79,7 +80,7 @@ class _WithExperts(TransformerLayer):
 
     def _feed_forward(self, x_BSD: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
         y_BSD, *report = self.mlp(x_BSD, state.earlier_rows_E(self.mlp.context.num_experts))
-        return self.dropout(y_BSD), state._replace(report=state.report.then(*report))
+        return self.mlp_dropout(y_BSD), state._replace(report=state.report.then(*report))
 
 
 class MoETransformerLayer(_WithExperts, TransformerLayer):

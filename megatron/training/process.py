@@ -6,13 +6,13 @@ import atexit
 import ctypes
 import logging
 import os
-import socket
 import sys
 import warnings
 
 import torch
 
 from megatron.config.machine import usable_cores
+from megatron.mpu.environment import complete_environment
 from megatron.mpu.topology import Topology, current_topology
 
 # From glibc's malloc.h: blocks from this size on are mapped one by one; free memory at the top of the heap is given back from this size on; the heap
@@ -26,14 +26,15 @@ def start_process(*, backend: str | None, threads: int | None) -> Topology:
 
     `backend` None: nccl where there is a GPU, else gloo; nccl without a GPU becomes gloo.
     `threads` None: OMP_NUM_THREADS (deepy.py sets it), else this machine's cores divided by its processes.
+    Raises LaunchError where the environment does not say which process this is.
     """
     choose_accelerator()
     keep_freed_memory()
-    single_process_defaults(os.environ)
+    complete_environment(os.environ)
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads or max(1, usable_cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
     if os.environ["DS_ACCELERATOR"] == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())  # a task may see its own GPU only
     import deepspeed
 
     warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)  # DeepSpeed's calls, not the user's
@@ -72,21 +73,8 @@ def choose_backend(requested: str | None) -> str:
     return (requested or "nccl") if os.environ["DS_ACCELERATOR"] == "cuda" else "gloo"
 
 
-def single_process_defaults(environment: os._Environ[str] | dict[str, str]) -> None:
-    """A process that no launcher started is rank 0 of 1, at a port that nobody else has."""
-    if "RANK" not in environment:
-        environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    environment.setdefault("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", environment["WORLD_SIZE"]))
-
-
 def decline_compiled_collectives() -> None:
     """DeepSpeed would compile a shared-memory all-reduce for CPUs at its first start (45 s, and a compiler); gloo is there already."""
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

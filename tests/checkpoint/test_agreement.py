@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron.checkpoint.agreement import FREE_KEYS, batch_change, check_architecture
+from megatron.checkpoint.agreement import FREE_KEYS, POSITION_KEYS, batch_change, check_architecture
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.manifest import write_manifest
 from megatron.checkpoint.save import resolved_config_document
@@ -70,7 +70,25 @@ def test_every_difference_is_named(path: Path) -> None:
 
 
 def test_every_free_key_is_a_key() -> None:
-    assert set(flat()) >= FREE_KEYS
+    assert set(flat()) >= FREE_KEYS | POSITION_KEYS
+
+
+def test_training_further_may_read_longer_texts(path: Path) -> None:
+    """Going on may not; keys that say nothing about positions are refused in both."""
+    longer = {"rotary_emb_base": 500_000, "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "max_position_embeddings": 64}
+    scaling = flat(**longer)["rope_scaling"]
+    sentences = [
+        f"'max_position_embeddings' = 64: the model in {path} was trained with 32",
+        f"'rotary_emb_base' = 500000: the model in {path} was trained with 10000",
+        f"'rope_scaling' = {scaling!r}: the model in {path} was trained with None",
+    ]
+    assert check_architecture(path, flat(**longer), finetune=True) == [f"{sentence}." for sentence in sentences]
+    with pytest.raises(ConfigError) as caught:
+        check_architecture(path, flat(**longer))
+    assert caught.value.problems == [f"{sentence}; finetune: true may change it" for sentence in sentences]
+    with pytest.raises(ConfigError) as caught:
+        check_architecture(path, flat(**longer, activation="relu"), finetune=True)
+    assert [problem.split(" ")[0] for problem in caught.value.problems] == ["'activation'"]
 
 
 def test_what_the_checkpoint_does_not_know_is_not_compared(path: Path) -> None:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from megatron.config.neox import SECTION_CLASSES
-from megatron.config.reference import reference_page
+from megatron.config.reference import PAGE, reference_page
 
 
 def test_the_page_is_current(repository: Path) -> None:
     written = (repository / "configs" / "neox_arguments.md").read_text(encoding="utf-8")
-    assert written == reference_page(), "run: python -m megatron.config.reference configs/neox_arguments.md"
+    assert written == reference_page(), "run: make docs"
+
+
+def test_the_command_of_make_docs_writes_the_page(tmp_path: Path, repository: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    command = [sys.executable, "-m", "megatron.config.reference"]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(repository)}, check=True)
+    assert (tmp_path / PAGE).read_text(encoding="utf-8") == reference_page()
+    assert "@$(python) -m megatron.config.reference\n" in (repository / "Makefile").read_text()
 
 
 @pytest.mark.parametrize("name", list(SECTION_CLASSES))

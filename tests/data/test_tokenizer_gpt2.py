@@ -92,6 +92,26 @@ def test_files_that_are_not_gpt2s_are_explained(files: tuple[Path, Path], shared
         load_tokenizer("GPT2BPETokenizer", whole, merges)
 
 
+def test_a_merge_without_its_token_is_left_out_and_said(files: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As in a copy of GPT-2's files that goes round, which GPT-NeoX reads as well."""
+    vocab, merges = files
+    ids = json.loads(vocab.read_text(encoding="utf-8"))
+    whole = load_tokenizer("GPT2BPETokenizer", vocab, merges)
+    assert not caplog.records
+    last = "".join(merges.read_text(encoding="utf-8").split("\n")[-2].split())
+    fewer = {token: number for token, number in ids.items() if token != last}
+    (tmp_path / "vocab.json").write_text(json.dumps(fewer), encoding="utf-8")
+    lacking = load_tokenizer("GPT2BPETokenizer", tmp_path / "vocab.json", merges)
+    assert f"1 of the 50,000 merges in {merges} make a token that vocab.json has not ({last}): left out." in caplog.text
+    assert lacking.encode("on the hill") == whole.encode("on the hill")
+    text = last.replace("\u0120", " ")
+    assert len(lacking.encode(text)) > len(whole.encode(text)) == 1
+    assert lacking.decode(lacking.encode(text)) == text
+    (tmp_path / "vocab.json").write_text(json.dumps(dict(list(ids.items())[:40_000])), encoding="utf-8")
+    with pytest.raises(TokenizerError, match=r"out of vocabulary"):
+        load_tokenizer("GPT2BPETokenizer", tmp_path / "vocab.json", merges)
+
+
 def test_names_on_the_hub_are_not_looked_for_unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

@@ -101,7 +101,7 @@ def test_one_process_without_a_gpu_gets_the_cpu_accelerator_and_passes_its_statu
 )
 def test_neox_s_flags_become_keys(folder: Path, words: tuple[str, ...], overrides: str) -> None:
     done = run(folder, "deepy.py", *words)
-    assert done.stderr == ""
+    assert done.stderr == ("deepy.py: 'hostfile' = 'hosts': no such file; this machine alone is used\n" if "-H" in words else "")
     assert overrides in done.stdout.splitlines()[0]
 
 
@@ -207,3 +207,20 @@ def test_check_shows_what_will_happen_and_runs_nothing(folder: Path) -> None:
 
     tokenizer.write_text("{}")
     assert "is not a tokenizer.json" in run(folder, *words).stdout
+
+
+def test_check_fails_for_batch_sizes_that_do_not_multiply_out(folder: Path) -> None:
+    words = ("deepy.py", "train.py", "-d", "configs", "small", "--check", "-o", "train_batch_size=32", "gradient_accumulation_steps=8", "num_gpus=2")
+    done = run(folder, *words)
+    product = "train_micro_batch_size_per_gpu (4) * gradient_accumulation_steps (8) * data-parallel processes (2)"
+    assert done.returncode == 2
+    assert done.stderr == f"deepy.py: 1 problem(s) in the configuration:\n  'train_batch_size' = 32: must equal {product}\n"
+    assert "Given in small.yml, command line" in done.stdout, "what was asked for is shown all the same"
+    assert run(folder, *words[:-1], "num_gpus=1").returncode == 0
+
+
+def test_a_hostfile_that_is_not_there_is_said(folder: Path) -> None:
+    words = ("deepy.py", "worker.py", "-d", "configs", "small", "-o", "hostfile=/nowhere/hosts")
+    assert "note: 'hostfile' = '/nowhere/hosts': no such file; this machine alone is used\n" in run(folder, *words, "--check").stdout
+    done = run(folder, *words)
+    assert (done.returncode, done.stderr) == (0, "deepy.py: 'hostfile' = '/nowhere/hosts': no such file; this machine alone is used\n")

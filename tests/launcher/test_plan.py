@@ -13,7 +13,7 @@ import pytest
 from megatron.config.loader import LoadedConfig, config_from_dict
 from megatron.config.section import ConfigError
 from megatron.config.transport import decode
-from megatron.launcher.plan import Launch, plan_launch, worker_count
+from megatron.launcher.plan import Launch, machine_notices, plan_launch, worker_count
 from megatron.launcher.processes import Machine, free_port
 
 MODEL = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32, "max_position_embeddings": 32}
@@ -125,3 +125,17 @@ def test_a_busy_port_is_left_alone() -> None:
         taken = busy.getsockname()[1]
         assert free_port(taken) not in (taken, 0)
     assert free_port(taken) == taken
+
+
+def test_what_is_asked_for_about_machines_and_not_done_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("worker-1 slots=4\n")
+    alone = "there is no hostfile, so this machine alone is used; give one, or force_multi: true"
+    missing = f"= '{tmp_path}/none': no such file; this machine alone is used"
+    assert machine_notices(loaded(hostfile=str(hostfile), launcher="slurm")) == machine_notices(loaded()) == []
+    assert machine_notices(loaded(launcher="openmpi", force_multi=True)) == []
+    assert machine_notices(loaded(deepspeed_slurm=True)) == [f"'launcher' = 'slurm': {alone}"]
+    assert machine_notices(loaded(hostfile=f"{tmp_path}/none")) == [f"'hostfile' {missing}"]
+    monkeypatch.setenv("DLTS_HOSTFILE", f"{tmp_path}/none")
+    assert machine_notices(loaded(hostfile=str(hostfile))) == []
+    assert machine_notices(loaded()) == [f"DLTS_HOSTFILE {missing}"]

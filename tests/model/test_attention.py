@@ -47,7 +47,7 @@ def bias(model: ModelConfig, attention: SelfAttention, head: int, distance: int)
 
 def normed(model: ModelConfig, attention: SelfAttention, vectors_SHd: Tensor, which: str) -> Tensor:
     if model.use_qk_layernorm:
-        return attention.qk_layernorm(vectors_SHd)
+        return attention.qk_layernorm(vectors_SHd)  # keys: repeated by now
     return attention.get_submodule(which)(vectors_SHd) if model.qk_norm_per_head else vectors_SHd
 
 
@@ -59,6 +59,9 @@ def slow_attention(model: ModelConfig, attention: SelfAttention, x_SD: Tensor, d
         query, key, value = fused.view(length, heads, 3, d).unbind(2)
     else:
         query, key, value = fused.view(length, heads + 2 * kv_heads, d).split([heads, kv_heads, kv_heads], 1)
+    if model.use_qk_layernorm:  # as GPT-NeoX: keys and values are repeated, then normalised with the weights of the query heads
+        key, value = (torch.stack([part[:, h * kv_heads // heads] for h in range(heads)], 1) for part in (key, value))
+        kv_heads = heads
     query, key = normed(model, attention, query, "q_norm"), normed(model, attention, key, "k_norm")
     dimensions = model.rotary_dim if model.pos_emb == "rotary" else 0
     window = length if model.sliding_window_width is None else model.sliding_window_width
@@ -100,6 +103,9 @@ SPLITS: list[dict[str, Any]] = [
     {"num_kv_heads": 1},
     {"use_qk_layernorm": True},
     {"use_qk_layernorm": True, "norm": "rmsnorm"},
+    {"use_qk_layernorm": True, "num_kv_heads": 2},
+    {"use_qk_layernorm": True, "num_kv_heads": 1, "norm": "rmsnorm"},
+    {"use_qk_layernorm": True, "num_kv_heads": 2, "norm": "scalenorm"},
     {"qk_norm_per_head": True, "num_kv_heads": 2},
     {"qk_norm_per_head": True, "norm": "rmsnorm"},
 ]
@@ -149,7 +155,7 @@ def test_without_positions_order_does_not_matter() -> None:
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("layout", [HeadLayout(4, 4, 6), HeadLayout(4, 2, 6)])
 def test_gradcheck_of_the_split_and_rotation(layout: HeadLayout, restart: bool) -> None:
-    cos, sin = (table.double() for table in rotary_table(3, 4, 100, torch.device("cpu")))
+    cos, sin = (table.double() for table in rotary_table(3, (1.0, 0.1), torch.device("cpu")))
     if restart:
         position_BS = torch.tensor([[0, 1, 2], [0, 0, 1]])
         cos, sin = cos[position_BS], sin[position_BS]
@@ -160,8 +166,8 @@ def test_gradcheck_of_the_split_and_rotation(layout: HeadLayout, restart: bool) 
 def test_the_rotary_table_serves_training_after_inference() -> None:
     rotary_table.cache_clear()
     with torch.inference_mode():
-        rotary_table(3, 4, 100, torch.device("cpu"))
-    assert not rotary_table(3, 4, 100, torch.device("cpu"))[0].is_inference()
+        rotary_table(3, (1.0, 0.1), torch.device("cpu"))
+    assert not rotary_table(3, (1.0, 0.1), torch.device("cpu"))[0].is_inference()
 
 
 @pytest.mark.parametrize("pos_emb", ["alibi", "rotary"])

@@ -126,6 +126,7 @@ LLAMA_ENDS = {"0.word_embeddings.weight": "model.embed_tokens.weight", "5.norm.s
 NEOX_ENDS = {"0.word_embeddings": "gpt_neox.embed_in", "5.norm": "gpt_neox.final_layer_norm", "6.final_linear.weight": "lm_head.weight"}
 DECODER = "model.decoder."
 ROPE = {"rope_type": "default", "rope_theta": 500.0}
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 12}
 
 
 def neox(parallel: bool, share: float, tanh: bool) -> Architecture:
@@ -146,6 +147,9 @@ ARCHITECTURES = {
     "gpt-neox, tanh": neox(parallel=True, share=0.5, tanh=True),
     "llama": llama("LlamaForCausalLM", {"num_key_value_heads": 2}, {"num_kv_heads": 2}),
     "llama, one key head": llama("LlamaForCausalLM", {"num_key_value_heads": 1}, {"num_kv_heads": 1}),
+    "llama 3.1": llama(
+        "LlamaForCausalLM", {"num_key_value_heads": 2, "rope_parameters": {**ROPE, **SCALED}}, {"num_kv_heads": 2, "rope_scaling": SCALED}
+    ),
     "llama, all heads, biases in attention": llama("LlamaForCausalLM", {"attention_bias": True}, {"use_bias_in_attn_linear": True}),
     "mistral": llama("MistralForCausalLM", {"num_key_value_heads": 2, "sliding_window": 4}, {"num_kv_heads": 2, "sliding_window_width": 3}),
     "qwen 3": llama("Qwen3ForCausalLM", {"num_key_value_heads": 2, "head_dim": 8}, {"num_kv_heads": 2, "qk_norm_per_head": True}),

@@ -54,12 +54,12 @@ def test_a_layer_is_its_formula(kind: str, attention_bias: bool, mlp_bias: bool,
 @pytest.mark.parametrize("experts", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", RESIDUALS)
-def test_dropout_follows_both_branches(kind: str, bias: bool, experts: bool) -> None:
-    """With everything dropped a layer adds nothing."""
+def test_dropout_follows_attention_and_mlps_with_biases(kind: str, bias: bool, experts: bool) -> None:
+    """Everything dropped: the branch adds nothing. GPT-NeoX has no dropout after experts and after MLPs without biases."""
     section = model_section(num_layers=1, use_bias_in_mlp=bias, use_bias_in_attn_linear=bias, hidden_dropout=1.0, **RESIDUALS[kind])
     layer = tiny_model(section, moe_section(moe_expert_type="grouped") if experts else DENSE).layers[0]
     x_BSD = torch.randn(1, 4, 16)
-    change_BSD = layer._feed_forward(x_BSD, state(x_BSD))[0]
-    assert not change_BSD.any()
-    assert torch.equal(layer(state(x_BSD)).hidden_BSD, x_BSD)
-    assert not torch.equal(layer.eval()(state(x_BSD)).hidden_BSD, x_BSD)
+    norm = layer.input_layernorm if kind == "tied" else layer.post_attention_layernorm
+    wanted = x_BSD if bias and not experts else x_BSD + feed_forward(layer, norm(x_BSD))
+    torch.testing.assert_close(layer(state(x_BSD)).hidden_BSD, wanted)
+    assert not torch.allclose(layer.eval()(state(x_BSD)).hidden_BSD, wanted)

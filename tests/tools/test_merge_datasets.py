@@ -149,3 +149,21 @@ def test_stopped_in_the_middle_it_leaves_what_was_there_and_can_be_run_again(
     assert main("--input", parts, "--output-prefix", tmp_path / "all") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all.bin", "all.idx", "parts"]
     assert IndexedDataset(tmp_path / "all").num_tokens == 7
+
+
+def test_texts_and_their_labels_do_not_become_one(main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tool for masks writes both in one type into one folder."""
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for name in ("a_label_document", "a_text_document"):
+        write(folder / name, [[1, 2]])
+    assert main("--input", folder, "--output-prefix", tmp_path / "all") == 1
+    sentence = (
+        "are of different kinds by their names (label and text), and would become documents of one file; put each kind into a folder of its own"
+    )
+    assert f"{folder}/a_label_document and {folder}/a_text_document {sentence} and merge it from there\n" in capsys.readouterr().err
+    assert not list(tmp_path.glob("all*"))
+    (folder / "a_text_document.bin").unlink()
+    (folder / "a_text_document.idx").unlink()
+    write(folder / "b_label_document", [[3]])
+    assert main("--input", folder, "--output-prefix", tmp_path / "all") == 0

@@ -111,6 +111,20 @@ def test_a_converted_checkpoint_needs_finetune(corpus: Path, tmp_path: Path, str
     assert tuned[0] < straight[1][0]
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_training_further_on_longer_texts(
+    corpus: Path, tmp_path: Path, straight: tuple[Path, list[float]], own: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = straight[0] if own else rewritten(tmp_path / "theirs", straight[0] / "global_step8").parent
+    further = {"load": str(load), "pos_emb": "rotary", "max_position_embeddings": 64, "seq_length": 48, "rotary_emb_base": 50_000}
+    values = dense(corpus, tmp_path / "ours", hidden_dropout=0.0, **further)
+    if own:
+        with pytest.raises(ConfigError, match=r"'max_position_embeddings' = 64: .* trained with 16; finetune: true may change it"):
+            train_losses(values)
+    assert train_losses({**values, "finetune": True})[0] < straight[1][0]
+    assert not own or "'rotary_emb_base' = 50000: the model in" in capsys.readouterr().out
+
+
 def test_parts_of_two_processes_go_on_without_their_optimizer(corpus: Path, tmp_path: Path, straight: tuple[Path, list[float]]) -> None:
     stored = torch.load(straight[0] / "global_step4/mp_rank_00_model_states.pt", weights_only=True)
     parts = [cut_for_rank(stored["module"], rank, 2, queries=32, kv=32, gated=False) for rank in range(2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,8 +12,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from megatron.data.tokenizer import TokenizerError
 from megatron.data.tokenizer.huggingface import RustTokenizer, read_tokenizer_json
 
+log = logging.getLogger(__name__)
+
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
+MOST_MISSING = 1e-3
+"""Share of merges into tokens that are not in vocab.json with which the two files may still belong together: GPT-NeoX reads such files too."""
 FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
@@ -48,9 +53,9 @@ class HFGPT2Tokenizer(RustTokenizer):
 
 
 def read_gpt2(vocab: Path, merges: Path) -> Tokenizer:
-    """A byte-level BPE without special tokens. Raises TokenizerError."""
+    """A byte-level BPE without special tokens. A few merges into tokens that there are not are left out with a warning. Raises TokenizerError."""
     try:
-        tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+        tokenizer = Tokenizer(_model(vocab, merges))
     except Exception as error:  # the library raises plain Exception
         raise TokenizerError(
             f"{vocab} and {merges} are not GPT-2's vocab.json (entry: id) and merges.txt (a pair a line): {error}{hint_for(vocab)}"
@@ -58,6 +63,18 @@ def read_gpt2(vocab: Path, merges: Path) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _model(vocab: Path, merges: Path) -> models.BPE:
+    """Raises whatever the library raises."""
+    ids, pairs = models.BPE.read_file(str(vocab), str(merges))
+    usable = [pair for pair in pairs if ids.keys() >= {*pair, "".join(pair)}]
+    missing = len(pairs) - len(usable)
+    if not 0 < missing <= MOST_MISSING * len(pairs):
+        return models.BPE(ids, pairs)
+    first = next("".join(pair) for pair, kept in zip(pairs, [*usable, None], strict=False) if pair != kept)
+    log.warning("%d of the %s merges in %s make a token that %s has not (%s): left out.", missing, f"{len(pairs):,}", merges, vocab.name, first)
+    return models.BPE(ids, usable)
 
 
 def hint_for(vocab: Path) -> str:

@@ -11,14 +11,24 @@ from torch import Tensor, nn
 
 from megatron.model.attention.cache import LayerCache
 from megatron.model.attention.sdpa import AlibiSdpa, Attend, CausalSdpa, RelativeSdpa
-from megatron.model.attention.split import NormedRotarySplit, NormedSplit, PlainSplit, Rotary, RotarySplit, Split
+from megatron.model.attention.split import (
+    NormedRotarySplit,
+    NormedSplit,
+    PlainSplit,
+    RepeatedRotarySplit,
+    RepeatedSplit,
+    Rotary,
+    RotarySplit,
+    Split,
+)
 from megatron.model.initialization import Initializer
 from megatron.model.mlp import build_linear
 from megatron.model.norms import build_norm
 from megatron.model.positions import START, Places
 from megatron.model.positions.alibi import AlibiSlopes
 from megatron.model.positions.derived import DerivedBuffer
-from megatron.model.positions.rotary import HeadLayout, inverse_frequencies
+from megatron.model.positions.rope_scaling import rotary_frequencies
+from megatron.model.positions.rotary import HeadLayout
 from megatron.model.positions.rpe import RelativePositions
 
 if TYPE_CHECKING:
@@ -44,7 +54,7 @@ class SelfAttention(nn.Module):
         self.alibi_embed = AlibiSlopes(heads) if model.pos_emb == "alibi" else None
         self.rpe = rpe
         if model.rotary_save_freqs_buffer and model.pos_emb == "rotary":
-            self.rotary_emb = DerivedBuffer("inv_freq", inverse_frequencies(model.rotary_dim, model.rotary_emb_base))
+            self.rotary_emb = DerivedBuffer("inv_freq", rotary_frequencies(model))
         self.dropout = model.attention_dropout
         self.split = self._build_split(model)
         self.attend = self._build_attend(model, index)
@@ -58,13 +68,12 @@ class SelfAttention(nn.Module):
         return self.dense(context_BHSd.transpose(1, 2).flatten(2).to(x_BSD.dtype))
 
     def _build_split(self, model: ModelConfig) -> Split:
-        rotary = Rotary(model.max_position_embeddings, model.rotary_dim, model.rotary_emb_base) if model.pos_emb == "rotary" else None
+        rotary = Rotary(model.max_position_embeddings, rotary_frequencies(model)) if model.pos_emb == "rotary" else None
         query_norm, key_norm = (self.qk_layernorm, self.qk_layernorm) if model.use_qk_layernorm else (self.q_norm, self.k_norm)
         if query_norm is None or key_norm is None:
             return PlainSplit(self.layout) if rotary is None else RotarySplit(self.layout, rotary)
-        if rotary is None:
-            return NormedSplit(self.layout, query_norm, key_norm)
-        return NormedRotarySplit(self.layout, query_norm, key_norm, rotary)
+        plain, turning = (RepeatedSplit, RepeatedRotarySplit) if self.layout.kv_heads < model.attended_kv_heads else (NormedSplit, NormedRotarySplit)
+        return plain(self.layout, query_norm, key_norm) if rotary is None else turning(self.layout, query_norm, key_norm, rotary)
 
     def _build_attend(self, model: ModelConfig, index: int) -> Attend:
         coefficient = model.position_bias_coefficient(index)

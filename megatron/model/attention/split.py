@@ -28,14 +28,14 @@ class PlainSplit:
 
 
 class Rotary:
-    """The model's rotary positions: how many there are, how many dimensions of a head they turn, and the base of their frequencies."""
+    """The model's rotary positions: how many there are, and the frequency of each pair of dimensions that they turn."""
 
-    def __init__(self, positions: int, dimensions: int, base: int) -> None:
-        self.numbers = (positions, dimensions, base)
+    def __init__(self, positions: int, frequencies: tuple[float, ...]) -> None:
+        self.positions, self.frequencies = positions, frequencies
 
     def rows(self, places: Places, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the tokens, float32."""
-        cos_Pn, sin_Pn = rotary_table(*self.numbers, device)
+        cos_Pn, sin_Pn = rotary_table(self.positions, self.frequencies, device)
         return places.rows(cos_Pn, length), places.rows(sin_Pn, length)
 
 
@@ -56,8 +56,12 @@ class NormedSplit:
         self.layout, self.query_norm, self.key_norm = layout, query_norm, key_norm
 
     def __call__(self, fused_BSW: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
-        query_BSHd, key_BSKd, value_BSKd = self.layout.views(fused_BSW)
+        query_BSHd, key_BSKd, value_BSKd = self.heads(fused_BSW)
         return widened(self.query_norm(query_BSHd)), widened(self.key_norm(key_BSKd)), widened(value_BSKd)
+
+    def heads(self, fused_BSW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is normalised."""
+        return self.layout.views(fused_BSW)
 
 
 class NormedRotarySplit(NormedSplit):
@@ -71,6 +75,19 @@ class NormedRotarySplit(NormedSplit):
         query_BSHd, key_BSKd, value_BSKd = super().__call__(fused_BSW, places)
         angles = self.rotary.rows(places, fused_BSW.shape[1], fused_BSW.device)
         return turned(query_BSHd, *angles), turned(key_BSKd, *angles), value_BSKd
+
+
+class RepeatedSplit(NormedSplit):
+    """One norm with weights for every query head: each key/value head stands as often as query heads share it, normalised for each (K = H)."""
+
+    def heads(self, fused_BSW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query_BSHd, key_BSKd, value_BSKd = self.layout.views(fused_BSW)
+        times = self.layout.heads // self.layout.kv_heads
+        return query_BSHd, key_BSKd.repeat_interleave(times, 2), value_BSKd.repeat_interleave(times, 2)
+
+
+class RepeatedRotarySplit(RepeatedSplit, NormedRotarySplit):
+    """The same, then turned."""
 
 
 def widened(x: Tensor) -> Tensor:

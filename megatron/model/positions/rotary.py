@@ -41,11 +41,10 @@ def inverse_frequencies(dimensions: int, base: int) -> list[float]:
 
 
 @lru_cache(maxsize=8)
-def rotary_table(length: int, rotary_dim: int, base: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_table(length: int, frequencies: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """(cos, sin), each float32 [length, n/2], computed in float64: the same angles whatever the model's dtype."""
     with torch.inference_mode(False):
-        frequencies = torch.tensor(inverse_frequencies(rotary_dim, base), dtype=torch.float64)
-        angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
+        angles = torch.outer(torch.arange(length, dtype=torch.float64), torch.tensor(frequencies, dtype=torch.float64))
         return angles.cos().float().to(device), angles.sin().float().to(device)
 
 

@@ -1,0 +1,99 @@
+"""Which process this is, from what launchers leave in the environment."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron.mpu.environment import LaunchError, complete_environment
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "4,3"}
+WORKER = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+
+
+def completed(environment: dict[str, str], **keys: object) -> list[str]:
+    environment = dict(environment)
+    complete_environment(environment, **keys)  # type: ignore[arg-type]
+    again = dict(environment)
+    complete_environment(again)
+    assert again == environment, "it may be completed more than once"
+    return [environment[name] for name in NAMES]
+
+
+@pytest.mark.parametrize("given", [{}, {"WORLD_SIZE": "1"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, {"SLURM_STEP_NUM_TASKS": "1"}])
+def test_a_process_alone_is_rank_0_of_1(given: dict[str, str]) -> None:
+    *rest, port = completed(given)
+    assert rest == ["0", "1", "0", "1", "127.0.0.1"]
+    assert 1024 <= int(port) < 65536
+
+
+def test_what_a_launcher_said_stays() -> None:
+    assert completed(WORKER) == [WORKER[name] for name in NAMES]
+    deepspeed_s = {key: value for key, value in WORKER.items() if key != "LOCAL_WORLD_SIZE"} | {"LOCAL_SIZE": "3"} | SRUN
+    assert completed(deepspeed_s) == [{**WORKER, "LOCAL_WORLD_SIZE": "3"}[name] for name in NAMES]
+
+
+def test_one_process_of_one_needs_no_place_to_meet() -> None:
+    assert completed({"RANK": "0", "WORLD_SIZE": "1"})[:5] == ["0", "1", "0", "1", "127.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    ("more", "address"),
+    [
+        ({"SLURM_STEP_NODELIST": "gpu[03-05,9],login"}, "gpu03"),
+        ({"SLURM_STEP_NODELIST": "a-1,b"}, "a-1"),
+        ({"MASTER_ADDR": "10.0.0.1", "SLURM_STEP_NODELIST": "b"}, "10.0.0.1"),
+    ],
+)
+def test_tasks_of_srun_are_ranks(more: dict[str, str], address: str) -> None:
+    assert completed(SRUN | more, master_port=2222) == ["5", "7", "1", "3", address, "2222"]
+
+
+def test_equal_counts_of_slurm() -> None:
+    assert completed(SRUN | {"SLURM_NODEID": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1"}, master_addr="m")[3] == "2"
+
+
+@pytest.mark.parametrize("prefix", ["OMPI_COMM_WORLD_", "MV2_COMM_WORLD_"])
+def test_processes_of_an_mpi_are_ranks(prefix: str) -> None:
+    given = {"RANK": "2", "SIZE": "4", "LOCAL_RANK": "0", "LOCAL_SIZE": "2"}
+    assert completed({prefix + key: value for key, value in given.items()}, master_addr="m") == ["2", "4", "0", "2", "m", "29500"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"RANK": "0"}, "RANK is '0' in the environment, and WORLD_SIZE is missing; set both, or neither for one process"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE is '4' in the environment, and RANK is missing; set both, or neither for one process"),
+        ({**WORKER, "RANK": "one"}, "RANK is 'one' in the environment: it has to be a number; the launcher sets it"),
+        ({**WORKER, "LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1' in the environment: it has to be a number; the launcher sets it"),
+        ({**WORKER, "RANK": "4"}, "RANK is 4 in the environment: it has to be from 0 to 3, as WORLD_SIZE is 4"),
+        (
+            {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"},
+            "WORLD_SIZE is 2 in the environment, and MASTER_ADDR is missing; deepy.py and torchrun set all of them",
+        ),
+        (SRUN, "srun started 7 processes without a place to meet; set master_addr, or MASTER_ADDR"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS is '2' in the environment, as srun sets it, but SLURM_PROCID is missing"),
+        (SRUN | {"SLURM_NODEID": "9"}, "SLURM_STEP_TASKS_PER_NODE is '4,3' in the environment, which has nothing for SLURM_NODEID 9"),
+    ],
+)
+def test_half_an_environment_is_a_sentence(given: dict[str, str], message: str) -> None:
+    with pytest.raises(LaunchError) as caught:
+        completed(given)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "generate.py"])
+def test_a_script_says_the_sentence(script: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key not in NAMES} | {"RANK": "0"}
+    command = [sys.executable, script, "configs/quickstart.yml"]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stderr) == (
+        1,
+        "RANK is '0' in the environment, and WORLD_SIZE is missing; set both, or neither for one process\n",
+    )
