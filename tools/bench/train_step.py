@@ -40,7 +40,12 @@ def our_step(precision: str, zero_stage: int) -> Callable[[torch.Tensor], Any]:
         "seq_length": SEQ_LENGTH,
         "max_position_embeddings": SEQ_LENGTH,
     }
-    run = {"train_iters": 1000, "train_micro_batch_size_per_gpu": BATCH, "optimizer": {"type": "Adam", "params": {"lr": 1e-4}}, "precision": precision}
+    run = {
+        "train_iters": 1000,
+        "train_micro_batch_size_per_gpu": BATCH,
+        "optimizer": {"type": "Adam", "params": {"lr": 1e-4}},
+        "precision": precision,
+    }
     config = config_from_dict({**model, **run, "pos_emb": "rotary", "no_weight_tying": True, "zero_optimization": {"stage": zero_stage}})
     engine = build_engine(config, build_model(config.model, config.moe, VOCABULARY, seed=1), world_size=1)
     settings = {"learning_rate": 1e-4, "masked_token": None, "before_update": lambda: None}
