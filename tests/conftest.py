@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -40,6 +41,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in marked:
         item.add_marker(pytest.mark.skip(reason="needs a CUDA device; PyTorch finds none"))
+
+
+@pytest.fixture(autouse=True)
+def garbage_of_the_test_alone() -> Iterator[None]:
+    """Collections pass over what was there before the test: DeepSpeed asks for six each time it makes an optimizer, of all that pytest has loaded."""
+    gc.freeze()
+    yield
+    gc.collect()
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

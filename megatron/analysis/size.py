@@ -59,7 +59,7 @@ def read_sizes(paths: list[str], layout: Layout) -> list[ModelSize]:
         except ConfigError as error:
             problems += error.problems
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(list(dict.fromkeys(problems)))  # a file may be given twice
     return sizes
 
 
@@ -120,10 +120,11 @@ def _keys(config: NeoXConfig, active: bool) -> Iterator[tuple[str, int, int]]:
     model, moe = config.model, config.moe
     if moe.moe_expert_type == "structmoe":
         width = model.hidden_size if moe.moe_lore_interaction == "standalone" else moe.expert_width(model)
-        yield "moe_lore_rank", 1, max(model.hidden_size, width)
-        if not active:
-            yield "moe_num_lores", moe.moe_lore_top_k, _MOST
-        elif moe.moe_lore_routed:
+        largest = max(model.hidden_size, width)
+        yield "moe_lore_rank", 1, largest if moe.moe_lore_routed else largest // moe.moe_num_lores
+        if not (active and moe.moe_lore_routed):
+            yield "moe_num_lores", moe.moe_lore_top_k, _MOST if moe.moe_lore_routed else largest // moe.moe_lore_rank
+        if active and moe.moe_lore_routed:
             yield "moe_lore_top_k", 1, moe.moe_num_lores
     if moe.moe_expert_type == "decomposed":
         yield "moe_decomposition_rank", 1, max(model.hidden_size, moe.expert_width(model))
@@ -134,14 +135,23 @@ def _keys(config: NeoXConfig, active: bool) -> Iterator[tuple[str, int, int]]:
 
 
 def _nearest(model: ModelSize, key: str, values: range, target: int, active: bool) -> int | None:
-    """The value whose size, which grows with it, is nearest to the target; None where the target is outside what the values reach."""
+    """The allowed value whose size, which grows with it, is nearest to the target; None where the target is outside what the values reach."""
     low, high = values[0], values[-1]
     if not _size(_with(model, key, low), active) <= target <= _size(_with(model, key, high), active):
         return None
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if _size(_with(model, key, middle), active) <= target else (low, middle)
-    return min((low, high), key=lambda value: abs(_size(_with(model, key, value), active) - target))
+    sides = range(low, values[0] - 1, -1), range(high, values[-1] + 1)
+    nearest = (next((value for value in side if _is_allowed(model, key, value)), None) for side in sides)
+    found = [value for value in nearest if value is not None]
+    return min(found, key=lambda value: abs(_size(_with(model, key, value), active) - target), default=None)
+
+
+def _is_allowed(model: ModelSize, key: str, value: int) -> bool:
+    """Whether a configuration may have this value: groups of experts, for one, must divide their number."""
+    moe = model.config.moe.model_copy(update={key: value})
+    return not [*moe.check(), *moe.check_with(model.config.model)]
 
 
 def _with(model: ModelSize, key: str, value: int) -> ModelSize:

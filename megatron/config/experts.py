@@ -29,7 +29,7 @@ class LoreOptions(ExpertOptions):
     moe_lore_top_k: PositiveInt = 1
     """StructMoE: LoREs that each token uses, l; at most `moe_num_lores`."""
     moe_lore_rank: PositiveInt = 64
-    """StructMoE: rank of one LoRE, Q; at most the larger width of the matrix that it adds to."""
+    """StructMoE: rank of one LoRE, Q; at most the larger width of the matrix that it adds to (without LoRE routers M * Q is)."""
     moe_lore_normalize: bool = False
     """StructMoE: divide the weights of the chosen LoREs by their sum."""
     moe_lore_init: Literal["layer", "zero"] = "layer"
@@ -41,6 +41,11 @@ class LoreOptions(ExpertOptions):
     ablation); gated: they multiply the activated hidden layer."""
     moe_lore_projection: Literal["up", "gate", "both"] = "up"
     """StructMoE with a gated activation: the projection that entangled LoREs add to; `both` has LoREs for each, chosen together."""
+
+    @property
+    def lore_rank(self) -> int:
+        """Rank of a LoRE as it is built: without LoRE routers there is one of all ranks together."""
+        return self.moe_lore_rank * (1 if self.moe_lore_routed else self.moe_num_lores)
 
     def check(self) -> Iterator[Problem]:
         if self.moe_lore_top_k > self.moe_num_lores:

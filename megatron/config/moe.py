@@ -47,6 +47,11 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
         """Whether any layer has experts."""
         return self.moe_num_experts > 1 or self.moe_num_experts_by_layer is not None
 
+    @property
+    def expert_counts(self) -> list[int]:
+        """`num_experts` of the layers, each number that occurs at least once."""
+        return [count * self.moe_expert_segments for count in self.moe_num_experts_by_layer or [self.moe_num_experts]]
+
     def moe_layer_numbers(self, num_layers: int) -> list[int]:
         """The layers, from 0, that have experts instead of a dense MLP."""
         if not self.has_experts:
@@ -75,8 +80,13 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
         return self.moe_shared_expert_intermediate_size or self.moe_num_shared_experts * self.expert_width(model)
 
     def idle_keys(self) -> Iterator[tuple[str, str]]:
-        """(key, what to say of it) for keys that were given for a component that is not the chosen one. One from outside may read them all."""
+        """(key, what to say of it) for keys that were given and do not do what they seem to, beside the chosen components and numbers.
+
+        A component from outside may read them all.
+        """
         if not self.has_experts:
+            for key in sorted(key for key in self.model_fields_set if key.startswith("moe_") and getattr(self, key) != _default(key)):
+                yield key, "has no effect: moe_num_experts is 1, so every layer is dense"
             return
         for choice, options in (("moe_router_type", routers.OPTIONS), ("moe_expert_type", experts.OPTIONS)):
             chosen = getattr(self, choice)
@@ -89,6 +99,23 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
                 yield key, "has no effect with moe_lore_routed: false; it is read where LoREs are routed"
         if "moe_block_wise_temperature" in self.model_fields_set and "block_wise_selection" not in self.moe_losses:
             yield "moe_block_wise_temperature", "has no effect unless moe_losses names block_wise_selection"
+        if self.moe_router_type == "top_p" and "moe_top_k" in self.model_fields_set:
+            yield "moe_top_k", "has no effect with moe_router_type top_p, which chooses the number of experts itself"
+        yield from self._weights_of_one()
+
+    def _weights_of_one(self) -> Iterator[tuple[str, str]]:
+        """Settings that leave a router nothing to learn from: the one weight of a token divided by itself."""
+        if self.top_k == 1 and self.moe_router_type in ("topk", "sigmoid"):
+            says = "makes every weight 1 where a token has one expert (moe_top_k), so that the router learns from moe_losses alone"
+            if self.moe_normalize_top_k:
+                yield "moe_normalize_top_k", says
+            elif self.moe_router_type == "topk" and not self.moe_router_pre_softmax:
+                yield "moe_router_pre_softmax", says
+        if self.moe_expert_type == "structmoe" and self.moe_lore_routed and self.moe_lore_normalize and self.moe_lore_top_k == 1:
+            yield (
+                "moe_lore_normalize",
+                "makes every weight 1 where there is one LoRE (moe_lore_top_k), so that the LoRE routers learn from lore_balance alone",
+            )
 
     def check(self) -> Iterator[Problem]:
         for options in (LoreOptions, DecomposedOptions, SigmoidOptions):
@@ -127,7 +154,7 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
         if len(set(self.moe_layers)) < len(self.moe_layers) or not self.moe_layers:
             yield Problem(("moe_layers",), "must name at least one layer, and each once")
         for key in ("moe_first_k_dense_layers", "moe_expert_interval"):
-            if key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default:
+            if key in self.model_fields_set and getattr(self, key) != _default(key):
                 yield Problem(("moe_layers", key), f"says which layers have experts; remove {key}")
 
     def _component_problems(self) -> Iterator[Problem]:
@@ -135,7 +162,7 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
         yield from _unknown_name("moe_expert_type", EXPERTS, self.moe_expert_type)
         if not self.has_experts:
             for key in NEED_EXPERTS:
-                if getattr(self, key) != type(self).model_fields[key].default:
+                if getattr(self, key) != _default(key):
                     yield Problem((key, "moe_num_experts"), "needs moe_num_experts of 2 or more; with 1 every layer is dense")
         for name, coefficient in self.moe_losses.items():
             yield from _unknown_name(f"moe_losses.{name}", LOSSES, name)
@@ -158,10 +185,7 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
         if whole % self.moe_expert_segments:
             yield Problem(("moe_expert_segments", "moe_ffn_hidden_size", "ffn_hidden_size"), f"must divide the expert width ({whole})")
         if self.moe_expert_type == "structmoe":
-            inner = model.hidden_size if self.moe_lore_interaction == "standalone" else width
-            if self.moe_lore_rank > max(model.hidden_size, inner):
-                message = f"must be at most the larger width of the matrix that it adds to ({model.hidden_size} x {inner})"
-                yield Problem(("moe_lore_rank", "hidden_size"), message)
+            yield from self._lore_rank_problems(model, width)
             if self.moe_lore_projection != "up" and not model.is_gated:
                 yield Problem(("moe_lore_projection", "activation"), f"needs a gated activation such as swiglu; {model.activation} has no gate")
             if self.moe_lore_interaction == "gated" and model.is_gated:
@@ -170,6 +194,21 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
             yield Problem(
                 ("moe_decomposition_rank", "hidden_size"), f"must be at most the larger width of the matrix ({max(model.hidden_size, width)})"
             )
+
+    def _lore_rank_problems(self, model: ModelConfig, width: int) -> Iterator[Problem]:
+        inner = model.hidden_size if self.moe_lore_interaction == "standalone" else width
+        allowed = f"must be at most the larger width of the matrix that it adds to ({model.hidden_size} x {inner})"
+        if self.lore_rank <= max(model.hidden_size, inner):
+            return
+        if self.moe_lore_routed:
+            yield Problem(("moe_lore_rank", "hidden_size"), allowed)
+        else:
+            whole = f"times moe_num_lores ({self.moe_num_lores}) is the rank of an expert's one LoRE without routers, {self.lore_rank}, which"
+            yield Problem(("moe_lore_rank", "moe_num_lores", "hidden_size"), f"{whole} {allowed}")
+
+
+def _default(key: str) -> Any:
+    return MoEConfig.model_fields[key].get_default(call_default_factory=True)
 
 
 def _unknown_name(key: str, registry: Mapping[str, Any], name: str) -> Iterator[Problem]:

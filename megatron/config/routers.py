@@ -26,6 +26,11 @@ class RouterOptions(Section):
         return self.moe_num_experts * self.moe_expert_segments
 
     @property
+    def expert_counts(self) -> list[int]:
+        """`num_experts` of the layers, each number that occurs at least once."""
+        return [self.num_experts]
+
+    @property
     def top_k(self) -> int:
         """Experts per token after segmentation."""
         return self.moe_top_k * self.moe_expert_segments
@@ -76,13 +81,16 @@ class SigmoidOptions(ScaleOptions):
             yield Problem((given,), f"goes together with {missing}; give both or neither")
         if groups is None or chosen is None:
             return
-        if self.num_experts % groups:
-            yield Problem(("moe_router_num_groups", "moe_num_experts"), f"must divide the number of experts ({self.num_experts})")
+        counts = self.expert_counts
+        left = chosen * (min(counts) // groups)
+        if uneven := next((count for count in counts if count % groups), None):
+            keys = ("moe_router_num_groups", "moe_num_experts", "moe_num_experts_by_layer")
+            yield Problem(keys, f"must divide the number of experts ({uneven})")
         elif chosen > groups:
             yield Problem(("moe_router_group_topk", "moe_router_num_groups"), f"must be at most moe_router_num_groups ({groups})")
-        elif chosen * (self.num_experts // groups) < self.top_k:
-            message = f"must leave a token at least its {self.top_k} experts; {chosen} groups have {chosen * (self.num_experts // groups)}"
-            yield Problem(("moe_router_group_topk", "moe_top_k"), message)
+        elif left < self.top_k:
+            message = f"must leave a token at least its {self.top_k} experts; {chosen} groups have {left}"
+            yield Problem(("moe_router_group_topk", "moe_top_k", "moe_num_experts_by_layer"), message)
 
 
 class TopPOptions(NormalizeOptions):

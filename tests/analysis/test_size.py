@@ -81,6 +81,27 @@ def test_keys_that_do_not_change_the_active_size_are_left_out() -> None:
     assert found(model, other) == dict.fromkeys(["moe_lore_rank"], (16, 0, 0)) | {"moe_num_lores": (8, 0, 0), "moe_num_experts": (8, 0, 0)}
 
 
+@pytest.mark.parametrize("how", [{}, {"active": True}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"moe_router_type": "sigmoid", "moe_num_experts": 8, "moe_top_k": 2, "moe_router_num_groups": 4, "moe_router_group_topk": 2},
+        {"moe_router_type": "sigmoid", "moe_num_experts": 8, "moe_top_k": 2, "moe_router_num_groups": 8, "moe_router_group_topk": 2},
+        {"moe_num_experts": 8, "moe_top_k": 2, **NESTED, "moe_lore_routed": False},
+        {"moe_num_experts": 8, "moe_top_k": 2, **NESTED, "moe_lore_routed": False, "moe_lore_interaction": "standalone", "moe_lore_rank": 2},
+    ],
+)
+def test_every_match_is_a_configuration(given: dict[str, Any], how: dict[str, bool]) -> None:
+    """Groups divide the number of experts, and a LoRE of all ranks is not wider than its matrix."""
+    model, solutions = sized(**TINY, **given), []
+    for width in range(64, 4096, 301):
+        for match in matches(model, sized(**TINY, ffn_hidden_size=width), **how):
+            changed = sized(**TINY, **{**given, match.key: match.value}).count
+            assert match.reached == (changed.active_sum if how else changed.total_sum)
+            solutions.append(match)
+    assert len(solutions) >= 3
+
+
 def test_what_cannot_be_reached_has_no_solution() -> None:
     assert not matches(sized(**TINY, moe_num_experts=4), sized(**TINY))
 
@@ -128,6 +149,9 @@ def test_everything_wrong_in_any_file_is_said_at_once(tmp_path: Path) -> None:
     assert re.search(r"unknown\.yml: its vocabulary is not known \(vocab_file is not given\); give the number of tokens with --vocab", text)
     assert "broken.yml:1" in text
     assert "absent.yml: no such file" in text
+    with pytest.raises(ConfigError) as error:
+        read_sizes([str(unknown), str(unknown)], Layout())
+    assert len(error.value.problems) == 1, "once, though the file was given twice"
 
 
 def test_two_readings_of_the_paper_s_2_billion() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron.config.loader import load_config
+from megatron.config.loader import load_config, load_values
 
 BASE = "num_layers: 2\nhidden_size: 64\nnum_attention_heads: 4\nseq_length: 32\nmax_position_embeddings: 32\nmoe_num_experts: 4\n"
-UNROUTED = "moe_expert_type: structmoe\nmoe_lore_routed: false\n"
+OF_ONE_EXPERT = "makes every weight 1 where a token has one expert (moe_top_k), so that the router learns from moe_losses alone"
+OF_ONE_LORE = "makes every weight 1 where there is one LoRE (moe_lore_top_k), so that the LoRE routers learn from lore_balance alone"
+UNROUTED = "moe_expert_type: structmoe\nmoe_lore_rank: 8\nmoe_lore_routed: false\n"
 
 
 @pytest.mark.parametrize(
@@ -41,13 +44,22 @@ UNROUTED = "moe_expert_type: structmoe\nmoe_lore_routed: false\n"
         ),
         ("moe_lore_rank: 8", ["1: 'moe_lore_rank' has no effect with moe_expert_type grouped; it is read by structmoe"]),
         ("moe_decomposition_rank: 8", ["1: 'moe_decomposition_rank' has no effect with moe_expert_type grouped; it is read by decomposed"]),
-        (UNROUTED + "moe_lore_top_k: 2", ["3: 'moe_lore_top_k' has no effect with moe_lore_routed: false; it is read where LoREs are routed"]),
+        (UNROUTED + "moe_lore_top_k: 2", ["4: 'moe_lore_top_k' has no effect with moe_lore_routed: false; it is read where LoREs are routed"]),
         (
             UNROUTED + "moe_lore_normalize: true",
-            ["3: 'moe_lore_normalize' has no effect with moe_lore_routed: false; it is read where LoREs are routed"],
+            ["4: 'moe_lore_normalize' has no effect with moe_lore_routed: false; it is read where LoREs are routed"],
         ),
         ("moe_block_wise_temperature: 2.0", ["1: 'moe_block_wise_temperature' has no effect unless moe_losses names block_wise_selection"]),
-        ("moe_router_type: topk\nmoe_router_pre_softmax: false\nmoe_router_topk_scaling_factor: 2.5\nmoe_normalize_top_k: true", []),
+        (
+            "moe_router_type: top_p\nmoe_top_k: 2",
+            ["2: 'moe_top_k' has no effect with moe_router_type top_p, which chooses the number of experts itself"],
+        ),
+        ("moe_router_type: topk\nmoe_normalize_top_k: true", [f"2: 'moe_normalize_top_k' {OF_ONE_EXPERT}"]),
+        ("moe_router_type: sigmoid\nmoe_normalize_top_k: true", [f"2: 'moe_normalize_top_k' {OF_ONE_EXPERT}"]),
+        ("moe_router_type: topk\nmoe_router_pre_softmax: false", [f"2: 'moe_router_pre_softmax' {OF_ONE_EXPERT}"]),
+        ("moe_router_type: topk\nmoe_router_pre_softmax: false\nmoe_expert_segments: 2", []),
+        ("moe_expert_type: structmoe\nmoe_lore_normalize: true", [f"2: 'moe_lore_normalize' {OF_ONE_LORE}"]),
+        ("moe_top_k: 2\nmoe_router_type: topk\nmoe_router_pre_softmax: false\nmoe_router_topk_scaling_factor: 2.5\nmoe_normalize_top_k: true", []),
         ("moe_router_type: top_p\nmoe_normalize_top_k: true\nmoe_jitter_eps: 0.1", []),
         ("moe_expert_type: structmoe\nmoe_lore_top_k: 2\nmoe_lore_normalize: true", []),
     ],
@@ -57,3 +69,37 @@ def test_idle_keys_give_notices(given: str, notices: list[str], tmp_path: Path, 
     Path("base.yml").write_text(BASE)
     Path("given.yml").write_text(given + "\n")
     assert list(load_config(["base", "given"]).notices) == [f"given.yml:{notice}" for notice in notices]
+
+
+DENSE = {
+    "moe_losses": "{load_balance: 0.1}",
+    "moe_router_type": "topk",
+    "moe_jitter_eps": "0.1",
+    "moe_layers": "[1]",
+    "moe_expert_interval": "2",
+    "moe_first_k_dense_layers": "1",
+    "moe_ffn_hidden_size": "32",
+    "moe_lore_rank": "8",
+    "moe_block_wise_temperature": "2.0",
+}
+
+
+@pytest.mark.parametrize("key", DENSE)
+def test_what_is_said_of_experts_that_are_not_there_gives_a_notice(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("base.yml").write_text(BASE.replace("moe_num_experts: 4", "moe_num_experts: 1\nmoe_top_k: 1"))
+    Path("given.yml").write_text(f"{key}: {DENSE[key]}\n")
+    assert load_config(["base", "given"]).notices == (f"given.yml:1: '{key}' has no effect: moe_num_experts is 1, so every layer is dense",)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"moe_num_experts_by_layer": [8, 16], "moe_router_type": "sigmoid", "moe_router_num_groups": 4, "moe_router_group_topk": 2, "moe_top_k": 4},
+        {"moe_num_experts": 4, "moe_expert_type": "structmoe", "moe_lore_routed": False, "moe_num_lores": 8, "moe_lore_rank": 32},
+        {"moe_num_experts": 4, "moe_expert_type": "structmoe", "moe_num_lores": 8, "moe_lore_rank": 256},
+    ],
+)
+def test_settings_at_the_edge_of_what_is_allowed(given: dict[str, Any]) -> None:
+    shape = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32, "max_position_embeddings": 32}
+    assert load_values({**shape, **given}).notices == ()

@@ -38,6 +38,7 @@ SMALL = {
     "train_batch_size": 4,
     "train_micro_batch_size_per_gpu": 2,
     "moe_ffn_hidden_size": 32,
+    "moe_num_lores": 4,
     "moe_lore_rank": 8,
     "moe_decomposition_rank": 32,
 }

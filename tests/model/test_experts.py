@@ -186,7 +186,8 @@ def test_residual_moe_mixes_experts_and_mlp() -> None:
     residual = layer.beside[0]
     weights = torch.softmax(x_BSD @ residual.coefficient.weight.T + residual.coefficient.bias, -1)
     wanted = weights[..., :1] * routed_part(layer, x_BSD) + weights[..., 1:] * residual.mlp(x_BSD)
-    torch.testing.assert_close(layer(x_BSD).y_BSD, wanted, rtol=1e-6, atol=1e-6)  # the coefficients are float32
+    torch.testing.assert_close(layer(x_BSD).y_BSD, wanted, rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x: layer(x).y_BSD, (x_BSD[:, :2].clone().requires_grad_(),))
 
 
 def test_segments_are_narrower_experts_and_more_of_them() -> None:

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron.config.components import UnknownComponent
 from megatron.model.activations import UnknownActivation, activation_function
 from megatron.model.initialization import Initializer, build_initializer
-from megatron.model.moe import LOSSES, ROUTERS, LossContext, MoELayer, Routing
+from megatron.model.moe import EXPERTS, LOSSES, ROUTERS, LossContext, MoELayer, Routing
 from megatron.model.moe.dispatch.local import LocalDispatcher
 from megatron.model.moe.losses.load_balance import load_balance_loss
 from megatron.model.moe.losses.z_loss import router_z_loss
@@ -103,6 +104,25 @@ def test_moe_layer_is_the_sum_over_experts() -> None:
         torch.testing.assert_close(out.y_BSD.flatten(0, 1)[t], wanted, rtol=1e-4, atol=1e-5)
     assert out.aux_losses_A.shape == (2,)
     assert out.lore_load_G.shape == (0,)
+
+
+def without_waiting() -> list[tuple[str, str, bool]]:
+    """Routers, experts, and whether LoREs are routed; `top_p` and `expert_choice` have to know on the host how many rows there are."""
+    routers = [name for name in ROUTERS if name not in ("top_p", "expert_choice")]
+    return [*((router, experts, True) for router in routers for experts in EXPERTS), ("topk", "structmoe", False)]
+
+
+@pytest.mark.parametrize(("router_type", "experts", "routed"), without_waiting())
+def test_nothing_waits_for_the_device(router_type: str, experts: str, routed: bool) -> None:
+    """Forward, every loss, loads, statistics and backward with tensors that have shapes and no numbers: reading one on the host raises."""
+    losses = dict.fromkeys(LOSSES if experts == "structmoe" and routed else [name for name in LOSSES if name != "lore_balance"], 0.1)
+    section = moe_section(moe_router_type=router_type, moe_expert_type=experts, moe_lore_routed=routed, moe_losses=losses, moe_top_k=2)
+    with FakeTensorMode():
+        layer = MoELayer(model_section(), section, build_initializer(model_section(), 2))
+        out = layer(torch.randn(2, 6, 16))
+        (out.y_BSD.sum() + out.aux_losses_A.sum()).backward()
+    assert out.aux_losses_A.shape == (len(losses),)
+    assert (out.expert_load_E.shape, out.statistics.shape) == ((3,), (3,))
 
 
 class ToyRouter(nn.Module):

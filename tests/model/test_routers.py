@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron.model.moe import LossContext
 from megatron.model.moe.routers.linear import BalanceBias
+from megatron.model.moe.routers.sinkhorn import sinkhorn
 from tests.contracts.test_routers import EXPERTS, TOKENS, build, hidden
 
 
@@ -38,16 +39,19 @@ def test_the_scaling_factor_multiplies_the_weights() -> None:
     torch.testing.assert_close(scaled.weight_TK, 2.5 * plain.weight_TK)
 
 
-def sinkhorn_by_loops(z: np.ndarray) -> np.ndarray:
+def sinkhorn_by_loops(z: np.ndarray) -> tuple[np.ndarray, int]:
+    """(preferences, rounds that were needed)."""
     cost = np.exp(z)
     column = [1 / (EXPERTS * sum(cost[t][e] for t in range(TOKENS))) for e in range(EXPERTS)]
+    rounds = 0
     for _ in range(3):
+        rounds += 1
         before = list(column)
         row = [1 / (TOKENS * (sum(column[e] * cost[t][e] for e in range(EXPERTS)) + 1e-8)) for t in range(TOKENS)]
         column = [1 / (EXPERTS * (sum(row[t] * cost[t][e] for t in range(TOKENS)) + 1e-8)) for e in range(EXPERTS)]
         if np.mean([abs(a - b) for a, b in zip(before, column, strict=True)]) < 1e-4:
             break
-    return np.array([[column[e] * cost[t][e] * row[t] for e in range(EXPERTS)] for t in range(TOKENS)])
+    return np.array([[column[e] * cost[t][e] * row[t] for e in range(EXPERTS)] for t in range(TOKENS)]), rounds
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -58,13 +62,21 @@ def test_sinkhorn_is_neox_s(top_k: int, training: bool) -> None:
         router.layer.weight.mul_(20)  # logits far enough apart for the balancing to change the choice
     routing, z = router(hidden()), logits(router)
     activation = 1 / (1 + np.exp(-z)) if top_k == 1 else softmax(z)
-    preference = sinkhorn_by_loops(z) if training else activation
+    preference = sinkhorn_by_loops(z)[0] if training else activation
     for t in range(TOKENS):
         best = np.argsort(-preference[t])[:top_k]
         assert routing.expert_TK[t].tolist() == best.tolist()
         np.testing.assert_allclose(routing.weight_TK[t].detach(), activation[t][best], rtol=1e-4)
     plain = np.argsort(-activation)[:, :top_k]
     assert (routing.expert_TK.numpy() == plain).all() != training, "training has to balance the choice, inference must not"
+
+
+@pytest.mark.parametrize(("scale", "rounds"), [(0.0, 1), (0.3, 1), (0.5, 2), (3.0, 3)])
+def test_sinkhorn_stops_when_the_columns_hardly_move(scale: float, rounds: int) -> None:
+    logit_TE = scale * torch.randn(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    wanted, taken = sinkhorn_by_loops(logit_TE.numpy())
+    assert taken == rounds
+    np.testing.assert_allclose(sinkhorn(logit_TE), wanted, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("groups", "of_them"), [(None, None), (3, 1), (3, 2), (2, 1)])
@@ -85,6 +97,17 @@ def test_sigmoid_is_deepseek_v3_s(normalize: bool, groups: int | None, of_them: 
         assert routing.expert_TK[t].tolist() == best
         wanted = score[t][best] / (score[t][best].sum() if normalize else 1)
         np.testing.assert_allclose(routing.weight_TK[t].detach(), 2.5 * wanted, rtol=1e-5)
+
+
+def test_scores_that_all_vanish_have_weight_0() -> None:
+    """Sigmoid of -200 is 0 in float32, and 0 / 0 would spread through the whole model."""
+    router = build("sigmoid", moe_normalize_top_k=True)
+    with torch.no_grad():
+        router.layer.weight.copy_(-200 / 16 * torch.ones(EXPERTS, 16))
+    routing = router(torch.ones(3, 16))
+    assert not routing.weight_TK.any()
+    routing.weight_TK.sum().backward()
+    assert torch.isfinite(router.layer.weight.grad).all()
 
 
 class TestBalanceBias:

@@ -58,12 +58,11 @@ def sort_by_group(group_TK: Tensor, num_groups: int, *, padded: bool = False) ->
     nothing is transferred.
     """
     flat_N = group_TK.reshape(-1)
-    order_N = torch.argsort(flat_N, stable=True)
+    sorted_N, order_N = torch.sort(flat_N, stable=True)
     inverse_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
-    rows_G = torch.bincount(flat_N, minlength=num_groups)
+    rows_G = torch.searchsorted(sorted_N, torch.arange(num_groups + 1, device=flat_N.device)).diff()  # bincount would wait for the device
     if not padded:
         return Order(order_N, inverse_N.view(group_TK.shape), rows_G)
-    rows_G = rows_G[:num_groups]
     routed = int(rows_G.sum())
     return Order(order_N[:routed], inverse_N.clamp(max=routed).view(group_TK.shape), rows_G)
 

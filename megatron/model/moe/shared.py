@@ -54,7 +54,9 @@ class ResidualMLP(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output."""
-        experts, dense = torch.softmax(self.coefficient(x).float(), dim=-1).to(x.dtype).unsqueeze(-2).unbind(-1)
+        logits = self.coefficient(x)
+        weights = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+        experts, dense = weights.to(x.dtype).unsqueeze(-2).unbind(-1)
         return experts * y + dense * self.mlp(x)
 
 

@@ -39,7 +39,7 @@ class LoREs(nn.Module):
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, init: Initializer, *, width_out: int) -> None:
         super().__init__()
-        self.num_experts, self.per_expert, self.rank = moe.num_experts, moe.moe_num_lores, moe.moe_lore_rank
+        self.num_experts, self.per_expert, self.rank = moe.num_experts, moe.moe_num_lores, moe.lore_rank
         self.top_l, self.normalize = moe.moe_lore_top_k, moe.moe_lore_normalize
         self.backend = moe.kernel_backends.get("grouped_gemm", "auto")
         self.router = nn.Parameter(torch.empty(self.num_experts * self.per_expert, model.hidden_size))
@@ -79,7 +79,7 @@ class UnroutedLoREs(LoREs):
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, init: Initializer, *, width_out: int) -> None:
         nn.Module.__init__(self)
-        self.rank = moe.moe_num_lores * moe.moe_lore_rank
+        self.rank = moe.lore_rank
         self.a, self.b = _factors(moe.num_experts, self.rank, model.hidden_size, width_out)
         self.fill(moe, init)
 

@@ -3,12 +3,13 @@
 Shapes: B batch; S sequence (the paper's T); T = B*S tokens; E experts; K experts per token.
 
     W = softmax(tau R)                                                                      (2)
-    H = sum_e sum_b sum_t |(S[b,t+1] == e) - (S[b,t] == e)|                                 (4), S the top K of W (3), the same K as of R
+    H = sum_e sum_b sum_t |(S[b,t+1] == e) - (S[b,t] == e)|                                 (4)
     H_norm = floor(H / 2) / (B K (S - 1))                                                   (5), no gradient
     L_norm = sum_b sum_t sum_e |W[b,t+1,e] - W[b,t,e]| / (B S)                              (6)
     loss = H_norm * L_norm                                                                  (7)
 
-A sequence of one token has no successor: the loss is 0 there.
+S are the experts that a token was sent to. For the router `topk` they are the top K of W, equation 3 (tau > 0 does not change their order); other
+routers balance or limit the choice, and then what has to be loaded is what they chose. A sequence of one token has no successor: the loss is 0 there.
 """
 
 from __future__ import annotations

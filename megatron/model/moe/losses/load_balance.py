@@ -17,7 +17,7 @@ from megatron.model.moe.routing import LossContext, Routing
 
 def load_balance_loss(routing: Routing, context: LossContext) -> Tensor:
     """Over the tokens of the micro-batch."""
-    share_E = shares(torch.bincount(routing.expert_TK.reshape(-1), minlength=context.num_experts)[: context.num_experts])
+    share_E = shares(choices(routing, context.num_experts).sum(0))
     return context.num_experts * torch.dot(share_E.to(routing.probability_TE.dtype), normalized(routing.probability_TE).mean(0))
 
 
@@ -40,8 +40,7 @@ def global_load_balance_loss(routing: Routing, context: LossContext) -> Tensor:
 
     Qiu et al., 2025 ("Demons in the detail"): balance over the global batch leaves experts free to specialise within a sequence.
     """
-    count_E = torch.bincount(routing.expert_TK.reshape(-1), minlength=context.num_experts)[: context.num_experts]
-    count_E = context.sum_over_processes(count_E)
+    count_E = context.sum_over_processes(choices(routing, context.num_experts).sum(0))
     if context.earlier_rows_E is not None:
         count_E = count_E + context.earlier_rows_E
     return context.num_experts * torch.dot(shares(count_E).to(routing.probability_TE.dtype), normalized(routing.probability_TE).mean(0))

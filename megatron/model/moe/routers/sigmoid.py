@@ -44,7 +44,8 @@ class SigmoidRouter(nn.Module):
         expert_TK = preference_TE.topk(self.top_k, dim=-1).indices
         weight_TK = score_TE.gather(1, expert_TK)
         if self.normalize:
-            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+            smallest = torch.finfo(weight_TK.dtype).tiny  # scores of logits below -100 vanish
+            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=smallest)
         return Routing(expert_TK, self.scale * weight_TK, score_TE, logit_TE)
 
 

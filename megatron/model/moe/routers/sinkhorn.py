@@ -50,10 +50,10 @@ def sinkhorn(logit_TE: Tensor) -> Tensor:
     cost_TE = logit_TE.to(torch.promote_types(logit_TE.dtype, torch.float32)).exp()
     tokens, experts = cost_TE.shape
     column_E = 1 / (experts * cost_TE.sum(0))
-    for _ in range(MAX_ROUNDS):
+    row_T, still = cost_TE.new_empty(tokens), torch.ones((), dtype=torch.bool, device=cost_TE.device)
+    for _ in range(MAX_ROUNDS):  # a round after the last is computed and not taken, rather than asking the device whether it is needed
         before_E = column_E
-        row_T = 1 / (tokens * ((column_E * cost_TE).sum(1) + EPSILON))
-        column_E = 1 / (experts * ((row_T[:, None] * cost_TE).sum(0) + EPSILON))
-        if (before_E - column_E).abs().mean() < TOLERANCE:
-            break
+        row_T = torch.where(still, 1 / (tokens * ((column_E * cost_TE).sum(1) + EPSILON)), row_T)
+        column_E = torch.where(still, 1 / (experts * ((row_T[:, None] * cost_TE).sum(0) + EPSILON)), column_E)
+        still = still & ~((before_E - column_E).abs().mean() < TOLERANCE)
     return column_E * cost_TE * row_T[:, None]
