@@ -25,6 +25,7 @@ InitMethod = Literal[
     "single_residual_scaled_normal",
 ]
 GATED_ACTIVATIONS = frozenset({"geglu", "reglu", "swiglu", "bilinear", "glu"})
+QK_NORM_KEYS = ("use_qk_layernorm", "qk_norm_per_head", "qk_norm_all_heads")
 WIDTH_KEYS = ("ffn_hidden_size", "intermediate_size", "expansion_factor")
 
 
@@ -65,6 +66,9 @@ class ModelConfig(Section):
     all heads, the others over each. Grouped key/value heads are repeated for it, as in NeoX, which takes the memory of a model without groups."""
     qk_norm_per_head: bool = False
     """A norm (of the kind of `norm`) over the dimensions of each head for queries, and another for keys, as in Qwen 3. NeoX has no such key."""
+    qk_norm_all_heads: bool = False
+    """A norm (of the kind of `norm`) over all heads of the queries together, and another over those of the keys, as in OLMoE and OLMo 2. NeoX has no
+    such key."""
     pos_emb: Literal["learned", "rotary", "sinusoidal", "rpe", "alibi", "none"] = "learned"
     """Positions: added to the embeddings (a learned table, sinusoidal waves), turning queries and keys (rotary), added to attention scores
     (rpe, T5's table for distances; alibi, slopes over distances), or none."""
@@ -137,6 +141,13 @@ class ModelConfig(Section):
         return self.num_attention_heads if self.use_qk_layernorm else self.kv_heads
 
     @property
+    def qk_norm_widths(self) -> tuple[int, int] | None:
+        """What the norms of queries and of keys are over, where each has one of its own. None: they have not."""
+        if self.qk_norm_all_heads:
+            return self.num_attention_heads * self.head_dim, self.kv_heads * self.head_dim
+        return (self.head_dim, self.head_dim) if self.qk_norm_per_head else None
+
+    @property
     def rotary_dim(self) -> int:
         """Dimensions of one head that rotary positions turn."""
         return int(self.head_dim * self.rotary_pct)
@@ -203,8 +214,9 @@ class ModelConfig(Section):
         yield from self._width_problems()
         yield from self._position_problems()
         yield from attention_problems(self.attention_config, self.num_layers)
-        if self.use_qk_layernorm and self.qk_norm_per_head:
-            yield Problem(("qk_norm_per_head", "use_qk_layernorm"), "does not go with use_qk_layernorm; keep one of them")
+        norms = [key for key in QK_NORM_KEYS if getattr(self, key)]
+        if len(norms) > 1:
+            yield Problem((norms[1], norms[0]), f"does not go with {norms[0]}; keep one of them")
         if self.gpt_j_tied and not self.gpt_j_residual:
             yield Problem(("gpt_j_tied", "gpt_j_residual"), "needs gpt_j_residual: true; otherwise the two norms read different things")
 

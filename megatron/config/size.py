@@ -133,7 +133,7 @@ def _query_key_norms(model: ModelConfig) -> int:
     """Of a layer."""
     if model.use_qk_layernorm:
         return _norm(model, model.hidden_size)
-    return 2 * _norm(model, model.head_dim) if model.qk_norm_per_head else 0
+    return sum(_norm(model, width) for width in model.qk_norm_widths or ())
 
 
 def _norm(model: ModelConfig, width: int) -> int:

@@ -150,7 +150,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"norm": norm, "use_bias_in_norms": bias, **keys}
         for norm in typing.get_args(Norm)
         for bias in (True, False)
-        for keys in ({"use_qk_layernorm": True}, {"qk_norm_per_head": True, "num_kv_heads": 2})
+        for keys in ({"use_qk_layernorm": True}, {"qk_norm_per_head": True, "num_kv_heads": 2}, {"qk_norm_all_heads": True, "num_kv_heads": 2})
     ],
     "router": [{"moe_num_experts": 4, "moe_top_k": 2, "moe_router_type": name} for name in ("topk", "sigmoid", "top_p", "expert_choice")],
     "experts": [

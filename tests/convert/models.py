@@ -31,6 +31,7 @@ BASE: Mapping[str, Any] = {
 }
 DECODER = {**BASE, "norm": "rmsnorm", "activation": "swiglu", "use_bias_in_attn_linear": False, "use_bias_in_mlp": False, "ffn_hidden_size": 48}
 EXPERTS = {**DECODER, "moe_num_experts": 4, "moe_top_k": 2, "moe_router_type": "topk", "moe_ffn_hidden_size": 24}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 40}
 SIGMOID = {**EXPERTS, "moe_router_type": "sigmoid", "moe_normalize_top_k": True, "moe_num_shared_experts": 2}
 
 CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
@@ -56,6 +57,10 @@ CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
         {**EXPERTS, "moe_shared_expert_gate": True, "moe_shared_expert_intermediate_size": 40, "moe_expert_interval": 2},
     ),
     "qwen2-moe-sinkhorn": ("qwen2-moe", {**EXPERTS, "moe_router_type": "sinkhorn", "moe_num_shared_experts": 1, "moe_shared_expert_gate": True}),
+    "olmoe": ("olmoe", {**EXPERTS, "qk_norm_all_heads": True}),
+    "olmoe-grouped": ("olmoe", {**EXPERTS, "qk_norm_all_heads": True, "num_kv_heads": 2, "moe_normalize_top_k": True}),
+    "llama-3.1": ("llama", {**DECODER, "rope_scaling": LLAMA3, "rotary_emb_base": 500}),
+    "neox-linear-scaling": ("neox", {**BASE, "rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rotary_pct": 0.5}),
     "glm4-moe": ("glm4-moe", {**SIGMOID, "moe_first_k_dense_layers": 1, "rotary_pct": 0.5, "num_kv_heads": 2}),
     "glm4-moe-groups": (
         "glm4-moe",

@@ -54,7 +54,13 @@ def test_every_parameter_gets_a_gradient(feed_forward: Any, residual: bool, bias
 
 RESIDUALS = [{}, {"gpt_j_residual": True}, {"gpt_j_residual": True, "gpt_j_tied": True}]
 BIASES = [(attention, mlp, norms) for attention in (True, False) for mlp in (True, False) for norms in (True, False)]
-QUERY_KEY_NORMS = [{}, {"use_qk_layernorm": True}, {"use_qk_layernorm": True, "num_kv_heads": 2}, {"qk_norm_per_head": True, "num_kv_heads": 2}]
+QUERY_KEY_NORMS = [
+    {},
+    {"use_qk_layernorm": True},
+    {"use_qk_layernorm": True, "num_kv_heads": 2},
+    {"qk_norm_per_head": True, "num_kv_heads": 2},
+    {"qk_norm_all_heads": True},
+]
 
 
 def grid() -> list[dict[str, Any]]:

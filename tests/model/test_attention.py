@@ -48,6 +48,8 @@ def bias(model: ModelConfig, attention: SelfAttention, head: int, distance: int)
 def normed(model: ModelConfig, attention: SelfAttention, vectors_SHd: Tensor, which: str) -> Tensor:
     if model.use_qk_layernorm:
         return attention.qk_layernorm(vectors_SHd)  # keys: repeated by now
+    if model.qk_norm_all_heads:
+        return attention.get_submodule(which)(vectors_SHd.reshape(len(vectors_SHd), -1)).reshape(vectors_SHd.shape)
     return attention.get_submodule(which)(vectors_SHd) if model.qk_norm_per_head else vectors_SHd
 
 
@@ -108,6 +110,8 @@ SPLITS: list[dict[str, Any]] = [
     {"use_qk_layernorm": True, "num_kv_heads": 2, "norm": "scalenorm"},
     {"qk_norm_per_head": True, "num_kv_heads": 2},
     {"qk_norm_per_head": True, "norm": "rmsnorm"},
+    {"qk_norm_all_heads": True, "num_kv_heads": 2},
+    {"qk_norm_all_heads": True, "norm": "rmsnorm"},
 ]
 
 

@@ -19,6 +19,7 @@ DENSE: Allowed = {
     "sliding_window_width": {None},
     "use_qk_layernorm": {False},
     "qk_norm_per_head": {False},
+    "qk_norm_all_heads": {False},
     "gpt_j_residual": {False},
     "gpt_j_tied": {False},
     "use_bias_in_attn_linear": {False},

@@ -39,7 +39,7 @@ class Llama:
             theirs = f"model.layers.{layer}"
             yield from layer_norms(model, layer, theirs)
             yield from attention(model, layer, f"{theirs}.self_attn", bias_of_output=self.bias_of_output)
-            if model.qk_norm_per_head:
+            if model.qk_norm_widths is not None:
                 yield from head_norms(layer, f"{theirs}.self_attn")
             yield from self.feed_forward(source, layer, f"{theirs}.mlp")
 
@@ -79,8 +79,7 @@ class Olmo(Llama):
         return {key: value for key, value in settings.items() if key not in ("rms_norm_eps", "head_dim")}
 
     def keys(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        if settings.get("clip_qkv") is not None:
-            raise ConversionError(f"clip_qkv: {settings['clip_qkv']} cannot be represented: queries, keys and values are not clipped here.")
+        check_not_clipped(settings)
         keys = decoder_keys({**settings, "rms_norm_eps": None})
         del keys["rms_norm_epsilon"]
         return {**keys, "norm": "non_parametric_layernorm", "layernorm_epsilon": self.EPSILON}
@@ -113,6 +112,12 @@ class Qwen3(Llama):
     def keys(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         check_no_window(settings)
         return {**decoder_keys(settings), "qk_norm_per_head": True}
+
+
+def check_not_clipped(settings: Mapping[str, Any]) -> None:
+    """Raises ConversionError where queries, keys and values are cut off at a largest number."""
+    if settings.get("clip_qkv") is not None:
+        raise ConversionError(f"clip_qkv: {settings['clip_qkv']} cannot be represented: queries, keys and values are not clipped here.")
 
 
 def check_no_window(settings: Mapping[str, Any]) -> None:

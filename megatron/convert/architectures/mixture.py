@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.convert.architecture import Source
 from megatron.convert.architectures import fit
-from megatron.convert.architectures.llama import Llama, check_no_window
+from megatron.convert.architectures.llama import Llama, check_no_window, check_not_clipped
 from megatron.convert.architectures.settings import decoder_keys, decoder_settings, partial_rotary_settings, window_keys, window_setting
 from megatron.convert.architectures.weights import gated_experts, gated_mlp, ours
 from megatron.convert.errors import ConversionError
@@ -134,6 +134,27 @@ class Qwen2Moe(Qwen3Moe):
         if layer in moe.moe_layer_numbers(model.num_layers):
             yield Entry(f"{ours(layer)}.mlp.beside.0.gate.weight", (f"{theirs}.shared_expert_gate.weight",))
             yield from gated_mlp(f"{ours(layer)}.mlp.beside.0.mlp", f"{theirs}.shared_expert", moe.shared_width(model))
+
+
+class Olmoe(Qwen3Moe):
+    """Norms over all query heads and over all key heads; experts in every layer."""
+
+    name, model_type, class_name = "olmoe", "olmoe", "OlmoeForCausalLM"
+    allowed: fit.Allowed = {**Qwen3Moe.allowed, "qk_norm_per_head": {False}, "qk_norm_all_heads": {True}, "dense layers": {"none"}}
+    LEFT_OUT = ("head_dim", "moe_intermediate_size", "use_sliding_window", "decoder_sparse_step", "mlp_only_layers")
+
+    def settings(self, source: Source) -> dict[str, Any]:
+        settings = super().settings(source)
+        width = source.config.moe.expert_width(source.config.model)
+        return {**{key: value for key, value in settings.items() if key not in self.LEFT_OUT}, "intermediate_size": width, "clip_qkv": None}
+
+    def keys(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        check_not_clipped(settings)
+        return {
+            **decoder_keys(settings),
+            **self.moe_keys({**settings, "moe_intermediate_size": settings["intermediate_size"]}),
+            "qk_norm_all_heads": True,
+        }
 
 
 class Glm4Moe(Llama):

@@ -12,6 +12,12 @@ from megatron.convert.errors import ConversionError
 
 OUR_GATES = {name: activation for activation, name in GATE_ACTIVATIONS.items()} | {"swish": "swiglu"}
 
+SCALINGS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""Kind of `rope_scaling` -> its numbers, the same there and here."""
+
 
 def decoder_settings(source: Source) -> dict[str, Any]:
     """The sizes of a decoder with rotary positions and (but for those without weights) RMS norms."""
@@ -36,8 +42,11 @@ def decoder_settings(source: Source) -> dict[str, Any]:
 
 def rotary_settings(model: ModelConfig) -> dict[str, Any]:
     """Under the names of transformers 5 (`rope_parameters`) and of those before it, which other programs read."""
-    theta = float(model.rotary_emb_base)
-    return {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    theta, scaling = float(model.rotary_emb_base), model.rope_scaling
+    if scaling is None:
+        return {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    scaled = scaling.model_dump(exclude_none=True)
+    return {"rope_theta": theta, "rope_scaling": scaled, "rope_parameters": {**scaled, "rope_theta": theta}}
 
 
 def partial_rotary_settings(model: ModelConfig) -> dict[str, Any]:
@@ -81,13 +90,16 @@ def rotary_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
     """`pos_emb`, base and share. Raises ConversionError for scaled frequencies and broken bases."""
     parameters = settings.get("rope_parameters") or {}
     kind = parameters.get("rope_type", "default")
-    if kind != "default":
-        raise ConversionError(f"rope_parameters: rope_type {kind} cannot be represented: only unscaled rotary positions (default) can.")
+    if kind not in ("default", *SCALINGS):
+        raise ConversionError(f"rope_parameters: rope_type {kind} cannot be represented; known are default, {', '.join(SCALINGS)}.")
     base = parameters.get("rope_theta", settings.get("rope_theta", 10000))
     if base != int(base):
         raise ConversionError(f"rope_theta: {base} cannot be represented: rotary_emb_base is a whole number.")
     share = parameters.get("partial_rotary_factor", settings.get("partial_rotary_factor", settings.get("rotary_pct"))) or 1.0
-    return {"pos_emb": "rotary", "rotary_emb_base": int(base), **({} if share == 1.0 else {"rotary_pct": share})}
+    keys = {"pos_emb": "rotary", "rotary_emb_base": int(base), **({} if share == 1.0 else {"rotary_pct": share})}
+    if kind in SCALINGS:
+        keys["rope_scaling"] = {key: parameters[key] for key in ("rope_type", *SCALINGS[kind])}
+    return keys
 
 
 def window_keys(settings: Mapping[str, Any]) -> dict[str, Any]:

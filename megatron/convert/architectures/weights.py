@@ -66,7 +66,7 @@ def attention(model: ModelConfig, layer: int, theirs: str, *, bias_of_output: bo
 
 
 def head_norms(layer: int, theirs: str) -> Iterator[Entry]:
-    """RMS norms of each query and key head."""
+    """RMS norms of queries and of keys, of each head or of all together."""
     for which in ("q_norm", "k_norm"):
         yield Entry(f"{ours(layer)}.attention.{which}.scale", (f"{theirs}.{which}.weight",))
 

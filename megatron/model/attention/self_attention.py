@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megatron.model.attention.cache import LayerCache
 from megatron.model.attention.sdpa import AlibiSdpa, Attend, CausalSdpa, RelativeSdpa
 from megatron.model.attention.split import (
+    Norm,
     NormedRotarySplit,
     NormedSplit,
     PlainSplit,
@@ -20,6 +21,7 @@ from megatron.model.attention.split import (
     Rotary,
     RotarySplit,
     Split,
+    over_all_heads,
 )
 from megatron.model.initialization import Initializer
 from megatron.model.mlp import build_linear
@@ -49,8 +51,9 @@ class SelfAttention(nn.Module):
         self.query_key_value = build_linear(model.hidden_size, (heads + 2 * model.kv_heads) * d, bias=bias, fill=init.into)
         self.dense = build_linear(model.hidden_size, model.hidden_size, bias=bias, fill=init.out)
         self.qk_layernorm = build_norm(model, heads, d) if model.use_qk_layernorm else None
-        self.q_norm = build_norm(model, d) if model.qk_norm_per_head else None
-        self.k_norm = build_norm(model, d) if model.qk_norm_per_head else None
+        widths = model.qk_norm_widths
+        self.q_norm = None if widths is None else build_norm(model, widths[0])
+        self.k_norm = None if widths is None else build_norm(model, widths[1])
         self.alibi_embed = AlibiSlopes(heads) if model.pos_emb == "alibi" else None
         self.rpe = rpe
         if model.rotary_save_freqs_buffer and model.pos_emb == "rotary":
@@ -72,8 +75,9 @@ class SelfAttention(nn.Module):
         query_norm, key_norm = (self.qk_layernorm, self.qk_layernorm) if model.use_qk_layernorm else (self.q_norm, self.k_norm)
         if query_norm is None or key_norm is None:
             return PlainSplit(self.layout) if rotary is None else RotarySplit(self.layout, rotary)
+        norms: tuple[Norm, Norm] = (over_all_heads(query_norm), over_all_heads(key_norm)) if model.qk_norm_all_heads else (query_norm, key_norm)
         plain, turning = (RepeatedSplit, RepeatedRotarySplit) if self.layout.kv_heads < model.attended_kv_heads else (NormedSplit, NormedRotarySplit)
-        return plain(self.layout, query_norm, key_norm) if rotary is None else turning(self.layout, query_norm, key_norm, rotary)
+        return plain(self.layout, *norms) if rotary is None else turning(self.layout, *norms, rotary)
 
     def _build_attend(self, model: ModelConfig, index: int) -> Attend:
         coefficient = model.position_bias_coefficient(index)

@@ -17,6 +17,10 @@ Split = Callable[[Tensor, Places], tuple[Tensor, Tensor, Tensor]]
 """(fused_BSW, places) -> query BSHd, key BSKd, value BSKd."""
 
 
+Norm = Callable[[Tensor], Tensor]
+"""Of queries BSHd or keys BSKd, the same shape."""
+
+
 class PlainSplit:
     """Cut only."""
 
@@ -52,7 +56,7 @@ class RotarySplit:
 class NormedSplit:
     """Cut, and queries and keys normalised."""
 
-    def __init__(self, layout: HeadLayout, query_norm: nn.Module, key_norm: nn.Module) -> None:
+    def __init__(self, layout: HeadLayout, query_norm: Norm, key_norm: Norm) -> None:
         self.layout, self.query_norm, self.key_norm = layout, query_norm, key_norm
 
     def __call__(self, fused_BSW: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,7 +71,7 @@ class NormedSplit:
 class NormedRotarySplit(NormedSplit):
     """Cut, normalised and then turned."""
 
-    def __init__(self, layout: HeadLayout, query_norm: nn.Module, key_norm: nn.Module, rotary: Rotary) -> None:
+    def __init__(self, layout: HeadLayout, query_norm: Norm, key_norm: Norm, rotary: Rotary) -> None:
         super().__init__(layout, query_norm, key_norm)
         self.rotary = rotary
 
@@ -88,6 +92,11 @@ class RepeatedSplit(NormedSplit):
 
 class RepeatedRotarySplit(RepeatedSplit, NormedRotarySplit):
     """The same, then turned."""
+
+
+def over_all_heads(norm: nn.Module) -> Norm:
+    """The norm of all heads' dimensions together, [..., H*d], for heads that are apart, [..., H, d]."""
+    return lambda x: norm(x.flatten(-2)).view_as(x)
 
 
 def widened(x: Tensor) -> Tensor:
