@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from megatron.convert.huggingface import experts_structmoe
 from megatron.convert.huggingface.configuration_structmoe import StructMoEConfig
@@ -258,6 +259,34 @@ def test_routers_compute_in_float32_whatever_the_rest_does() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model.train()(tokens(), labels=tokens()).loss.backward()
     assert all(bool(parameter.grad.isfinite().all()) for parameter in model.parameters())
+
+
+def test_products_follow_automatic_casts() -> None:
+    x, weight, ends = torch.randn(3, 8), torch.randn(2, 8, 8), torch.tensor([1, 3], dtype=torch.int32)
+    assert experts_structmoe.grouped_mm(x, weight, ends).dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert experts_structmoe.grouped_mm(x, weight, ends).dtype == torch.bfloat16
+
+
+def test_the_bias_of_sigmoid_routers_is_loaded_in_float32_whatever_is_asked_for() -> None:
+    assert model_of("sigmoid")._get_dtype_plan(torch.bfloat16) == {"e_score_correction_bias": torch.float32}
+
+
+def test_what_the_attention_interface_is_given() -> None:
+    """Flash attention reads the window and the positions from its arguments, not from a mask."""
+    given: dict[str, Any] = {}
+
+    def probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> tuple[Tensor, None]:
+        given.update(options, shapes=[tuple(part.shape) for part in (query, key, value)], causal=module.is_causal)
+        return query.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("probe of structmoe", probe)
+    _, _, _, model = pair(**{**CASES["window rpe gqa"], "pos_emb": "rotary", "attention_dropout": 0.1})
+    model.set_attn_implementation("probe of structmoe")
+    model.train()(tokens())
+    assert given.pop("shapes") == [(2, 4, 64, 8), (2, 2, 64, 8), (2, 2, 64, 8)]
+    assert torch.equal(given.pop("position_ids"), torch.arange(64)[None])
+    assert given == {"scaling": 8**-0.5, "dropout": 0.1, "sliding_window": 10, "causal": True}
 
 
 # ---------------------------------------------------------------- outputs and surgery

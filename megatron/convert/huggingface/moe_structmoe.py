@@ -139,7 +139,6 @@ class TopPRouter(StructMoERouter):
         """(expert_TK, weight_TK)."""
         weight_TK, expert_TK = self.probability(logit_TE).sort(dim=-1, descending=True, stable=True)
         unused_TK = weight_TK.detach().cumsum(-1) - weight_TK.detach() >= self.threshold
-        unused_TK[:, 0] = False
         return expert_TK.masked_fill(unused_TK, self.num_experts), self.normalized(weight_TK.masked_fill(unused_TK, 0.0))
 
 
