@@ -12,6 +12,8 @@ import torch
 from megatron.config.components import EXPERTS, ROUTERS
 from megatron.config.model import Activation, ModelConfig, Norm
 from megatron.config.moe import MoEConfig
+from megatron.model.initialization import build_initializer
+from megatron.model.moe import MoELayer
 from tests.model.tiny_model import DENSE, model_section, moe_section, tiny_model, tokens
 
 FEED_FORWARD = ["dense", *itertools.product(ROUTERS, EXPERTS, [1, 2])]
@@ -120,6 +122,21 @@ def test_every_router_with_every_kind_of_expert(case: dict[str, Any]) -> None:
     model = model_section(gpt_j_residual=case["residual"], use_bias_in_mlp=case["bias"], activation=case["activation"], **LONG)
     moe = moe_section(moe_router_type=case["router"], moe_expert_type=case["experts"], moe_top_k=2, moe_num_lores=2, moe_losses=ALL_LOSSES)
     check_gradients(model, moe)
+
+
+@pytest.mark.parametrize(("router", "experts"), list(itertools.product(ROUTERS, EXPERTS)))
+def test_every_combination_in_a_layer(router: str, experts: str) -> None:
+    """With each activation, with and without a residual MLP, biases in it, one expert and LoRE a token or two: 88 layers."""
+    x_BSD = torch.randn(2, 24, 16, generator=torch.Generator().manual_seed(0))
+    for activation, residual, bias, choices in itertools.product(typing.get_args(Activation), (False, True), (False, True), (1, 2)):
+        model = model_section(use_bias_in_mlp=bias, activation=activation)
+        beside = {"moe_use_residual": residual, "moe_top_k": choices, "moe_lore_top_k": choices, "moe_num_lores": 3, "moe_losses": {}}
+        layer = MoELayer(model, moe_section(moe_router_type=router, moe_expert_type=experts, **beside), build_initializer(model, 2))
+        layer(x_BSD).y_BSD.square().sum().backward()
+        for name, parameter in layer.named_parameters():
+            assert parameter.grad is not None, (activation, beside, name)
+            assert torch.isfinite(parameter.grad).all(), (activation, beside, name)
+            assert parameter.grad.any(), (activation, beside, name)
 
 
 @pytest.mark.parametrize("router", ["topk", "sigmoid"])

@@ -1,4 +1,4 @@
-"""Whole runs of the MoE family: ZeRO, recomputation, accumulation, resuming, bf16 and two processes change nothing that they should not."""
+"""Whole runs of the MoE family: ZeRO, recomputation, accumulation, resuming and bf16 change nothing that they should not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 
 from megatron.config.components import EXPERTS, ROUTERS
 from megatron.config.loader import LoadedConfig
-from megatron.testing.distributed import run_distributed
 from megatron.testing.tiny import TINY_MOE, tiny_config
 from megatron.training.run import train
 from tests.training.runs import losses_of, run_values, train_losses
@@ -81,13 +80,3 @@ def test_the_balance_bias_stays_float32_in_bf16(corpus: Path, tmp_path: Path) ->
         steps = bias / 0.001
         assert bias.any()
         assert torch.allclose(steps, steps.round(), atol=1e-3), "it moved by whole steps of 0.001"
-
-
-def test_balance_over_the_global_batch_is_that_of_one_process(corpus: Path, tmp_path: Path) -> None:
-    values = moe_values(corpus, None, "topk", moe_losses={"global_load_balance": 0.1}, train_batch_size=4, train_iters=6)
-    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
-    losses = train_losses({**values, "train_micro_batch_size_per_gpu": 4, "metrics_file": str(one)})
-    settings = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}, "metrics_file": str(two)}
-    assert run_distributed(train_losses, 2, {**values, **settings}, backend=None)[0] == pytest.approx(losses, abs=1e-5)
-    key = "train/global_load_balance"
-    assert losses_of(two, key) == pytest.approx(losses_of(one, key), abs=1e-5)
