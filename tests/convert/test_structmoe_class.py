@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron.convert.huggingface import experts_structmoe
 from megatron.convert.huggingface.configuration_structmoe import StructMoEConfig
-from megatron.convert.huggingface.modeling_structmoe import StructMoEForCausalLM, StructMoEModel
+from megatron.convert.huggingface.modeling_structmoe import StructMoEForCausalLM, StructMoEModel, rotary_frequencies
 from megatron.convert.huggingface.moe_structmoe import LOSSES
 from tests.convert.structmoe_cases import CASES, MOE, SIGMOID
 from tests.convert.structmoe_model import VOCAB, pair, tokens
@@ -342,6 +343,54 @@ def test_dropout_and_jitter_act_in_training_alone() -> None:
                 module.p = 0.0
         model.config.attention_dropout = 0.0
         assert not torch.allclose(model(tokens()).logits, model(tokens()).logits)
+
+
+def test_dropout_of_the_residual_stream_stands_where_gpt_neox_has_it() -> None:
+    """After attention and MLPs with biases, not after others and experts."""
+    places = {"dense": {}, "no biases": {"use_bias_in_mlp": False}, "experts": MOE}
+    layers = {name: pair(**{**changes, "hidden_dropout": 0.1}).theirs.model.layers[0] for name, changes in places.items()}
+    assert {name: (layer.dropout.p, layer.mlp_dropout.p) for name, layer in layers.items()} == {
+        "dense": (0.1, 0.1),
+        "no biases": (0.1, 0.0),
+        "experts": (0.1, 0.0),
+    }
+
+
+SCALINGS = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_scaled_frequencies_are_those_of_transformers(kind: str) -> None:
+    model = model_of("rotary half")
+    model.config.rotary_scaling = SCALINGS[kind]
+    settings = {"rope_parameters": {**SCALINGS[kind], "rope_theta": 500.0, "partial_rotary_factor": 0.5}}
+    llama = LlamaConfig(hidden_size=32, num_attention_heads=4, max_position_embeddings=96, **settings)
+    theirs, _ = ROPE_INIT_FUNCTIONS[kind](llama, "cpu")
+    torch.testing.assert_close(torch.tensor(rotary_frequencies(model.config)), theirs)
+    assert not torch.allclose(model(tokens()).logits, model_of("rotary half")(tokens()).logits, atol=1e-2)
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_one_norm_for_all_heads_repeats_grouped_keys_and_values(norm: str) -> None:
+    """A model with grouped heads is the model without, its keys and values standing as often; cached generation included."""
+    whole = model_of(f"qk all heads {norm}")
+    grouped = StructMoEForCausalLM(StructMoEConfig(**{**whole.config.to_dict(), "num_key_value_heads": 2})).eval()
+    state = whole.state_dict()
+    first_of_two = {key: tensor.unflatten(0, (4, 8))[::2] for key, tensor in state.items() if "k_proj" in key or "v_proj" in key}
+    grouped.load_state_dict(state | {key: heads.flatten(0, 1) for key, heads in first_of_two.items()})
+    whole.load_state_dict(state | {key: heads.repeat_interleave(2, 0).flatten(0, 1) for key, heads in first_of_two.items()})
+    torch.testing.assert_close(grouped(tokens()).logits, whole(tokens()).logits)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(grouped.generate(tokens(2, 5), **options), whole.generate(tokens(2, 5), **options))
 
 
 def test_expert_choice_looks_at_the_whole_batch() -> None:

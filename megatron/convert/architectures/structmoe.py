@@ -174,7 +174,7 @@ def _moe_settings(source: Source) -> dict[str, Any]:
     names = {**MOE_NAMES, **ROUTER_NAMES.get(moe.moe_router_type, {}), **EXPERT_NAMES.get(moe.moe_expert_type, {})}
     settings = {theirs: getattr(moe, ours) for ours, theirs in names.items()} | {
         "num_experts_by_layer": [sections[layer].num_experts if layer in sections else 0 for layer in range(model.num_layers)],
-        "num_experts_per_tok": moe.top_k,
+        "num_experts_per_tok": 1 if moe.moe_router_type == "top_p" else moe.top_k,
         "moe_intermediate_size": moe.expert_width(model),
         "shared_expert_intermediate_size": moe.shared_width(model),
         "router_jitter_noise": 0.0 if moe.moe_router_type == "sinkhorn" else moe.moe_jitter_eps or 0.0,
@@ -196,7 +196,7 @@ def _moe_keys(config: Any) -> dict[str, Any]:
     keys = {ours: getattr(config, theirs) for ours, theirs in names.items()} | {
         "moe_layers": layers,
         "moe_num_experts": counts[0],
-        "moe_top_k": config.num_experts_per_tok,
+        "moe_top_k": None if config.router_type == "top_p" else config.num_experts_per_tok,
         "moe_ffn_hidden_size": config.moe_intermediate_size,
         "moe_shared_expert_intermediate_size": config.shared_expert_intermediate_size or None,
         "moe_jitter_eps": config.router_jitter_noise or None,

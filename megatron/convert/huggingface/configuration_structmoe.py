@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
+from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -46,7 +47,7 @@ class StructMoEConfig(PreTrainedConfig):
     """Of dense MLPs and shared experts; routed experts have none."""
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
-    """On embeddings and on what attention and MLP add to the residual stream."""
+    """On embeddings and on what attention and MLPs with biases add to the residual stream; as in GPT-NeoX, not on what others and experts add."""
     residual_type: str = "sequential"
     """parallel: attention and MLP read the same hidden state; tied: through the same norm, the second of which is then unused."""
     norm_type: str = "layernorm"
@@ -54,11 +55,15 @@ class StructMoEConfig(PreTrainedConfig):
     norm_bias: bool = True
     """Of layernorm; the others have none."""
     qk_norm: str = "none"
-    """all_heads: one norm with weights [heads, head dimension] for queries and keys; per_head: one for each, over the head dimension."""
+    """all_heads: one norm with weights [heads, head dimension] for queries and keys, grouped key/value heads being repeated for it; per_head: one for
+    each, over the head dimension."""
 
     position_type: str = "rotary"
     rotary_pct: float = 1.0
     rotary_emb_base: int = 10000
+    rotary_scaling: dict[str, Any] = field(default_factory=dict)
+    """Scaled frequencies: {rope_type: linear, factor}, or {rope_type: llama3, factor, low_freq_factor, high_freq_factor,
+    original_max_position_embeddings}. Empty: not scaled."""
     position_offset: int = 0
     """Row of a learned table that position 0 has."""
     rpe_num_buckets: int = 32

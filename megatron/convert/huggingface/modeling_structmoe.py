@@ -80,11 +80,25 @@ def inverse_frequencies(dimensions: int, base: int) -> list[float]:
     return [base ** (-2 * pair / dimensions) for pair in range(dimensions // 2)]
 
 
+def rotary_frequencies(config: StructMoEConfig) -> list[float]:
+    """Radians from one position to the next, scaled where the config says so.
+
+    llama3: s f + (1 - s) f / factor, where s rises from 0 to 1 between the two bounds on how often f turns in the original context.
+    """
+    plain, scaling = inverse_frequencies(int(config.head_dim * config.rotary_pct), config.rotary_emb_base), config.rotary_scaling
+    if not scaling:
+        return plain
+    shares = [0.0] * len(plain)
+    if scaling["rope_type"] == "llama3":
+        low, high, context = (scaling[name] for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+        shares = [min(1.0, max(0.0, (context * f / (2 * math.pi) - low) / (high - low))) for f in plain]
+    return [share * f + (1 - share) * f / scaling["factor"] for share, f in zip(shares, plain, strict=True)]
+
+
 def rotary_angles(config: StructMoEConfig, position_BS: Tensor) -> Angles:
     """Computed in float64 where the device has it, so that they are the same in every number format."""
     dtype = torch.float32 if position_BS.device.type == "mps" else torch.float64
-    frequencies = inverse_frequencies(int(config.head_dim * config.rotary_pct), config.rotary_emb_base)
-    angle = position_BS[..., None].to(dtype) * torch.tensor(frequencies, dtype=dtype, device=position_BS.device)
+    angle = position_BS[..., None].to(dtype) * torch.tensor(rotary_frequencies(config), dtype=dtype, device=position_BS.device)
     return Angles(angle.cos().float(), angle.sin().float())
 
 
@@ -188,7 +202,7 @@ class StructMoEAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(y_BSD, attention weights where the implementation gives them). `angles`: None without rotary positions."""
         query_BSHd, key_BSKd, value_BSKd = (part(x_BSD).unflatten(-1, (-1, self.head_dim)) for part in (self.q_proj, self.k_proj, self.v_proj))
-        query_BSHd, key_BSKd = self.normed(query_BSHd, key_BSKd)
+        query_BSHd, key_BSKd, value_BSKd = self.normed(query_BSHd, key_BSKd, value_BSKd)
         query_BHSd, key_BKPd, value_BKPd = (part.transpose(1, 2) for part in (query_BSHd, key_BSKd, value_BSKd))
         if angles is not None:
             query_BHSd, key_BKPd = rotated(query_BHSd, angles), rotated(key_BKPd, angles)
@@ -201,21 +215,23 @@ class StructMoEAttention(nn.Module):
         )
         return self.o_proj(context_BSHd.flatten(2)), weights
 
-    def normed(self, query_BSHd: Tensor, key_BSKd: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys before positions are added: as they are."""
-        return query_BSHd, key_BSKd
+    def normed(self, query_BSHd: Tensor, key_BSKd: Tensor, value_BSKd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before positions are added: as they are."""
+        return query_BSHd, key_BSKd, value_BSKd
 
 
 class AllHeadsNormedAttention(StructMoEAttention):
-    """With one norm for queries and keys, with weights for every head and dimension."""
+    """With one norm for queries and keys, with weights for every query head and dimension: grouped key/value heads are repeated for it."""
 
     def __init__(self, config: StructMoEConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.qk_norm = build_norm(config, config.num_attention_heads, config.head_dim)
+        self.times, self.num_key_value_groups = self.num_key_value_groups, 1
 
-    def normed(self, query_BSHd: Tensor, key_BSKd: Tensor) -> tuple[Tensor, Tensor]:
-        """Both normalised."""
-        return self.qk_norm(query_BSHd), self.qk_norm(key_BSKd)
+    def normed(self, query_BSHd: Tensor, key_BSKd: Tensor, value_BSKd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As many keys and values as queries; queries and keys normalised."""
+        key_BSHd, value_BSHd = (part.repeat_interleave(self.times, dim=2) for part in (key_BSKd, value_BSKd))
+        return self.qk_norm(query_BSHd), self.qk_norm(key_BSHd), value_BSHd
 
 
 class PerHeadNormedAttention(StructMoEAttention):
@@ -225,9 +241,9 @@ class PerHeadNormedAttention(StructMoEAttention):
         super().__init__(config, layer_idx)
         self.q_norm, self.k_norm = build_norm(config, config.head_dim), build_norm(config, config.head_dim)
 
-    def normed(self, query_BSHd: Tensor, key_BSKd: Tensor) -> tuple[Tensor, Tensor]:
-        """Both normalised."""
-        return self.q_norm(query_BSHd), self.k_norm(key_BSKd)
+    def normed(self, query_BSHd: Tensor, key_BSKd: Tensor, value_BSKd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys normalised."""
+        return self.q_norm(query_BSHd), self.k_norm(key_BSKd), value_BSKd
 
 
 ATTENTION = {"none": StructMoEAttention, "all_heads": AllHeadsNormedAttention, "per_head": PerHeadNormedAttention}
@@ -247,6 +263,7 @@ class StructMoEDecoderLayer(GradientCheckpointingLayer):
         experts = config.num_experts_by_layer[layer_idx]
         self.mlp = StructMoESparseMoeBlock(config, experts) if experts else build_mlp(config, config.intermediate_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
+        self.mlp_dropout = nn.Dropout(0.0 if experts or not config.mlp_bias else config.hidden_dropout)
 
     def forward(self, hidden_BSD: Tensor, *attention_inputs: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
         """(hidden_BSD, attention weights or None), and of a layer with experts logit_TE behind them."""
@@ -258,7 +275,7 @@ class StructMoEDecoderLayer(GradientCheckpointingLayer):
     def feed_forward(self, x_BSD: Tensor) -> tuple[Tensor, ...]:
         """(what the MLP or the experts add), and logit_TE of experts."""
         y, *logits = self.mlp(x_BSD) if isinstance(self.mlp, StructMoESparseMoeBlock) else (self.mlp(x_BSD),)
-        return self.dropout(y), *logits
+        return self.mlp_dropout(y), *logits
 
 
 class StructMoEParallelLayer(StructMoEDecoderLayer):

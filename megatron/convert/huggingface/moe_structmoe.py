@@ -77,14 +77,17 @@ class StructMoERouter(nn.Module):
 
     def normalized(self, weight_TK: Tensor) -> Tensor:
         """The weights, divided by their sum where the config says so."""
-        return weight_TK / weight_TK.sum(-1, keepdim=True) if self.normalize else weight_TK
+        smallest = torch.finfo(weight_TK.dtype).tiny  # sigmoids of logits below -100 vanish
+        return weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=smallest) if self.normalize else weight_TK
 
     def decision(self, logit_TE: Tensor, counts_BS: Tensor) -> Decision:
         """What the auxiliary losses look at; `counts_BS` is 0 for padding."""
         probability_TE = self.probability(logit_TE)
         expert_TK, _ = self.decide(logit_TE.detach())
         chosen_TE = F.one_hot(expert_TK, self.num_experts + 1).sum(1)[:, : self.num_experts].to(probability_TE.dtype)
-        return Decision(logit_TE, probability_TE / probability_TE.sum(-1, keepdim=True), chosen_TE, counts_BS, self.temperature)
+        smallest = torch.finfo(probability_TE.dtype).tiny
+        shares_TE = probability_TE / probability_TE.sum(-1, keepdim=True).clamp(min=smallest)
+        return Decision(logit_TE, shares_TE, chosen_TE, counts_BS, self.temperature)
 
 
 class SinkhornRouter(StructMoERouter):
@@ -218,7 +221,7 @@ class ResidualMLP(nn.Module):
 
     def forward(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
         """The layer's output."""
-        experts_T, dense_T = self.coefficient(x_TD).float().softmax(-1).to(x_TD.dtype).unbind(-1)
+        experts_T, dense_T = self.coefficient(x_TD).softmax(-1, dtype=exact_dtype(x_TD)).to(x_TD.dtype).unbind(-1)
         return experts_T[:, None] * y_TD + dense_T[:, None] * self.mlp(x_TD)
 
 
