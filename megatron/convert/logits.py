@@ -1,4 +1,4 @@
-"""Whether a converted model computes what the original does: the logits of both on the same tokens, in float32.
+"""Whether a converted model computes what the original does: the logits of both on the same tokens, in float32, in doubt in float64.
 
 Shapes: B texts; S tokens; V rows of the vocabulary.
 """
@@ -24,14 +24,20 @@ LIMIT = 1e-4
 TOKENS = 64
 
 
+Logits = Callable[[torch.dtype], list[Tensor]]
+"""Logits [1, S, V] of each text, computed in a number format."""
+
+
 class Compared(NamedTuple):
-    """`difference`: the largest of any logit; `texts`: on what."""
+    """`difference`: the largest of any logit, in float32; `texts`: on what; `exact`: the same in float64, None where float32 was enough."""
 
     difference: float
     texts: str
+    exact: float | None = None
 
     def __str__(self) -> str:
-        return f"largest difference of a logit {self.difference:.1e} on {self.texts}, in float32"
+        rounding = "" if self.exact is None else f" ({self.exact:.1e} in float64: the rest is rounding)"
+        return f"largest difference of a logit {self.difference:.1e} on {self.texts}, in float32{rounding}"
 
 
 def tokens_to_compare(source: Source, tokenizer: Tokenizer | None) -> list[Tensor]:
@@ -44,45 +50,70 @@ def tokens_to_compare(source: Source, tokenizer: Tokenizer | None) -> list[Tenso
     return texts
 
 
-def our_logits(source: Source, read: Callable[[str], Tensor], texts: list[Tensor], precision: torch.dtype | None = None) -> list[Tensor]:
-    """Logits [1, S, V] of our model with the weights that `read` gives, rounded to `precision` first (None: as they are)."""
-    gpt = build_model(source.config.model, source.config.moe, source.vocabulary, seed=0).eval().requires_grad_(False)
-    for name, tensor in gpt.state_dict().items():
-        if is_derived(name):
-            continue
-        stored = read(name)
-        tensor.copy_(stored if precision is None or not stored.is_floating_point() else stored.to(precision))
-    return [_logits(gpt(text).logits_BSV) for text in texts]
+def our_logits(source: Source, read: Callable[[str], Tensor], texts: list[Tensor], precision: torch.dtype | None = None) -> Logits:
+    """Of our model with the weights that `read` gives, rounded to `precision` first (None: as they are)."""
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        gpt = build_model(source.config.model, source.config.moe, source.vocabulary, seed=0, dtype=dtype).eval().requires_grad_(False)
+        for name, tensor in gpt.state_dict().items():
+            if not is_derived(name):
+                stored = read(name)
+                tensor.copy_(stored if precision is None or not stored.is_floating_point() else stored.to(precision))
+        return [_logits(gpt(text).logits_BSV) for text in texts]
+
+    return run
 
 
-def their_logits(directory: Path, texts: list[Tensor], precision: torch.dtype = torch.float32) -> list[Tensor]:
-    """Logits [1, S, V] of the model that transformers makes of a directory, its weights rounded to `precision` first.
+def their_logits(directory: Path, texts: list[Tensor], precision: torch.dtype = torch.float32) -> Logits:
+    """Of the model that transformers makes of a directory, its weights rounded to `precision` first.
 
-    Raises ConversionError where a weight is missing, too many or of another shape.
+    The result raises ConversionError where a weight is missing, too many or of another shape.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    loader: Any = AutoModelForCausalLM
-    model, report = loader.from_pretrained(directory, dtype=precision, trust_remote_code=True, output_loading_info=True)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, report[kind])):
-            raise ConversionError(f"transformers loads the export with {kind.replace('_', ' ')}: {', '.join(names[:4])} ({len(names)} in all).")
-    with torch.no_grad():
-        return [_logits(model.eval().float()(text).logits) for text in texts]
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        loader: Any = AutoModelForCausalLM
+        model, report = loader.from_pretrained(directory, dtype=precision, trust_remote_code=True, output_loading_info=True)
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if names := sorted(map(str, report[kind])):
+                raise ConversionError(f"transformers loads the export with {kind.replace('_', ' ')}: {', '.join(names[:4])} ({len(names)} in all).")
+        with torch.no_grad():
+            return [_logits(model.eval().to(dtype)(text).logits) for text in texts]
+
+    return run
 
 
-def compare(ours: list[Tensor], theirs: list[Tensor], *, limit: float = LIMIT) -> Compared:
-    """Raises ConversionError when they are further apart than `limit`, or not numbers."""
-    difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
-    kinds = f"{ours[0].shape[1]} tokens of a text and {ours[-1].shape[1]} random ones" if len(ours) > 1 else f"{ours[0].shape[1]} random tokens"
-    result = Compared(difference, kinds)
-    if not difference <= limit:
-        raise ConversionError(f"The converted model does not compute what the original does: {result}, above the {limit:.0e} that rounding explains.")
+def compare(ours: Logits, theirs: Logits, *, limit: float = LIMIT) -> Compared:
+    """One model after the other. Where float32 does not settle it, since deep models round more, float64 does.
+
+    Raises ConversionError when they are further apart than `limit` there too, or not numbers.
+    """
+    first = ours(torch.float32)
+    result = Compared(largest_difference(first, theirs(torch.float32)), _texts(first))
+    if not result.difference <= limit:
+        result = result._replace(exact=largest_difference(ours(torch.float64), theirs(torch.float64)))
+        if result.exact is None or not result.exact <= limit:
+            raise ConversionError(
+                f"The converted model does not compute what the original does: largest difference of a logit {result.difference:.1e} on "
+                f"{result.texts} in float32, {result.exact:.1e} in float64, above the {limit:.0e} that rounding explains."
+            )
     return result
+
+
+def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """NaN where either is."""
+    return torch.stack([(a.double() - b.double()).abs().max() for a, b in zip(ours, theirs, strict=True)]).max().item()
+
+
+def _texts(logits: list[Tensor]) -> str:
+    if len(logits) == 1:
+        return f"{logits[0].shape[1]} random tokens"
+    return f"{logits[0].shape[1]} tokens of a text and {logits[-1].shape[1]} random ones"
 
 
 def _logits(logits_BSV: Any) -> Tensor:
     assert isinstance(logits_BSV, Tensor)
-    return logits_BSV.float()
+    return logits_BSV
