@@ -52,16 +52,15 @@ def routers(speeches: Path, metrics: Path, steps: int, **losses: float) -> dict[
     """What the routers did in the last third of a run."""
     run = {"data_path": str(speeches), "train_iters": steps, "log_interval": steps // 3, "metrics_file": str(metrics)}
     temperature = {"moe_block_wise_temperature": 4.0} if losses else {}
-    train_losses({**VALUES, **run, **temperature, "moe_losses": {"sequence_load_balance": 1.0, **losses}})
+    train_losses({**VALUES, **run, **temperature, "moe_losses": {"sequence_load_balance": 2.0, **losses}})
     return [record for line in metrics.read_text().splitlines() if "moe/expert_replacement" in (record := json.loads(line))][-1]
 
 
-@pytest.mark.parametrize(("steps", "points"), [(60, 6.0), pytest.param(300, 2.0, marks=pytest.mark.slow)])
-def test_experts_are_replaced_half_as_often(speeches: Path, tmp_path: Path, steps: int, points: float) -> None:
-    """After 60 steps the balance is still on its way: the two losses pull at routers that were random."""
-    without = routers(speeches, tmp_path / "without.jsonl", steps)
-    selected = routers(speeches, tmp_path / "with.jsonl", steps, block_wise_selection=10.0)
+def test_experts_are_replaced_half_as_often(speeches: Path, tmp_path: Path) -> None:
+    """300 steps; the balance within each sequence keeps the experts as evenly used as they were, to 2 points."""
+    without = routers(speeches, tmp_path / "without.jsonl", 300)
+    selected = routers(speeches, tmp_path / "with.jsonl", 300, block_wise_selection=10.0)
     replacement, uniform = "moe/expert_replacement", "moe/delta_uniform"
     assert without[replacement] > 40, "there is something to avoid"
     assert selected[replacement] <= without[replacement] / 2
-    assert abs(selected[uniform] - without[uniform]) <= points
+    assert abs(selected[uniform] - without[uniform]) <= 2
