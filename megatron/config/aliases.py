@@ -17,9 +17,15 @@ RENAMED: dict[str, str] = {
     "lora_rank": "moe_lore_rank",
     "moe_lora_experts": "moe_num_lores",
     "lora_top_k": "moe_lore_top_k",
+    "lora_interaction_type": "moe_lore_interaction",
+    "moe_lora_aux_loss_coeff": "moe_losses.lore_balance",
     "moe_aux_loss_coeff": "moe_losses.load_balance",
     "moe_z_loss_coeff": "moe_losses.z_loss",
 }
+# Another name -> its words -> those of the key that it stands for.
+OTHER_WORDS: dict[str, dict[str, str]] = {"lora_interaction_type": {"addition": "entangled", "geglu": "gated"}}
+# Other names of losses that 0 turns off: a coefficient of 0 under our own name measures the loss all the same.
+OFF_AT_ZERO = frozenset({"moe_lora_aux_loss_coeff"})
 # (another name, a further key that it stands for, that key's value)
 IMPLIED: tuple[tuple[str, str, str], ...] = (("moe_lora_experts", "moe_expert_type", "structmoe"),)
 # Keys whose default is not NeoX's, on purpose -> NeoX's default, and why.
@@ -264,8 +270,6 @@ _NOT_BUILT: dict[str, Ignored | Refused] = {
     "warmup_iters": Refused("write warmup: the share of lr_decay_iters, such as 0.01"),
     "decay_lr_to": Refused("write min_lr: the learning rate at the end itself, not its share of lr"),
     "attention_type": Refused("write attention_config, such as [[[flash], all]]"),
-    "moe_lora_aux_loss_coeff": Refused("write moe_losses: {lore_balance: ...} for the LoRE routers' own balance loss", _is(0, 0.0)),
-    "lora_interaction_type": Refused("write moe_lore_interaction: entangled (the fork's 'addition'), or gated (its 'geglu')", _is("addition")),
 }
 
 TABLE: dict[str, Ignored | Refused] = {**_WITHOUT_EFFECT, **_NOT_BUILT}
