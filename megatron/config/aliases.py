@@ -17,9 +17,15 @@ RENAMED: dict[str, str] = {
     "lora_rank": "moe_lore_rank",
     "moe_lora_experts": "moe_num_lores",
     "lora_top_k": "moe_lore_top_k",
+    "lora_interaction_type": "moe_lore_interaction",
+    "moe_lora_aux_loss_coeff": "moe_losses.lore_balance",
     "moe_aux_loss_coeff": "moe_losses.load_balance",
     "moe_z_loss_coeff": "moe_losses.z_loss",
 }
+# Another name -> its words -> those of the key that it stands for.
+OTHER_WORDS: dict[str, dict[str, str]] = {"lora_interaction_type": {"addition": "entangled", "geglu": "gated"}}
+# Other names of losses that 0 turns off: a coefficient of 0 under our own name measures the loss all the same.
+OFF_AT_ZERO = frozenset({"moe_lora_aux_loss_coeff"})
 # (another name, a further key that it stands for, that key's value)
 IMPLIED: tuple[tuple[str, str, str], ...] = (("moe_lora_experts", "moe_expert_type", "structmoe"),)
 # Keys whose default is not NeoX's, on purpose -> NeoX's default, and why.
@@ -33,7 +39,7 @@ Judgement = Callable[[Any], bool]
 
 
 def _asks_for_nothing(value: Any) -> bool:
-    return value is None or value is False or value in ("", [], {})
+    return value is None or value is False or value in ("", [], {}) or (isinstance(value, dict) and value.get("enabled") is False)
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,9 @@ _WITHOUT_EFFECT: dict[str, Ignored | Refused] = {
         Ignored, "PyTorch's activation checkpointing has no such setting", "synchronize_each_layer", "contiguous_checkpointing", "profile_backward"
     ),
     "deepspeed_activation_checkpointing": Ignored("PyTorch's activation checkpointing is used", _is(True, False)),
+    "checkpoint_in_cpu": Ignored("recomputed layers keep their inputs on the device"),
+    "recompute": Ignored("generation uses its key/value cache, which belongs to one request and gives the same texts"),
+    "sparse_gradients": Ignored(f"{_REMOVED_BY_DEEPSPEED}; the gradients of embeddings are dense, which is the same sum"),
     "attention_softmax_in_fp32": Ignored("the softmax of attention keeps fp32 sums in every precision"),
     "fp16_lm_cross_entropy": Ignored("the loss is computed in fp32 a few tokens at a time, which takes less memory than fp16 logits of all of them"),
     "use_cpu_initialization": Ignored("weights are initialised the same way on every device"),
@@ -204,13 +213,11 @@ _NOT_BUILT: dict[str, Ignored | Refused] = {
     "dataset_impl": Refused(_POST_TRAINING, _is("gpt2")),
     "z_loss": Refused("it is the reward model's; for the router write moe_losses: {z_loss: ...}", _is(0.0, 0)),
     "s3_path": Refused("checkpoints are written to a file system; remove it"),
-    "checkpoint_in_cpu": Refused("recomputed layers keep their inputs on the device; remove it"),
     "loss_scale": Refused("write fp16: {loss_scale: ...}"),
     "char_level_ppl": Refused("eval.py reports bits per byte; remove it"),
     **_entries(Refused, _MUP, "use_mup", "coord_check", "save_base_shapes", "base_shapes_file"),
     "scheduler": Refused("the schedule is the training loop's own; write lr_decay_style, lr_decay_iters, warmup and min_lr"),
     "amp": Refused(f"{_REMOVED_BY_DEEPSPEED}; write precision: bfloat16 or precision: fp16"),
-    "sparse_gradients": Refused(f"{_REMOVED_BY_DEEPSPEED}, and the gradients of embeddings are dense; remove it"),
     "curriculum_learning": Refused(f"{_REMOVED_BY_DEEPSPEED}, and sequences have one length throughout; remove it"),
     "elasticity": Refused(f"{_REMOVED_BY_DEEPSPEED}; write train_batch_size, and runs with other numbers of processes keep it"),
     "compression_training": Refused(f"{_REMOVED_BY_DEEPSPEED}; remove it"),
@@ -222,7 +229,6 @@ _NOT_BUILT: dict[str, Ignored | Refused] = {
     "checkpoint": Refused("checkpoints are written and checked by save, load and their keys, not by DeepSpeed alone; remove it"),
     "deepspeed_mpi": Refused("write launcher: openmpi and force_multi: true"),
     "return_logits": Refused("generate.py writes text, not logits; remove it"),
-    "recompute": Refused("generation always uses its key/value cache; remove it"),
     "eval_tasks": Refused("lm-eval tasks are not part of this version; write eval_text_files, and eval.py measures text files"),
     **_entries(Refused, _DERIVED_PROCESS, "world_size", "local_rank", "rank"),
     **_entries(
@@ -264,8 +270,6 @@ _NOT_BUILT: dict[str, Ignored | Refused] = {
     "warmup_iters": Refused("write warmup: the share of lr_decay_iters, such as 0.01"),
     "decay_lr_to": Refused("write min_lr: the learning rate at the end itself, not its share of lr"),
     "attention_type": Refused("write attention_config, such as [[[flash], all]]"),
-    "moe_lora_aux_loss_coeff": Refused("write moe_losses: {lore_balance: ...} for the LoRE routers' own balance loss", _is(0, 0.0)),
-    "lora_interaction_type": Refused("write moe_lore_interaction: entangled (the fork's 'addition'), or gated (its 'geglu')", _is("addition")),
 }
 
 TABLE: dict[str, Ignored | Refused] = {**_WITHOUT_EFFECT, **_NOT_BUILT}

@@ -30,6 +30,8 @@ WIDTH_KEYS = ("ffn_hidden_size", "intermediate_size", "expansion_factor")
 
 
 class ModelConfig(Section):
+    not_built = {"norm": {f"te_{norm}": f"Transformer Engine is not used; write {norm}" for norm in ("layernorm", "rmsnorm")}}
+
     num_layers: PositiveInt
     """Number of transformer layers."""
     hidden_size: PositiveInt

@@ -1,13 +1,13 @@
 """Keys under other names than ours: NeoX's and the StructMoE author's fork's old ones, and DeepSpeed's inside `deepspeed_extra_args`.
 
-A key under another name acts exactly as the one it stands for; what is wrong with it is reported under the name that was written.
+A key under another name acts exactly as the one it stands for, its words translated; what is wrong with it is told under the written name.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from megatron.config.aliases import IMPLIED, RENAMED
+from megatron.config.aliases import IMPLIED, OFF_AT_ZERO, OTHER_WORDS, RENAMED
 from megatron.config.deepspeed import NEOX_KEYS
 from megatron.config.source import COMMAND_LINE, KeyPath, Source, canonical
 
@@ -21,11 +21,30 @@ def resolve_names(source: Source, problems: list[str]) -> None:
         if source.values[old] is not None:
             _move(source, (old,), tuple(RENAMED[old].split(".")), problems)
         source.drop(old)
+    for path, old in list(source.written.items()):
+        _translate(source, path, old)
+
+
+def _translate(source: Source, path: KeyPath, old: str) -> None:
+    """Another name's words in ours; what it turns off is as if it had not been given."""
+    value = _value_at(source, path)
+    if old in OTHER_WORDS and isinstance(value, str):
+        source.values[path[0]] = OTHER_WORDS[old].get(value.lower(), value)
+    if old in OFF_AT_ZERO and type(value) in (int, float) and value == 0:
+        others = {key: coefficient for key, coefficient in source.values[path[0]].items() if key != path[1]}
+        source.written.pop(path)
+        if others:
+            source.values[path[0]] = others
+        else:
+            source.drop(path[0])
 
 
 def written_names(source: Source) -> dict[str, Any]:
     """The values of the keys that were given under other names, under those names."""
     found = {old: _value_at(source, path) for path, old in source.written.items() if old in RENAMED}
+    for old, words in OTHER_WORDS.items():
+        if isinstance(found.get(old), str):
+            found[old] = {ours: theirs for theirs, ours in words.items()}.get(found[old], found[old])
     lifted = {name.split(".")[1]: _value_at(source, path) for path, name in source.written.items() if name.startswith(f"{_EXTRA}.")}
     return found | ({_EXTRA: source.values[_EXTRA] | lifted} if lifted else {})
 

@@ -12,7 +12,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from megatron.config.aliases import IMPLIED, OTHER_DEFAULTS, RENAMED, TABLE, Ignored
+from megatron.config.aliases import IMPLIED, OFF_AT_ZERO, OTHER_DEFAULTS, OTHER_WORDS, RENAMED, TABLE, Ignored
 from megatron.config.neox import SECTION_CLASSES, NeoXConfig
 from megatron.config.section import Section
 
@@ -47,6 +47,8 @@ def reference_page() -> str:
 
 def _other_names() -> str:
     implied = {old: f", and `{key}: {value}` unless that key is given" for old, key, value in IMPLIED}
+    implied |= {old: f": {', '.join(f'`{theirs}` is `{ours}`' for theirs, ours in words.items())}" for old, words in OTHER_WORDS.items()}
+    implied |= dict.fromkeys(OFF_AT_ZERO, ", unless it is 0")
     rows = [f"| `{old}` | `{new}`{implied.get(old, '')} |" for old, new in sorted(RENAMED.items())]
     note = "NeoX's earlier names and those of the StructMoE author's fork act exactly as ours. Giving a key under both names is an error."
     return "\n".join(["## Other names", "", note, "", "| key | is |", "|---|---|", *rows]) + "\n"

@@ -43,6 +43,8 @@ def generate(config: NeoXConfig, console: Console, read_line: Callable[[str], st
 def announce(ready: ReadyModel, inference: InferenceConfig, source: Source, seed: int) -> None:
     sampling = sampling_of(inference)
     log.info("%s, %s.", ready.description, source)
+    if inference.sample_input_file is not None and source != "input-file":
+        log.warning("sample_input_file %s is not read: text_gen_type is %s.", inference.sample_input_file, source)
     if not sampling.is_greedy:
         log.info("temperature %g, top_k %d, top_p %g, seed %d.", *sampling, seed)
     elif sampling.top_k or sampling.top_p:

@@ -138,6 +138,8 @@ def _take_apart(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Request
         value = getattr(arguments, f"key_{key}")
         if value is not None:
             overrides.append(f"{key}={value if key == 'iteration' else json.dumps(value)}")
+    if arguments.key_sample_input_file is not None and not any(canonical(override).startswith("text_gen_type=") for override in overrides):
+        overrides.append("text_gen_type=input-file")  # whoever names prompts wants them, whatever text_generation.yml says
     check, transported = getattr(arguments, "check", False), getattr(arguments, "megatron_config", None)
     return Request(tuple(words), arguments.conf_dir, tuple(overrides), check, transported)
 

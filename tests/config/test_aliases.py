@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config.aliases import RENAMED, TABLE, Ignored, judge
+from megatron.config.aliases import RENAMED, TABLE, Ignored, Verdict, judge
 from megatron.config.loader import config_from_dict, load_config
 from megatron.config.neox import OWNER
 from megatron.config.section import ConfigError
@@ -41,3 +41,19 @@ def test_an_ignored_key_gives_a_notice_with_its_place(tmp_path: Path, monkeypatc
     assert load_config(["a"]).notices == (
         "a.yml:7: 'layernorm_fusion' has no effect here: attention and activations use PyTorch's own fused operations where there are any",
     )
+
+
+def test_a_dictionary_that_is_not_enabled_asks_for_nothing() -> None:
+    for key in ("amp", "curriculum_learning", "autotuning", "elasticity", "soft_prompt_tuning"):
+        assert judge(key, {"enabled": False, "more": 1}) == Verdict(False, "")
+        verdict = judge(key, {"enabled": True})
+        assert verdict is not None
+        assert verdict.refused
+
+
+@pytest.mark.parametrize("key", ["recompute", "checkpoint_in_cpu", "sparse_gradients"])
+def test_what_changes_no_result_stops_no_run(key: str) -> None:
+    verdict = judge(key, True)
+    assert verdict is not None
+    assert not verdict.refused
+    assert verdict.sentence.startswith(f"'{key}' has no effect here: ")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron.config.aliases import IMPLIED, RENAMED
+from megatron.config.aliases import IMPLIED, OTHER_WORDS, RENAMED
 from megatron.config.loader import LoadedConfig, config_from_dict, load_config, load_values
 from megatron.config.neox import OWNER
 from megatron.config.section import ConfigError
@@ -22,10 +22,14 @@ VALUES: dict[str, Any] = {
     "lora_rank": 16,
     "moe_lora_experts": 4,
     "lora_top_k": 2,
+    "lora_interaction_type": "geglu",
+    "moe_lora_aux_loss_coeff": 0.003,
     "moe_aux_loss_coeff": 0.01,
     "moe_z_loss_coeff": 0.001,
 }
 MOE = {"moe_num_experts": 4}
+# What else a name needs beside it.
+BESIDE: dict[str, dict[str, Any]] = {"moe_lora_aux_loss_coeff": {"moe_expert_type": "structmoe", "moe_num_lores": 4, "moe_lore_rank": 8}}
 # As in the fork's own files: a StructMoE of eight experts with eight LoREs each.
 FORK = """
 "moe_router_type": "topk"
@@ -64,13 +68,14 @@ def test_every_other_name_is_tried() -> None:
 @pytest.mark.parametrize("old", RENAMED)
 def test_it_acts_exactly_as_the_key_that_it_stands_for(old: str) -> None:
     outer, _, inner = RENAMED[old].partition(".")
-    value = {inner: VALUES[old]} if inner else VALUES[old]
+    value = OTHER_WORDS.get(old, {}).get(VALUES[old], VALUES[old])
     implied = {key: given for name, key, given in IMPLIED if name == old}
-    loaded = load_values({**MODEL, **MOE, old: VALUES[old]})
-    assert loaded.config == config_from_dict({**MODEL, **MOE, outer: value, **implied})
-    assert loaded.config.given() == config_from_dict({**MODEL, **MOE, outer: value, **implied}).given()
+    ours = {**MODEL, **MOE, **BESIDE.get(old, {}), outer: {inner: value} if inner else value, **implied}
+    loaded = load_values({**MODEL, **MOE, **BESIDE.get(old, {}), old: VALUES[old]})
+    assert loaded.config == config_from_dict(ours)
+    assert loaded.config.given() == config_from_dict(ours).given()
     assert loaded.without_section == {old: VALUES[old]}
-    assert loaded.notices == load_values({**MODEL, **MOE, outer: value, **implied}).notices
+    assert loaded.notices == load_values(ours).notices
 
 
 @pytest.mark.parametrize("old", RENAMED)
@@ -81,9 +86,10 @@ def test_null_asks_for_nothing(old: str) -> None:
 @pytest.mark.parametrize("old", RENAMED)
 def test_both_names_together_are_an_error(old: str, here: Path) -> None:
     outer, _, inner = RENAMED[old].partition(".")
-    new = f"{outer}: {{{inner}: 0.5}}" if inner else f"{outer}: {VALUES[old]}"
+    new = f"{outer}: {{{inner}: 0.5}}" if inner else f"{outer}: {OTHER_WORDS.get(old, {}).get(VALUES[old], VALUES[old])}"
+    beside = "".join(f"{key}: {value}\n" for key, value in BESIDE.get(old, {}).items())
     with pytest.raises(ConfigError) as caught:
-        load(here, f"moe_num_experts: 4\n{new}\n{old}: {VALUES[old]}\n")
+        load(here, f"moe_num_experts: 4\n{new}\n{old}: {VALUES[old]}\n{beside}")
     assert caught.value.problems == [f"a.yml:3: '{old}' is another name of '{RENAMED[old]}', which is given as well; keep one of them"]
 
 
@@ -99,9 +105,21 @@ def test_a_file_of_the_fork_is_a_structmoe(here: Path) -> None:
     loaded = load(here, FORK)
     moe = loaded.config.moe
     assert (moe.moe_expert_type, moe.moe_num_lores, moe.moe_lore_top_k, moe.moe_lore_rank) == ("structmoe", 8, 1, 128)
+    assert moe.moe_lore_interaction == "entangled"
     assert moe.moe_losses == {"load_balance": 0.01, "z_loss": 0.0}
     assert loaded.notices == ()
     assert load(here, FORK + "moe_expert_type: grouped\n").config.moe.moe_expert_type == "grouped"
+    assert load(here, FORK.replace("addition", "GEGLU")).config.moe.moe_lore_interaction == "gated"
+    balanced = {"load_balance": 0.01, "lore_balance": 0.003, "z_loss": 0.0}
+    assert load(here, FORK.replace('coeff" : 0.00', 'coeff" : 0.003')).config.moe.moe_losses == balanced
+    assert load(here, FORK, "moe_lora_aux_loss_coeff=0.003").config.moe.moe_losses == balanced
+
+
+def test_a_balance_of_0_is_none(here: Path) -> None:
+    for text in ("moe_lora_aux_loss_coeff: 0.0\n", "moe_lora_aux_loss_coeff: 0\nlora_interaction_type: addition\n"):
+        loaded = load(here, text)
+        assert (loaded.config.moe.moe_losses, loaded.notices) == ({}, ())
+    assert load(here, "moe_lora_aux_loss_coeff: 0.1\n", "moe_lora_aux_loss_coeff=0").config.moe.moe_losses == {}
 
 
 @pytest.mark.parametrize(
@@ -116,6 +134,11 @@ def test_a_file_of_the_fork_is_a_structmoe(here: Path) -> None:
         (
             "moe_lora_experts: 4\n",
             "a.yml:1: 'moe_expert_type (set by moe_lora_experts)' = 'structmoe': needs moe_num_experts of 2 or more; with 1 every layer is dense",
+        ),
+        ("lora_interaction_type: sum\n", "a.yml:1: 'lora_interaction_type' = 'sum': must be 'entangled', 'standalone' or 'gated'"),
+        (
+            "moe_num_experts: 4\nmoe_lora_aux_loss_coeff: 0.1\n",
+            "a.yml:2: 'moe_lora_aux_loss_coeff' = 0.1: needs moe_expert_type: structmoe with routed LoREs",
         ),
         ("moe_aux_loss_coeff: -1\n", "a.yml:1: 'moe_aux_loss_coeff' = -1: must be 0 or more"),
         ("moe_aux_loss_coeff: high\n", "a.yml:1: 'moe_aux_loss_coeff' = 'high': must be a number"),

@@ -26,7 +26,8 @@ def run(repository: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedP
 
     def start(script: str, *words: object, rank: str | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
         environment = {**outer_environment(), "PYTHONPATH": str(repository), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        environment |= {} if rank is None else {"RANK": rank}
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+        environment |= {} if rank is None else place
         command = [sys.executable, str(repository / script), *map(str, words)]
         options = {"stdin": subprocess.DEVNULL, **options}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False, **options)

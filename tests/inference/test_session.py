@@ -118,6 +118,17 @@ def test_filters_without_a_temperature_are_pointed_out(
     ]
 
 
+def test_prompts_that_are_not_read_are_pointed_out(
+    keys: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As GPT-NeoX's text_generation.yml has it: a file of prompts, and unconditional."""
+    monkeypatch.setattr(logging.getLogger("megatron"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("megatron"), "handlers", [])
+    with caplog.at_level(logging.WARNING, "megatron"):
+        run(keys, sample_input_file="prompts.txt", text_gen_type="unconditional")
+    assert caplog.messages == ["sample_input_file prompts.txt is not read: text_gen_type is unconditional."]
+
+
 def test_an_unwritable_file_is_named_before_anything_is_generated(keys: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(InferenceError, match=r"sample_output_file: .*missing/samples\.jsonl cannot be written: No such file or directory"):
         run(keys, sample_output_file=str(tmp_path / "missing" / "samples.jsonl"))

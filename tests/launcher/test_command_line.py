@@ -89,7 +89,11 @@ def test_one_process_without_a_gpu_gets_the_cpu_accelerator_and_passes_its_statu
     [
         (
             ("generate.py", "-d", "configs", "small", "-i", "in.txt", "-o", "out.txt"),
-            """('sample_output_file="out.txt"', 'sample_input_file="in.txt"')""",
+            """('sample_output_file="out.txt"', 'sample_input_file="in.txt"', 'text_gen_type=input-file')""",
+        ),
+        (
+            ("generate.py", "-d", "configs", "small", "-i", "in.txt", "-o", "text_gen_type=unconditional"),
+            """('text_gen_type=unconditional', 'sample_input_file="in.txt"')""",
         ),
         (("-o", "out.txt", "generate.py", "small", "-d", "configs"), """('sample_output_file="out.txt"',)"""),
         (("generate.py", "-d", "configs", "small", "-o", "seed=3", "-o", "out.txt"), """('seed=3', 'sample_output_file="out.txt"')"""),
