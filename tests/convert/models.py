@@ -115,7 +115,9 @@ def save_stage(directory: str, keys: Mapping[str, Any], stage: int) -> str:
     """The model of `lively_model`, saved by an engine at a ZeRO stage. For run_distributed."""
     from megatron.checkpoint.save import save_checkpoint
     from megatron.training.engine import build_engine
+    from megatron.training.process import start_process
 
+    start_process(backend="gloo", threads=1)
     config = tiny_config(**{**keys, "zero_optimization": {"stage": stage}})
     gpt = lively_model(config).requires_grad_(True)
     engine = build_engine(config, gpt, world_size=torch.distributed.get_world_size())

@@ -20,13 +20,25 @@ NORMS: dict[str, Changes] = {
     "scalenorm": {"norm": "scalenorm"},
     "norms without weights": {"norm": "non_parametric_layernorm", "layernorm_epsilon": 0.01},
     **{f"qk all heads {norm}": {"norm": norm, "use_qk_layernorm": True} for norm in ("layernorm", "rmsnorm", "scalenorm")},
+    **{f"qk all heads {norm} gqa": {"norm": norm, "use_qk_layernorm": True, "num_kv_heads": 2} for norm in ("layernorm", "rmsnorm", "scalenorm")},
     "qk all heads without biases": {"use_qk_layernorm": True, "use_bias_in_norms": False},
     **{f"qk per head {norm}": {"norm": norm, "qk_norm_per_head": True, "num_kv_heads": 2} for norm in ("layernorm", "rmsnorm")},
+    **{f"qk jointly {norm}": {"norm": norm, "qk_norm_all_heads": True, "num_kv_heads": 2} for norm in ("layernorm", "rmsnorm")},
     "qk without weights": {"norm": "non_parametric_layernorm", "qk_norm_per_head": True},
 }
 POSITIONS: dict[str, Changes] = {
     "rotary half": {"rotary_pct": 0.5, "rotary_emb_base": 500},
     "rotary odd share": {"hidden_size": 40, "num_attention_heads": 2, "rotary_pct": 0.3},
+    "rotary linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "rotary llama3": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
     "learned": {"pos_emb": "learned"},
     "learned offset": {"pos_emb": "learned", "opt_pos_emb_offset": 2},
     "sinusoidal": {"pos_emb": "sinusoidal"},

@@ -61,7 +61,10 @@ def test_attention_written_out_gives_the_same(name: str) -> None:
         torch.testing.assert_close(model(tokens()).logits, gpt(tokens()).logits_BSV, **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["rotary half", "sinusoidal", "structmoe swiglu both", "sigmoid groups", "shared gated", "qk all heads rmsnorm"])
+@pytest.mark.parametrize(
+    "name",
+    ["rotary half", "sinusoidal", "structmoe swiglu both", "sigmoid groups", "residual and shared", "rotary llama3", "qk all heads rmsnorm gqa"],
+)
 def test_the_same_in_float64(name: str) -> None:
     """To twelve digits, so that what a tolerance could hide is not there."""
     _, gpt, _, model = pair(dtype=torch.float64, **CASES[name])

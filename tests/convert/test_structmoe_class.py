@@ -12,8 +12,8 @@ from transformers import AttentionInterface, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron.convert.huggingface import experts_structmoe
+from megatron.convert.huggingface.attention_structmoe import StructMoEForCausalLM, StructMoEModel, rotary_frequencies
 from megatron.convert.huggingface.configuration_structmoe import StructMoEConfig
-from megatron.convert.huggingface.modeling_structmoe import StructMoEForCausalLM, StructMoEModel, rotary_frequencies
 from megatron.convert.huggingface.moe_structmoe import LOSSES
 from tests.convert.structmoe_cases import CASES, MOE, SIGMOID
 from tests.convert.structmoe_model import VOCAB, pair, tokens
@@ -22,6 +22,8 @@ TOLERANCE = {"rtol": 0.0, "atol": 3e-5}
 # Each way of knowing positions, and each way of sending tokens to experts that does not look at other tokens.
 GENERATING = [
     "rotary half",
+    "rotary llama3",
+    "qk all heads layernorm gqa",
     "learned offset",
     "sinusoidal",
     "alibi six heads",

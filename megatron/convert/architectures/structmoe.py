@@ -28,6 +28,7 @@ AUTO_MAP = {
 FIRST_LAYER = 2
 RESIDUALS = ("sequential", "parallel", "tied")
 NORM_WEIGHTS = {"layernorm": ("weight", "bias"), "rmsnorm": ("scale",), "scalenorm": ("g",), "non_parametric_layernorm": ()}
+QK_NORMS = {"use_qk_layernorm": "all_heads", "qk_norm_per_head": "per_head", "qk_norm_all_heads": "jointly"}
 EPSILONS = {"rmsnorm": "rms_norm_epsilon", "scalenorm": "scalenorm_epsilon"}
 
 # Key of ours -> the setting that is the same.
@@ -107,9 +108,10 @@ class StructMoE:
             "hidden_act": model.hidden_function,
             "residual_type": RESIDUALS[model.gpt_j_residual + model.gpt_j_tied],
             "norm_eps": getattr(model, EPSILONS.get(model.norm, "layernorm_epsilon")),
-            "qk_norm": "all_heads" if model.use_qk_layernorm else "per_head" if model.qk_norm_per_head else "none",
+            "qk_norm": next((theirs for ours, theirs in QK_NORMS.items() if getattr(model, ours)), "none"),
             "position_bias_scale": scales,
             "sliding_window": None if window is None else window + 1,
+            "rotary_scaling": {} if model.rope_scaling is None else model.rope_scaling.model_dump(exclude_none=True),
             "tie_word_embeddings": not model.no_weight_tying,
             **(_moe_settings(source) if source.config.moe.has_experts else {}),
         }
@@ -133,10 +135,10 @@ class StructMoE:
             "gpt_j_residual": residual > 0,
             "gpt_j_tied": residual > 1,
             EPSILONS.get(config.norm_type, "layernorm_epsilon"): config.norm_eps,
-            "use_qk_layernorm": config.qk_norm == "all_heads",
-            "qk_norm_per_head": config.qk_norm == "per_head",
+            **{ours: config.qk_norm == theirs for ours, theirs in QK_NORMS.items()},
             "no_weight_tying": not config.tie_word_embeddings,
             **({} if config.sliding_window is None else {"sliding_window_width": config.sliding_window - 1}),
+            **({"rope_scaling": config.rotary_scaling} if config.rotary_scaling else {}),
             **_scale_keys(config.position_bias_scale),
             **(_moe_keys(config) if any(config.num_experts_by_layer) else {}),
         }
@@ -286,7 +288,7 @@ def _attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[Entry]:
         yield Entry(f"{ours}.dense.{part}", (f"{theirs}.o_proj.{part}",))
     if model.use_qk_layernorm:
         yield from _norm(model, f"{ours}.qk_layernorm", f"{theirs}.qk_norm")
-    if model.qk_norm_per_head:
+    if model.qk_norm_widths is not None:
         for norm in ("q_norm", "k_norm"):
             yield from _norm(model, f"{ours}.{norm}", f"{theirs}.{norm}")
 

@@ -9,7 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "norm_type": ("layernorm", "rmsnorm", "scalenorm", "non_parametric_layernorm"),
-    "qk_norm": ("none", "all_heads", "per_head"),
+    "qk_norm": ("none", "all_heads", "per_head", "jointly"),
     "position_type": ("rotary", "learned", "sinusoidal", "alibi", "rpe", "none"),
     "residual_type": ("sequential", "parallel", "tied"),
     "hidden_act": ("gelu", "gelu_tanh", "relu", "softsign", "swish", "mish", "silu", "geglu", "reglu", "swiglu", "glu", "bilinear"),
@@ -56,7 +56,7 @@ class StructMoEConfig(PreTrainedConfig):
     """Of layernorm; the others have none."""
     qk_norm: str = "none"
     """all_heads: one norm with weights [heads, head dimension] for queries and keys, grouped key/value heads being repeated for it; per_head: one for
-    each, over the head dimension."""
+    each, over the head dimension; jointly: one for each, over the dimensions of all its heads."""
 
     position_type: str = "rotary"
     rotary_pct: float = 1.0
