@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
 import os
@@ -68,16 +69,22 @@ def shared_dir() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
-    """A disk of one mebibyte; None where none can be mounted."""
-    disk = tmp_path_factory.mktemp("disk")
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
+@contextlib.contextmanager
+def mounted(folder: Path) -> Iterator[Path | None]:
+    """`folder` as a disk of one mebibyte; None where none can be mounted."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode != 0:
         yield None
         return
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
+    """An empty disk of one mebibyte; None where none can be mounted."""
+    with mounted(tmp_path_factory.mktemp("disk")) as disk:
+        yield disk
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from megatron.testing.distributed import run_distributed
 from tests.checkpoint import rank_work
-from tests.conftest import DISK_BYTES
+from tests.conftest import DISK_BYTES, mounted
 
 ONE = [(dtype, stage) for dtype in ("fp32", "bf16") for stage in range(4)]
 TWO = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 3)]
@@ -21,7 +22,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def one(root: Path, small_disk: Path | None) -> dict[str, Any]:
+def first_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
+    """A small disk for the first group."""
+    with mounted(tmp_path_factory.mktemp("first_disk")) as disk:
+        yield disk
+
+
+@pytest.fixture(scope="session")
+def one(root: Path, first_disk: Path | None) -> dict[str, Any]:
     """What one process returned, by the name of the work."""
     work: dict[str, tuple[Any, ...]] = {
         "save_and_resume": (str(root), ONE),
@@ -32,8 +40,8 @@ def one(root: Path, small_disk: Path | None) -> dict[str, Any]:
         "unwritable": (str(root / "file" / "run"),),
     }
     (root / "file").write_text("no directory")
-    if small_disk is not None:
-        work["fill_disk"] = (str(small_disk), DISK_BYTES - 80_000)
+    if first_disk is not None:
+        work["fill_disk"] = (str(first_disk), DISK_BYTES - 80_000)
     return run_distributed(rank_work.several, 1, work)[0]
 
 

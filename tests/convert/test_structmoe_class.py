@@ -13,8 +13,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron.convert.huggingface import experts_structmoe
 from megatron.convert.huggingface.attention_structmoe import rotary_frequencies
-from megatron.convert.huggingface.modeling_structmoe import StructMoEForCausalLM, StructMoEModel
 from megatron.convert.huggingface.configuration_structmoe import StructMoEConfig
+from megatron.convert.huggingface.modeling_structmoe import StructMoEForCausalLM, StructMoEModel
 from megatron.convert.huggingface.moe_structmoe import LOSSES
 from tests.convert.structmoe_cases import CASES, MOE, SIGMOID
 from tests.convert.structmoe_model import VOCAB, pair, tokens
