@@ -158,8 +158,9 @@ def test_auxiliary_losses_are_ours(router: str) -> None:
         torch.testing.assert_close(model(tokens(), output_router_logits=True).aux_loss, value)
     model.config.moe_losses = dict(ALL_LOSSES)
     output = model(tokens(), labels=tokens(), output_router_logits=True)
-    torch.testing.assert_close(output.aux_loss, (torch.tensor(list(ALL_LOSSES.values())) * expected_A).sum())
-    torch.testing.assert_close(output.loss, model(tokens(), labels=tokens()).loss + output.aux_loss)
+    weighted = (torch.tensor(list(ALL_LOSSES.values())) * expected_A).sum()
+    torch.testing.assert_close(output.aux_loss, weighted / ALL_LOSSES["load_balance"])
+    torch.testing.assert_close(output.loss, model(tokens(), labels=tokens()).loss + weighted)
 
 
 def test_auxiliary_losses_do_not_see_padding() -> None:
@@ -184,6 +185,15 @@ def test_auxiliary_losses_are_in_the_loss_of_training() -> None:
     torch.testing.assert_close(output.loss, plain + 2 * output.aux_loss)
     output.aux_loss.backward()
     assert bool(model.model.layers[0].mlp.gate.weight.grad.any())
+
+
+@pytest.mark.parametrize(
+    ("losses", "coefficient"), [({}, 0.0), ({"load_balance": 0.01, "z_loss": 0.001}, 0.01), ({"z_loss": 0.001}, 0.001), ({"load_balance": 0.0}, 1.0)]
+)
+def test_trainers_find_the_coefficient_and_the_number_of_experts(losses: dict[str, float], coefficient: float) -> None:
+    """TRL reads both, and adds load balance times the coefficient by itself."""
+    _, _, _, model = pair(**{**MOE, "moe_losses": losses, "moe_layers": [1]})
+    assert (model.config.router_aux_loss_coef, model.config.num_experts) == (coefficient, 4)
 
 
 def gradients(model: StructMoEForCausalLM) -> dict[str, Tensor]:

@@ -120,8 +120,8 @@ class StructMoEConfig(PreTrainedConfig):
     """Auxiliary losses and their coefficients; `LOSSES` in moe_structmoe.py says which are computed."""
     moe_block_wise_temperature: float = 1.0
     """Of the loss block_wise_selection."""
-    router_aux_loss_coef: float = 1.0
-    """What `aux_loss`, which has the coefficients of `moe_losses` in it already, is multiplied by when it is added to the loss."""
+    router_aux_loss_coef: float | None = None
+    """What `aux_loss` is multiplied by when it is added to the loss. None: `loss_unit`, so that each loss has its coefficient of `moe_losses`."""
 
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -135,6 +135,8 @@ class StructMoEConfig(PreTrainedConfig):
         self.num_key_value_heads = self.kv_heads
         self.num_experts_by_layer = self.num_experts_by_layer or [0] * layers
         self.position_bias_scale = self.position_bias_scale or [1.0] * layers
+        if self.router_aux_loss_coef is None:
+            self.router_aux_loss_coef = self.loss_unit if self.moe_losses else 0.0
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} = '{getattr(self, name)}': must be one of {', '.join(allowed)}")
@@ -152,6 +154,19 @@ class StructMoEConfig(PreTrainedConfig):
     def head_dim(self) -> int:
         """Dimensions of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the first layer that has any; 0 in a dense model. (The name that trainers ask for.)"""
+        return next((count for count in self.num_experts_by_layer if count), 0)
+
+    @property
+    def loss_unit(self) -> float:
+        """The coefficient that the others are measured by in `aux_loss`: that of load balance, else the first of `moe_losses`, else 1.
+
+        So `aux_loss` and `router_aux_loss_coef` mean what they do in transformers' own models, whose only such loss is load balance.
+        """
+        return self.moe_losses.get("load_balance") or next(filter(None, self.moe_losses.values()), 1.0)
 
     @property
     def is_gated(self) -> bool:

@@ -238,8 +238,8 @@ class StructMoEForCausalLM(StructMoEPreTrainedModel, GenerationMixin):
     ) -> MoeCausalLMOutputWithPast:
         """Logits, and with labels (-100: not counted) the mean cross entropy of each next token.
 
-        `aux_loss` is the sum of `config.moe_losses` times their coefficients over the layers. It is computed when `output_router_logits` asks for
-        it, and in training with labels; where there are labels it is added to the loss, times `config.router_aux_loss_coef`.
+        `aux_loss` is the sum of `config.moe_losses` times their coefficients over the layers, divided by `config.loss_unit`. It is computed when
+        `output_router_logits` asks for it, and in training with labels; with labels it is added to the loss, times `config.router_aux_loss_coef`.
         """
         outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -249,7 +249,7 @@ class StructMoEForCausalLM(StructMoEPreTrainedModel, GenerationMixin):
         aux_loss = None
         if with_logits or (self.training and labels is not None and self.config.moe_losses):
             aux_loss = self.auxiliary_loss(outputs.router_logits, outputs.last_hidden_state.shape[:2], attention_mask)
-            loss = None if loss is None else loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+            loss = None if loss is None else loss + (self.config.router_aux_loss_coef or 0.0) * aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -266,4 +266,4 @@ class StructMoEForCausalLM(StructMoEPreTrainedModel, GenerationMixin):
         if attention_mask is not None and attention_mask.dim() == 2:
             counts_BS = attention_mask[:, -shape[1] :].to(counts_BS)
         routers = [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, StructMoESparseMoeBlock)]
-        return auxiliary_loss(routers, router_logits, counts_BS, self.config.moe_losses)
+        return auxiliary_loss(routers, router_logits, counts_BS, self.config.moe_losses) / self.config.loss_unit
