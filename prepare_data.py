@@ -9,9 +9,9 @@ from megatron.script import INTERRUPTED_STATUS, exit_status
 
 def main(arguments: list[str]) -> int:
     def work() -> int | None:
-        from megatron.data.prepare import prepare
-        from megatron.data.prepare_arguments import parse
-        from megatron.data.prepared import describe
+        from megatron.data.preprocessing.prepare import prepare
+        from megatron.data.preprocessing.prepare_arguments import parse
+        from megatron.data.preprocessing.prepared import describe
         from megatron.data.progress import build_reporter
 
         options = parse(arguments)

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from megatron.data.builders import builders
 from megatron.data.indexed import DatasetError
-from megatron.data.samples import SampleDataset
+from megatron.data.sample.samples import SampleDataset
 
 MAX_DATASETS = 254
 MARGIN = 1.005  # NeoX asks each data set for this much more than its share

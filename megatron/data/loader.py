@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader
 
 from megatron.data.blend import BlendedDataset, check_weights, samples_each, weights_by_documents
 from megatron.data.indexed import DatasetError, IndexedDataset
-from megatron.data.map_cache import Packing, load_or_build
-from megatron.data.packed import PackedDataset
+from megatron.data.sample.map_cache import Packing, load_or_build
+from megatron.data.sample.packed import PackedDataset
+from megatron.data.sample.samples import SampleDataset, Source
+from megatron.data.sample.whole_documents import WholeDocumentDataset
 from megatron.data.sampler import MicroBatchSampler
-from megatron.data.samples import SampleDataset, Source
 from megatron.data.split import SPLITS, parse_split, split_documents
 from megatron.data.vocabulary import check_labels, check_vocabulary
-from megatron.data.whole_documents import WholeDocumentDataset
 
 if TYPE_CHECKING:
     from megatron.config.data import DataConfig

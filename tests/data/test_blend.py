@@ -12,9 +12,9 @@ import pytest
 from megatron.data.blend import BlendedDataset, check_weights, samples_each, shares, weights_by_documents
 from megatron.data.builders import builders
 from megatron.data.indexed import DatasetError, IndexedDataset
-from megatron.data.map_cache import load_or_build
-from megatron.data.packed import PackedDataset
-from megatron.data.samples import Source
+from megatron.data.sample.map_cache import load_or_build
+from megatron.data.sample.packed import PackedDataset
+from megatron.data.sample.samples import Source
 
 
 def test_golden_vector(golden: dict[str, Any]) -> None:

@@ -15,9 +15,9 @@ import torch
 
 from megatron.data.indexed import DatasetError, IndexedDataset
 from megatron.data.loader import SamplePlan, batches, build_data
-from megatron.data.map_cache import load_or_build
-from megatron.data.packed import PackedDataset
-from megatron.data.samples import Source
+from megatron.data.sample.map_cache import load_or_build
+from megatron.data.sample.packed import PackedDataset
+from megatron.data.sample.samples import Source
 from megatron.data.split import split_documents
 from tests.data.conftest import write
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron.data.corpora import Request, speeches_corpus
+from megatron.data.corpus.corpora import Request, speeches_corpus
 from megatron.data.indexed import IndexedDatasetWriter
 from tests.training.runs import train_losses
 

@@ -11,7 +11,7 @@ import sentencepiece
 import torch
 from tokenizers import Tokenizer
 
-from megatron.data.bpe import train_bpe
+from megatron.data.preprocessing.bpe import train_bpe
 from megatron.data.tokenizer import load_tokenizer
 from megatron.inference.continuation import complete
 from megatron.inference.model import load_ready_model

@@ -18,8 +18,8 @@ import psutil
 import pytest
 from tokenizers import Tokenizer
 
-from megatron.data.bpe import train_bpe
 from megatron.data.indexed import DatasetError, IndexedDataset
+from megatron.data.preprocessing.bpe import train_bpe
 from megatron.data.staging import staging_folder
 from megatron.data.tokenizer import TokenizerError
 from tools.datasets import preprocess_data, preprocess_data_with_mask
@@ -81,7 +81,7 @@ def test_each_key_has_its_own_text(corpus: Path, vocab: Path, tmp_path: Path) ->
 
 
 def test_several_files_and_workers_give_the_same_bytes(vocab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron.data.encode.BATCH_BYTES", 2000)
+    monkeypatch.setattr("megatron.data.preprocessing.encode.BATCH_BYTES", 2000)
     lines = [json.dumps({"text": f"{TEXTS[number % 4]} {number}"}) + "\n" for number in range(600)]
     (tmp_path / "whole.jsonl").write_text("".join(lines))
     (tmp_path / "a.jsonl").write_text("".join(lines[:250]))

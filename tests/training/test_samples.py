@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.data import map_cache
 from megatron.data.indexed import DatasetError, IndexedDataset, IndexedDatasetWriter
 from megatron.data.loader import SamplePlan, batches, build_data
+from megatron.data.sample import map_cache
 from megatron.model.gpt import GPTOutput, build_model
 from megatron.mpu.topology import current_topology
 from megatron.testing.distributed import run_distributed

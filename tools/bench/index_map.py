@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.data import index_map, whole_maps
 from megatron.data.builders import load_compiled, reference
 from megatron.data.indexed import CODES, HEADER, MAGIC, VERSION, IndexedDataset
-from megatron.data.map_cache import Packing, load_or_build
+from megatron.data.sample import index_map, whole_maps
+from megatron.data.sample.map_cache import Packing, load_or_build
 
 
 def write_index(prefix: Path, documents: int, mean_tokens: int) -> None:

@@ -31,7 +31,7 @@ SAMPLE_DOCUMENTS = 100
 
 def texts(inputs: tuple[str, ...]) -> Iterator[str]:
     """The documents of the inputs, over and over."""
-    from megatron.data.corpora import Request, find_corpus
+    from megatron.data.corpus.corpora import Request, find_corpus
 
     corpora = [find_corpus(Request(inputs=(name,))) for name in inputs]
     for corpus in itertools.cycle(corpora):
@@ -49,7 +49,7 @@ def write_corpus(path: Path, inputs: tuple[str, ...], size: int) -> None:
 
 
 def train_vocabulary(path: Path, inputs: tuple[str, ...]) -> None:
-    from megatron.data.bpe import train_bpe
+    from megatron.data.preprocessing.bpe import train_bpe
 
     train_bpe(itertools.islice(texts(inputs), SAMPLE_DOCUMENTS), 8192, path)
 

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
 
     def work() -> None:
-        from megatron.data.merge import merge
+        from megatron.data.preprocessing.merge import merge
         from megatron.data.progress import build_reporter
 
         merged = merge(options.input, options.output_prefix, build_reporter())

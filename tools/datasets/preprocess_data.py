@@ -18,7 +18,7 @@ from megatron.script import exit_status
 
 
 def get_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    from megatron.data.preprocess_options import add_input_options, add_output_options, add_text_tokenizer_options
+    from megatron.data.preprocessing.preprocess_options import add_input_options, add_output_options, add_text_tokenizer_options
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_input_options(parser, "text")
@@ -30,9 +30,9 @@ def get_args(input_args: list[str] | None = None) -> argparse.Namespace:
 def main(input_args: list[str] | None = None) -> None:
     """What the command does. Raises DatasetError, TokenizerError or WorkerError."""
     values = vars(get_args(input_args))
-    from megatron.data.encode import TextTask
-    from megatron.data.preprocess import preprocess, text_job
-    from megatron.data.preprocess_options import common_options
+    from megatron.data.preprocessing.encode import TextTask
+    from megatron.data.preprocessing.preprocess import preprocess, text_job
+    from megatron.data.preprocessing.preprocess_options import common_options
     from megatron.data.progress import build_reporter
 
     options = common_options(values)

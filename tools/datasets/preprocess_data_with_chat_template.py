@@ -20,7 +20,7 @@ from megatron.script import exit_status
 
 
 def get_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    from megatron.data.preprocess_options import add_input_options, add_output_options
+    from megatron.data.preprocessing.preprocess_options import add_input_options, add_output_options
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_input_options(parser, "conversation")
@@ -45,9 +45,9 @@ def get_args(input_args: list[str] | None = None) -> argparse.Namespace:
 def main(input_args: list[str] | None = None) -> None:
     """What the command does. Raises DatasetError, TokenizerError or WorkerError."""
     values = vars(get_args(input_args))
-    from megatron.data.chat import ChatTask, chat_job
-    from megatron.data.preprocess import preprocess
-    from megatron.data.preprocess_options import common_options
+    from megatron.data.preprocessing.chat import ChatTask, chat_job
+    from megatron.data.preprocessing.preprocess import preprocess
+    from megatron.data.preprocessing.preprocess_options import common_options
     from megatron.data.progress import build_reporter
 
     options = common_options(values)

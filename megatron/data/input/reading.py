@@ -1,0 +1,208 @@
+"""Files to documents, one at a time: plain text, JSON lines, JSON arrays and parquet, compressed or in archives, however large.
+
+Whatever cannot be read is reported to a callback with its place, which raises or counts (`bad_input.BadInput`).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from megatron.data.input.archives import ARCHIVE_SUFFIXES, tar_members, zip_members
+from megatron.data.input.bad_input import Kind, OnProblem, Problem
+from megatron.data.input.compression import Damaged, naming_damage, unpack
+from megatron.data.input.input_files import JSONL_SUFFIXES, kind_of
+from megatron.data.input.json_lines import Placed, decode, json_file, json_lines
+from megatron.data.input.parquet import parquet_rows
+
+MAX_TEXT_BYTES = 16 << 20
+"""A longer plain text becomes several documents, cut at an empty line, else a line's end, else a space in its second half."""
+PIECE_BYTES = 1 << 16
+CUTS = (b"\n\n", b"\n", b" ")
+
+
+class Document(NamedTuple):
+    """`origin` says where it starts: file:line, or file:row N in parquet files. Inside an archive the file is archive/member."""
+
+    origin: str
+    text: str
+
+
+class Record(NamedTuple):
+    """What a line, an array element or a row holds: any JSON value. A plain text is a record that is a string."""
+
+    origin: str
+    value: Any
+
+
+@dataclass
+class Meter:
+    """How far the reading of files is, in bytes as they lie on disk."""
+
+    total: int = 0
+    done: int = 0
+
+    @classmethod
+    def of(cls, files: Sequence[Path]) -> Meter:
+        return cls(total=sum(path.stat().st_size for path in files))
+
+
+def read_documents(path: Path, key: str, on_problem: OnProblem, meter: Meter | None = None) -> Iterator[Document]:
+    """The texts under `key` of one file's records; those without any text are reported as Kind.BLANK."""
+    for record in read_records(path, on_problem, (key,), meter):
+        text = text_of(record, key, on_problem)
+        if text is not None:
+            yield Document(record.origin, text)
+
+
+def read_records(path: Path, on_problem: OnProblem, keys: Sequence[str] | None = None, meter: Meter | None = None) -> Iterator[Record]:
+    """The records of one file. Of parquet files only the columns `keys` are read (None: all). Counts what is read in `meter`."""
+    before = meter.done if meter is not None else 0
+    with path.open("rb") as raw:
+        file = raw if meter is None else io.BufferedReader(CountedFile(raw, meter), 1 << 20)
+        try:
+            yield from Reader(on_problem, keys).records(file, str(path))
+        except Damaged as error:
+            on_problem(error.problem)
+        if meter is not None:
+            meter.done = before + raw.seek(0, io.SEEK_END)
+
+
+def text_of(record: Record, key: str, on_problem: OnProblem) -> str | None:
+    """The text of a record: itself, or what is under `key`, a list of strings being paragraphs as in GPT-NeoX. None, reported, when there is none."""
+    value = record.value
+    if isinstance(value, dict):
+        if key not in value:
+            others = ", ".join(sorted(name for name, other in value.items() if isinstance(other, str)))
+            hint = f"; it has text under: {others} (--jsonl-key)" if others else ""
+            on_problem(Problem(Kind.NO_KEY, record.origin, f"no key {key!r}{hint}"))
+            return None
+        value = value[key]
+    if isinstance(value, list) and isinstance(record.value, dict) and all(isinstance(part, str) for part in value):
+        value = "\n\n".join(value)
+    if not isinstance(value, str):
+        what = f"the value of {key!r} is" if isinstance(record.value, dict) else "the line is"
+        on_problem(Problem(Kind.NOT_TEXT, record.origin, f"{what} {name_of_type(value)}, not a string"))
+        return None
+    if not value.strip():
+        on_problem(Problem(Kind.BLANK, record.origin, "no text in it"))
+        return None
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        on_problem(Problem(Kind.NOT_UTF8, record.origin, "half a character (a lone surrogate such as \\ud83d) in the text"))
+        return None
+    return value
+
+
+def name_of_type(value: Any) -> str:
+    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", type(None): "null", bytes: "bytes"}
+    return names.get(type(value), type(value).__name__)
+
+
+class Reader:
+    """Opens what a name says is inside, archives included."""
+
+    def __init__(self, on_problem: OnProblem, keys: Sequence[str] | None) -> None:
+        self._on_problem = on_problem
+        self._keys = keys
+        self._noticed = 0  # records and problems: a file without any is empty
+
+    def records(self, file: IO[bytes], name: str, inside: bool = False) -> Iterator[Record]:
+        """The records of an open file, which is `inside` an archive or not. Raises Damaged."""
+        kind, compression = kind_of(name)
+        before = self._noticed
+        if inside and kind in ARCHIVE_SUFFIXES:
+            self._report(Problem(Kind.NESTED, name, "an archive inside an archive is not opened; unpack the outer one"))
+        elif (inside or compression) and kind in (".zip", ".parquet"):
+            self._report(Problem(Kind.NOT_STREAMABLE, name, f"a {kind} file is read from its end, which needs it plain on disk; unpack it first"))
+        elif kind in ARCHIVE_SUFFIXES:
+            yield from self._members(unpack(file, compression, name), name, kind)
+        else:
+            for placed in self._placed(unpack(file, compression, name), name, kind):
+                self._noticed += 1
+                yield Record._make(placed)
+        if self._noticed == before:
+            self._report(Problem(Kind.EMPTY, name, "no text in it"))
+
+    def _placed(self, file: IO[bytes], name: str, kind: str) -> Iterator[Placed]:
+        if kind in JSONL_SUFFIXES:
+            return json_lines(file, name, self._report)
+        if kind == ".json":
+            return json_file(file, name, self._report)
+        if kind == ".parquet":
+            return parquet_rows(file, name, self._keys, self._report)
+        return text_parts(file, name, self._report)
+
+    def _members(self, file: IO[bytes], name: str, kind: str) -> Iterator[Record]:
+        if kind == ".tar":
+            for member, content in tar_members(file, name):
+                yield from self.records(content, f"{name}/{member}", inside=True)
+            return
+        for member, content in zip_members(file, name, self._report):
+            try:
+                yield from self.records(content, f"{name}/{member}", inside=True)
+            except Damaged as error:  # the next member starts anew
+                self._report(error.problem)
+
+    def _report(self, problem: Problem) -> None:
+        self._noticed += 1
+        self._on_problem(problem)
+
+
+def text_parts(file: IO[bytes], name: str, on_problem: OnProblem) -> Iterator[Placed]:
+    """A text with line ends of one kind (\\n), whole or in parts of at most MAX_TEXT_BYTES. Raises Damaged."""
+    data, done, line, ended = bytearray(), 0, 1, False
+    with naming_damage(lambda: f"{name}:byte {done}"):
+        while not ended:
+            while len(data) < MAX_TEXT_BYTES and not ended:
+                piece = file.read(min(PIECE_BYTES, MAX_TEXT_BYTES - len(data)))
+                done += len(piece)
+                ended = not piece
+                data += piece
+            end = len(data) if ended else place_to_cut(data)
+            text = decode(bytes(data[:end]), name, line, on_problem)
+            if text is not None and text.strip():
+                yield f"{name}:{line}", text.replace("\r\n", "\n").replace("\r", "\n")
+            line += data.count(b"\n", 0, end)
+            del data[:end]
+
+
+def place_to_cut(data: bytearray) -> int:
+    """The end of the last paragraph, else line, else word, else character."""
+    half = len(data) // 2
+    for separator in CUTS:
+        found = data.rfind(separator, half)
+        if found >= 0:
+            return found + len(separator)
+    end = len(data) - 1
+    while end > half and data[end] & 0xC0 == 0x80:
+        end -= 1
+    return end
+
+
+class CountedFile(io.RawIOBase):
+    """A file that tells a meter what is read from it."""
+
+    def __init__(self, file: IO[bytes], meter: Meter) -> None:
+        self._file, self._meter = file, meter
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self._file.readinto(buffer)  # type: ignore[attr-defined]
+        self._meter.done += count
+        return count

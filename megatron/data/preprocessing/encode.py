@@ -1,0 +1,133 @@
+"""Texts to token ids in bulk: a batch goes in as strings and comes out as arrays, one an output.
+
+Shapes: N documents of a batch, T tokens of all of them
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from megatron.data.indexed import DatasetError, token_dtype
+from megatron.data.input.bad_input import Kind
+from megatron.data.tokenizer import Tokenizer, end_of_document, load_tokenizer
+
+BATCH_BYTES = 1 << 18
+IGNORED = -100
+"""The label of a token that is not predicted, as in PyTorch and NeoX."""
+
+Piece = TypeVar("Piece")
+
+
+class Column(NamedTuple):
+    """The documents of one output, end to end."""
+
+    tokens_T: np.ndarray
+    sizes_N: np.ndarray
+
+
+class Unusable(NamedTuple):
+    """Document `row` of a batch came to nothing: it has no tokens in any column."""
+
+    row: int
+    kind: Kind
+    what: str
+
+
+class Encoded(NamedTuple):
+    columns: list[Column]
+    unusable: list[Unusable]
+
+
+def column(documents: Sequence[Sequence[float]], dtype: np.dtype[Any]) -> Column:
+    sizes_N = np.fromiter(map(len, documents), np.int32, len(documents))
+    return Column(np.fromiter(chain.from_iterable(documents), dtype, int(sizes_N.sum())), sizes_N)
+
+
+def batches(pieces: Iterable[Piece], size: Callable[[Piece], int]) -> Iterator[list[Piece]]:
+    """Lists of at least BATCH_BYTES by `size`, but for the last."""
+    batch: list[Piece] = []
+    filled = 0
+    for piece in pieces:
+        batch.append(piece)
+        filled += size(piece)
+        if filled >= BATCH_BYTES:
+            yield batch
+            batch, filled = [], 0
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """Documents, each a tuple of texts (one a key), to one column a key. With `mask_before` (not empty), of a single key, a column of labels follows:
+    the tokens, but IGNORED up to and including the first place where `mask_before` stands, if there is one."""
+
+    tokenizer_type: str
+    vocab_file: str | None = None
+    merge_file: str | None = None
+    append_eod: bool = False
+    ftfy: bool = False
+    mask_before: tuple[int, ...] = ()
+
+    def load(self) -> Tokenizer:
+        """Raises TokenizerError, also when there is no token to append."""
+        tokenizer = load_tokenizer(self.tokenizer_type, self.vocab_file, self.merge_file)
+        if self.append_eod:
+            end_of_document(tokenizer, "--append-eod")
+        return tokenizer
+
+    def dtype(self, tokenizer: Tokenizer) -> np.dtype[Any]:
+        """NeoX's: labels have a negative id among them, and their tokens are of the same type."""
+        return np.dtype("<i4") if self.mask_before else token_dtype(tokenizer.vocab_size)
+
+    def start(self) -> Callable[[Sequence[tuple[str, ...]]], Encoded]:
+        tokenizer, fix = self.load(), load_ftfy() if self.ftfy else None
+        end = [end_of_document(tokenizer, "--append-eod")] if self.append_eod else []
+        dtype = self.dtype(tokenizer)
+
+        def encode(batch: Sequence[tuple[str, ...]]) -> Encoded:
+            keys = [[fix(text) for text in texts] if fix else texts for texts in zip(*batch, strict=True)]
+            encoded = [tokenizer.encode_batch(texts) for texts in keys]
+            unusable = [Unusable(row, Kind.BLANK, "no tokens in it") for row, ids in enumerate(zip(*encoded, strict=True)) if not all(ids)]
+            for row, _, _ in unusable:
+                for documents in encoded:
+                    documents[row] = []
+            if end:
+                for ids in chain.from_iterable(encoded):
+                    ids += end if ids else ()
+            columns = [column(documents, dtype) for documents in encoded]
+            return Encoded([*columns, *(masked(text, self.mask_before) for text in columns if self.mask_before)], unusable)
+
+        return encode
+
+
+def masked(text: Column, pattern: tuple[int, ...]) -> Column:
+    """Labels for `text`, see TextTask."""
+    tokens_T = text.tokens_T
+    labels_T = tokens_T.copy()
+    if len(tokens_T) >= len(pattern):
+        windows = np.lib.stride_tricks.sliding_window_view(tokens_T, len(pattern))
+        found = np.flatnonzero((windows == np.array(pattern, tokens_T.dtype)).all(axis=1))
+        ends_N = np.cumsum(text.sizes_N)
+        documents = np.searchsorted(ends_N, found, side="right")
+        inside = found + len(pattern) <= ends_N[documents]
+        for document, first in zip(*np.unique(documents[inside], return_index=True), strict=True):
+            start = int(ends_N[document] - text.sizes_N[document])
+            labels_T[start : found[inside][first] + len(pattern)] = IGNORED
+    return Column(labels_T, text.sizes_N)
+
+
+def load_ftfy() -> Callable[[str], str]:
+    """ftfy.fix_text. Raises DatasetError when the package is not installed."""
+    try:
+        library: Any = importlib.import_module("ftfy")
+    except ImportError:
+        raise DatasetError("--ftfy needs the package ftfy: `pip install ftfy`") from None
+    fix: Callable[[str], str] = library.fix_text
+    return fix

