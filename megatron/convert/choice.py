@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from megatron.convert.architecture import Architecture, Source
 from megatron.convert.architectures import ARCHITECTURES
 from megatron.convert.errors import ConversionError
+from megatron.convert.mapping import Misfit, Read, Zero
 
 AUTO = "auto"
 
 
-def choose_architecture(source: Source, requested: str = AUTO) -> Architecture:
-    """The one asked for, or the first that holds the model. Raises ConversionError with everything that one cannot represent, key by key."""
+def choose_architecture(source: Source, requested: str, read: Read, origin: str | None = None) -> Architecture:
+    """The one asked for, or the first that holds the model; `origin` is tried before all others, where an import has one.
+
+    Raises ConversionError with everything that the one asked for cannot represent, key by key.
+    """
     if requested == AUTO:
-        fitting = (architecture for architecture in ARCHITECTURES.values() if not list(architecture.obstacles(source)))
-        chosen = next(fitting, None)
+        ordered = sorted(ARCHITECTURES.values(), key=lambda architecture: architecture.name != origin)
+        chosen = next((architecture for architecture in ordered if not any(obstacles(architecture, source, read))), None)
         if chosen is None:
             raise ConversionError("No architecture of Hugging Face's holds this model; --architecture NAME says what one of them lacks.")
         return chosen
     if requested not in ARCHITECTURES:
         raise ConversionError(f"--architecture {requested}: must be {AUTO} or one of {', '.join(ARCHITECTURES)}.")
     architecture = ARCHITECTURES[requested]
-    if obstacles := list(architecture.obstacles(source)):
-        listed = "\n  ".join(obstacles)
+    if found := list(obstacles(architecture, source, read)):
+        listed = "\n  ".join(found)
         raise ConversionError(f"{architecture.class_name} cannot represent this model:\n  {listed}\nLeave --architecture out to take one that can.")
     return architecture
+
+
+def obstacles(architecture: Architecture, source: Source, read: Read) -> Iterator[str]:
+    """What it cannot represent: keys first; where all of them fit, weights that it does not have and that are not zero."""
+    fits = True
+    for sentence in architecture.obstacles(source):
+        fits = False
+        yield sentence
+    for entry in architecture.table(source) if fits else ():
+        if isinstance(entry.form, Zero) and entry.ours is not None:
+            try:
+                entry.form.there(read(entry.ours))
+            except Misfit as error:
+                yield f"{entry.ours} {error}"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 from torch import Tensor
 
+from megatron.checkpoint.layout import LATEST
 from megatron.checkpoint.save import resolved_config_document
 from megatron.checkpoint.save_weights import Division, save_weights
 from megatron.config import config_from_dict
@@ -22,14 +22,15 @@ from megatron.convert.architectures import ARCHITECTURES
 from megatron.convert.errors import ConversionError
 from megatron.convert.logits import Compared, compare, our_logits, their_logits, tokens_to_compare
 from megatron.convert.mapping import Entry, to_ours
-from megatron.convert.opened import open_checkpoint
+from megatron.convert.opened import ORIGIN_KEY, open_checkpoint
 from megatron.convert.shapes import Shapes, checked, model_shapes
+from megatron.convert.staging import checked_target, move_into, staged_run
 from megatron.convert.tensor_files import StoredTensors
 from megatron.convert.to_huggingface import AUTO, PRECISIONS
 from megatron.convert.tokenizers import tokenizer_keys
 from megatron.convert.upcycle import Upcycled, upcycle
 from megatron.data.progress import Reporter, Stage
-from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.data.tokenizer import Tokenizer, load_tokenizer
 from megatron.training.engine import DTYPES
 from megatron.training.setup import checkpoint_args
 
@@ -67,38 +68,61 @@ class Imported:
     notices: tuple[str, ...] = ()
 
 
+class Theirs(NamedTuple):
+    """A directory of Hugging Face's: the table that reads it, config.json with all defaults, the weights."""
+
+    architecture: Architecture
+    settings: dict[str, Any]
+    stored: StoredTensors
+
+    def keys(self) -> dict[str, Any]:
+        """Our keys for its config.json. Raises ConversionError, also for a setting that is missing or of another type."""
+        try:
+            return self.architecture.keys(self.settings)
+        except ConversionError:
+            raise
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+            raise ConversionError(f"{self.stored.directory / 'config.json'}: a setting is missing or no number ({error}).") from error
+
+
+def open_theirs(directory: Path) -> Theirs:
+    """Raises ConversionError for a directory that holds no model, or one that no table is for."""
+    settings = read_settings(directory)
+    architecture, stored = architecture_of(settings), StoredTensors(directory)
+    layers, weights = settings.get("num_hidden_layers"), len(stored.names)
+    if isinstance(layers, int) and layers > weights:
+        raise ConversionError(f"{directory / 'config.json'} says num_hidden_layers {layers}, and there are no more than {weights} weights.")
+    if settings.get("quantization_config"):
+        raise ConversionError(f"{directory} holds quantized weights (quantization_config): convert the model that they were made from.")
+    return Theirs(architecture, settings, stored)
+
+
 def import_model(request: Import, reporter: Reporter) -> Imported:
     """Writes <output_dir>/global_step0, config.yml and the tokenizer, and compares the logits of what was written with Hugging Face's.
 
     Raises ConversionError, CheckpointError, ConfigError, TokenizerError; what was written is removed then.
     """
-    target = request.output_dir
-    if target.exists() and not request.force and (not target.is_dir() or any(target.iterdir())):
-        raise ConversionError(f"{target} is there already: choose another --output-dir, or add --force to write into it.")
-    settings = read_settings(request.input_dir)
-    architecture = architecture_of(settings)
-    stored = StoredTensors(request.input_dir)
-    existed = target.exists()
-    target.mkdir(parents=True, exist_ok=True)
-    try:
-        return _written(request, architecture, settings, stored, reporter)
-    except BaseException:
-        if not existed:
-            shutil.rmtree(target, ignore_errors=True)
-        raise
+    target = checked_target(request.output_dir, force=request.force, to_do="write into")
+    theirs = open_theirs(request.input_dir)
+    with staged_run(target) as stage:
+        imported = _written(request, theirs, stage, reporter)
+        move_into(stage, target, last=LATEST)
+    return imported
 
 
-def _written(request: Import, architecture: Architecture, settings: Mapping[str, Any], stored: StoredTensors, reporter: Reporter) -> Imported:
-    tokens = tokenizer_keys(request.input_dir, request.output_dir)
-    if "vocab_file" in tokens:
+def _written(request: Import, theirs: Theirs, stage: Path, reporter: Reporter) -> Imported:
+    architecture, settings, stored = theirs
+    tokens = tokenizer_keys(request.input_dir, stage)
+    tokenizer = load_tokenizer(tokens["tokenizer_type"], request.input_dir / tokens["vocab_file"]) if tokens else None
+    if tokens:
         tokens["vocab_file"] = str(request.output_dir / tokens["vocab_file"])
-    keys: dict[str, Any] = {**architecture.keys(settings), **(tokens or {"tokenizer_type": "CharLevelTokenizer"})}
+    keys: dict[str, Any] = {**theirs.keys(), **(tokens or {"tokenizer_type": "CharLevelTokenizer"})}
     precision = precision_of(request, settings)
     keys |= {"precision": precision, "make_vocab_size_divisible_by": 1}
     source = Source(config_from_dict(keys), settings["vocab_size"])
     table = list(architecture.table(source))
     check_used(table, stored, tied="lm_head.weight" if not source.config.model.no_weight_tying else None)
-    tokenizer = build_tokenizer(source.config.data) if tokens else None
+    check_vocabulary(tokenizer, source.vocabulary, request.input_dir)
     keys["make_vocab_size_divisible_by"] = divisor(tokenizer, source.vocabulary)
     source = Source(config_from_dict(keys), source.vocabulary)
     weights = converted(table, stored, model_shapes(source), DTYPES[precision])
@@ -107,12 +131,17 @@ def _written(request: Import, architecture: Architecture, settings: Mapping[str,
         upcycled = upcycle(source, request.upcycle, keys)
         keys, source, weights = upcycled.keys, upcycled.source, upcycled.weights(weights)
     with reporter.stage("weights", None) as progress:
-        path = save(request, source, _counted(weights, progress))
-    config_file = request.output_dir / CONFIG
-    config_file.write_text(config_text(request, keys))
+        path = save(request, stage, source, _counted(weights, progress), origin=architecture.name)
+    (stage / CONFIG).write_text(config_text(request, keys))
     exact = upcycled is None or upcycled.is_exact
-    compared = compare_logits(request, source, tokenizer) if request.check and exact else None
-    return Imported(path, config_file, architecture.class_name, compared, upcycled.notices if upcycled is not None else ())
+    compared = compare_logits(request, stage, source, tokenizer) if request.check and exact else None
+    return Imported(
+        request.output_dir / path.name,
+        request.output_dir / CONFIG,
+        architecture.class_name,
+        compared,
+        upcycled.notices if upcycled is not None else (),
+    )
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
@@ -127,12 +156,17 @@ def read_settings(directory: Path) -> dict[str, Any]:
         raise ConversionError(f"{file} is missing: {directory} is no model of Hugging Face's.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ConversionError(f"{file} is damaged: it does not say which model_type it is of ({error}).") from error
+    if not isinstance(model_type, str):
+        raise ConversionError(f"{file}: model_type is {model_type!r}, not a name.")
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if model_type not in CONFIG_MAPPING:
         return dict(given)
     settings = {key: value for key, value in given.items() if key not in ("model_type", "transformers_version", "architectures")}
-    return {**AutoConfig.for_model(model_type, **settings).to_dict(), "architectures": given.get("architectures")}
+    try:
+        return {**AutoConfig.for_model(model_type, **settings).to_dict(), "architectures": given.get("architectures")}
+    except Exception as error:  # each class checks in its own way
+        raise ConversionError(f"{file} is refused by transformers: {' '.join(str(error).split())}.") from error
 
 
 def architecture_of(settings: Mapping[str, Any]) -> Architecture:
@@ -172,6 +206,12 @@ def check_used(table: list[Entry], stored: StoredTensors, *, tied: str | None) -
         raise ConversionError(f"{stored.directory} holds {left[0]}, which this model has no place for ({len(left)} such weights).")
 
 
+def check_vocabulary(tokenizer: Tokenizer | None, rows: int, directory: Path) -> None:
+    """Raises ConversionError for a tokenizer (None: there is none) whose tokens the model has no rows for."""
+    if tokenizer is not None and tokenizer.vocab_size > rows:
+        raise ConversionError(f"{directory}: its tokenizer has {tokenizer.vocab_size} tokens and the model {rows}: they are of different models.")
+
+
 def divisor(tokenizer: Tokenizer | None, rows: int) -> int:
     """`make_vocab_size_divisible_by` that pads the tokenizer's vocabulary to as many rows as the model has."""
     if tokenizer is None:
@@ -187,13 +227,13 @@ def in_order(table: list[Entry]) -> list[Entry]:
     return sorted(table, key=lambda entry: -1 if entry.ours is None else int(entry.ours.split(".")[1]))
 
 
-def save(request: Import, source: Source, weights: Iterator[tuple[str, Tensor]]) -> Path:
-    """The checkpoint."""
+def save(request: Import, stage: Path, source: Source, weights: Iterator[tuple[str, Tensor]], *, origin: str) -> Path:
+    """The checkpoint; it says what architecture it came from, to be that one again where several would hold it."""
     args = {**checkpoint_args(source.config, source.vocabulary), "model_parallel_size": request.tensor_parallel}
     division = Division(request.tensor_parallel, request.layer_files, source.config.model.gpt_j_residual)
     documents = resolved_config_document(source.config.flat())
-    state = {"iteration": 0, "args": args}
-    return save_weights(request.output_dir, weights, client_state=state, documents=documents, division=division)
+    state = {"iteration": 0, "args": args, ORIGIN_KEY: origin}
+    return save_weights(stage, weights, client_state=state, documents=documents, division=division)
 
 
 def config_text(request: Import, keys: Mapping[str, Any]) -> str:
@@ -205,10 +245,10 @@ def config_text(request: Import, keys: Mapping[str, Any]) -> str:
     return head + yaml.safe_dump({**keys, "load": str(request.output_dir), "finetune": True}, sort_keys=False)
 
 
-def compare_logits(request: Import, source: Source, tokenizer: Tokenizer | None) -> Compared:
+def compare_logits(request: Import, stage: Path, source: Source, tokenizer: Tokenizer | None) -> Compared:
     """The checkpoint that was written against Hugging Face's model. Raises ConversionError where they differ."""
     texts = tokens_to_compare(source, tokenizer)
-    opened = open_checkpoint(request.output_dir)
+    opened = open_checkpoint(stage)
     theirs = their_logits(request.input_dir, texts, DTYPES[source.config.precision])
     return compare(our_logits(opened.source, opened.weights.read, texts), theirs)
 

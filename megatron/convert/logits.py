@@ -76,7 +76,10 @@ def their_logits(directory: Path, texts: list[Tensor], precision: torch.dtype = 
 
         logging.disable_progress_bar()
         loader: Any = AutoModelForCausalLM
-        model, report = loader.from_pretrained(directory, dtype=precision, trust_remote_code=True, output_loading_info=True)
+        try:
+            model, report = loader.from_pretrained(directory, dtype=precision, trust_remote_code=True, output_loading_info=True)
+        except Exception as error:  # each class refuses in its own way
+            raise ConversionError(f"transformers cannot load the model to compare: {' '.join(str(error).split())}.") from error
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if names := sorted(map(str, report[kind])):
                 raise ConversionError(f"transformers loads the export with {kind.replace('_', ' ')}: {', '.join(names[:4])} ({len(names)} in all).")
@@ -92,7 +95,10 @@ def compare(ours: Logits, theirs: Logits, *, limit: float = LIMIT) -> Compared:
     Raises ConversionError when they are further apart than `limit` there too, or not numbers.
     """
     first = ours(torch.float32)
-    result = Compared(largest_difference(first, theirs(torch.float32)), _texts(first))
+    second = theirs(torch.float32)
+    result = Compared(largest_difference(first, second), _texts(first))
+    if all(any(bool(logits.isnan().any()) for logits in side) for side in (first, second)):
+        raise ConversionError(f"The logits on {result.texts} are no numbers (NaN): the weights are damaged, or overflow.")
     if not result.difference <= limit:
         result = result._replace(exact=largest_difference(ours(torch.float64), theirs(torch.float64)))
         if result.exact is None or not result.exact <= limit:

@@ -15,6 +15,8 @@ from megatron.config import NeoXConfig, config_from_dict, load_config
 from megatron.convert.architecture import Source
 from megatron.convert.errors import ConversionError
 
+ORIGIN_KEY = "huggingface_architecture"
+"""In the client state of an import: the name of the table that read it."""
 EMBEDDING = "sequential.0.word_embeddings.weight"
 
 
@@ -24,6 +26,12 @@ class Opened(NamedTuple):
     path: Path
     source: Source
     weights: LayerwiseWeights
+
+    @property
+    def origin(self) -> str | None:
+        """The architecture that an import came from. None: it was trained here."""
+        origin = self.weights.client_state.get(ORIGIN_KEY)
+        return origin if isinstance(origin, str) else None
 
 
 def open_checkpoint(directory: Path, config_files: Sequence[Path] = ()) -> Opened:

@@ -63,8 +63,8 @@ def _files_by_name(directory: Path) -> dict[str, str]:
 
 def _indexed(directory: Path, index: Path) -> dict[str, str]:
     try:
-        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        files = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConversionError(f"{index} is damaged: it does not say which file holds which weight ({error}).") from error
     for file in sorted(set(files.values())):
         if not (directory / file).is_file():
@@ -96,8 +96,8 @@ def _read_old(file: Path) -> Mapping[str, Tensor]:
         content = read_file(file, mmap=True)
     except CheckpointError as error:
         raise ConversionError(str(error)) from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{file} holds a {type(content).__name__}, not weights by their names.")
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise ConversionError(f"{file} holds something else than weights by their names.")
     return content
 
 

@@ -20,8 +20,9 @@ from megatron.convert.logits import Compared, compare, our_logits, their_logits,
 from megatron.convert.mapping import check_complete, to_theirs
 from megatron.convert.opened import Opened, open_checkpoint
 from megatron.convert.shapes import checked_read, model_shapes
+from megatron.convert.staging import checked_target
 from megatron.convert.tensor_files import ShardWriter
-from megatron.convert.tokenizers import SpecialTokens, save_tokenizer
+from megatron.convert.tokenizers import GENERATION, SpecialTokens, kept_generation, save_tokenizer
 from megatron.data.progress import Reporter, Stage
 from megatron.data.staging import publish, staging_folder
 from megatron.data.tokenizer import build_tokenizer
@@ -65,11 +66,9 @@ def export_checkpoint(export: Export, reporter: Reporter) -> Exported:
 
     Raises ConversionError, CheckpointError, ConfigError, TokenizerError; nothing is at `output_dir` then that was not there before.
     """
-    target = export.output_dir
-    if target.exists() and not export.force and (not target.is_dir() or any(target.iterdir())):
-        raise ConversionError(f"{target} is there already: choose another --output_dir, or add --force to replace it.")
+    target = checked_target(export.output_dir, force=export.force, to_do="replace", source=export.input_dir)
     opened = open_checkpoint(export.input_dir, export.config_files)
-    architecture = choose_architecture(opened.source, export.architecture)
+    architecture = choose_architecture(opened.source, export.architecture, opened.weights.read, opened.origin)
     table = list(architecture.table(opened.source))
     check_complete(table, set(opened.weights.names))
     with staging_folder(target) as stage:
@@ -125,7 +124,8 @@ def write_settings(opened: Opened, architecture: Architecture, special: SpecialT
         for file in architecture.code.files:
             shutil.copyfile(file, directory / file.name)
     _write_json(directory / "config.json", settings)
-    _write_json(directory / "generation_config.json", {key: token for key, token in tokens.items() if token is not None})
+    named = {key: token for key, token in tokens.items() if token is not None}
+    _write_json(directory / GENERATION, {**named, **kept_generation(opened.source.config.data)})
 
 
 def compare_logits(opened: Opened, export: Export, directory: Path) -> Compared:

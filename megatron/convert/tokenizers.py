@@ -20,6 +20,12 @@ SAMPLE = (
     "Wir sind's: 1,863 Menschen — naïve œuvres, 東京!\n"
 )
 """Lincoln at Gettysburg, 1863, and some characters of other kinds: the text on which tokenizers and models are compared."""
+CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
+CARRIED = ("chat_template.jinja",)
+"""Files that go along unchanged."""
+TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
+KEPT = (*TOKENS, "additional_special_tokens", "extra_special_tokens", "chat_template", "model_max_length", "padding_side", "truncation_side")
+"""Entries of tokenizer_config.json that go along, unless an export says otherwise itself."""
 WITHOUT = "add --no_save_tokenizer to export the weights alone"
 
 
@@ -38,6 +44,7 @@ def save_tokenizer(data: DataConfig, directory: Path) -> SpecialTokens:
     if data.tokenizer_type not in WRITERS:
         raise ConversionError(f"tokenizer_type {data.tokenizer_type} has no form of Hugging Face's: {WITHOUT}.")
     WRITERS[data.tokenizer_type](ours, data, directory)
+    _keep_companions(data, directory)
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(directory)
@@ -55,20 +62,49 @@ def without_added(ours: Tokenizer, ids: list[int], theirs: Any) -> list[int]:
     return ids[: len(ids) - len(around)] if around and ids[-len(around) :] == around else ids
 
 
+def _keep_companions(data: DataConfig, directory: Path) -> None:
+    """What lies beside our tokenizer's file and says how a model uses it: chat template, named tokens, sides."""
+    if data.vocab_file is None:
+        return
+    given = Path(data.vocab_file)
+    folder = given if given.is_dir() else given.parent
+    for name in CARRIED:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, directory / name)
+    settings, stored = _read_json(directory / CONFIG), _read_json(folder / CONFIG)
+    _write_json(directory / CONFIG, {**{key: stored[key] for key in KEPT if stored.get(key)}, **settings})
+
+
+def kept_generation(data: DataConfig) -> dict[str, Any]:
+    """How an imported model generates, from beside its tokenizer; empty where nothing says it."""
+    given = Path(data.vocab_file or "")
+    settings = _read_json((given if given.is_dir() else given.parent) / GENERATION) if data.vocab_file else {}
+    return {key: value for key, value in settings.items() if key != "transformers_version" and value is not None}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Empty where there is no such file. Raises ConversionError."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ConversionError(f"{file} is damaged: {error}.") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{file} is damaged: it holds a {type(content).__name__}, not settings by their names.")
+    return content
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _write_fast(ours: Tokenizer, data: DataConfig, directory: Path) -> None:
     """What the tokenizers library runs, with the settings that lie beside its file, if any."""
     assert isinstance(ours, RustTokenizer)
-    end = None if ours.eod is None else ours._tokenizer.id_to_token(ours.eod)
-    beside = Path(str(data.vocab_file)).parent / "tokenizer_config.json" if data.vocab_file else Path("nowhere")
-    if data.vocab_file and Path(data.vocab_file).is_dir():
-        beside = Path(data.vocab_file) / "tokenizer_config.json"
-    given = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    settings = {key: given[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template") if given.get(key)}
-    settings |= {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
-    if end is not None:
-        settings["eos_token"] = end
+    settings: dict[str, Any] = {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
+    if ours.eod is not None:
+        settings["eos_token"] = ours._tokenizer.id_to_token(ours.eod)
     ours._tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    _write_json(directory / CONFIG, settings)
 
 
 def _write_sentence_pieces(ours: Tokenizer, data: DataConfig, directory: Path) -> None:
@@ -77,7 +113,7 @@ def _write_sentence_pieces(ours: Tokenizer, data: DataConfig, directory: Path) -
     from transformers.convert_slow_tokenizer import LlamaConverter  # noqa: F401 -- what `from_pretrained` needs of the package `sentencepiece`
 
     shutil.copyfile(str(data.vocab_file), directory / "tokenizer.model")
-    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}))
+    _write_json(directory / CONFIG, {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"})
     LlamaTokenizer.from_pretrained(directory).save_pretrained(directory)
 
 
@@ -110,7 +146,7 @@ def tokenizer_keys(directory: Path, target: Path) -> dict[str, str]:
     """Copies the tokenizer of a directory of Hugging Face's into `target` and returns the keys that name it; empty where there is none."""
     for name, kind in (("tokenizer.json", "HFTokenizer"), ("tokenizer.model", "SPMTokenizer")):
         if (directory / name).is_file():
-            for file in (name, "tokenizer_config.json"):
+            for file in (name, CONFIG, GENERATION, *CARRIED):
                 if (directory / file).is_file():
                     shutil.copyfile(directory / file, target / file)
             return {"tokenizer_type": kind, "vocab_file": name}

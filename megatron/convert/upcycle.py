@@ -38,6 +38,7 @@ class Upcycled:
         """The sparse model's weights from the dense one's, layer by layer. Raises ConversionError for biases that experts do not have."""
         model, moe = self.source.config.model, self.source.config.moe
         gpt = build_model(model, moe, 1, seed=self.source.config.training.seed)
+        sections = moe.for_layers(model.num_layers)
         fresh = {FIRST_LAYER + i: layer.mlp for i, layer in enumerate(gpt.layers) if isinstance(layer.mlp, MoELayer)}
         for name, tensor in dense:
             match = LINEAR.fullmatch(name)
@@ -48,15 +49,19 @@ class Upcycled:
                     raise ConversionError(f"{name} is not zero, and experts have no biases: this model cannot be upcycled.")
             elif match[2] == "1":
                 layer = f"sequential.{match[1]}.mlp"
-                yield from ((f"{layer}.experts.mlp.{which}", part) for which, part in _first(tensor, moe.num_experts, gated=model.is_gated))
+                experts = sections[int(match[1]) - FIRST_LAYER].num_experts
+                yield from ((f"{layer}.experts.mlp.{which}", part) for which, part in _first(tensor, experts, gated=model.is_gated))
                 yield from _fresh_weights(fresh[int(match[1])], layer, tensor)
             else:
-                yield f"sequential.{match[1]}.mlp.experts.mlp.w2", tensor.t().repeat(moe.num_experts, 1)
+                experts = sections[int(match[1]) - FIRST_LAYER].num_experts
+                yield f"sequential.{match[1]}.mlp.experts.mlp.w2", tensor.t().repeat(experts, 1)
 
 
 def upcycle(dense: Source, changes: Mapping[str, Any], keys: Mapping[str, Any]) -> Upcycled:
     """`changes`: the keys that ask for experts; `keys`: those of the dense model. Raises ConversionError where copies of the MLP cannot be experts,
     and ConfigError."""
+    if foreign := sorted(key for key in changes if not key.startswith("moe_")):
+        raise ConversionError(f"--upcycle: {foreign[0]} is no key of experts (moe_...): what else is to change belongs into the configuration later.")
     structmoe = changes.get("moe_expert_type") == "structmoe"
     merged = {**keys, **changes, **({"moe_lore_init": "zero"} if structmoe else {})}
     config = config_from_dict(merged)

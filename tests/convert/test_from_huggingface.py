@@ -6,6 +6,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +26,8 @@ from megatron.inference.model import load_ready_model
 from tests.convert.models import CASES, VOCABULARY, source_of
 from tests.training.runs import train_losses
 
+SIGMOID = {"moe_router_type": "sigmoid"}
+BY_LAYER = {"moe_num_experts_by_layer": [2, 4, 8, 4, 2]}
 STORY = "Once upon a time, there was a little girl named"
 EXPERTS = {"moe_num_experts": 4, "moe_top_k": 2, "moe_router_type": "topk", "moe_normalize_top_k": True}
 LORES = {"moe_expert_type": "structmoe", "moe_num_lores": 4, "moe_lore_rank": 8}
@@ -126,9 +130,14 @@ def write_keys(path: Path, keys: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("extra", [{}, LORES, {**LORES, "moe_lore_interaction": "standalone"}, {"moe_expert_interval": 2, "moe_top_k": 1}])
+@pytest.mark.parametrize(
+    "extra", [{}, LORES, {**LORES, "moe_lore_interaction": "standalone"}, {"moe_expert_interval": 2, "moe_top_k": 1}, SIGMOID, BY_LAYER]
+)
 def test_upcycling_changes_no_logit(extra: dict[str, Any], stories: Path, main: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
-    moe = write_keys(tmp_path / "moe.yml", {**EXPERTS, **extra})
+    keys = {**EXPERTS, **extra}
+    if extra is BY_LAYER:
+        del keys["moe_num_experts"]
+    moe = write_keys(tmp_path / "moe.yml", keys)
     assert main("--model_path", stories, "--output_dir", tmp_path / "run", "--upcycle", moe) == 0
     assert "Compared with the original: largest difference of a logit" in capsys.readouterr().out
     ready = ours(tmp_path / "run")
@@ -153,6 +162,7 @@ def test_weights_that_do_not_sum_to_one_are_said(stories: Path, main: Callable[.
         ({**EXPERTS, "moe_num_shared_experts": 1}, "--upcycle: a shared or residual expert beside the copies would change the output."),
         ({**EXPERTS, "moe_ffn_hidden_size": 64}, "--upcycle: an expert must be as wide as the MLP: set moe_ffn_hidden_size to 48."),
         ({**EXPERTS, "moe_top_k": 9}, "'moe_top_k' = 9: must be at most moe_num_experts (4)"),
+        ({**EXPERTS, "hidden_size": 64}, "--upcycle: hidden_size is no key of experts (moe_...): "),
         ({**EXPERTS, "moe_rooter_type": "topk"}, "unknown key 'moe_rooter_type'"),
     ],
 )
@@ -180,6 +190,24 @@ def lose_shard(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def write_index(directory: Path, weight_map: object) -> None:
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def change_norm(directory: Path, norm: torch.Tensor) -> None:
+    save_file({**load_file(directory / "model.safetensors"), "model.norm.weight": norm}, directory / "model.safetensors")
+
+
+def write_old(directory: Path, content: object) -> None:
+    (directory / "model.safetensors").unlink()
+    torch.save(content, directory / "pytorch_model.bin")
+
+
+def large_tokenizer(directory: Path) -> None:
+    words = {f"word{number}": number for number in range(VOCABULARY + 1)}
+    (directory / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordLevel", "vocab": words, "unk_token": "word0"}}))
+
+
 def add_weight(directory: Path) -> None:
     weights = load_file(directory / "model.safetensors")
     save_file({**weights, "model.layers.0.adapter.weight": torch.ones(2)}, directory / "model.safetensors")
@@ -203,6 +231,21 @@ def lose_weight(directory: Path) -> None:
         (lambda directory: (directory / "config.json").write_text("{"), "config.json is damaged: it does not say which model_type"),
         (lambda directory: change_config(directory, model_type="bert"), "model_type bert cannot be read; known are glm4_moe, gpt_neox, "),
         (lambda directory: change_config(directory, model_type="nothing"), "model_type nothing cannot be read; known are glm4_moe, gpt_neox, "),
+        (lambda directory: change_config(directory, model_type=["llama"]), "config.json: model_type is ['llama'], not a name."),
+        (lambda directory: change_config(directory, hidden_size="big"), "config.json is refused by transformers: Validation error for field 'hidden"),
+        (lambda directory: change_config(directory, num_attention_heads=0), "config.json is refused by transformers: integer modulo by zero."),
+        (lambda directory: change_config(directory, num_hidden_layers=10**9), "says num_hidden_layers 1000000000, and there are no more than 21 w"),
+        (
+            lambda directory: change_config(directory, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": "a"}),
+            "config.json: a setting is missing or no number (invalid literal for int() with base 10: 'a').",
+        ),
+        (lambda directory: change_config(directory, quantization_config={"quant_method": "gptq"}), "holds quantized weights (quantization_config)"),
+        (lambda directory: change_norm(directory, torch.full((32,), math.nan)), "64 random tokens are no numbers (NaN): the weights are damaged"),
+        (lambda directory: change_norm(directory, torch.ones(32, dtype=torch.int64)), "norm.scale holds int64 numbers, which no weight of a mod"),
+        (lambda directory: write_index(directory, None), "index.json is damaged: it does not say which file holds which weight"),
+        (lambda directory: write_index(directory, {"a": 1}), "1 is missing: model.safetensors.index.json names it."),
+        (lambda directory: write_old(directory, {"a": 1}), "pytorch_model.bin holds something else than weights by their names."),
+        (large_tokenizer, "its tokenizer has 97 tokens and the model 96: they are of different models."),
         (lambda directory: change_config(directory, head_dim=16), "head_dim: 16 cannot be represented: 4 heads share hidden_size 32, 8 each."),
         (lambda directory: change_config(directory, hidden_act="tanh"), "hidden_act: tanh cannot be represented; known are gelu, "),
         (lambda directory: change_config(directory, intermediate_size=40), "mlp.linear1.weight is [96, 32], and the configuration asks for [80, 32]"),
@@ -225,6 +268,75 @@ def test_what_cannot_be_read_is_a_sentence_and_leaves_nothing(
     assert sentence in error
     assert "Traceback" not in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("forced", [[], ["--force"]])
+def test_a_failed_import_leaves_a_directory_as_it_was(forced: list[str], theirs: Path, main: Callable[..., int], tmp_path: Path) -> None:
+    shutil.copytree(theirs, tmp_path / "theirs")
+    change_norm(tmp_path / "theirs", torch.full((32,), math.nan))
+    (tmp_path / "run").mkdir()
+    if forced:
+        (tmp_path / "run" / "notes.txt").write_text("mine")
+    before = list((tmp_path / "run").iterdir())
+    assert main("--model_path", tmp_path / "theirs", "--output_dir", tmp_path / "run", *forced) == 1
+    assert list((tmp_path / "run").iterdir()) == before
+    assert main("--model_path", theirs, "--output_dir", tmp_path / "run", *forced) == 0
+    assert {"global_step0", "latest", "config.yml", *(path.name for path in before)} == {path.name for path in (tmp_path / "run").iterdir()}
+    assert main("--model_path", theirs, "--output_dir", tmp_path / "run", "--force") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "theirs"]
+
+
+def test_an_import_is_interrupted_without_a_trace(theirs: Path, main: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron.convert.from_huggingface.compare_logits", interrupt)
+    assert main("--model_path", theirs, "--output_dir", tmp_path / "run") == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_imports_to_the_same_place(theirs: Path, main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hold = "import pathlib, sys; from megatron.convert.staging import staged_run\nwith staged_run(pathlib.Path(sys.argv[1])): print(), input()"
+    command = [sys.executable, "-c", hold, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert main("--model_path", theirs, "--output_dir", tmp_path / "run") == 1
+        other.communicate(b"\n")
+    assert f"another process is preparing {tmp_path / 'run'} right now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Llama", "Mistral"])
+def test_an_import_is_exported_as_what_it_was(kind: str, main: Callable[..., int], tmp_path: Path, export: Callable[..., Exported]) -> None:
+    """A Qwen2 is a Llama whose outputs have biases of zero, a Mistral without a window is a Llama: they come back under their own names."""
+    settings = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    settings |= {"max_position_embeddings": 64, "num_key_value_heads": 2}
+    extra = {"Qwen2": {}, "Llama": {"attention_bias": True}, "Mistral": {"sliding_window": None}}[kind]
+    config = getattr(transformers, f"{kind}Config")(**settings, **extra)
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path / "theirs")
+    assert main("--model_path", tmp_path / "theirs", "--output_dir", tmp_path / "run") == 0
+    assert export(tmp_path / "run", tmp_path / "back", save_tokenizer=False).class_name == f"{kind}ForCausalLM"
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_lies_beside_a_tokenizer_is_kept(
+    theirs: Path, main: Callable[..., int], tmp_path: Path, tokenizer_file: Path, export: Callable[..., Exported]
+) -> None:
+    shutil.copytree(theirs, tmp_path / "theirs")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = "{{ messages[0].content }}!"
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    assert (tmp_path / "theirs" / "chat_template.jinja").is_file()
+    (tmp_path / "theirs" / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5], "temperature": 0.5, "do_sample": True}))
+    assert main("--model_path", tmp_path / "theirs", "--output_dir", tmp_path / "run") == 0
+    export(tmp_path / "run", tmp_path / "back")
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert loaded.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "Hi!"
+    assert (loaded.pad_token, loaded.eos_token) == ("<|endoftext|>", "<|endoftext|>")
+    generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
+    assert (generation["eos_token_id"], generation["temperature"], generation["pad_token_id"]) == ([0, 5], 0.5, 0)
 
 
 @pytest.mark.parametrize("case", ["pythia", "llama-grouped-tied", "mixtral", "glm4-moe"])

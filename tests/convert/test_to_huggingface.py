@@ -191,6 +191,30 @@ def test_a_directory_that_is_there_is_kept_unless_forced(
     assert "model.safetensors" in [file.name for file in (tmp_path / "hf").iterdir()]
 
 
+@pytest.mark.parametrize("target", ["run", "run/global_step3", "."])
+def test_the_checkpoint_is_not_replaced_by_its_export(target: str, run: Path, tmp_path: Path, main: Callable[..., int], capsys: Any) -> None:
+    assert main("--input_dir", run / "global_step3", "--output_dir", tmp_path / target, "--force") == 1
+    assert "holds the checkpoint that is to be read: choose another --output_dir." in capsys.readouterr().err
+    assert (run / "global_step3" / "manifest.json").is_file()
+
+
+def test_a_file_is_not_replaced(run: Path, tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "hf").write_text("mine")
+    assert main("--input_dir", run, "--output_dir", tmp_path / "hf", "--force") == 1
+    assert "is a file: choose another --output_dir." in capsys.readouterr().err
+
+
+def test_weights_decide_where_the_configuration_does_not(tmp_path: Path, export: Export) -> None:
+    """A bias on the output of attention, which Qwen2-MoE does not have: trained, it needs another class; at zero it does not."""
+    config = config_of({**EXPERTS, "moe_num_shared_experts": 1, "moe_shared_expert_gate": True, "use_bias_in_attn_linear": True})
+    gpt = lively_model(config)
+    assert export(save_model(tmp_path / "run", config, gpt), tmp_path / "hf", save_tokenizer=False).class_name == "StructMoEForCausalLM"
+    for name, tensor in gpt.state_dict().items():
+        if name.endswith("attention.dense.bias"):
+            tensor.zero_()
+    assert export(save_model(tmp_path / "zero", config, gpt), tmp_path / "hf0", save_tokenizer=False).class_name == "Qwen2MoeForCausalLM"
+
+
 def test_a_wrong_conversion_is_found_and_leaves_nothing(run: Path, tmp_path: Path, export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.convert.architectures.llama import Llama
     from megatron.convert.errors import ConversionError
