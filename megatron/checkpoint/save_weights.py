@@ -21,11 +21,11 @@ from megatron.checkpoint.shards import split_state
 
 @dataclass(frozen=True)
 class Division:
-    """How the weights lie on disk. `layer_files`: a file for each layer, as a pipeline has them; else one for each tensor-parallel process.
-    `parallel_residual`: biases of row-parallel layers are shared out among the processes."""
+    """How the weights lie on disk: for so many tensor-parallel processes, in a file each (`stages` 0), or a file for each layer, as a pipeline of
+    `stages` has them. `parallel_residual`: biases of row-parallel layers are shared out among the processes."""
 
     tensor_parallel: int = 1
-    layer_files: bool = False
+    stages: int = 0
     parallel_residual: bool = False
 
 
@@ -53,14 +53,15 @@ def _write(staged: Path, weights: Iterable[tuple[str, Tensor]], state: dict[str,
     for layer, shards in _layers(weights, division):
         for rank, shard in enumerate(shards):
             owned = {name: tensor.clone() for name, tensor in shard.items()}
-            if not division.layer_files:
+            if not division.stages:
                 modules[rank] |= owned
                 continue
             name = layout.layer_file(int(layer), rank)
             files[name] = write_tensors({key.split(".", 2)[2]: tensor for key, tensor in owned.items()}, staged / name)
-    for rank, module in enumerate(modules):
+    processes = division.tensor_parallel * max(1, division.stages)  # that share the model: each has a file with what is no weight
+    for rank in range(processes):
         name = layout.model_file(rank)
-        content = {"module": None if division.layer_files else module, "dp_world_size": 1, "mp_world_size": division.tensor_parallel, **state}
+        content = {"module": None if division.stages else modules[rank], "dp_world_size": 1, "mp_world_size": processes, **state}
         files[name] = write_tensors(content, staged / name)
     return files
 

@@ -42,14 +42,14 @@ SAME_PRECISION = {"fp32": "fp32", "fp16": "fp16", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Import:
-    """What to read, and how to write it. `layer_files`: a file for each layer. `upcycle`: keys that make experts of the dense MLPs;
+    """What to read, and how to write it. `stages`: of a pipeline, with a file for each layer; 0: none. `upcycle`: keys that make experts of the dense MLPs;
     None: they stay."""
 
     input_dir: Path
     output_dir: Path
     precision: str = AUTO
     tensor_parallel: int = 1
-    layer_files: bool = False
+    stages: int = 0
     upcycle: Mapping[str, Any] | None = None
     check: bool = True
     force: bool = False
@@ -230,7 +230,7 @@ def in_order(table: list[Entry]) -> list[Entry]:
 def save(request: Import, stage: Path, source: Source, weights: Iterator[tuple[str, Tensor]], *, origin: str) -> Path:
     """The checkpoint; it says what architecture it came from, to be that one again where several would hold it."""
     args = {**checkpoint_args(source.config, source.vocabulary), "model_parallel_size": request.tensor_parallel}
-    division = Division(request.tensor_parallel, request.layer_files, source.config.model.gpt_j_residual)
+    division = Division(request.tensor_parallel, request.stages, source.config.model.gpt_j_residual)
     documents = resolved_config_document(source.config.flat())
     state = {"iteration": 0, "args": args, ORIGIN_KEY: origin}
     return save_weights(stage, weights, client_state=state, documents=documents, division=division)

@@ -65,11 +65,9 @@ def test_tensor_parallel_and_pipeline_files_merge_to_the_same_bytes(keys: dict[s
     if config.model.gpt_j_residual:  # added up over the processes: halves of even numbers are exact
         gpt.load_state_dict({name: tensor.bfloat16().float() for name, tensor in gpt.state_dict().items()})
     contents = []
-    for number, division in enumerate([Division(), Division(2), Division(1, layer_files=True), Division(2, layer_files=True)]):
-        division = Division(division.tensor_parallel, division.layer_files, config.model.gpt_j_residual)
+    for number, division in enumerate([Division(), Division(2), Division(1, stages=1), Division(2, stages=2)]):
+        division = Division(division.tensor_parallel, division.stages, config.model.gpt_j_residual)
         path = save_model(tmp_path / str(number), config, gpt, division=division)
-        if division.layer_files:  # what the second stage of a pipeline writes beside the first
-            os.link(path / "mp_rank_00_model_states.pt", path / f"mp_rank_{division.tensor_parallel:02d}_model_states.pt")
         export(path, tmp_path / f"hf{number}", save_tokenizer=False, check=number == 1)
         contents.append((tmp_path / f"hf{number}" / "model.safetensors").read_bytes())
     assert [content == contents[0] for content in contents] == [True] * 4

@@ -23,7 +23,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model_path", "--model", "--hf-model-name", "--input_dir", dest="input_dir", type=Path, required=True, help="its directory")
     parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, help="directory to write; must not be there yet")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel processes to cut the weights up for; default: 1")
-    parser.add_argument("--pp", type=int, default=0, help="1 or more: a file for each layer, as pipe_parallel_size 1 has them; default: 0")
+    parser.add_argument("--pp", type=int, default=0, help="pipe_parallel_size: with 1 or more a file for each layer; default: 0")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp16", "bf16", "fp32"], help="of the weights; default: the model's")
     parser.add_argument("--upcycle", type=Path, metavar="YAML", help="file with the moe_ keys that make experts of the model's dense MLPs")
     parser.add_argument("--skip-check", action="store_true", help="do not load the result and compare its logits")
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
             options.output_dir,
             options.precision,
             tensor_parallel=options.tp,
-            layer_files=options.pp > 0,
+            stages=options.pp,
             upcycle=read_keys(options.upcycle) if options.upcycle else None,
             check=not options.skip_check,
             force=options.force,
