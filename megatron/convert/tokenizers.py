@@ -109,12 +109,34 @@ def _write_fast(ours: Tokenizer, data: DataConfig, directory: Path) -> None:
 
 def _write_sentence_pieces(ours: Tokenizer, data: DataConfig, directory: Path) -> None:
     """A Llama tokenizer made from the SentencePiece model, which lies beside it."""
+    from tokenizers import decoders, normalizers
     from transformers import LlamaTokenizer
     from transformers.convert_slow_tokenizer import LlamaConverter  # noqa: F401 -- what `from_pretrained` needs of the package `sentencepiece`
 
     shutil.copyfile(str(data.vocab_file), directory / "tokenizer.model")
     _write_json(directory / CONFIG, {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"})
-    LlamaTokenizer.from_pretrained(directory).save_pretrained(directory)
+    converted = LlamaTokenizer.from_pretrained(directory)
+    converted.save_pretrained(directory)
+    rules = converted.backend_tokenizer  # that class drops a first space and never joins spaces across words; the library does neither
+    rules.model = _merging_by_score(ours)
+    rules.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    rules.pre_tokenizer = None
+    rules.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    rules.save(str(directory / "tokenizer.json"))
+    _write_json(directory / CONFIG, {**_read_json(directory / CONFIG), "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _merging_by_score(ours: Any) -> Any:
+    """The pieces as a BPE that joins first what scores highest, as the library does."""
+    from tokenizers import models
+
+    processor = ours._processor
+    pieces = {processor.id_to_piece(number): number for number in range(ours.vocab_size)}
+    splits = [(piece[:place], piece[place:], number) for piece, number in pieces.items() for place in range(1, len(piece))]
+    known = [(left, right, number) for left, right, number in splits if left in pieces and right in pieces]
+    known.sort(key=lambda split: (-processor.get_score(split[2]), pieces[split[0]], pieces[split[1]]))
+    merges = [(left, right) for left, right, _ in known]
+    return models.BPE(vocab=pieces, merges=merges, unk_token=processor.id_to_piece(processor.unk_id()), fuse_unk=True, byte_fallback=True)
 
 
 def _write_tiktoken(ours: Tokenizer, data: DataConfig, directory: Path) -> None:

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from megatron.checkpoint.save_weights import Division
 from megatron.convert.to_huggingface import Exported
+from megatron.convert.tokenizers import save_tokenizer
+from megatron.data.tokenizer import build_tokenizer
 from megatron.testing.distributed import run_distributed
 from tests.convert.models import BASE, DECODER, EXPERTS, config_of, lively_model, save_model, save_stage
 
@@ -211,6 +213,17 @@ def test_weights_decide_where_the_configuration_does_not(tmp_path: Path, export:
         if name.endswith("attention.dense.bias"):
             tensor.zero_()
     assert export(save_model(tmp_path / "zero", config, gpt), tmp_path / "hf0", save_tokenizer=False).class_name == "Qwen2MoeForCausalLM"
+
+
+@pytest.mark.parametrize("text", [" leading", "  two leading", "a    b", "b  ", "\n\tx y", " ", "", "naïve 東京 🙂"])
+def test_spaces_of_a_sentence_piece_model(text: str, tmp_path: Path, shared_dir: Path) -> None:
+    file = str(shared_dir / "data" / "tokenizers" / "llama2_tokenizer.model")
+    data = config_of({**LLAMA, "tokenizer_type": "SPMTokenizer", "vocab_file": file}).data
+    save_tokenizer(data, tmp_path)
+    ours, theirs = build_tokenizer(data), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = ours.encode(text)
+    assert theirs.encode(text, add_special_tokens=False) == ids
+    assert theirs.decode(ids) == ours.decode(ids)
 
 
 def test_a_wrong_conversion_is_found_and_leaves_nothing(run: Path, tmp_path: Path, export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
