@@ -42,8 +42,8 @@ SAME_PRECISION = {"fp32": "fp32", "fp16": "fp16", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Import:
-    """What to read, and how to write it. `stages`: of a pipeline, with a file for each layer; 0: none. `upcycle`: keys that make experts of the dense MLPs;
-    None: they stay."""
+    """What to read, and how to write it. `stages`: of a pipeline, with a file for each layer; 0: none. `upcycle`: keys that make experts of the dense
+    MLPs; None: they stay."""
 
     input_dir: Path
     output_dir: Path
