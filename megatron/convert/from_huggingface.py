@@ -37,7 +37,6 @@ from megatron.training.setup import checkpoint_args
 BUFFERS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 """Endings of what older versions of transformers stored beside the weights."""
 CONFIG = "config.yml"
-SAME_PRECISION = {"fp32": "fp32", "fp16": "fp16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ def precision_of(request: Import, settings: Mapping[str, Any]) -> str:
     if request.precision != AUTO:
         if request.precision not in PRECISIONS:
             raise ConversionError(f"--precision {request.precision}: must be {AUTO} or one of {', '.join(PRECISIONS)}.")
-        return SAME_PRECISION[request.precision]
+        return PRECISIONS[request.precision]
     stored = str(settings.get("dtype") or settings.get("torch_dtype") or "float32").removeprefix("torch.")
     return {"bfloat16": "bfloat16", "float16": "fp16"}.get(stored, "fp32")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from megatron.convert.architecture import Architecture
 from megatron.convert.card import model_card
 from megatron.convert.choice import AUTO, choose_architecture
 from megatron.convert.errors import ConversionError
+from megatron.convert.json_files import write_json
 from megatron.convert.logits import Compared, compare, our_logits, their_logits, tokens_to_compare
 from megatron.convert.mapping import check_complete, to_theirs
-from megatron.convert.opened import Opened, open_checkpoint
+from megatron.convert.opened import EMBEDDING, Opened, open_checkpoint
 from megatron.convert.shapes import checked_read, model_shapes
 from megatron.convert.staging import checked_target
 from megatron.convert.tensor_files import ShardWriter
@@ -26,8 +26,10 @@ from megatron.convert.tokenizers import GENERATION, SpecialTokens, kept_generati
 from megatron.data.progress import Reporter, Stage
 from megatron.data.staging import publish, staging_folder
 from megatron.data.tokenizer import build_tokenizer
+from megatron.training.engine import DTYPES
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bfloat16"}
+"""What `--precision` takes -> `precision` in our configurations."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,10 @@ def export_checkpoint(export: Export, reporter: Reporter) -> Exported:
 def dtype_of(opened: Opened, export: Export) -> torch.dtype:
     """The number format of the exported weights. Raises ConversionError for an unknown one."""
     if export.precision == AUTO:
-        return opened.weights.read("sequential.0.word_embeddings.weight").dtype
+        return opened.weights.read(EMBEDDING).dtype
     if export.precision not in PRECISIONS:
         raise ConversionError(f"--precision {export.precision}: must be {AUTO} or one of {', '.join(PRECISIONS)}.")
-    return PRECISIONS[export.precision]
+    return DTYPES[PRECISIONS[export.precision]]
 
 
 def tokenizer_config(opened: Opened, export: Export) -> DataConfig:
@@ -123,9 +125,9 @@ def write_settings(opened: Opened, architecture: Architecture, special: SpecialT
         settings["auto_map"] = architecture.code.auto_map
         for file in architecture.code.files:
             shutil.copyfile(file, directory / file.name)
-    _write_json(directory / "config.json", settings)
+    write_json(directory / "config.json", settings)
     named = {key: token for key, token in tokens.items() if token is not None}
-    _write_json(directory / GENERATION, {**named, **kept_generation(opened.source.config.data)})
+    write_json(directory / GENERATION, {**named, **kept_generation(opened.source.config.data)})
 
 
 def compare_logits(opened: Opened, export: Export, directory: Path) -> Compared:
@@ -142,7 +144,3 @@ def described(exported: Exported, target: Path) -> Iterator[str]:
     yield f"{target}: {exported.class_name}, {exported.parameters:,} parameters, {exported.bytes / 1e6:,.1f} MB."
     if exported.compared is not None:
         yield f"Compared with the checkpoint: {exported.compared}."
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 from megatron.config.data import DataConfig
 from megatron.convert.errors import ConversionError
+from megatron.convert.json_files import read_json, write_json
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.data.tokenizer.huggingface import RustTokenizer
 
@@ -71,30 +71,15 @@ def _keep_companions(data: DataConfig, directory: Path) -> None:
     for name in CARRIED:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, directory / name)
-    settings, stored = _read_json(directory / CONFIG), _read_json(folder / CONFIG)
-    _write_json(directory / CONFIG, {**{key: stored[key] for key in KEPT if stored.get(key)}, **settings})
+    settings, stored = read_json(directory / CONFIG), read_json(folder / CONFIG)
+    write_json(directory / CONFIG, {**{key: stored[key] for key in KEPT if stored.get(key)}, **settings})
 
 
 def kept_generation(data: DataConfig) -> dict[str, Any]:
     """How an imported model generates, from beside its tokenizer; empty where nothing says it."""
     given = Path(data.vocab_file or "")
-    settings = _read_json((given if given.is_dir() else given.parent) / GENERATION) if data.vocab_file else {}
+    settings = read_json((given if given.is_dir() else given.parent) / GENERATION) if data.vocab_file else {}
     return {key: value for key, value in settings.items() if key != "transformers_version" and value is not None}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """Empty where there is no such file. Raises ConversionError."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise ConversionError(f"{file} is damaged: {error}.") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{file} is damaged: it holds a {type(content).__name__}, not settings by their names.")
-    return content
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_fast(ours: Tokenizer, data: DataConfig, directory: Path) -> None:
@@ -104,7 +89,7 @@ def _write_fast(ours: Tokenizer, data: DataConfig, directory: Path) -> None:
     if ours.eod is not None:
         settings["eos_token"] = ours._tokenizer.id_to_token(ours.eod)
     ours._tokenizer.save(str(directory / "tokenizer.json"))
-    _write_json(directory / CONFIG, settings)
+    write_json(directory / CONFIG, settings)
 
 
 def _write_sentence_pieces(ours: Tokenizer, data: DataConfig, directory: Path) -> None:
@@ -114,7 +99,7 @@ def _write_sentence_pieces(ours: Tokenizer, data: DataConfig, directory: Path) -
     from transformers.convert_slow_tokenizer import LlamaConverter  # noqa: F401 -- what `from_pretrained` needs of the package `sentencepiece`
 
     shutil.copyfile(str(data.vocab_file), directory / "tokenizer.model")
-    _write_json(directory / CONFIG, {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"})
+    write_json(directory / CONFIG, {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"})
     converted = LlamaTokenizer.from_pretrained(directory)
     converted.save_pretrained(directory)
     rules = converted.backend_tokenizer  # that class drops a first space and never joins spaces across words; the library does neither
@@ -123,7 +108,7 @@ def _write_sentence_pieces(ours: Tokenizer, data: DataConfig, directory: Path) -
     rules.pre_tokenizer = None
     rules.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     rules.save(str(directory / "tokenizer.json"))
-    _write_json(directory / CONFIG, {**_read_json(directory / CONFIG), "tokenizer_class": "PreTrainedTokenizerFast"})
+    write_json(directory / CONFIG, {**read_json(directory / CONFIG), "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _merging_by_score(ours: Any) -> Any:

@@ -15,8 +15,10 @@ from torch import Tensor
 from megatron.config.model import ModelConfig
 from megatron.config.moe import MoEConfig
 from megatron.convert.architecture import Code, Source
+from megatron.convert.architectures.weights import attention
+from megatron.convert.architectures.weights import ours as layer_name
 from megatron.convert.errors import ConversionError
-from megatron.convert.mapping import Entry, Form, HeadByHead, Misfit, Reshaped, Rows
+from megatron.convert.mapping import Entry, Misfit, Reshaped, Rows
 
 CODE = tuple(sorted((Path(__file__).parent.parent / "huggingface").glob("*_structmoe.py")))
 """The files that an export has to hold beside its weights."""
@@ -25,7 +27,6 @@ AUTO_MAP = {
     "AutoModel": "modeling_structmoe.StructMoEModel",
     "AutoModelForCausalLM": "modeling_structmoe.StructMoEForCausalLM",
 }
-FIRST_LAYER = 2
 RESIDUALS = ("sequential", "parallel", "tied")
 NORM_WEIGHTS = {"layernorm": ("weight", "bias"), "rmsnorm": ("scale",), "scalenorm": ("g",), "non_parametric_layernorm": ()}
 QK_NORMS = {"use_qk_layernorm": "all_heads", "qk_norm_per_head": "per_head", "qk_norm_all_heads": "jointly"}
@@ -151,10 +152,11 @@ class StructMoE:
         if model.pos_emb == "learned":
             yield Entry("sequential.0.position_embeddings.weight", ("model.embed_positions.weight",))
         for layer in range(model.num_layers):
-            ours, theirs = f"sequential.{FIRST_LAYER + layer}", f"model.layers.{layer}"
+            ours, theirs = layer_name(layer), f"model.layers.{layer}"
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 yield from _norm(model, f"{ours}.{norm}", f"{theirs}.{norm}")
-            yield from _attention(model, f"{ours}.attention", f"{theirs}.self_attn")
+            yield from attention(model, layer, f"{theirs}.self_attn")
+            yield from _query_key_norms(model, f"{ours}.attention", f"{theirs}.self_attn")
             if model.pos_emb == "rpe":
                 yield bias_table.entry(f"{ours}.attention.rpe.weight", "model.position_bias.weight", layer)
             if layer in sections:
@@ -280,12 +282,7 @@ def _norm(model: ModelConfig, ours: str, theirs: str) -> Iterator[Entry]:
             yield Entry(f"{ours}.bias", (f"{theirs}.bias",))
 
 
-def _attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[Entry]:
-    heads, kv_heads, d = model.num_attention_heads, model.kv_heads, model.head_dim
-    split: Form = HeadByHead(heads) if heads == kv_heads else Rows([heads * d, kv_heads * d, kv_heads * d])
-    for part in ("weight", "bias") if model.use_bias_in_attn_linear else ("weight",):
-        yield Entry(f"{ours}.query_key_value.{part}", tuple(f"{theirs}.{which}_proj.{part}" for which in "qkv"), split)
-        yield Entry(f"{ours}.dense.{part}", (f"{theirs}.o_proj.{part}",))
+def _query_key_norms(model: ModelConfig, ours: str, theirs: str) -> Iterator[Entry]:
     if model.use_qk_layernorm:
         yield from _norm(model, f"{ours}.qk_layernorm", f"{theirs}.qk_norm")
     if model.qk_norm_widths is not None:
