@@ -139,5 +139,6 @@ def check_trainable(config: NeoXConfig, data_parallel_size: int) -> None:
 def check_device(config: NeoXConfig, device_type: str) -> None:
     """Raises ConfigError when the number format cannot be trained in on a device of this type (PyTorch's name: "cpu", "cuda", ...)."""
     if config.precision == "fp16" and device_type == "cpu":
-        key = "precision" if config.model.precision == "fp16" else "fp16.enabled"
-        raise ConfigError([f"'{key}' asks for fp16: training in it needs a GPU; on a CPU use precision fp32 or bfloat16"])
+        by_name = config.model.precision == "fp16"
+        key, instead = ("precision", "precision=fp32 or precision=bfloat16") if by_name else ("fp16.enabled", "fp16.enabled=false")
+        raise ConfigError([f"'{key}' asks for fp16: training in it needs a GPU; on a CPU add -o {instead}"])

@@ -212,7 +212,7 @@ def merge(sources: list[Source], problems: list[str]) -> Source:
     for source in sources:
         for key, value in source.values.items():
             if key in merged.values:
-                problems.append(f"{source.places[(key,)]}: '{key}' repeats the value given at {merged.places[(key,)]}")
+                problems.append(f"{source.places[(key,)]}: '{key}' is given already, at {merged.places[(key,)]}; a key may stand in one file only")
                 continue
             merged.values[key] = value
             merged.places.update({path: place for path, place in source.places.items() if path[0] == key})

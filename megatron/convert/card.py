@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from megatron.config.size import count_parameters
@@ -11,6 +12,8 @@ from megatron.convert.architecture import Architecture, Source
 from megatron.convert.opened import Opened
 
 LOSSES = {"train/lm_loss": "training", "validation/lm_loss": "validation", "test/lm_loss": "test"}
+STEPS = 50
+"""Steps that the training loss is averaged over: one step's is noise."""
 SHAPE_KEYS = ("num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "seq_length", "norm", "pos_emb", "activation")
 MOE_KEYS = ("moe_num_experts", "moe_top_k", "moe_router_type", "moe_expert_type")
 LORE_KEYS = ("moe_num_lores", "moe_lore_top_k", "moe_lore_rank", "moe_lore_interaction")
@@ -76,8 +79,8 @@ def _facts(opened: Opened) -> dict[str, Any]:
 
 
 def _losses(run: Path, iteration: Any) -> dict[str, float]:
-    """The last losses up to a step in the run's metrics.jsonl, where that lies beside the checkpoint."""
-    losses: dict[str, float] = {}
+    """Losses up to a step in the run's metrics.jsonl, where that lies beside the checkpoint: in training the mean of STEPS, else the last."""
+    losses: dict[str, list[float]] = {}
     file = run / "metrics.jsonl"
     for line in file.read_text().splitlines() if file.is_file() and isinstance(iteration, int) else ():
         try:
@@ -85,8 +88,10 @@ def _losses(run: Path, iteration: Any) -> dict[str, float]:
         except ValueError:
             continue  # the line a killed run was writing
         if record.get("iteration", 0) <= iteration:
-            losses |= {name: record[key] for key, name in LOSSES.items() if isinstance(record.get(key), float)}
-    return losses
+            for key, name in LOSSES.items():
+                if isinstance(record.get(key), float):
+                    losses.setdefault(name, []).append(record[key])
+    return {name: fmean(values[-STEPS:] if name == "training" else values[-1:]) for name, values in losses.items()}
 
 
 def _given(source: Source) -> dict[str, Any]:

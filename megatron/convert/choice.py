@@ -21,7 +21,9 @@ def choose_architecture(source: Source, requested: str, read: Read, origin: str 
         ordered = sorted(ARCHITECTURES.values(), key=lambda architecture: architecture.name != origin)
         chosen = next((architecture for architecture in ordered if not any(obstacles(architecture, source, read))), None)
         if chosen is None:
-            raise ConversionError("No architecture of Hugging Face's holds this model; --architecture NAME says what one of them lacks.")
+            last = list(ARCHITECTURES.values())[-1]
+            lacks = "\n  ".join(obstacles(last, source, read))
+            raise ConversionError(f"No architecture of Hugging Face's holds this model. What {last.class_name} lacks:\n  {lacks}")
         return chosen
     if requested not in ARCHITECTURES:
         raise ConversionError(f"--architecture {requested}: must be {AUTO} or one of {', '.join(ARCHITECTURES)}.")

@@ -238,7 +238,8 @@ def save(request: Import, stage: Path, source: Source, weights: Iterator[tuple[s
 def config_text(request: Import, keys: Mapping[str, Any]) -> str:
     """The YAML to go on with."""
     head = (
-        f"# The model of {request.input_dir}. To go on training it, give this file together with one that says how (data, optimizer, train_iters):\n"
+        f"# The model of {request.input_dir}. To go on training it, give this file together with one that says how (data, batch size,\n"
+        "# optimizer, train_iters, save, checkpoint_factor):\n"
         f"#   python deepy.py train.py {request.output_dir / CONFIG} how.yml\n"
     )
     return head + yaml.safe_dump({**keys, "load": str(request.output_dir), "finetune": True}, sort_keys=False)

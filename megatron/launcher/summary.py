@@ -33,6 +33,8 @@ def summary(loaded: LoadedConfig, processes: int, words: Vocabulary) -> list[Ren
         "",
     ]
     parts += [f"note: {escape(notice)}" for notice in loaded.notices]
+    if loaded.config.precision == "fp16":
+        parts.append("note: fp16 is trained in on GPUs alone")
     try:
         check_trainable(loaded.config, processes)
     except ConfigError as error:

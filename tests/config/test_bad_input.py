@@ -35,7 +35,7 @@ def test_all_problems_come_in_one_message(tmp_path: Path, monkeypatch: pytest.Mo
     assert (
         str(caught.value)
         == """10 problem(s) in the configuration:
-  b.yml:1: 'hidden_size' repeats the value given at a.yml:1
+  b.yml:1: 'hidden_size' is given already, at a.yml:1; a key may stand in one file only
   command line: 'nonsense' is not an override; write key=value, or key.inner=value for a value inside a dictionary
   b.yml:2: unknown key 'log_intervall'; did you mean 'log_interval'?
   'num_layers' must be given: Number of transformer layers

@@ -116,12 +116,13 @@ def test_good_values_are_not_refused(key: str) -> None:
 
 
 def test_without_a_gpu_fp16_is_refused() -> None:
-    for keys, name in ({"precision": "fp16"}, "precision"), ({"fp16": {"enabled": True}}, "fp16.enabled"):
+    by_name = ({"precision": "fp16"}, "precision", "precision=fp32 or precision=bfloat16")
+    for keys, name, instead in by_name, ({"fp16": {"enabled": True}}, "fp16.enabled", "fp16.enabled=false"):
         config = config_from_dict({**MODEL, **keys})
         check_device(config, "cuda")
         with pytest.raises(ConfigError) as caught:
             check_device(config, "cpu")
-        assert caught.value.problems == [f"'{name}' asks for fp16: training in it needs a GPU; on a CPU use precision fp32 or bfloat16"]
+        assert caught.value.problems == [f"'{name}' asks for fp16: training in it needs a GPU; on a CPU add -o {instead}"]
     for precision in ("fp32", "bfloat16"):
         check_device(config_from_dict({**MODEL, "precision": precision}), "cpu")
 

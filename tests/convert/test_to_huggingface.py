@@ -15,11 +15,14 @@ import transformers
 from safetensors.torch import load_file
 
 from megatron.checkpoint.save_weights import Division
+from megatron.config.components import ROUTERS
+from megatron.convert.choice import choose_architecture
+from megatron.convert.errors import ConversionError
 from megatron.convert.to_huggingface import Exported
 from megatron.convert.tokenizers import save_tokenizer
 from megatron.data.tokenizer import build_tokenizer
 from megatron.testing.distributed import run_distributed
-from tests.convert.models import BASE, DECODER, EXPERTS, config_of, lively_model, save_model, save_stage
+from tests.convert.models import BASE, DECODER, EXPERTS, config_of, lively_model, save_model, save_stage, source_of
 
 LLAMA = {**DECODER, "num_kv_heads": 2}
 Export = Callable[..., Exported]
@@ -37,7 +40,8 @@ def run(tmp_path: Path, tokenizer_file: Path) -> Path:
     """A Llama's run directory."""
     config = config_of({**LLAMA, "tokenizer_type": "HFTokenizer", "vocab_file": str(tokenizer_file)})
     save_model(tmp_path / "run", config, lively_model(config))
-    losses = [{"iteration": 2, "train/lm_loss": 2.5, "validation/lm_loss": 2.25}, {"iteration": 4, "train/lm_loss": 1.0}]
+    losses = [{"iteration": 1, "train/lm_loss": 3.5, "validation/lm_loss": 9.0}, {"iteration": 2, "train/lm_loss": 2.5, "validation/lm_loss": 2.25}]
+    losses += [{"iteration": 4, "train/lm_loss": 1.0}]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in losses) + '{"iter')
     return tmp_path / "run"
 
@@ -52,7 +56,13 @@ def test_the_command(main: Callable[..., int], run: Path, tmp_path: Path, capsys
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (config["architectures"], config["pad_token_id"], config["eos_token_id"]) == (["LlamaForCausalLM"], 0, 0)
     card = (tmp_path / "hf" / "README.md").read_text()
-    for line in ("| parameters | 29,408 |", "| training tokens | 4,096 |", "| training loss (nats per token) | 2.5000 |", "largest difference"):
+    for line in (
+        "| parameters | 29,408 |",
+        "| training tokens | 4,096 |",
+        "| training loss (nats per token) | 3.0000 |",
+        "| validation loss (nats per token) | 2.2500 |",
+        "largest difference",
+    ):
         assert line in card
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -114,6 +124,13 @@ def test_what_an_architecture_cannot_represent_is_said_key_by_key(run: Path, tmp
     assert "  norm: rmsnorm (GPTNeoXForCausalLM has layernorm only)\n" in error
     assert "  num_kv_heads: 2 (GPTNeoXForCausalLM has a key head for each query head only)\n" in error
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_router_from_outside_is_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ROUTERS, "mine", ROUTERS["topk"])
+    source = source_of({**EXPERTS, "moe_router_type": "mine"})
+    with pytest.raises(ConversionError, match=r"holds most, StructMoEForCausalLM, lacks:\n  moe_router_type: mine \(.*what a plugin adds cannot"):
+        choose_architecture(source, "auto", lambda name: torch.zeros(1))
 
 
 def spoil_shard(run: Path) -> Path:

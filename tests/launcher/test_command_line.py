@@ -206,6 +206,8 @@ def test_check_shows_what_will_happen_and_runs_nothing(folder: Path) -> None:
     assert "embedding 8,192 8,192" in shown
     length = "the number of steps to train, or of times to go through the data"
     assert f"cannot train yet: 'train_iters' or 'train_epochs' must be given: {length}" in " ".join(done.stdout.split())
+    assert "fp16" not in done.stdout
+    assert "note: fp16 is trained in on GPUs alone" in run(folder, *words, "-o", "precision=fp16").stdout
     done = run(folder, *words, "-o", "train_iters=null", "-o", "train_epochs=3")
     assert "3 times through the training data; counted when it is read" in done.stdout
 
