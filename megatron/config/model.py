@@ -109,6 +109,9 @@ class ModelConfig(Section):
     """True: attention and MLP read the same residual stream and are added together (parallel residual)."""
     gpt_j_tied: bool = False
     """With `gpt_j_residual`: one norm serves attention and MLP. The second norm's weights are there, as in NeoX, and unused."""
+    reordered_norm: bool = False
+    """True: x + norm(attention(x)), then x + norm(mlp(x)), as in OLMo 2: the norms are on what attention and MLP add, not on what they read. NeoX has
+    no such key."""
     use_bias_in_attn_linear: bool = True
     """Biases on the query/key/value and output projections of attention."""
     use_bias_in_mlp: bool = True
@@ -170,6 +173,13 @@ class ModelConfig(Section):
         return float(max(1, layer)) if scaled else 1.0
 
     @property
+    def residual(self) -> str:
+        """How attention, MLP and their norms meet the residual stream: `sequential`, `parallel`, `tied` (parallel, with one norm) or `reordered`."""
+        if self.reordered_norm:
+            return "reordered"
+        return ("sequential", "parallel", "tied")[self.gpt_j_residual + self.gpt_j_tied]
+
+    @property
     def is_gated(self) -> bool:
         """Whether the activation takes a second input projection."""
         return self.activation in GATED_ACTIVATIONS
@@ -221,6 +231,8 @@ class ModelConfig(Section):
             yield Problem((norms[1], norms[0]), f"does not go with {norms[0]}; keep one of them")
         if self.gpt_j_tied and not self.gpt_j_residual:
             yield Problem(("gpt_j_tied", "gpt_j_residual"), "needs gpt_j_residual: true; otherwise the two norms read different things")
+        if self.reordered_norm and self.gpt_j_residual:
+            yield Problem(("reordered_norm", "gpt_j_residual"), "does not go with gpt_j_residual; keep one of them")
 
     def _position_problems(self) -> Iterator[Problem]:
         if self.opt_pos_emb_offset and self.pos_emb != "learned":

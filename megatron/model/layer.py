@@ -5,6 +5,7 @@ Shapes: B batch; S sequence; D model width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -43,11 +44,11 @@ class TransformerLayer(nn.Module):
         hidden_BSD = state.hidden_BSD
         hidden_BSD = hidden_BSD + self.dropout(self.attention(self.input_layernorm(hidden_BSD), places, cache))
         change_BSD, state = self._feed_forward(self.post_attention_layernorm(hidden_BSD), state)
-        return state._replace(hidden_BSD=hidden_BSD + change_BSD)
+        return state._replace(hidden_BSD=hidden_BSD + self.mlp_dropout(change_BSD))
 
     def _feed_forward(self, x_BSD: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        """(what the feed-forward part adds, the state with its report)."""
-        return self.mlp_dropout(self.mlp(x_BSD)), state
+        """(what the feed-forward part gives, before dropout; the state with its report)."""
+        return self.mlp(x_BSD), state
 
 
 class ParallelResidualLayer(TransformerLayer):
@@ -58,7 +59,7 @@ class ParallelResidualLayer(TransformerLayer):
         attention_BSD, mlp_BSD = self._normed(state.hidden_BSD)
         attended_BSD = self.dropout(self.attention(attention_BSD, places, cache))
         change_BSD, state = self._feed_forward(mlp_BSD, state)
-        return state._replace(hidden_BSD=state.hidden_BSD + attended_BSD + change_BSD)
+        return state._replace(hidden_BSD=state.hidden_BSD + attended_BSD + self.mlp_dropout(change_BSD))
 
     def _normed(self, hidden_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """What attention and the feed-forward part read."""
@@ -73,6 +74,19 @@ class TiedParallelResidualLayer(ParallelResidualLayer):
         return x_BSD, x_BSD
 
 
+class ReorderedNormLayer(TransformerLayer):
+    """x + norm(attention(x)), then x + norm(mlp(x)) (`reordered_norm`; OLMo 2, 2025). The norms keep their names: `input_layernorm` is attention's,
+    `post_attention_layernorm` the feed-forward part's.
+    """
+
+    def forward(self, state: LayerState, places: Places = START, cache: LayerCache | None = None) -> LayerState:
+        """The state after this layer."""
+        hidden_BSD = state.hidden_BSD
+        hidden_BSD = hidden_BSD + self.dropout(self.input_layernorm(self.attention(hidden_BSD, places, cache)))
+        change_BSD, state = self._feed_forward(hidden_BSD, state)
+        return state._replace(hidden_BSD=hidden_BSD + self.mlp_dropout(self.post_attention_layernorm(change_BSD)))
+
+
 class _WithExperts(TransformerLayer):
     """The feed-forward part is a mixture of experts, which reports on itself."""
 
@@ -80,11 +94,15 @@ class _WithExperts(TransformerLayer):
 
     def _feed_forward(self, x_BSD: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
         y_BSD, *report = self.mlp(x_BSD, state.earlier_rows_E(self.mlp.context.num_experts))
-        return self.mlp_dropout(y_BSD), state._replace(report=state.report.then(*report))
+        return y_BSD, state._replace(report=state.report.then(*report))
 
 
 class MoETransformerLayer(_WithExperts, TransformerLayer):
     """Sequential residual with experts."""
+
+
+class MoEReorderedNormLayer(_WithExperts, ReorderedNormLayer):
+    """`reordered_norm` with experts."""
 
 
 class MoEParallelResidualLayer(_WithExperts, ParallelResidualLayer):
@@ -95,12 +113,19 @@ class MoETiedParallelResidualLayer(_WithExperts, TiedParallelResidualLayer):
     """`gpt_j_tied` with experts."""
 
 
+LAYERS: Mapping[str, tuple[type[TransformerLayer], type[TransformerLayer]]] = {
+    "sequential": (TransformerLayer, MoETransformerLayer),
+    "parallel": (ParallelResidualLayer, MoEParallelResidualLayer),
+    "tied": (TiedParallelResidualLayer, MoETiedParallelResidualLayer),
+    "reordered": (ReorderedNormLayer, MoEReorderedNormLayer),
+}
+"""`ModelConfig.residual` -> a layer with a dense MLP, one with experts."""
+
+
 def build_layer(model: ModelConfig, moe: MoEConfig | None, index: int, init: Initializer, rpe: RelativePositions | None) -> TransformerLayer:
     """Transformer layer `index` (from 0). `moe`: the layer's own section; None for a dense one.
 
     `rpe`: the table of relative positions that all layers share; None where there is none.
     """
-    kinds = (TransformerLayer, ParallelResidualLayer, TiedParallelResidualLayer)
-    if moe is not None:
-        kinds = (MoETransformerLayer, MoEParallelResidualLayer, MoETiedParallelResidualLayer)
-    return kinds[model.gpt_j_residual + model.gpt_j_tied](model, moe, index, init, rpe)
+    dense, experts = LAYERS[model.residual]
+    return (dense if moe is None else experts)(model, moe, index, init, rpe)

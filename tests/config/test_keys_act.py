@@ -25,6 +25,7 @@ THROUGH_THE_SECTION = {
     "rotary_pct": "rotary_dim",
     "attention_config": "attention_types",
     "apply_query_key_layer_scaling": "position_bias_coefficient",
+    "reordered_norm": "residual",
     "moe_num_experts": "num_experts",
     "moe_num_experts_by_layer": "for_layers",
     "moe_top_k": "top_k",

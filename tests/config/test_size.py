@@ -144,7 +144,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "position": [{"pos_emb": name} for name in typing.get_args(ModelConfig.model_fields["pos_emb"].annotation)],
     "activation": [{"activation": name, **moe} for name in typing.get_args(Activation) for moe in ({}, MOE, STRUCTMOE)],
     "bias": [{"use_bias_in_mlp": mlp, "use_bias_in_attn_linear": attention} for mlp in (True, False) for attention in (True, False)],
-    "residual": [{"gpt_j_residual": True}, {"gpt_j_residual": True, "gpt_j_tied": True}, {"no_weight_tying": True}],
+    "residual": [{"gpt_j_residual": True}, {"gpt_j_residual": True, "gpt_j_tied": True}, {"reordered_norm": True}, {"no_weight_tying": True}],
     "heads": [{"num_kv_heads": heads} for heads in (1, 2, 4)],
     "query and key norms": [
         {"norm": norm, "use_bias_in_norms": bias, **keys}

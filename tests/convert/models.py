@@ -46,6 +46,7 @@ CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "llama-biases": ("llama", {**DECODER, "num_kv_heads": 1, "use_bias_in_attn_linear": True, "use_bias_in_mlp": True, "activation": "geglu"}),
     "mistral-window": ("mistral", {**DECODER, "num_kv_heads": 2, "sliding_window_width": 15}),
     "olmo": ("olmo", {**DECODER, "norm": "non_parametric_layernorm"}),
+    "olmo2": ("olmo2", {**DECODER, "reordered_norm": True, "qk_norm_all_heads": True, "num_kv_heads": 2, "rms_norm_epsilon": 1e-6}),
     "qwen3": ("qwen3", {**DECODER, "num_kv_heads": 2, "qk_norm_per_head": True}),
     "mixtral": ("mixtral", {**EXPERTS, "num_kv_heads": 2, "moe_router_pre_softmax": False}),
     "mixtral-top-3-window": ("mixtral", {**EXPERTS, "moe_top_k": 3, "moe_normalize_top_k": True, "sliding_window_width": 20}),

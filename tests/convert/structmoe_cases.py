@@ -66,6 +66,8 @@ BLOCKS: dict[str, Changes] = {
     "tied head": {"no_weight_tying": False},
     "parallel": {"gpt_j_residual": True},
     "tied residual": {"gpt_j_residual": True, "gpt_j_tied": True},
+    "reordered norms": {"reordered_norm": True, "norm": "rmsnorm"},
+    "reordered norms experts": {**MOE, "reordered_norm": True},
     "parallel experts": {**MOE, "gpt_j_residual": True},
     "tied residual experts": {**MOE, "gpt_j_residual": True, "gpt_j_tied": True},
     "no mlp biases": {"use_bias_in_mlp": False, "activation": "geglu"},

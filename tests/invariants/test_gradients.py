@@ -54,7 +54,7 @@ def test_every_parameter_gets_a_gradient(feed_forward: Any, residual: bool, bias
     check_gradients(model, moe)
 
 
-RESIDUALS = [{}, {"gpt_j_residual": True}, {"gpt_j_residual": True, "gpt_j_tied": True}]
+RESIDUALS = [{}, {"gpt_j_residual": True}, {"gpt_j_residual": True, "gpt_j_tied": True}, {"reordered_norm": True}]
 BIASES = [(attention, mlp, norms) for attention in (True, False) for mlp in (True, False) for norms in (True, False)]
 QUERY_KEY_NORMS = [
     {},

@@ -14,6 +14,7 @@ from megatron.model.state import LayerState
 from tests.model.tiny_model import DENSE, model_section, moe_section, tiny_model, tokens
 
 RESIDUALS = {"sequential": {}, "parallel": {"gpt_j_residual": True}, "tied": {"gpt_j_residual": True, "gpt_j_tied": True}}
+RESIDUALS["reordered"] = {"reordered_norm": True}
 BIASES = list(itertools.product([False, True], repeat=2))
 
 
@@ -31,6 +32,9 @@ def by_hand(kind: str, layer: TransformerLayer, x: Tensor) -> Tensor:
         return x + attention(first(x)) + feed_forward(layer, first(x))
     if kind == "parallel":
         return x + attention(first(x)) + feed_forward(layer, second(x))
+    if kind == "reordered":
+        x = x + first(attention(x))
+        return x + second(feed_forward(layer, x))
     x = x + attention(first(x))
     return x + feed_forward(layer, second(x))
 
@@ -60,6 +64,7 @@ def test_dropout_follows_attention_and_mlps_with_biases(kind: str, bias: bool, e
     layer = tiny_model(section, moe_section(moe_expert_type="grouped") if experts else DENSE).layers[0]
     x_BSD = torch.randn(1, 4, 16)
     norm = layer.input_layernorm if kind == "tied" else layer.post_attention_layernorm
-    wanted = x_BSD if bias and not experts else x_BSD + feed_forward(layer, norm(x_BSD))
+    change_BSD = norm(feed_forward(layer, x_BSD)) if kind == "reordered" else feed_forward(layer, norm(x_BSD))
+    wanted = x_BSD if bias and not experts else x_BSD + change_BSD
     torch.testing.assert_close(layer(state(x_BSD)).hidden_BSD, wanted)
     assert not torch.allclose(layer.eval()(state(x_BSD)).hidden_BSD, wanted)

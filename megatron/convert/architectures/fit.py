@@ -22,6 +22,7 @@ DENSE: Allowed = {
     "qk_norm_all_heads": {False},
     "gpt_j_residual": {False},
     "gpt_j_tied": {False},
+    "reordered_norm": {False},
     "use_bias_in_attn_linear": {False},
     "use_bias_in_mlp": {False},
     "activation": {"swiglu", "geglu", "reglu", "glu", "bilinear"},

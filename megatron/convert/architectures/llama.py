@@ -8,7 +8,7 @@ from typing import Any
 from megatron.convert.architecture import Code, Source
 from megatron.convert.architectures import fit
 from megatron.convert.architectures.settings import decoder_keys, decoder_settings, window_keys, window_setting
-from megatron.convert.architectures.weights import attention, ends, gated_mlp, head_norms, layer_norms, ours
+from megatron.convert.architectures.weights import NORMS, attention, ends, gated_mlp, head_norms, layer_norms, ours
 from megatron.convert.errors import ConversionError
 from megatron.convert.mapping import Entry
 
@@ -21,6 +21,8 @@ class Llama:
     allowed: fit.Allowed = {**fit.DENSE, "use_bias_in_attn_linear": fit.ANY, "use_bias_in_mlp": fit.ANY}
     bias_of_output = True
     """Whether a bias on queries, keys and values goes with one on the output."""
+    norm_names = NORMS
+    """Theirs for our `input_layernorm` and `post_attention_layernorm`."""
 
     def obstacles(self, source: Source) -> Iterator[str]:
         yield from fit.obstacles(source, self.allowed, class_name=self.class_name)
@@ -37,7 +39,7 @@ class Llama:
         yield from ends(source)
         for layer in range(model.num_layers):
             theirs = f"model.layers.{layer}"
-            yield from layer_norms(model, layer, theirs)
+            yield from layer_norms(model, layer, theirs, self.norm_names)
             yield from attention(model, layer, f"{theirs}.self_attn", bias_of_output=self.bias_of_output)
             if model.qk_norm_widths is not None:
                 yield from head_norms(layer, f"{theirs}.self_attn")
@@ -83,6 +85,21 @@ class Olmo(Llama):
         keys = decoder_keys({**settings, "rms_norm_eps": None})
         del keys["rms_norm_epsilon"]
         return {**keys, "norm": "non_parametric_layernorm", "layernorm_epsilon": self.EPSILON}
+
+
+class Olmo2(Llama):
+    """A Llama with norms on what attention and MLP add, and on the queries and the keys of all heads together."""
+
+    name, model_type, class_name = "olmo2", "olmo2", "Olmo2ForCausalLM"
+    allowed: fit.Allowed = {**fit.DENSE, "reordered_norm": {True}, "qk_norm_all_heads": {True}, "use_bias_in_attn_linear": fit.ANY}
+    norm_names = ("post_attention_layernorm", "post_feedforward_layernorm")
+
+    def settings(self, source: Source) -> dict[str, Any]:
+        settings = {**decoder_settings(source), "attention_bias": source.config.model.use_bias_in_attn_linear}
+        return {key: value for key, value in settings.items() if key != "head_dim"}
+
+    def keys(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {**decoder_keys(settings), "reordered_norm": True, "qk_norm_all_heads": True}
 
 
 class Qwen2(Llama):

@@ -27,7 +27,6 @@ AUTO_MAP = {
     "AutoModel": "modeling_structmoe.StructMoEModel",
     "AutoModelForCausalLM": "modeling_structmoe.StructMoEForCausalLM",
 }
-RESIDUALS = ("sequential", "parallel", "tied")
 NORM_WEIGHTS = {"layernorm": ("weight", "bias"), "rmsnorm": ("scale",), "scalenorm": ("g",), "non_parametric_layernorm": ()}
 QK_NORMS = {"use_qk_layernorm": "all_heads", "qk_norm_per_head": "per_head", "qk_norm_all_heads": "jointly"}
 EPSILONS = {"rmsnorm": "rms_norm_epsilon", "scalenorm": "scalenorm_epsilon"}
@@ -107,7 +106,7 @@ class StructMoE:
             "num_key_value_heads": model.kv_heads,
             "intermediate_size": model.mlp_width,
             "hidden_act": model.hidden_function,
-            "residual_type": RESIDUALS[model.gpt_j_residual + model.gpt_j_tied],
+            "residual_type": model.residual,
             "norm_eps": getattr(model, EPSILONS.get(model.norm, "layernorm_epsilon")),
             "qk_norm": next((theirs for ours, theirs in QK_NORMS.items() if getattr(model, ours)), "none"),
             "position_bias_scale": scales,
@@ -125,7 +124,6 @@ class StructMoE:
         except ValueError as error:
             raise ConversionError(f"The settings of this {self.class_name} do not fit together: {error}.") from error
         gelu_tanh = config.hidden_act == "gelu_tanh"
-        residual = RESIDUALS.index(config.residual_type)
         return {
             **{ours: getattr(config, theirs) for ours, theirs in MODEL_NAMES.items()},
             **({} if config.kv_heads == config.num_attention_heads else {"num_kv_heads": config.kv_heads}),
@@ -133,8 +131,9 @@ class StructMoE:
             "ffn_hidden_size": config.intermediate_size,
             "activation": "gelu" if gelu_tanh else config.hidden_act,
             "bias_gelu_fusion": gelu_tanh,
-            "gpt_j_residual": residual > 0,
-            "gpt_j_tied": residual > 1,
+            "gpt_j_residual": config.residual_type in ("parallel", "tied"),
+            "gpt_j_tied": config.residual_type == "tied",
+            "reordered_norm": config.residual_type == "reordered",
             EPSILONS.get(config.norm_type, "layernorm_epsilon"): config.norm_eps,
             **{ours: config.qk_norm == theirs for ours, theirs in QK_NORMS.items()},
             "no_weight_tying": not config.tie_word_embeddings,

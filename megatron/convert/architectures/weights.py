@@ -42,10 +42,13 @@ def norm(model: ModelConfig, name: str, theirs: str) -> Iterator[Entry]:
             yield Entry(None, (f"{theirs}.bias",), Constant(model.hidden_size, 0.0))
 
 
-def layer_norms(model: ModelConfig, layer: int, theirs: str) -> Iterator[Entry]:
-    """The two norms of a layer under Hugging Face's names."""
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        yield from norm(model, f"{ours(layer)}.{name}", f"{theirs}.{name}")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def layer_norms(model: ModelConfig, layer: int, theirs: str, names: tuple[str, str] = NORMS) -> Iterator[Entry]:
+    """The two norms of a layer; `names` are theirs."""
+    for name, their_name in zip(NORMS, names, strict=True):
+        yield from norm(model, f"{ours(layer)}.{name}", f"{theirs}.{their_name}")
 
 
 def query_key_value(model: ModelConfig) -> Form:

@@ -11,7 +11,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "norm_type": ("layernorm", "rmsnorm", "scalenorm", "non_parametric_layernorm"),
     "qk_norm": ("none", "all_heads", "per_head", "jointly"),
     "position_type": ("rotary", "learned", "sinusoidal", "alibi", "rpe", "none"),
-    "residual_type": ("sequential", "parallel", "tied"),
+    "residual_type": ("sequential", "parallel", "tied", "reordered"),
     "hidden_act": ("gelu", "gelu_tanh", "relu", "softsign", "swish", "mish", "silu", "geglu", "reglu", "swiglu", "glu", "bilinear"),
     "router_type": ("topk", "sinkhorn", "sigmoid", "top_p", "expert_choice"),
     "expert_type": ("grouped", "structmoe", "decomposed"),
@@ -49,7 +49,8 @@ class StructMoEConfig(PreTrainedConfig):
     hidden_dropout: float = 0.0
     """On embeddings and on what attention and MLPs with biases add to the residual stream; as in GPT-NeoX, not on what others and experts add."""
     residual_type: str = "sequential"
-    """parallel: attention and MLP read the same hidden state; tied: through the same norm, the second of which is then unused."""
+    """parallel: attention and MLP read the same hidden state; tied: through the same norm, the second of which is then unused; reordered: norms on
+    what attention and MLP add (OLMo 2)."""
     norm_type: str = "layernorm"
     norm_eps: float = 1e-5
     norm_bias: bool = True

@@ -54,12 +54,12 @@ class StructMoEDecoderLayer(GradientCheckpointingLayer):
         attended_BSD, weights = self.self_attn(self.input_layernorm(hidden_BSD), *attention_inputs, **kwargs)
         hidden_BSD = hidden_BSD + self.dropout(attended_BSD)
         change_BSD, *logits = self.feed_forward(self.post_attention_layernorm(hidden_BSD))
-        return hidden_BSD + change_BSD, weights, *logits
+        return hidden_BSD + self.mlp_dropout(change_BSD), weights, *logits
 
     def feed_forward(self, x_BSD: Tensor) -> tuple[Tensor, ...]:
-        """(what the MLP or the experts add), and logit_TE of experts."""
+        """(what the MLP or the experts give, before dropout), and logit_TE of experts."""
         y, *logits = self.mlp(x_BSD) if isinstance(self.mlp, StructMoESparseMoeBlock) else (self.mlp(x_BSD),)
-        return self.mlp_dropout(y), *logits
+        return y, *logits
 
 
 class StructMoEParallelLayer(StructMoEDecoderLayer):
@@ -70,7 +70,7 @@ class StructMoEParallelLayer(StructMoEDecoderLayer):
         attention_BSD, mlp_BSD = self.normed(hidden_BSD)
         attended_BSD, weights = self.self_attn(attention_BSD, *attention_inputs, **kwargs)
         change_BSD, *logits = self.feed_forward(mlp_BSD)
-        return hidden_BSD + self.dropout(attended_BSD) + change_BSD, weights, *logits
+        return hidden_BSD + self.dropout(attended_BSD) + self.mlp_dropout(change_BSD), weights, *logits
 
     def normed(self, hidden_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """What attention and the feed-forward part read."""
@@ -86,7 +86,23 @@ class StructMoETiedLayer(StructMoEParallelLayer):
         return x_BSD, x_BSD
 
 
-LAYERS = {"sequential": StructMoEDecoderLayer, "parallel": StructMoEParallelLayer, "tied": StructMoETiedLayer}
+class StructMoEReorderedLayer(StructMoEDecoderLayer):
+    """x + norm(attention(x)), then x + norm(mlp(x))."""
+
+    def forward(self, hidden_BSD: Tensor, *attention_inputs: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
+        """As the sequential layer."""
+        attended_BSD, weights = self.self_attn(hidden_BSD, *attention_inputs, **kwargs)
+        hidden_BSD = hidden_BSD + self.dropout(self.input_layernorm(attended_BSD))
+        change_BSD, *logits = self.feed_forward(hidden_BSD)
+        return hidden_BSD + self.mlp_dropout(self.post_attention_layernorm(change_BSD)), weights, *logits
+
+
+LAYERS = {
+    "sequential": StructMoEDecoderLayer,
+    "parallel": StructMoEParallelLayer,
+    "tied": StructMoETiedLayer,
+    "reordered": StructMoEReorderedLayer,
+}
 
 
 # ---------------------------------------------------------------- models
