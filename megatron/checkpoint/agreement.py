@@ -34,6 +34,8 @@ FREE_KEYS = frozenset(
 )
 # What training further from the weights may change without changing a shape: how far apart positions are, and how far a token sees.
 POSITION_KEYS = frozenset({"max_position_embeddings", "rotary_emb_base", "rope_scaling", "sliding_window_width"})
+# Keys that earlier versions of this program did not have, and what their models were.
+LATER_KEYS = {"head_dim": None, "add_qkv_bias": False}
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -44,11 +46,12 @@ def check_architecture(path: Path, flat_config: Mapping[str, Any], *, finetune: 
     that are returned say which do. Raises CheckpointError when the checkpoint's configuration cannot be read.
     """
     stored = read_config(path)
+    stored = {**LATER_KEYS, **stored} if stored else stored
     keys = [key for section in (ModelConfig, MoEConfig) for key in section.model_fields if key not in FREE_KEYS]
     different = {
         key: f"'{key}' = {flat_config[key]!r}: the model in {path} was trained with {stored[key]!r}"
         for key in keys
-        if key in stored and stored[key] != flat_config[key]
+        if key in stored and _meaning(stored, key) != _meaning(flat_config, key)
     }
     moved = [key for key in different if finetune and key in POSITION_KEYS]
     problems = [
@@ -59,6 +62,16 @@ def check_architecture(path: Path, flat_config: Mapping[str, Any], *, finetune: 
     if problems:
         raise ConfigError(problems)
     return [f"{different[key]}." for key in moved]
+
+
+def _meaning(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a key; of one that stands for a number where it is None, that number."""
+    value, heads, width = config[key], config.get("num_attention_heads"), config.get("hidden_size")
+    if value is None and key == "num_kv_heads":
+        return heads
+    if value is None and key == "head_dim" and heads and width:
+        return width // heads
+    return value
 
 
 def batch_change(path: Path, batch: Batch) -> str | None:

@@ -43,6 +43,9 @@ PARAMETER_PATTERN = re.compile(r"sequential\.(\d+)\.(.+)")
 GQA_LAYOUT_KEY, GQA_LAYOUT = "gqa_layout", "q,k,v"
 """Client state that says how query_key_value is laid out under grouped-query attention; GPT-NeoX's own checkpoints do not say it."""
 
+ORIGIN_KEY = "huggingface_architecture"
+"""Client state of an import from Hugging Face and of what is trained from it: the name of the table that read it."""
+
 # What DeepSpeed itself stores beside the client state in a model file.
 DEEPSPEED_KEYS = frozenset(
     (

@@ -84,7 +84,7 @@ def flops_per_token(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int, 
 
     Two per weight of every matrix that the token meets (grouped key/value heads, gates and the chosen experts as they are), and 4*S*D per layer for
     the attention scores and their use (NeoX's convention: the whole S x S square is counted, although half of it is masked; of a sliding window,
-    the keys in it).
+    the keys in it; with heads of their own width, the width of all heads in D's place).
     """
     active = count_parameters(model, moe, padded_vocab_size).active
     moe_layers = list(moe.for_layers(model.num_layers).values())
@@ -92,7 +92,7 @@ def flops_per_token(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int, 
     matrices += (model.num_layers - len(moe_layers)) * _mlp_matrices(model) + sum(_beside(model, layer, biases=False) for layer in moe_layers)
     matrices += sum(active[part] for part in ("experts", "lores", "routers"))
     keys = model.seq_length if model.sliding_window_width is None else min(model.seq_length, model.sliding_window_width + 1)
-    scores = 4 * keys * model.hidden_size * model.num_layers
+    scores = 4 * keys * model.attention_width * model.num_layers
     return (2 * matrices + scores) * (4 if recompute else 3)
 
 
@@ -116,23 +116,23 @@ def training_memory(
 
 
 def _attention_matrices(model: ModelConfig) -> int:
-    return model.hidden_size * _projected(model) + model.hidden_size * model.hidden_size
+    return model.hidden_size * (_projected(model) + model.attention_width)
 
 
 def _attention(model: ModelConfig) -> int:
-    biases = _projected(model) + model.hidden_size if model.use_bias_in_attn_linear else 0
+    biases = (_projected(model) if model.has_qkv_bias else 0) + (model.hidden_size if model.use_bias_in_attn_linear else 0)
     return _attention_matrices(model) + biases
 
 
 def _projected(model: ModelConfig) -> int:
     """Queries, keys and values of one token."""
-    return (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim
+    return (model.num_attention_heads + 2 * model.kv_heads) * model.head_width
 
 
 def _query_key_norms(model: ModelConfig) -> int:
     """Of a layer."""
     if model.use_qk_layernorm:
-        return _norm(model, model.hidden_size)
+        return _norm(model, model.attention_width)
     return sum(_norm(model, width) for width in model.qk_norm_widths or ())
 
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from megatron.checkpoint.layout import LATEST
+from megatron.checkpoint.layout import LATEST, ORIGIN_KEY
 from megatron.checkpoint.save import resolved_config_document
 from megatron.checkpoint.save_weights import Division, save_weights
 from megatron.config import config_from_dict
@@ -22,7 +22,7 @@ from megatron.convert.architectures import ARCHITECTURES
 from megatron.convert.errors import ConversionError
 from megatron.convert.logits import Compared, compare, our_logits, their_logits, tokens_to_compare
 from megatron.convert.mapping import Entry, to_ours
-from megatron.convert.opened import ORIGIN_KEY, open_checkpoint
+from megatron.convert.opened import open_checkpoint
 from megatron.convert.shapes import Shapes, checked, model_shapes
 from megatron.convert.staging import checked_target, move_into, staged_run
 from megatron.convert.tensor_files import StoredTensors

@@ -13,7 +13,7 @@ import torch
 from megatron.config.data import DataConfig
 from megatron.convert.architecture import Architecture
 from megatron.convert.card import model_card
-from megatron.convert.choice import AUTO, choose_architecture
+from megatron.convert.choice import AUTO, choose_architecture, left_origin
 from megatron.convert.errors import ConversionError
 from megatron.convert.json_files import write_json
 from megatron.convert.logits import Compared, compare, our_logits, their_logits, tokens_to_compare
@@ -71,6 +71,7 @@ def export_checkpoint(export: Export, reporter: Reporter) -> Exported:
     target = checked_target(export.output_dir, force=export.force, to_do="replace", source=export.input_dir)
     opened = open_checkpoint(export.input_dir, export.config_files)
     architecture = choose_architecture(opened.source, export.architecture, opened.weights.read, opened.origin)
+    left = left_origin(opened.origin, architecture, opened.source, opened.weights.read) if export.architecture == AUTO else None
     table = list(architecture.table(opened.source))
     check_complete(table, set(opened.weights.names))
     with staging_folder(target) as stage:
@@ -82,7 +83,7 @@ def export_checkpoint(export: Export, reporter: Reporter) -> Exported:
         compared = compare_logits(opened, export, stage) if export.check else None
         (stage / "README.md").write_text(model_card(target.name, opened, architecture, str(compared) if compared is not None else None))
         publish(stage, target)
-    return Exported(architecture.class_name, writer.parameters, writer.total_bytes, compared, tuple(opened.weights.notices))
+    return Exported(architecture.class_name, writer.parameters, writer.total_bytes, compared, (*opened.weights.notices, *filter(None, [left])))
 
 
 def dtype_of(opened: Opened, export: Export) -> torch.dtype:

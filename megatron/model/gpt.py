@@ -202,7 +202,7 @@ def build_model(
 def _build_relative_positions(model: ModelConfig, init: Initializer) -> RelativePositions | None:
     if model.pos_emb != "rpe":
         return None
-    heads = (model.num_attention_heads, model.head_dim)
+    heads = (model.num_attention_heads, model.head_width)
     return RelativePositions(*heads, model.rpe_num_buckets, model.rpe_max_distance, init.xavier_normal)
 
 

@@ -58,6 +58,7 @@ def resume(trainer: Trainer) -> None:
         load_rng=start.go_on and not config.no_load_rng,
         expected=trainer.expected if start.go_on else replace(trainer.expected, args=without_positions(trainer.expected.args)),
     )
+    trainer.origin = client_state.get(layout.ORIGIN_KEY)
     for group, own in zip(trainer.engine.optimizer.param_groups, settings, strict=True):
         group.update(own)  # this run's configuration decides on them, not the checkpoint
     if config.checkpoint_validation_with_forward_pass:

@@ -139,6 +139,7 @@ def checkpoint_args(config: NeoXConfig, vocabulary: int) -> dict[str, Any]:
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "num_attention_heads": model.num_attention_heads,
+        "head_dim": model.head_width,
         "max_position_embeddings": model.max_position_embeddings,
         "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
         "padded_vocab_size": vocabulary,

@@ -49,6 +49,8 @@ class Trainer:
         """What a checkpoint has to say about its model."""
         self.state = TrainingState()
         self.callbacks: Sequence[Callback] = ()
+        self.origin: str | None = None
+        """The class of Hugging Face's that the model was imported as (`layout.ORIGIN_KEY`). None: it began here."""
         self.last_checkpoint: Path | None = None
         """Newest checkpoint of this run, loaded or saved; None before the first."""
         self.stop_requested: str | None = None

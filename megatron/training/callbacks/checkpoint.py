@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.checkpoint import forward_check
+from megatron.checkpoint import forward_check, layout
 from megatron.checkpoint.engine import Contents
 from megatron.checkpoint.retention import is_save_iteration, prune
 from megatron.checkpoint.save import save_checkpoint
@@ -65,7 +65,7 @@ class CheckpointCallback(Callback):
             trainer.engine,
             self.directory,
             iteration,
-            client_state={"args": self.args, STATE: trainer.state.state_dict(), **self._logits(trainer)},
+            client_state={"args": self.args, STATE: trainer.state.state_dict(), **self._origin(trainer), **self._logits(trainer)},
             documents=self.documents,
             contents=Contents(
                 random_state=not self.config.no_save_rng,
@@ -78,6 +78,11 @@ class CheckpointCallback(Callback):
         if trainer.topology.is_first:
             prune(self.directory, self.config.keep_last_n_checkpoints)
         log.info("Saved %s in %.1f s.", path, time.perf_counter() - started)
+
+    @staticmethod
+    def _origin(trainer: Trainer) -> dict[str, Any]:
+        """What an export asks for, to write an imported model as the class that it was."""
+        return {} if trainer.origin is None else {layout.ORIGIN_KEY: trainer.origin}
 
     def _logits(self, trainer: Trainer) -> dict[str, Any]:
         """What a later load compares its own logits with, where that is wanted."""
