@@ -51,7 +51,7 @@ def check_architecture(path: Path, flat_config: Mapping[str, Any], *, finetune: 
     different = {
         key: f"'{key}' = {flat_config[key]!r}: the model in {path} was trained with {stored[key]!r}"
         for key in keys
-        if key in stored and _meaning(stored, key) != _meaning(flat_config, key)
+        if key in stored and _meaning({**flat_config, **stored}, key) != _meaning(flat_config, key)
     }
     moved = [key for key in different if finetune and key in POSITION_KEYS]
     problems = [
@@ -66,12 +66,11 @@ def check_architecture(path: Path, flat_config: Mapping[str, Any], *, finetune: 
 
 def _meaning(config: Mapping[str, Any], key: str) -> Any:
     """The value of a key; of one that stands for a number where it is None, that number."""
-    value, heads, width = config[key], config.get("num_attention_heads"), config.get("hidden_size")
-    if value is None and key == "num_kv_heads":
-        return heads
-    if value is None and key == "head_dim" and heads and width:
-        return width // heads
-    return value
+    if config[key] is None and key == "num_kv_heads":
+        return config["num_attention_heads"]
+    if config[key] is None and key == "head_dim":
+        return config["hidden_size"] // config["num_attention_heads"]
+    return config[key]
 
 
 def batch_change(path: Path, batch: Batch) -> str | None:

@@ -272,7 +272,8 @@ class TestOverrides:
             ("moe_top_k=9", "command line: 'moe_top_k' = 9: must be at most moe_num_experts (1)"),
             (
                 "hidden_size=66",
-                "a.yml:3: 'num_attention_heads' = 4: must divide hidden_size (66), or head_dim must say how many dimensions a head has; hidden_size is given on the command line",
+                "a.yml:3: 'num_attention_heads' = 4: must divide hidden_size (66), or head_dim must say how many dimensions a head has; "
+                "hidden_size is given on the command line",
             ),
             (
                 "optimizer.params.mu=1",

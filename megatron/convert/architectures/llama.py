@@ -33,8 +33,11 @@ class Llama:
     divides_hidden_size = True
     """Whether `num_attention_heads` has to divide `hidden_size`, also where `head_dim` is given."""
 
+    own_head_dim = True
+    """Whether its heads can be of another width than hidden_size / heads."""
+
     def obstacles(self, source: Source) -> Iterator[str]:
-        yield from fit.obstacles(source, self.allowed, class_name=self.class_name)
+        yield from fit.obstacles(source, self.allowed, class_name=self.class_name, own_head_dim=self.own_head_dim)
         model = source.config.model
         if self.divides_hidden_size and model.hidden_size % model.num_attention_heads:
             yield f"hidden_size: {model.hidden_size} ({self.class_name} has multiples of num_attention_heads, {model.num_attention_heads}, only)"

@@ -10,6 +10,7 @@ from megatron.convert.architectures import fit
 from megatron.convert.architectures.llama import Llama, check_no_window, check_not_clipped
 from megatron.convert.architectures.settings import (
     bias_keys,
+    check_usual_head_dim,
     decoder_keys,
     decoder_settings,
     partial_rotary_settings,
@@ -151,15 +152,17 @@ class Olmoe(Qwen3Moe):
 
     name, model_type, class_name = "olmoe", "olmoe", "OlmoeForCausalLM"
     allowed: fit.Allowed = {**Qwen3Moe.allowed, "qk_norm_per_head": {False}, "qk_norm_all_heads": {True}, "dense layers": {"none"}}
-    LEFT_OUT = ("moe_intermediate_size", "use_sliding_window", "decoder_sparse_step", "mlp_only_layers")
+    own_head_dim = False  # its norms are over hidden_size
+    LEFT_OUT = ("head_dim", "moe_intermediate_size", "use_sliding_window", "decoder_sparse_step", "mlp_only_layers")
 
     def settings(self, source: Source) -> dict[str, Any]:
-        settings = without_usual_head_dim(super().settings(source))
+        settings = super().settings(source)
         width = source.config.moe.expert_width(source.config.model)
         return {**{key: value for key, value in settings.items() if key not in self.LEFT_OUT}, "intermediate_size": width, "clip_qkv": None}
 
     def keys(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         check_not_clipped(settings)
+        check_usual_head_dim(settings, self.class_name)
         return {
             **decoder_keys(settings),
             **bias_keys(settings.get("attention_bias")),
