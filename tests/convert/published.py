@@ -46,6 +46,8 @@ PUBLISHED: Mapping[str, tuple[str, dict[str, Any]]] = {
     "OLMo": ("olmo", _heads(64, 8, 8)),
     "OLMo with biases": ("olmo", {**_heads(64, 8, 8), "attention_bias": True}),
     "OLMo, heads of their own width": ("olmo", _heads(64, 4, 2, 8)),
+    "OLMo 2": ("olmo2", _heads(64, 8, 8)),
+    "OLMo 2 with biases, heads of their own width": ("olmo2", {**_heads(64, 4, 2, 8), "attention_bias": True}),
     "Qwen2": ("qwen2", {**_heads(56, 14, 2), "tie_word_embeddings": True}),
     "Qwen2, heads of their own width": ("qwen2", _heads(48, 4, 2, 8)),
     "Qwen3 0.6B": ("qwen3", {**_heads(32, 4, 2, 16), "tie_word_embeddings": True}),

@@ -247,7 +247,7 @@ def lose_weight(directory: Path) -> None:
         (lambda directory: write_old(directory, {"a": 1}), "pytorch_model.bin holds something else than weights by their names."),
         (large_tokenizer, "its tokenizer has 97 tokens and the model 96: they are of different models."),
         (lambda directory: change_config(directory, head_dim=16), "query_key_value.weight is [64, 32], and the configuration asks for [128, 32]"),
-        (lambda directory: change_config(directory, head_dim=7), "must turn an even number of dimensions, at least 2, of each head's 7"),
+        (lambda directory: change_config(directory, head_dim=7), "RoPE requires an even rotary dimension, but got `head_dim`=7"),
         (lambda directory: change_config(directory, hidden_act="tanh"), "hidden_act: tanh cannot be represented; known are gelu, "),
         (lambda directory: change_config(directory, intermediate_size=40), "mlp.linear1.weight is [96, 32], and the configuration asks for [80, 32]"),
         (lambda directory: change_config(directory, vocab_size=64), "word_embeddings.weight is [96, 32], and the configuration asks for [64, 32]"),
