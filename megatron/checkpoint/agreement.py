@@ -35,7 +35,7 @@ FREE_KEYS = frozenset(
 # What training further from the weights may change without changing a shape: how far apart positions are, and how far a token sees.
 POSITION_KEYS = frozenset({"max_position_embeddings", "rotary_emb_base", "rope_scaling", "sliding_window_width"})
 # Keys that earlier versions of this program did not have, and what their models were.
-LATER_KEYS = {"head_dim": None, "add_qkv_bias": False}
+LATER_KEYS = {"head_dim": None, "add_qkv_bias": False, "reordered_norm": False}
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 

@@ -120,7 +120,8 @@ def _written(request: Import, theirs: Theirs, stage: Path, reporter: Reporter) -
     keys |= {"precision": precision, "make_vocab_size_divisible_by": 1}
     source = Source(config_from_dict(keys), settings["vocab_size"])
     table = list(architecture.table(source))
-    check_used(table, stored, tied="lm_head.weight" if not source.config.model.no_weight_tying else None)
+    later = later_layers(settings, stored)
+    check_used(table, stored, later, tied="lm_head.weight" if not source.config.model.no_weight_tying else None)
     check_vocabulary(tokenizer, source.vocabulary, request.input_dir)
     keys["make_vocab_size_divisible_by"] = divisor(tokenizer, source.vocabulary)
     source = Source(config_from_dict(keys), source.vocabulary)
@@ -139,7 +140,7 @@ def _written(request: Import, theirs: Theirs, stage: Path, reporter: Reporter) -
         request.output_dir / CONFIG,
         architecture.class_name,
         compared,
-        upcycled.notices if upcycled is not None else (),
+        (*later_notice(later, settings), *(upcycled.notices if upcycled is not None else ())),
     )
 
 
@@ -197,9 +198,26 @@ def read_keys(file: Path) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in content.items()}
 
 
-def check_used(table: list[Entry], stored: StoredTensors, *, tied: str | None) -> None:
-    """Raises ConversionError for a weight of theirs that no entry reads; `tied` is a copy of the embedding that may be there."""
-    read = {name for entry in table for name in entry.theirs}
+def later_layers(settings: Mapping[str, Any], stored: StoredTensors) -> list[str]:
+    """Weights of layers after the last, which predict the token after the next one (GLM-4.5); transformers' class leaves them out as well."""
+    first = settings["num_hidden_layers"]
+    layers = range(first, first + int(settings.get("num_nextn_predict_layers") or 0))
+    predicting = [layer for layer in layers if f"model.layers.{layer}.eh_proj.weight" in stored.names]
+    return [name for name in stored.names for layer in predicting if name.startswith(f"model.layers.{layer}.")]
+
+
+def later_notice(later: list[str], settings: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence on what is left out, if anything."""
+    if later:
+        yield (
+            f"{len(later)} weights of layers after the model's {settings['num_hidden_layers']} are left out ({later[0]}, ...). They predict the "
+            "token after the next one (num_nextn_predict_layers); transformers leaves them out too."
+        )
+
+
+def check_used(table: list[Entry], stored: StoredTensors, later: list[str], *, tied: str | None) -> None:
+    """Raises ConversionError for a weight of theirs that no entry reads and that is not `later`; `tied`: a copy of the embedding that may be there."""
+    read = {name for entry in table for name in entry.theirs} | set(later)
     left = [name for name in stored.names if name not in read and name != tied and not name.endswith(BUFFERS)]
     if left:
         raise ConversionError(f"{stored.directory} holds {left[0]}, which this model has no place for ({len(left)} such weights).")

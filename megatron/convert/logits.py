@@ -81,12 +81,18 @@ def their_logits(directory: Path, texts: list[Tensor], precision: torch.dtype = 
         except Exception as error:  # each class refuses in its own way
             raise ConversionError(f"transformers cannot load the model to compare: {' '.join(str(error).split())}.") from error
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if names := sorted(map(str, report[kind])):
+            if names := sorted(name for name in map(str, report[kind]) if not _predicts_later_tokens(name, model.config)):
                 raise ConversionError(f"transformers loads the export with {kind.replace('_', ' ')}: {', '.join(names[:4])} ({len(names)} in all).")
         with torch.no_grad():
             return [_logits(model.eval().to(dtype)(text).logits) for text in texts]
 
     return run
+
+
+def _predicts_later_tokens(name: str, config: Any) -> bool:
+    """Whether a weight is of a layer after the last one (num_nextn_predict_layers): transformers knows those of the published models alone."""
+    first, count = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", None) or 0
+    return name.startswith(tuple(f"model.layers.{layer}." for layer in range(first, first + count)))
 
 
 def compare(ours: Logits, theirs: Logits, *, limit: float = LIMIT) -> Compared:

@@ -136,9 +136,10 @@ def test_a_checkpoint_from_before_there_was_such_a_key(path: Path) -> None:
     file.write_text(json.dumps({key: value for key, value in stored.items() if key not in LATER_KEYS}))
     check_architecture(path, flat())
     with pytest.raises(ConfigError) as caught:
-        check_architecture(path, flat(head_dim=32, use_bias_in_attn_linear=False, add_qkv_bias=True))
+        check_architecture(path, flat(head_dim=32, use_bias_in_attn_linear=False, add_qkv_bias=True, reordered_norm=True))
     assert {problem.split(":")[0] for problem in caught.value.problems} == {
         "'head_dim' = 32",
         "'use_bias_in_attn_linear' = False",
         "'add_qkv_bias' = True",
+        "'reordered_norm' = True",
     }

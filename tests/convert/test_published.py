@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron.config import load_config
 from megatron.config.size import count_parameters
 from megatron.convert.architectures import ARCHITECTURES
+from megatron.convert.errors import ConversionError
 from megatron.convert.from_huggingface import Import, import_model
 from megatron.data.progress import build_reporter
 from megatron.inference.model import load_ready_model
@@ -37,6 +39,23 @@ def test_every_class_has_a_published_model() -> None:
     assert {model_type for model_type, _ in PUBLISHED.values()} == {
         architecture.model_type for architecture in ARCHITECTURES.values() if architecture.code is None
     }
+
+
+def test_layers_that_predict_later_tokens_are_left_out_and_named(tmp_path: Path) -> None:
+    """As published, GLM-4.5 has a layer more than num_hidden_layers says, which transformers' class has not either."""
+    model = write_published(tmp_path / "theirs", "GLM-4.5")
+    weights = load_file(tmp_path / "theirs" / "model.safetensors")
+    later = {name.replace("layers.1.", "layers.2."): tensor.clone() for name, tensor in weights.items() if "layers.1." in name}
+    later |= {f"model.layers.2.{name}.weight": torch.ones(40) for name in ("eh_proj", "enorm", "hnorm", "shared_head.norm")}
+    save_file({**weights, **later}, tmp_path / "theirs" / "model.safetensors", {"format": "pt"})
+    imported = import_model(Import(tmp_path / "theirs", tmp_path / "run"), build_reporter())
+    assert imported.compared is not None
+    assert imported.notices[0].startswith(f"{len(later)} weights of layers after the model's 2 are left out (model.layers.2.")
+    assert load_ready_model(load_config([tmp_path / "run" / "config.yml"]).config).gpt.num_layers == model.config.num_hidden_layers == 2
+    weights["model.layers.2.input_layernorm.weight"] = torch.ones(40)
+    save_file(weights, tmp_path / "theirs" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConversionError, match=r"holds model\.layers\.2\.input_layernorm\.weight, which this model has no place for \(1 such"):
+        import_model(Import(tmp_path / "theirs", tmp_path / "other"), build_reporter())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
