@@ -216,7 +216,7 @@ def later_notice(later: list[str], settings: Mapping[str, Any]) -> Iterator[str]
 
 
 def check_used(table: list[Entry], stored: StoredTensors, later: list[str], *, tied: str | None) -> None:
-    """Raises ConversionError for a weight of theirs that no entry reads and that is not `later`; `tied`: a copy of the embedding that may be there."""
+    """Raises ConversionError for a weight of theirs that no entry reads and that is not `later`; `tied`: a copy of the embedding may be there."""
     read = {name for entry in table for name in entry.theirs} | set(later)
     left = [name for name in stored.names if name not in read and name != tied and not name.endswith(BUFFERS)]
     if left:
