@@ -33,7 +33,7 @@ def _heads(hidden_size: int, heads: int, kv_heads: int, head_dim: int | None = N
     return sizes if head_dim is None else {**sizes, "head_dim": head_dim}
 
 
-PUBLISHED: Mapping[str, tuple[str, dict[str, Any]]] = {
+CLASS_MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "Pythia": ("gpt_neox", {**PYTHIA, "rotary_pct": 0.25}),
     "GPT-NeoX without attention biases": ("gpt_neox", {**PYTHIA, "attention_bias": False, "use_parallel_residual": False}),
     "Llama 3.2": ("llama", {**_heads(64, 8, 2, 8), "rope_scaling": LLAMA3, "rope_theta": 500000.0, "tie_word_embeddings": True}),
@@ -70,9 +70,9 @@ PUBLISHED: Mapping[str, tuple[str, dict[str, Any]]] = {
 """Name -> (model_type, settings)."""
 
 
-def write_published(directory: Path, name: str, *, fused: bool = False) -> Any:
+def write_class_model(directory: Path, name: str, *, fused: bool = False) -> Any:
     """Saves the random model and returns it. `fused`: experts as one tensor for each matrix, as transformers 5 can write them."""
-    model_type, settings = PUBLISHED[name]
+    model_type, settings = CLASS_MODELS[name]
     settings = {**ENDS, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **settings}
     torch.manual_seed(2)
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **settings)).eval()
