@@ -94,7 +94,7 @@ def test_a_resumed_run_still_knows_its_class_and_a_changed_key_is_the_reason_to_
     write_class_model(tmp_path / "theirs", "Mistral-Nemo")
     import_model(Import(tmp_path / "theirs", tmp_path / "run", check=False), build_reporter())
     keys = yaml.safe_load((tmp_path / "run" / "config.yml").read_text())
-    trained = {**keys, **HOW, "data_path": str(corpus), "save": str(tmp_path / "trained"), "lr_decay_style": "constant", "resume_if_exists": True}
+    trained = {**keys, **HOW, "data_path": str(corpus), "save": str(tmp_path / "trained"), "lr_decay_iters": 3, "resume_if_exists": True}
     train_losses(trained)
     train_losses({**trained, "train_iters": 4})
     exported = export(tmp_path / "trained", tmp_path / "back", save_tokenizer=False)
