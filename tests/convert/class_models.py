@@ -39,7 +39,7 @@ CLASS_MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "Llama 3.2": ("llama", {**_heads(64, 8, 2, 8), "rope_scaling": LLAMA3, "rope_theta": 500000.0, "tie_word_embeddings": True}),
     "Code Llama": ("llama", {**_heads(64, 8, 8), "rope_theta": 1000000}),
     "Llama Minitron, heads of their own width": ("llama", _heads(48, 8, 2, 8)),
-    "Llama with all biases": ("llama", {**_heads(64, 4, 2), "attention_bias": True, "mlp_bias": True}),
+    "Llama with all biases": ("llama", {**_heads(64, 4, 2), "attention_bias": True, "mlp_bias": True, "attention_dropout": 0.1}),
     "Mistral 7B": ("mistral", {**_heads(64, 8, 2), "sliding_window": 32}),
     "Mistral-Nemo": ("mistral", {**_heads(80, 8, 2, 8), "sliding_window": None, "rope_theta": 1000000.0}),
     "Mistral, hidden_size not divisible by its heads": ("mistral", {**_heads(70, 8, 2, 8), "sliding_window": None}),

@@ -70,7 +70,11 @@ def test_the_command(main: Callable[..., int], run: Path, tmp_path: Path, capsys
     assert tokenizer.decode(text[0]).startswith("our fathers")
 
 
-@pytest.mark.parametrize("keys", [LLAMA, {**BASE, "gpt_j_residual": True}, {**EXPERTS, "moe_normalize_top_k": True}], ids=["llama", "pythia", "moe"])
+WIDE_HEADS = {**DECODER, "num_kv_heads": 2, "head_dim": 24, "add_qkv_bias": True}
+CUT = {"llama": LLAMA, "pythia": {**BASE, "gpt_j_residual": True}, "moe": {**EXPERTS, "moe_normalize_top_k": True}, "wide heads": WIDE_HEADS}
+
+
+@pytest.mark.parametrize("keys", CUT.values(), ids=CUT)
 def test_tensor_parallel_and_pipeline_files_merge_to_the_same_bytes(keys: dict[str, Any], tmp_path: Path, export: Export) -> None:
     config = config_of(keys)
     gpt = lively_model(config)

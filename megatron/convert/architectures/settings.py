@@ -68,6 +68,7 @@ def decoder_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
         "norm": "rmsnorm",
         "rms_norm_epsilon": settings["rms_norm_eps"],
         "activation": known(OUR_GATES, settings["hidden_act"], "hidden_act"),
+        "attention_dropout": settings.get("attention_dropout") or 0.0,
         "use_bias_in_mlp": False,
         "use_bias_in_attn_linear": False,
     }
