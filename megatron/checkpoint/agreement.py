@@ -48,10 +48,11 @@ def check_architecture(path: Path, flat_config: Mapping[str, Any], *, finetune: 
     stored = read_config(path)
     stored = {**LATER_KEYS, **stored} if stored else stored
     keys = [key for section in (ModelConfig, MoEConfig) for key in section.model_fields if key not in FREE_KEYS]
+    theirs = {key: _meaning({**flat_config, **stored}, key) for key in keys if key in stored}
     different = {
-        key: f"'{key}' = {flat_config[key]!r}: the model in {path} was trained with {stored[key]!r}"
-        for key in keys
-        if key in stored and _meaning({**flat_config, **stored}, key) != _meaning(flat_config, key)
+        key: f"'{key}' = {flat_config[key]!r}: the model in {path} was trained with {value!r}"
+        for key, value in theirs.items()
+        if value != _meaning(flat_config, key)
     }
     moved = [key for key in different if finetune and key in POSITION_KEYS]
     problems = [

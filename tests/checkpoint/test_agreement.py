@@ -55,7 +55,7 @@ def test_the_same_architecture(path: Path) -> None:
         ("rotary_pct", 0.5, 1.0),
         ("moe_normalize_top_k", True, False),
         ("layernorm_epsilon", 1e-6, 1e-5),
-        ("head_dim", 32, None),
+        ("head_dim", 32, 16),
     ],
 )
 def test_a_difference_without_a_shape_is_named(key: str, value: Any, stored: Any, path: Path) -> None:

@@ -38,6 +38,9 @@ GENERATING = [
     "top_p",
     "residual and shared",
     "parallel experts",
+    "wide heads qk per head",
+    "narrow heads gqa",
+    "heads that do not divide",
 ]
 
 
