@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from megatron.data.blend import BlendedDataset, check_weights, samples_each, weights_by_documents
+from megatron.data.blend import BlendedDataset, check_weights, corpus_names, samples_each, weights_by_documents
 from megatron.data.indexed import DatasetError, IndexedDataset
 from megatron.data.sample.map_cache import Packing, load_or_build
 from megatron.data.sample.packed import PackedDataset
@@ -96,7 +96,10 @@ def build_data(data: DataConfig, *, seq_length: int, plan: SamplePlan, seed: int
         if data.weight_by_num_documents:
             weights = weights_by_documents([len(source.tokens) for source in sources], data.weighted_sampler_alpha)
             logger.info("%s data by numbers of documents: weights %s.", name, ", ".join(f"{weight:.4f}" for weight in weights))
-        built.append(build_blended(sources, weights, count, name=name, order=order))
+        blended = build_blended(sources, weights, count, name=name, order=order)
+        if name != "train" and len(paths) > 1:
+            blended.names = tuple(corpus_names(paths))
+        built.append(blended)
     return Datasets(*built)
 
 
@@ -156,7 +159,7 @@ def build_blended(sources: Sequence[Source], weights: Sequence[float], num_sampl
 
 
 class Batches:
-    """Endless iterator of {"text": int64 [B, S + 1]}, and "label" and "document" where samples have them, for one rank.
+    """Endless iterator of {"text": int64 [B, S + 1]}, and "label", "document" and "corpus" where samples have them, for one rank.
 
     num_workers 0 reads in this process; more prefetch in as many processes, in the same order. `close` ends them; so does
     leaving the interpreter.

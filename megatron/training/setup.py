@@ -113,7 +113,7 @@ def plan_samples(training: TrainingConfig, batch: Batch) -> SamplePlan:
     if training.train_iters is None:
         evaluated = None if training.eval_iters else 0
         return SamplePlan(train_samples=None, valid_samples=evaluated, test_samples=evaluated, samples_at_once=at_once)
-    evaluations = training.train_iters // training.eval_interval + 1
+    evaluations = training.evaluations_until(training.train_iters) + 1
     return SamplePlan(
         train_samples=training.train_iters * batch.global_,
         valid_samples=evaluations * training.eval_iters * batch.global_,
