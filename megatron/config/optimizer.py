@@ -142,8 +142,8 @@ class OptimizerConfig(Section):
     fp32_allreduce: bool = False
     """Sum gradients over processes in fp32 whatever the precision."""
     data_types: dict[str, str] = {}
-    """{grad_accum_dtype: fp32|fp16|bf16}: the number format in which gradients are accumulated: `precision`, which is what empty means, or fp32 (with
-    16-bit weights from ZeRO stage 1 on)."""
+    """{grad_accum_dtype: fp32|fp16|bf16}: the number format in which the gradients of several micro-batches are summed: that of `precision`, or fp32.
+    Empty: fp32 at ZeRO stage 0, that of `precision` from stage 1 on, where 16 bits lose small gradients beside large ones."""
 
     @property
     def optimizer_type(self) -> OptimizerType:

@@ -96,10 +96,8 @@ def build_data(data: DataConfig, *, seq_length: int, plan: SamplePlan, seed: int
         if data.weight_by_num_documents:
             weights = weights_by_documents([len(source.tokens) for source in sources], data.weighted_sampler_alpha)
             logger.info("%s data by numbers of documents: weights %s.", name, ", ".join(f"{weight:.4f}" for weight in weights))
-        blended = build_blended(sources, weights, count, name=name, order=order)
-        if name != "train" and len(paths) > 1:
-            blended.names = tuple(corpus_names(paths))
-        built.append(blended)
+        names = corpus_names(paths) if name != "train" and len(paths) > 1 else ()
+        built.append(build_blended(sources, weights, count, name=name, order=order, names=names))
     return Datasets(*built)
 
 
@@ -149,13 +147,15 @@ def build_samples(source: Source, documents: range, num_samples: int | None, *, 
     return WholeDocumentDataset(source, maps, name, seq_length=order.seq_length)
 
 
-def build_blended(sources: Sequence[Source], weights: Sequence[float], num_samples: int | None, *, name: str, order: SampleOrder) -> BlendedDataset:
-    """Several files mixed by weight; an epoch of files with equal weights by their lengths: each is read once, where NeoX repeats the short ones."""
+def build_blended(
+    sources: Sequence[Source], weights: Sequence[float], num_samples: int | None, *, name: str, order: SampleOrder, names: Sequence[str] = ()
+) -> BlendedDataset:
+    """Several files mixed by weight, their samples marked with `names` where these are given; an epoch of files with equal weights by their lengths: each is read once, where NeoX repeats the short ones."""
     counts = [None] * len(sources) if num_samples is None else samples_each(weights, num_samples)
     parts = [build_samples(source, range(len(source.tokens)), count, name=name, order=order) for source, count in zip(sources, counts, strict=True)]
     if num_samples is None and len(set(weights)) == 1:
         weights = [float(len(part)) for part in parts]
-    return BlendedDataset(parts, weights)
+    return BlendedDataset(parts, weights, names)
 
 
 class Batches:

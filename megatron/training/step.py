@@ -114,7 +114,7 @@ def take_step(
             output = forward(engine, batch, masked_token=masked_token, total=total, earlier_load_XE=earlier_load_XE)
         assert output.loss is not None
         with phases("backward"):
-            engine.backward(poison_if_not_finite(output.loss))
+            backward(engine, poison_if_not_finite(output.loss))
         if not left:
             before_update()
         with phases("optimizer"):
@@ -155,6 +155,12 @@ def empty_step(engine: Any, labels: Labels, *, learning_rate: float, seconds: fl
         phase_seconds=dict.fromkeys(("forward", "batch generator", "backward", "optimizer"), 0.0),
         labels=labels,
     )
+
+
+def backward(engine: Any, loss: Tensor) -> None:
+    """`engine.backward`, with the loss scale where DeepSpeed leaves it to its optimizer (16-bit weights at stage 0)."""
+    scale = getattr(engine.optimizer, "scale_loss", None)
+    engine.backward(loss if scale is None else scale(loss))
 
 
 def loss_scale(engine: Any) -> float | None:
