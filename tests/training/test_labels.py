@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -71,21 +70,24 @@ def outcome(values: Mapping[str, Any]) -> tuple[list[float], list[float], Tensor
     return losses_of(save / "metrics.jsonl"), losses_of(save / "metrics.jsonl", "validation/lm_loss"), weights(save, 1)
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_the_cut_of_a_batch_changes_nothing(corpus: Path, tmp_path: Path, write_labels: Callable[..., Path], stage: int) -> None:
-    labels, zero = write_labels(uneven), {"zero_optimization": {"stage": stage}}
-    found = []
-    for name, cut in CUTS.items():
-        settings = values(corpus, labels, tmp_path / name, cut, **zero)
-        train_losses(settings)
-        found.append(outcome(settings))
-    settings = values(corpus, labels, tmp_path / "2x2 twice", (2, 2), **zero)
-    run_distributed(train_losses, 2, settings, backend=None)
-    found.append(outcome(settings))
-    losses, validation, after = found[0]
+def train_several(settings: list[dict[str, Any]]) -> None:
+    """`train_losses` of each, one after the other: processes are slow to start."""
+    for values in settings:
+        train_losses(values)
+
+
+def test_the_cut_of_a_batch_changes_nothing(corpus: Path, tmp_path: Path, write_labels: Callable[..., Path]) -> None:
+    labels, zero = write_labels(uneven), {"zero_optimization": {"stage": 1}}
+    alone = [values(corpus, labels, tmp_path / name, cut) for name, cut in CUTS.items()]
+    alone.append(values(corpus, labels, tmp_path / "1x8, ZeRO 1", (1, 8), **zero))
+    pair = [values(corpus, labels, tmp_path / "2x2 twice", (2, 2)), values(corpus, labels, tmp_path / "2x2 twice, ZeRO 1", (2, 2), **zero)]
+    train_several(alone)
+    run_distributed(train_several, 2, pair, backend=None)
+    (losses, validation, after), *others = [outcome(settings) for settings in alone + pair]
     assert len(losses) == 3
     assert all(4 < loss < 7 for loss in losses + validation), "a mean over bytes, not diluted by micro-batches without any"
-    for other_losses, other_validation, other_after in found[1:]:
+    assert len(others) == 5
+    for other_losses, other_validation, other_after in others:
         assert other_losses == pytest.approx(losses, abs=1e-5)
         assert other_validation == pytest.approx(validation, abs=1e-5)
         assert float((other_after - after).abs().max()) < 1e-6
@@ -97,7 +99,7 @@ def test_the_gradient_is_that_of_the_mean_over_what_counts(corpus: Path, tmp_pat
     train_losses({**settings, "extra_save_iters": [0]})
     batch = first_batch(settings, 8)
     config = tiny_config(settings)
-    model = build_model(config.model, config.moe, 128, seed=1234)
+    model = build_model(config.model, config.moe, 512, seed=1234)
     model.load_state_dict(load_model_weights(tmp_path / "run" / "global_step0").state_dict)
     logits = model(batch["text"][:, :-1]).logits_BSV
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["label"][:, 1:].flatten(), ignore_index=-100)
@@ -225,8 +227,3 @@ def test_auxiliary_losses_stay_means_over_micro_batches(corpus: Path, tmp_path: 
         train_losses(settings)
         balance += losses_of(Path(settings["save"]) / "metrics.jsonl", "train/load_balance")
     assert balance[0] == balance[1]
-
-
-@pytest.fixture(autouse=True)
-def logged(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
