@@ -123,6 +123,21 @@ def _enabled_precision(optimizer: OptimizerConfig) -> Precision | None:
     return None
 
 
+def rounding_notice(config: NeoXConfig, data_parallel_size: int) -> str | None:
+    """A sentence where the gradients of several micro-batches are summed in 16 bits. None: they are not."""
+    try:
+        accumulation = resolve_batch(config.training, data_parallel_size).accumulation
+    except ConfigError:
+        return None
+    if accumulation == 1 or config.sums_in_fp32:
+        return None
+    short = {"fp16": "fp16", "bfloat16": "bf16"}[config.precision]
+    return (
+        f"the gradients of {accumulation} micro-batches are summed in {short}, which loses small ones beside large ones; "
+        "data_types: {grad_accum_dtype: fp32} sums them in fp32"
+    )
+
+
 def check_trainable(config: NeoXConfig, data_parallel_size: int) -> None:
     """Raises ConfigError with every key that training needs and that is missing, or with batch sizes that do not multiply out."""
     problems = []

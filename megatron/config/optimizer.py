@@ -157,10 +157,10 @@ class OptimizerConfig(Section):
         return {key: default if given[key] is None else given[key] for key, default in SETTINGS[self.optimizer_type].items()}
 
     @property
-    def averages(self) -> tuple[int, int | None]:
-        """How many averages the optimizer keeps for each parameter, and how many bytes each takes (None: as its weights' precision has it)."""
+    def averages(self) -> tuple[int, int]:
+        """How many averages the optimizer keeps for each parameter, and how many bytes each takes."""
         momentum = 1 if self.optimizer_settings.get("momentum") else 0
-        return {"SGD": (momentum, None), "Lion": (1, None), "Adam8bit": (2, 1)}.get(self.optimizer_type, (2, None))
+        return {"SGD": (momentum, 4), "Lion": (1, 4), "Adam8bit": (2, 1)}.get(self.optimizer_type, (2, 4))
 
     def check(self) -> Iterator[Problem]:
         yield from self._optimizer_problems()

@@ -29,9 +29,7 @@ class Evaluation(NamedTuple):
     """Name of a corpus -> over the part of it that was read; without corpora of which nothing was read or counts, empty where there is only one."""
 
 
-def evaluate(
-    engine: Any, dataset: TextDataset, topology: Topology, *, span: range, masked_token: int | None, per_token: bool = True
-) -> Evaluation:
+def evaluate(engine: Any, dataset: TextDataset, topology: Topology, *, span: range, masked_token: int | None, per_token: bool = True) -> Evaluation:
     """Losses over the micro-batches `span` of the data's order on every process: the sum over the tokens that count, divided by their number.
 
     With `per_token` False the loss is the mean of the micro-batches' means, as in GPT-NeoX. It depends on the arguments only, so a resumed run

@@ -61,9 +61,7 @@ class EvaluateCallback(Callback):
             per_token=self.config.calculate_per_token_loss,
         )
         if found.loss is None:
-            log.warning(
-                "%s: in %d micro-batches no token counts in the loss, so there is none to report; raise eval_iters.", title, self.num_batches
-            )
+            log.warning("%s: in %d micro-batches no token counts in the loss, so there is none to report; raise eval_iters.", title, self.num_batches)
             return
         losses = {name: (title, found.loss)} | {f"{name}/{corpus}": (f"{title} of {corpus}", loss) for corpus, loss in found.by_corpus.items()}
         values: dict[str, float] = {}

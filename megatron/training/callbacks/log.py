@@ -173,9 +173,7 @@ class LogCallback(Callback):
             flops=self.flops_per_token.hardware * tokens_per_second,
             model_flops=self.flops_per_token.model * tokens_per_second,
             peak_flops=peak * 1e12 if peak else None,
-            losses=self.window.mean_losses(
-                ["lm_loss", *trainer.config.moe.moe_losses], per_token=trainer.config.training.calculate_per_token_loss
-            ),
+            losses=self.window.mean_losses(["lm_loss", *trainer.config.moe.moe_losses], per_token=trainer.config.training.calculate_per_token_loss),
             loss_scale=metrics.loss_scale,
             skipped=self.window.skipped,
             nonfinite=self.window.nonfinite,
