@@ -150,7 +150,10 @@ def build_samples(source: Source, documents: range, num_samples: int | None, *, 
 def build_blended(
     sources: Sequence[Source], weights: Sequence[float], num_samples: int | None, *, name: str, order: SampleOrder, names: Sequence[str] = ()
 ) -> BlendedDataset:
-    """Several files mixed by weight, their samples marked with `names` where these are given; an epoch of files with equal weights by their lengths: each is read once, where NeoX repeats the short ones."""
+    """Several files mixed by weight, their samples marked with `names` where these are given.
+
+    An epoch of files with equal weights goes by their lengths: each is read once, where NeoX repeats the short ones.
+    """
     counts = [None] * len(sources) if num_samples is None else samples_each(weights, num_samples)
     parts = [build_samples(source, range(len(source.tokens)), count, name=name, order=order) for source, count in zip(sources, counts, strict=True)]
     if num_samples is None and len(set(weights)) == 1:

@@ -114,6 +114,7 @@ def master_weights(weight: torch.nn.Parameter, *, sum_in_fp32: bool = True, scal
 
 def test_fp16_scales_the_loss_and_divides_the_gradients_by_it() -> None:
     """A gradient below fp16's range arrives whole; an overflow changes nothing and lowers the scale; the norm is without the scale."""
+    start_process(backend="gloo", threads=None)
     weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.float16))
     optimizer = master_weights(weight, dynamic=True)
     small = 2.0**-26
