@@ -243,3 +243,18 @@ def test_gradients_are_measured_in_the_sums(corpus: Path, tmp_path: Path) -> Non
     norms = [value for record in records for key, value in record.items() if key.startswith("gradient_norms/")]
     assert len(norms) > 10
     assert sum(norm**2 for norm in norms) ** 0.5 == pytest.approx(losses_of(tmp_path / "m.jsonl", "train/grad_norm")[0], rel=1e-4)
+
+
+def test_fp16_takes_the_steps_of_zero_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, which DeepSpeed has to be told to allow; slow there, but the same arithmetic."""
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    found = []
+    for stage in (0, 1):
+        scale = {"fp16": {"initial_scale_power": 12}, "zero_optimization": {"stage": stage}}
+        engine, data = engine_of(precision="fp16", gradient_accumulation_steps=2, **scale), batches()
+        metrics = [step_of(engine, data) for _ in range(3)]
+        assert all(step.applied and step.loss_scale == 2**12 for step in metrics)
+        found.append([(step.lm_loss, step.grad_norm) for step in metrics])
+    assert [pytest.approx(step, rel=1e-3) for step in found[1]] == found[0]
