@@ -41,15 +41,6 @@ class TrainingConfig(Section):
     max_nonfinite_steps: PositiveInt = 20
     """Steps in a row with a NaN or infinite loss or gradient that stop the run (each such step is skipped)."""
 
-    def evaluates_after(self, step: int) -> bool:
-        """Whether there is an evaluation after this step, the end of training apart."""
-        return step % self.eval_interval == 0 or step in (self.extra_eval_iters or ())
-
-    def evaluations_until(self, step: int) -> int:
-        """How many evaluations there are up to and after this step."""
-        extra = {other for other in self.extra_eval_iters or () if other <= step and (other % self.eval_interval or not other)}
-        return step // self.eval_interval + len(extra)
-
     def check(self) -> Iterator[Problem]:
         if self.train_iters is not None and self.train_epochs is not None:
             yield Problem(("train_epochs", "train_iters"), f"give either it or train_iters ({self.train_iters}), not both")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron.config.training import TrainingConfig
 from megatron.data.blend import BlendedDataset
 from megatron.data.loader import TextDataset, batches
 from megatron.model.gpt import GPTOutput
@@ -18,6 +19,17 @@ from megatron.mpu.topology import Topology
 from megatron.training.labels import masks
 from megatron.training.loss import next_token_targets
 from megatron.training.step import Tally, forward
+
+
+def evaluates_after(training: TrainingConfig, step: int) -> bool:
+    """Whether there is an evaluation after this step, the end of training apart."""
+    return step % training.eval_interval == 0 or step in (training.extra_eval_iters or ())
+
+
+def evaluations_until(training: TrainingConfig, step: int) -> int:
+    """How many evaluations there are up to and after this step."""
+    extra = {other for other in training.extra_eval_iters or () if other <= step and (other % training.eval_interval or not other)}
+    return step // training.eval_interval + len(extra)
 
 
 class Evaluation(NamedTuple):

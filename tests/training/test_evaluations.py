@@ -15,6 +15,7 @@ from megatron.data.blend import corpus_names
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.testing.distributed import run_distributed
 from megatron.testing.tiny import TINY_DENSE, tiny_config
+from megatron.training.evaluate import evaluates_after, evaluations_until
 from tests.training.runs import losses_of, run_values, train_losses
 
 
@@ -98,9 +99,9 @@ def test_extra_evaluations_read_batches_of_their_own(corpus: Path, tmp_path: Pat
 
 def test_evaluations_are_counted_once() -> None:
     config = TrainingConfig(train_iters=20, eval_interval=5, extra_eval_iters=[0, 3, 3, 5, 20])
-    assert [step for step in range(21) if config.evaluates_after(step)] == [0, 3, 5, 10, 15, 20]
-    assert [config.evaluations_until(step) for step in (0, 2, 3, 5, 20)] == [1, 1, 2, 3, 6]
-    assert TrainingConfig(eval_interval=5).evaluations_until(20) == 4
+    assert [step for step in range(21) if evaluates_after(config, step)] == [0, 3, 5, 10, 15, 20]
+    assert [evaluations_until(config, step) for step in (0, 2, 3, 5, 20)] == [1, 1, 2, 3, 6]
+    assert evaluations_until(TrainingConfig(eval_interval=5), 20) == 4
 
 
 def test_a_negative_step_is_refused() -> None:

@@ -12,7 +12,7 @@ from megatron.data.loader import TextDataset
 from megatron.monitor.log_line import evaluation_lines
 from megatron.monitor.sink import Sink
 from megatron.training.callbacks.base import Callback
-from megatron.training.evaluate import evaluate
+from megatron.training.evaluate import evaluate, evaluates_after, evaluations_until
 
 if TYPE_CHECKING:
     from megatron.training.step import StepMetrics
@@ -39,13 +39,13 @@ class EvaluateCallback(Callback):
 
     def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
         iteration = trainer.state.iteration
-        if self.config.evaluates_after(iteration) and not trainer.finished:
+        if evaluates_after(self.config, iteration) and not trainer.finished:
             title = f"validation results at iteration {iteration}"
-            self._evaluate(trainer, trainer.datasets.valid, "validation", title, turn=self.config.evaluations_until(iteration) - 1)
+            self._evaluate(trainer, trainer.datasets.valid, "validation", title, turn=evaluations_until(self.config, iteration) - 1)
 
     def after_training(self, trainer: Trainer) -> None:
         if trainer.finished:
-            turn = self.config.evaluations_until(trainer.state.iteration)
+            turn = evaluations_until(self.config, trainer.state.iteration)
             self._evaluate(trainer, trainer.datasets.valid, "validation", "validation results at the end of training for val data", turn=turn)
             self._evaluate(trainer, trainer.datasets.test, "test", "test results at the end of training for test data", turn=0)
 
