@@ -16,6 +16,7 @@ from megatron.analysis.size import memory_per_process
 from megatron.checkpoint.errors import CheckpointError
 from megatron.config.neox import rounding_notice
 from megatron.model.gpt import build_model
+from megatron.testing.distributed import run_distributed
 from megatron.testing.tiny import TINY_DENSE, tiny_config
 from megatron.training.callbacks.base import Callback
 from megatron.training.engine import build_engine
@@ -87,6 +88,21 @@ def test_all_stages_follow_one_curve(corpus: Path, tmp_path: Path) -> None:
     assert curves["bfloat16 0"] == pytest.approx(curves["bfloat16 1"], abs=1e-3)
     assert curves["bfloat16 3"] == pytest.approx(curves["bfloat16 1"], abs=1e-3)
     assert curves["bfloat16 0"] == pytest.approx(curves["fp32 0"], abs=5e-3)
+
+
+def train_several(settings: list[dict[str, Any]]) -> list[list[float]]:
+    """`train_losses` of each, one after the other: processes are slow to start."""
+    return [train_losses(values) for values in settings]
+
+
+def test_two_processes_average_the_sums(corpus: Path, tmp_path: Path) -> None:
+    """At stage 0 the fp32 sums are what is averaged: the losses of stage 1, and of one process, whose micro-batches these are."""
+    settings = {"train_iters": 8, "train_batch_size": 8, "weight_decay": 0.5, "warmup": 0.0}
+    cuts = [{"zero_optimization": {"stage": stage}, "metrics_file": str(tmp_path / f"two{stage}.jsonl")} for stage in (0, 1)]
+    zero, one = run_distributed(train_several, 2, [values_of(corpus, None, **settings, **cut) for cut in cuts], backend=None)[0]
+    alone = train_losses(values_of(corpus, tmp_path / "alone.jsonl", **settings))
+    assert zero == pytest.approx(one, abs=1e-3)
+    assert zero == pytest.approx(alone, abs=1e-3)
 
 
 def test_micro_batches_are_summed_in_fp32() -> None:

@@ -259,8 +259,10 @@ class StructMoEForCausalLM(StructMoEPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """Logits, and with labels (-100: not counted) the mean cross entropy of each next token; with `num_items_in_batch`, which transformers' Trainer
-        gives when it accumulates gradients, the sum divided by that number, so that all micro-batches together give the mean over all their labels.
+        """Logits, and with labels (-100: not counted) the mean cross entropy of each next token.
+
+        With `num_items_in_batch`, which transformers' Trainer gives when it accumulates gradients, it is the sum divided by that number, so that all
+        micro-batches together give the mean over all their labels.
 
         `aux_loss` is the sum of `config.moe_losses` times their coefficients over the layers, divided by `config.loss_unit`. It is computed when
         `output_router_logits` asks for it, and in training with labels; with labels it is added to the loss, times `config.router_aux_loss_coef`, and
