@@ -87,6 +87,19 @@ def batch_change(path: Path, batch: Batch) -> str | None:
     )
 
 
+def length_change(path: Path, train_iters: int) -> str | None:
+    """A sentence for the log when a run that goes on from the checkpoint is to be of another length. None when it is not, or the checkpoint does not
+    say. Raises CheckpointError.
+    """
+    before = read_config(path).get("train_iters")
+    if before is None or before == train_iters:
+        return None
+    return (
+        f"{path} was to be trained for {before:,} steps in all, this run for {train_iters:,}. The order of the training samples is drawn for all "
+        "steps at once: a run that reads its data more than once goes on in another order."
+    )
+
+
 def _stored_batch(path: Path) -> Batch | None:
     manifest, stored = read_manifest(path), read_config(path)
     if manifest is None or not stored:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from megatron.data.blend import BlendedDataset, check_weights, samples_each, weights_by_documents
+from megatron.data.blend import BlendedDataset, check_weights, corpus_names, samples_each, weights_by_documents
 from megatron.data.indexed import DatasetError, IndexedDataset
 from megatron.data.sample.map_cache import Packing, load_or_build
 from megatron.data.sample.packed import PackedDataset
@@ -96,7 +96,8 @@ def build_data(data: DataConfig, *, seq_length: int, plan: SamplePlan, seed: int
         if data.weight_by_num_documents:
             weights = weights_by_documents([len(source.tokens) for source in sources], data.weighted_sampler_alpha)
             logger.info("%s data by numbers of documents: weights %s.", name, ", ".join(f"{weight:.4f}" for weight in weights))
-        built.append(build_blended(sources, weights, count, name=name, order=order))
+        names = corpus_names(paths) if name != "train" and len(paths) > 1 else ()
+        built.append(build_blended(sources, weights, count, name=name, order=order, names=names))
     return Datasets(*built)
 
 
@@ -146,17 +147,22 @@ def build_samples(source: Source, documents: range, num_samples: int | None, *, 
     return WholeDocumentDataset(source, maps, name, seq_length=order.seq_length)
 
 
-def build_blended(sources: Sequence[Source], weights: Sequence[float], num_samples: int | None, *, name: str, order: SampleOrder) -> BlendedDataset:
-    """Several files mixed by weight; an epoch of files with equal weights by their lengths: each is read once, where NeoX repeats the short ones."""
+def build_blended(
+    sources: Sequence[Source], weights: Sequence[float], num_samples: int | None, *, name: str, order: SampleOrder, names: Sequence[str] = ()
+) -> BlendedDataset:
+    """Several files mixed by weight, their samples marked with `names` where these are given.
+
+    An epoch of files with equal weights goes by their lengths: each is read once, where NeoX repeats the short ones.
+    """
     counts = [None] * len(sources) if num_samples is None else samples_each(weights, num_samples)
     parts = [build_samples(source, range(len(source.tokens)), count, name=name, order=order) for source, count in zip(sources, counts, strict=True)]
     if num_samples is None and len(set(weights)) == 1:
         weights = [float(len(part)) for part in parts]
-    return BlendedDataset(parts, weights)
+    return BlendedDataset(parts, weights, names)
 
 
 class Batches:
-    """Endless iterator of {"text": int64 [B, S + 1]}, and "label" and "document" where samples have them, for one rank.
+    """Endless iterator of {"text": int64 [B, S + 1]}, and "label", "document" and "corpus" where samples have them, for one rank.
 
     num_workers 0 reads in this process; more prefetch in as many processes, in the same order. `close` ends them; so does
     leaving the interpreter.

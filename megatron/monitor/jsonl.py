@@ -12,7 +12,7 @@ from typing import Any
 from megatron.monitor.sink import Value
 
 TRAIN_LOSS = "train/lm_loss"
-"""Every training step's line has this."""
+"""Every training step's line has this, unless none of its tokens counts in the loss."""
 
 
 class JsonlSink:

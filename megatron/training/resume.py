@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron.checkpoint import forward_check, layout
-from megatron.checkpoint.agreement import POSITION_KEYS, batch_change, check_architecture
+from megatron.checkpoint.agreement import POSITION_KEYS, batch_change, check_architecture, length_change
 from megatron.checkpoint.errors import CheckpointError, NoCheckpointError
 from megatron.checkpoint.find import find_checkpoint_together
 from megatron.checkpoint.load import load_checkpoint
@@ -74,10 +74,12 @@ def resume(trainer: Trainer) -> None:
     trainer.state = TrainingState.from_state_dict({**upstreams, **client_state.get(STATE, {})})
     trainer.last_checkpoint = path
     record = trainer.engine.lr_scheduler
+    record.steps_done = trainer.state.steps_done
     trainer.plan = replace(trainer.plan, schedule=schedule_to_follow(record, trainer.config.optimizer, path))
-    record.schedule, record.steps_done = trainer.plan.schedule, trainer.state.steps_done
-    if (changed := batch_change(path, trainer.plan.batch)) is not None:
-        log.info("%s", changed)
+    record.schedule = trainer.plan.schedule
+    for changed in (batch_change(path, trainer.plan.batch), length_change(path, trainer.plan.train_iters)):
+        if changed is not None:
+            log.info("%s", changed)
     if trainer.finished:
         log.info("%s is at step %d of %d: there is nothing left to train.", path, trainer.state.iteration, trainer.plan.train_iters)
     else:

@@ -12,7 +12,7 @@ from rich.console import Console
 from megatron.checkpoint.lock import RunLock
 from megatron.checkpoint.ranks import together
 from megatron.config.loader import LoadedConfig
-from megatron.config.neox import check_device, check_trainable
+from megatron.config.neox import check_device, check_trainable, rounding_notice
 from megatron.monitor.console import ProgressDisplay, configure_logging
 from megatron.monitor.tee import copied_streams
 from megatron.mpu.topology import Topology
@@ -75,6 +75,8 @@ def announce(trainer: Trainer, loaded: LoadedConfig) -> None:
     for notice in loaded.notices:
         log.info("%s", notice)
     plan, topology = trainer.plan, trainer.topology
+    if rounded := rounding_notice(trainer.config, topology.data_parallel_size):
+        log.warning("%s%s.", rounded[0].upper(), rounded[1:])
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.engine.module.parameters())
     log.info(
         "%s parameters, %s, ZeRO %d, %s.", f"{parameters:,}", loaded.config.precision, trainer.engine.zero_optimization_stage(), trainer.engine.device

@@ -21,6 +21,7 @@ from megatron.data.tokenizer import Tokenizer, build_tokenizer, end_of_document
 from megatron.model.gpt import build_model
 from megatron.mpu.topology import Topology
 from megatron.training.engine import build_engine
+from megatron.training.evaluate import evaluations_until
 from megatron.training.schedule import schedule_of
 from megatron.training.trainer import Plan, Trainer
 
@@ -113,7 +114,7 @@ def plan_samples(training: TrainingConfig, batch: Batch) -> SamplePlan:
     if training.train_iters is None:
         evaluated = None if training.eval_iters else 0
         return SamplePlan(train_samples=None, valid_samples=evaluated, test_samples=evaluated, samples_at_once=at_once)
-    evaluations = training.train_iters // training.eval_interval + 1
+    evaluations = evaluations_until(training, training.train_iters) + 1
     return SamplePlan(
         train_samples=training.train_iters * batch.global_,
         valid_samples=evaluations * training.eval_iters * batch.global_,

@@ -68,7 +68,14 @@ class Trainer:
         data = self.training_batches()
         while self.state.iteration < self.plan.train_iters and self.stop_requested is None:
             rate = learning_rate(self.plan.schedule, self.state.steps_done)
-            metrics = take_step(self.engine, data, learning_rate=rate, masked_token=self.plan.masked_token, before_update=self.before_update)
+            metrics = take_step(
+                self.engine,
+                data,
+                learning_rate=rate,
+                masked_token=self.plan.masked_token,
+                per_token=self.config.training.calculate_per_token_loss,
+                before_update=self.before_update,
+            )
             self.count(metrics)
             for callback in self.callbacks:
                 callback.after_step(self, metrics)
@@ -98,8 +105,10 @@ class Trainer:
         state.iteration += 1
         state.consumed_samples += self.plan.batch.global_
         state.consumed_tokens += self.plan.tokens_per_step
-        state.nonfinite += not math.isfinite(metrics.lm_loss)
         state.skipped += not metrics.applied
+        if metrics.is_empty:
+            return  # there was nothing to learn, which is no failure
+        state.nonfinite += not math.isfinite(metrics.lm_loss)
         state.skipped_in_a_row = 0 if metrics.applied else state.skipped_in_a_row + 1
 
     @property

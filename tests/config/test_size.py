@@ -119,8 +119,9 @@ def test_flops_count_active_experts_only() -> None:
     ("precision", "stage", "processes", "bytes_"),
     [
         ("fp32", 0, 1, (4000, 4000, 8000)),
-        ("fp32", 1, 4, (4000, 4000, 2000)),
-        ("bfloat16", 0, 1, (2000, 2000, 4000)),
+        ("fp32", 1, 4, (4000, 4000, 3000)),
+        ("bfloat16", 0, 1, (2000, 4000, 12000)),
+        ("fp16", 0, 4, (2000, 4000, 12000)),
         ("bfloat16", 1, 2, (2000, 2000, 6000)),
         ("fp16", 2, 4, (2000, 500, 3000)),
         ("fp16", 3, 4, (500, 500, 3000)),
@@ -132,13 +133,11 @@ def test_memory(precision: str, stage: int, processes: int, bytes_: tuple[int, i
     assert memory.total == sum(bytes_)
 
 
-@pytest.mark.parametrize(
-    ("averages", "average_bytes", "fp32", "bf16", "fp16"), [(1, None, 4000, 2000, 8000), (0, None, 0, 0, 4000), (2, 1, 2000, 2000, 6000)]
-)
-def test_memory_of_other_optimizers(averages: int, average_bytes: int | None, fp32: int, bf16: int, fp16: int) -> None:
+@pytest.mark.parametrize(("averages", "fp32", "bf16", "fp16"), [((1, 4), 4000, 8000, 8000), ((0, 4), 0, 4000, 4000), ((2, 1), 2000, 6000, 6000)])
+def test_memory_of_other_optimizers(averages: tuple[int, int], fp32: int, bf16: int, fp16: int) -> None:
     """Lion or SGD with momentum; plain SGD; averages of 8 bits."""
     for precision, expected in (("fp32", fp32), ("bfloat16", bf16), ("fp16", fp16)):
-        memory = training_memory(1000, precision, zero_stage=0, data_parallel_size=1, averages=averages, average_bytes=average_bytes)
+        memory = training_memory(1000, precision, zero_stage=0, data_parallel_size=1, averages=averages)
         assert memory.optimizer == expected, precision
 
 

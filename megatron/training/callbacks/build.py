@@ -20,6 +20,7 @@ from megatron.training.callbacks.base import Callback
 from megatron.training.callbacks.checkpoint import CheckpointCallback
 from megatron.training.callbacks.communication import CommunicationCallback
 from megatron.training.callbacks.evaluate import EvaluateCallback
+from megatron.training.callbacks.labels import LabelsCallback
 from megatron.training.callbacks.log import FlopsPerToken, LogCallback
 from megatron.training.callbacks.noise_scale import NoiseScaleCallback
 from megatron.training.callbacks.norms import NormsCallback, measures
@@ -47,6 +48,7 @@ def build_callbacks(trainer: Trainer, loaded: LoadedConfig, sinks: Sequence[Sink
     callbacks += [
         *optional_callbacks(trainer, sinks),
         LogCallback(config.logging, sinks, display, flops_per_token=flops),
+        LabelsCallback(),
         WatchdogCallback(config.training.max_nonfinite_steps),
         EvaluateCallback(config.training, trainer.plan.batch.accumulation, sinks),
     ]

@@ -26,7 +26,7 @@ class WatchdogCallback(Callback):
         self.limit = limit
 
     def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        if metrics.applied:
+        if metrics.applied or metrics.is_empty:
             return
         state = trainer.state
         log.warning(
