@@ -27,7 +27,9 @@ def exit_status(work: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE_STATUS
     except OSError as error:
-        sys.stderr.write(f"{_speaker()}{error.filename or 'The system'}: {error.strerror or error}.\n")
+        from megatron.config import disk
+
+        sys.stderr.write(f"{_speaker()}{'' if error.filename else 'The system: '}{disk.sentence(error)}.\n")
         return FAILURE_STATUS
     except Exception as error:
         if type(error).__module__.split(".")[0] != "megatron":

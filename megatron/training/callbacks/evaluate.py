@@ -55,6 +55,7 @@ class EvaluateCallback(Callback):
             num_batches=self.num_batches,
             masked_token=trainer.plan.masked_token,
         )
+        trainer.health.after_evaluation(name, loss, iteration=trainer.state.iteration)
         perplexity = math.exp(loss) if loss < MAX_EXPONENT else math.inf
         for line in evaluation_lines(title, loss, perplexity).splitlines():
             log.info("%s", line)
