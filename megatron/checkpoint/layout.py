@@ -15,7 +15,7 @@ GPT-NeoX's layout, with our own files beside it:
     <save>/.global_step100.replaced                      a checkpoint of the same step that is just being replaced
     <save>/.global_step100.deleting                      a checkpoint that retention is deleting
     <save>/.lock                                         held by the run that writes here
-    <save>/suspect/                                      laid out as <save>: the last checkpoint whose losses were not finite, for whoever looks for the cause
+    <save>/suspect/                                      laid out as <save>: the last checkpoint that is in doubt, for whoever looks for the cause
 
 Other programs' checkpoints may be cut up among tensor-parallel processes: model_01, mp_rank_01 and so on. With a pipeline the numbers of mp_rank
 count all processes that share the model, those of model_ the tensor-parallel ones.

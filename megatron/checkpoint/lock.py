@@ -62,7 +62,8 @@ class RunLock:
 
     def _refusal(self, error: OSError, holder: bytes) -> str:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            return f"Cannot lock {self.directory / layout.LOCK}: {disk.explained(error, self.directory)}. Set `save` to a disk that has room and supports file locks."
+            why = disk.explained(error, self.directory)
+            return f"Cannot lock {self.directory / layout.LOCK}: {why}. Set `save` to a disk that has room and supports file locks."
         try:
             facts = json.loads(holder)
             who = f"process {facts['pid']} on {facts['host']}, started {facts['started']}"

@@ -62,7 +62,8 @@ def _delete_old(directory: Path, keep_last_n: int) -> list[Path]:
         remove_folder(leftover)
     latest = directory / layout.LATEST
     ours = _ours(directory)
-    protected = {latest.read_text(errors="replace").strip() if latest.is_file() else None, layout.tag(_last_good(directory, ours))}
+    named = latest.resolve().name if latest.is_dir() else latest.read_text(errors="replace").strip() if latest.is_file() else None
+    protected = {named, layout.tag(_last_good(directory, ours))}
     doomed = [step for step in ours[:-keep_last_n] if layout.tag(step) not in protected]
     for step in doomed:
         os.replace(directory / layout.tag(step), layout.deleting(directory, step))
@@ -85,7 +86,7 @@ def _last_good(directory: Path, steps: list[int]) -> int:
 
 
 def set_aside(directory: Path, iteration: int) -> Path | None:
-    """Moves a checkpoint that turned out to be bad into <directory>/suspect, in the place of what is there; `latest` names the newest one that is left.
+    """Moves a checkpoint that turned out to be bad into <directory>/suspect, in the place of what is there; `latest` names the newest one left.
 
     Returns that one, or None when none is left. One rank calls it. Raises CheckpointError.
     """

@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 
 
 def train(loaded: LoadedConfig) -> Trainer:
-    """Trains as configured, from the beginning or from a checkpoint, and returns the trainer as it stands at the end; its `exit_status` is not 0 where
-    a signal ended it.
+    """Trains as configured, from the beginning or from a checkpoint, and returns the trainer as it stands at the end.
+
+    Its `exit_status` is not 0 where a signal ended it.
 
     What is wrong with the configuration, the data, a checkpoint or the disk is raised as the ValueError of that package, with a sentence for the
     user; a loss that stays NaN or infinite, and a last evaluation that gives one, as TrainingDiverged; a file beside the checkpoints that could not
@@ -67,7 +68,7 @@ def end_together(trainer: Trainer) -> None:
 
     No process leaves before the others are done: the launcher ends all of them when the first one returns something other than 0.
     """
-    failures = sum(gather(trainer.failures), [])
+    failures = [sentence for sentences in gather(trainer.failures) for sentence in sentences]
     if failures:
         trainer.exit_status = FAILURE
         if trainer.failures:

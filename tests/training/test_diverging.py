@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron.checkpoint.finite import not_finite
 from megatron.checkpoint.find import find_checkpoint
+from megatron.checkpoint.finite import not_finite
 from megatron.checkpoint.manifest import read_manifest
 from megatron.testing.distributed import run_distributed
 from megatron.training.callbacks import evaluate as evaluating

@@ -35,8 +35,8 @@ class CheckpointCallback(Callback):
     `layer_files`: the weights are written as a file for each layer.
 
     Only weights that are known to be good become a checkpoint of <save>: they are finite, the model's output for a text of the training data is, the
-    last step was taken and the last evaluation gave a number. Others are saved in <save>/suspect, for whoever looks for the cause, and `latest` stays;
-    the checkpoint that was due is written at the next step at which they are good. Weights that are not finite are not saved at all.
+    last step was taken and the last evaluation gave a number. Others are saved in <save>/suspect, for whoever looks for the cause, and `latest`
+    stays; the checkpoint that was due is written at the next step at which they are good. Weights that are not finite are not saved at all.
     A save that fails raises CheckpointError and ends the run; the checkpoints that were there stay as they are.
     """
 
@@ -124,7 +124,7 @@ class CheckpointCallback(Callback):
 
 
 class KeepGoodCallback(Callback):
-    """Acts when the last evaluation is done: a checkpoint of this step that gave NaN or infinity is moved to <save>/suspect; then old ones are deleted."""
+    """When the last evaluation is done: a checkpoint of this step that gave NaN or infinity is moved to <save>/suspect, then old ones are deleted."""
 
     def __init__(self, config: CheckpointConfig, directory: Path) -> None:
         self.config = config

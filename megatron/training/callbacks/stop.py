@@ -25,8 +25,9 @@ FAILURE = 1
 
 
 class StopCallback(Callback):
-    """Turns a signal to any process, or its failure to write, into `trainer.stop_requested` on all of them, at the same step. A second Ctrl-C ends the
-    process at once. A signal that the process was started to ignore (`nohup`, `&` in a script) stays ignored.
+    """Turns a signal to any process, or its failure to write, into `trainer.stop_requested` on all of them, at the same step.
+
+    A second Ctrl-C ends the process at once. A signal that the process was started to ignore (`nohup`, `&` in a script) stays ignored.
 
     It goes last after each step, so that nothing that takes time comes between its look at the signals and the next step.
     """
