@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from pathlib import Path
 
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 """Failures that are about the disk, so that its name and its room help the reader."""
+CUT_SHORT = re.compile(r"\d+ requested and \d+ written")
+"""NumPy's words for a disk that is full."""
+IN_RUST = re.compile(r"\(os error (\d+)\)")
+"""How the libraries tokenizers and safetensors end what the system refused them."""
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def reason(error: OSError) -> str:
     """Why the system refused. Never empty: some of Python's own OSErrors (shutil's, for one) have no `strerror`."""
-    return error.strerror or " ".join(str(error).split()) or type(error).__name__
+    found = number(error)
+    return error.strerror or (os.strerror(found) if found is not None else " ".join(str(error).split()) or type(error).__name__)
+
+
+def number(error: Exception) -> int | None:
+    """The system's number (errno) of a failure, also of one that a library put into words of its own; None where it is none of the system's."""
+    if isinstance(error, OSError):
+        return errno.ENOSPC if error.errno is None and CUT_SHORT.search(str(error)) else error.errno
+    found = IN_RUST.search(str(error))
+    return int(found[1]) if found else None
 
 
 def explained(error: OSError, path: Path | str) -> str:
     """The reason; for a failure of the disk also which disk `path` is on and how much room it has."""
-    return f"{reason(error)} ({disk(path)})" if error.errno in OF_THE_DISK else reason(error)
+    return f"{reason(error)} ({disk(path)})" if number(error) in OF_THE_DISK else reason(error)
 
 
 def sentence(error: OSError, path: Path | str | None = None) -> str:
