@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
 CONFIGURATION_STATUS = 2
 FAILURE_STATUS = 1
 INTERRUPTED_STATUS = 130
+OUT_OF_MEMORY = "The memory is not enough: take a smaller model, a smaller micro-batch or a shorter seq_length"
+NO_MEMORY = re.compile(r"((?:you t|T)ried to allocate [\d.]+ \w+)")
+"""What PyTorch says when the system, or a GPU, has no memory left."""
 
 
 def exit_status(work: Callable[[], int | None]) -> int:
@@ -31,7 +35,13 @@ def exit_status(work: Callable[[], int | None]) -> int:
 
         sys.stderr.write(f"{_speaker()}{'' if error.filename else 'The system: '}{disk.sentence(error)}.\n")
         return FAILURE_STATUS
+    except MemoryError:
+        sys.stderr.write(f"{_speaker()}{OUT_OF_MEMORY}.\n")
+        return FAILURE_STATUS
     except Exception as error:
+        if (refused := NO_MEMORY.search(str(error))) is not None and isinstance(error, RuntimeError):
+            sys.stderr.write(f"{_speaker()}{OUT_OF_MEMORY} ({refused[1]}).\n")
+            return FAILURE_STATUS
         if type(error).__module__.split(".")[0] != "megatron":
             raise
         sys.stderr.write(f"{_speaker()}{error}\n")

@@ -33,6 +33,7 @@ from megatron.data.locking import naming
 from megatron.data.progress import Reporter, Stage
 from megatron.data.tokenizer import Tokenizer, load_tokenizer
 from megatron.training.engine import DTYPES
+from megatron.training.memory import check_comparison_fits
 from megatron.training.setup import checkpoint_args
 
 BUFFERS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
@@ -134,6 +135,8 @@ def _written(request: Import, theirs: Theirs, stage: Path, reporter: Reporter) -
     if request.upcycle is not None:
         upcycled = upcycle(source, request.upcycle, keys)
         keys, source, weights = upcycled.keys, upcycled.source, upcycled.weights(weights)
+    if request.check:
+        check_comparison_fits(source.config, source.vocabulary)
     with reporter.stage("weights", None) as progress:
         path = save(request, stage, source, _counted(weights, progress), origin=architecture.name)
     (stage / CONFIG).write_text(config_text(request, keys))

@@ -28,6 +28,7 @@ from megatron.data.progress import Reporter, Stage
 from megatron.data.staging import publish, staging_folder
 from megatron.data.tokenizer import build_tokenizer
 from megatron.training.engine import DTYPES
+from megatron.training.memory import check_comparison_fits
 
 PRECISIONS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bfloat16"}
 """What `--precision` takes -> `precision` in our configurations."""
@@ -76,6 +77,8 @@ def export_checkpoint(export: Export, reporter: Reporter) -> Exported:
     left = left_origin(opened.origin, architecture, opened.source, opened.weights.read) if export.architecture == AUTO else None
     table = list(architecture.table(opened.source))
     check_complete(table, set(opened.weights.names))
+    if export.check:
+        check_comparison_fits(opened.source.config, opened.source.vocabulary)
     with naming(target.parent), staging_folder(target) as stage:
         special = save_tokenizer(tokenizer_config(opened, export), stage) if export.save_tokenizer else SpecialTokens(None, None, None)
         special = special._replace(pad=special.pad if export.pad_token_id is None else export.pad_token_id)

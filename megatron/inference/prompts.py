@@ -68,7 +68,7 @@ def typed_prompts(read_line: Callable[[str], str], prompt_end: str) -> Iterator[
             except EOFError:
                 return
             except UnicodeError as error:
-                raise InferenceError(f"standard input: {what_is_no_text(error)}; give UTF-8 text, or name a file with -i FILE.") from error
+                raise InferenceError(f"Standard input {what_is_no_text(error)}: give UTF-8 text, or name a file with -i FILE.") from error
             if line.strip() == QUIT:
                 return
             lines.append(line)
