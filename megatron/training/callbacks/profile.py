@@ -86,14 +86,12 @@ class ProfileCallback(Callback):
             wrote(self._write_memory, Path(self.config.memory_profiling_path or self.config.trace_dir or "."), trainer.failures)
 
     def _write_trace(self) -> None:
-        """Raises OSError; PyTorch's writer, which says nothing when the disk is full, leaves a file that is cut short."""
+        """Raises OSError; PyTorch's writer says nothing when the disk is full, and leaves no file or one that is cut short."""
         assert self._profile is not None
         file = self._file(self.config.trace_dir, ".pt.trace.json")
         self._profile.export_chrome_trace(str(file))
-        with file.open("rb") as written:
-            written.seek(max(0, file.stat().st_size - 16))
-            if not written.read().rstrip().endswith(b"}"):
-                raise OSError(errno.ENOSPC, "the trace is cut short", str(file))
+        if not _is_whole(file):
+            raise OSError(errno.ENOSPC, "the trace could not be written whole", str(file))
         log.info("Trace of the profiled steps: %s", file)
 
     def _write_memory(self) -> None:
@@ -109,3 +107,11 @@ class ProfileCallback(Callback):
 
     def _file(self, directory: str | None, ending: str) -> Path:
         return Path(directory or ".") / f"{self.name}{ending}"
+
+
+def _is_whole(trace: Path) -> bool:
+    if not trace.is_file():
+        return False
+    with trace.open("rb") as file:
+        file.seek(max(0, trace.stat().st_size - 16))
+        return file.read().rstrip().endswith(b"}")
