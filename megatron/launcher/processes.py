@@ -98,6 +98,7 @@ def run_until_done(argv: Sequence[str], env: Mapping[str, str], workers: int) ->
             signal.signal(number, handler)
     if deaths.first is not None and stop.received is None:
         sys.stderr.write(f"{deaths.first}\n")
+        return 128 + deaths.first.number
     if stop.received is not None and stop.reached_all and status:
         return 128 + stop.received
     return _shell_status(status)

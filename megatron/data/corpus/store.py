@@ -8,7 +8,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import shutil
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -47,7 +46,8 @@ class Store:
     def restart(self) -> None:
         """Forgets what was fetched, once the network turns out to be there. Raises DatasetError when it is not."""
         self._open_stream()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for path in (*self.folder.glob("part-*"), *self.folder.glob(f"{STATE}*")):  # nothing else: it may be somebody's
+            path.unlink(missing_ok=True)
 
     def documents(self, on_problem: OnProblem) -> Generator[Document]:
         """All documents there are, first from the folder, then fetched and kept. Close it when enough is read. Raises DatasetError."""
