@@ -5,6 +5,7 @@ A fetch that was stopped, however it was stopped, goes on where the last whole p
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -46,8 +47,10 @@ class Store:
     def restart(self) -> None:
         """Forgets what was fetched, once the network turns out to be there. Raises DatasetError when it is not."""
         self._open_stream()
-        for path in (*self.folder.glob("part-*"), *self.folder.glob(f"{STATE}*")):  # nothing else: it may be somebody's
+        for path in (*self.folder.glob("part-*"), *self.folder.glob(f"{STATE}*"), self.folder / LOCK):
             path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something else is in there: it may be somebody's
+            self.folder.rmdir()
 
     def documents(self, on_problem: OnProblem) -> Generator[Document]:
         """All documents there are, first from the folder, then fetched and kept. Close it when enough is read. Raises DatasetError."""
