@@ -24,6 +24,7 @@ class JsonlSink:
     """
 
     def __init__(self, path: Path, *, resume_from: int, final_evaluation_follows: bool = False) -> None:
+        path = Path(os.path.realpath(path))  # a link stays, and what it leads to is replaced
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not resume_from:
             os.replace(path, path.with_name(f"{path.name}.previous"))

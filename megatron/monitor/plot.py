@@ -36,6 +36,7 @@ def plot_metrics(metrics_file: Path, picture: Path, *, title: str) -> None:
     _draw_losses(axes[0], train, _series(records, "validation/lm_loss"))
     if loads:
         _draw_loads(axes[1], loads)
+    picture = Path(os.path.realpath(picture))
     picture.parent.mkdir(parents=True, exist_ok=True)
     unfinished = picture.with_name(f".{picture.name}.new")
     try:

@@ -22,6 +22,8 @@ class Health:
     """Why the last step changed nothing; None where it did, or fp16 only looks for its loss scale."""
     evaluation: str | None = None
     """Which of the last evaluations gave NaN or infinity; None: none did."""
+    weights: str | None = None
+    """What was wrong with the weights when they were last to be saved; None: nothing."""
     losses_finite: bool = True
     """Of every training step and evaluation since the last checkpoint."""
     evaluated_at: int = -1
@@ -52,8 +54,8 @@ class Health:
             self.evaluation = None
 
     def saved(self) -> None:
-        """A checkpoint was written."""
-        self.losses_finite = True
+        """A good checkpoint was written."""
+        self.losses_finite, self.weights = True, None
 
 
 def way_back(last_checkpoint: object | None) -> str:

@@ -79,10 +79,8 @@ def end_together(trainer: Trainer) -> None:
         again = trainer.config.checkpoint.resume_if_exists or trainer.config.checkpoint.save is None
         how = "The same command goes on from there." if again else "With `resume_if_exists: true` the same command goes on from there."
         log.info("%s%s", way_back(trainer.last_checkpoint), f" {how}" if trainer.last_checkpoint is not None else "")
-    elif trainer.health.trouble is not None:
-        raise TrainingDiverged(
-            f"The run ended at step {trainer.state.iteration} and is not good: {trainer.health.trouble}. {way_back(trainer.last_checkpoint)}"
-        )
+    elif (trouble := trainer.health.trouble or trainer.health.weights) is not None:
+        raise TrainingDiverged(f"The run ended at step {trainer.state.iteration} and is not good: {trouble}. {way_back(trainer.last_checkpoint)}")
     elif trainer.finished:
         trainer.exit_status = 0
 

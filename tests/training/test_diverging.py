@@ -32,8 +32,7 @@ def test_a_checkpoint_that_falls_on_skipped_steps_waits_for_a_good_one(corpus: P
     assert "suspect/global_step6 and not as the latest checkpoint: step 6 changed nothing, because the loss is nan" in printed.replace("\n", "")
     assert "global_step8 in" in printed
     assert (tmp_path / "run/latest").read_text() == "global_step14"
-    assert names(tmp_path / "run") == ["global_step14", "suspect"]
-    assert names(tmp_path / "run/suspect") == ["global_step6"]
+    assert names(tmp_path / "run") == ["global_step14"], "what was in doubt is not any more"
 
 
 def test_the_last_one_with_finite_losses_is_kept(corpus: Path, tmp_path: Path) -> None:
@@ -84,6 +83,22 @@ def test_weights_that_are_no_use_are_never_the_latest(corpus: Path, tmp_path: Pa
     assert not (tmp_path / "run/latest").exists()
     assert names(tmp_path / "run") == (["suspect"] if suspect else [])
     assert not suspect or names(tmp_path / "run/suspect") == suspect
+
+
+def test_a_run_whose_last_step_ruins_the_weights_does_not_end_well(corpus: Path, tmp_path: Path) -> None:
+    values = run_values(corpus, tmp_path / "run", train_iters=1, eval_iters=0, checkpoint_factor=1)
+    with pytest.raises(
+        TrainingDiverged, match=r"ended at step 1 and is not good: sequential\..* holds numbers that are NaN or infinite\. There is no"
+    ):
+        train_losses({**values, "optimizer": {"type": "Adam", "params": {"lr": 1e39}}})
+
+
+def test_a_checkpoint_in_doubt_that_does_not_fit_ends_no_run(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/suspect").write_text("no folder")
+    values = run_values(corpus, tmp_path / "run", train_iters=6, eval_iters=0, checkpoint_factor=3)
+    train_with_bad_losses(values, bad(3))
+    assert names(tmp_path / "run") == ["global_step4", "global_step6"]
 
 
 def weight_of_one_process_is_spoiled(stage: int, spoiled_rank: int) -> str | None:

@@ -14,10 +14,12 @@ import torch
 
 from megatron.checkpoint import forward_check, layout, ranks
 from megatron.checkpoint.engine import Contents
+from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.finite import not_finite
 from megatron.checkpoint.retention import is_save_iteration, prune, set_aside
 from megatron.checkpoint.save import save_checkpoint
 from megatron.config.checkpoint import CheckpointConfig
+from megatron.data.folders import remove_folder
 from megatron.training.callbacks.base import Callback
 from megatron.training.evaluate import evaluation_logits
 
@@ -36,7 +38,8 @@ class CheckpointCallback(Callback):
 
     Only weights that are known to be good become a checkpoint of <save>: they are finite, the model's output for a text of the training data is, the
     last step was taken and the last evaluation gave a number. Others are saved in <save>/suspect, for whoever looks for the cause, and `latest`
-    stays; the checkpoint that was due is written at the next step at which they are good. Weights that are not finite are not saved at all.
+    stays; the checkpoint that was due is written at the next step at which they are good, and that one in <save>/suspect goes then.
+    Weights that are not finite are not saved at all.
     A save that fails raises CheckpointError and ends the run; the checkpoints that were there stay as they are.
     """
 
@@ -50,6 +53,8 @@ class CheckpointCallback(Callback):
         self.contents = Contents(random_state=not config.no_save_rng, optimizer=not config.no_save_optim, layer_files=layer_files)
         self._saved: int | None = None
         self._overdue = False
+        self._suspect = False
+        """This launch has written one in <save>/suspect."""
 
     def before_training(self, trainer: Trainer) -> None:
         if trainer.last_checkpoint is not None and trainer.last_checkpoint.parent.resolve() == self.directory.resolve():
@@ -70,23 +75,37 @@ class CheckpointCallback(Callback):
     def _save(self, trainer: Trainer) -> None:
         iteration, started = trainer.state.iteration, time.perf_counter()
         name = not_finite(trainer.engine.module)
+        self._saved, self._overdue = iteration, True
         if name is not None:
-            self._overdue = True
-            log.warning("Step %d is not saved: %s holds numbers that are NaN or infinite.", iteration, name)
+            trainer.health.weights = f"{name} holds numbers that are NaN or infinite"
+            log.warning("Step %d is not saved: %s.", iteration, trainer.health.weights)
             return
-        trouble = trainer.health.trouble or self._output_trouble(trainer)
-        self._saved, self._overdue = iteration, trouble is not None
+        trainer.health.weights = self._output_trouble(trainer)
+        trouble = trainer.health.trouble or trainer.health.weights
         if trouble is not None:
-            path = self._write(trainer, self.directory / layout.SUSPECT)
-            if trainer.topology.is_first:
-                prune(path.parent, 1)
-            log.warning("Step %d is saved as %s and not as the latest checkpoint: %s.", iteration, path, trouble)
+            self._save_in_doubt(trainer, trouble)
             return
+        self._overdue = False
+        if self._suspect and trainer.topology.is_first:
+            remove_folder(self.directory / layout.SUSPECT)  # it turned out to be no more than a hiccup, and the disk may be small
+        self._suspect = False
         trainer.last_checkpoint = path = self._write(trainer, self.directory)
         trainer.health.saved()
         if trainer.topology.is_first and not trainer.finished:  # the last evaluation is to come: KeepGoodCallback
             prune(self.directory, self.config.keep_last_n_checkpoints)
         log.info("Saved %s in %.1f s.", path, time.perf_counter() - started)
+
+    def _save_in_doubt(self, trainer: Trainer, trouble: str) -> None:
+        """Failing to do that is no reason to end the run."""
+        try:
+            path = self._write(trainer, self.directory / layout.SUSPECT)
+        except CheckpointError as error:
+            log.warning("Step %d is in doubt: %s. %s", trainer.state.iteration, trouble, error)
+            return
+        if trainer.topology.is_first:
+            prune(path.parent, 1)
+        self._suspect = True
+        log.warning("Step %d is saved as %s and not as the latest checkpoint: %s.", trainer.state.iteration, path, trouble)
 
     def _write(self, trainer: Trainer, directory: Path) -> Path:
         return save_checkpoint(
