@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from megatron.checkpoint import layout
 from megatron.checkpoint.errors import CheckpointError
+from megatron.config.disk import reason
 
 FORMAT = 1
 CHUNK_BYTES = 1 << 20
@@ -138,7 +139,7 @@ def _file_damage(file: Path, expected: FileRecord) -> str | None:
     except FileNotFoundError:
         return f"{file} is missing: expected {expected.size:,} bytes."
     except OSError as error:
-        return f"{file} cannot be read: {error.strerror or error}."
+        return f"{file} cannot be read: {reason(error)}."
     if found != expected.sha256:
         return f"{file} is damaged: expected SHA-256 {expected.sha256}, found {found}."
     return None

@@ -39,7 +39,7 @@ class TrainingConfig(Section):
     exit_interval: PositiveInt | None = None
     """Save and stop whenever the step number is a multiple of this. None: run to `train_iters`."""
     max_nonfinite_steps: PositiveInt = 20
-    """Steps in a row with a NaN or infinite loss or gradient that stop the run (each such step is skipped)."""
+    """Steps in a row with a NaN or infinite loss or gradient that stop the run. Each such step is skipped, and none of them becomes a checkpoint."""
 
     def check(self) -> Iterator[Problem]:
         if self.train_iters is not None and self.train_epochs is not None:

@@ -24,19 +24,23 @@ from megatron.convert.logits import Compared, compare, our_logits, their_logits,
 from megatron.convert.mapping import Entry, to_ours
 from megatron.convert.opened import open_checkpoint
 from megatron.convert.shapes import Shapes, checked, model_shapes
-from megatron.convert.staging import checked_target, move_into, staged_run
+from megatron.convert.staging import check_holds_no_run, checked_target, move_into, staged_run
 from megatron.convert.tensor_files import StoredTensors
 from megatron.convert.to_huggingface import AUTO, PRECISIONS
 from megatron.convert.tokenizers import tokenizer_keys
 from megatron.convert.upcycle import Upcycled, upcycle
+from megatron.data.locking import naming
 from megatron.data.progress import Reporter, Stage
 from megatron.data.tokenizer import Tokenizer, load_tokenizer
 from megatron.training.engine import DTYPES
+from megatron.training.memory import check_comparison_fits
 from megatron.training.setup import checkpoint_args
 
 BUFFERS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 """Endings of what older versions of transformers stored beside the weights."""
 CONFIG = "config.yml"
+CONFIG_HEAD = "# The model of"
+"""How that file begins when an import wrote it."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,9 @@ def import_model(request: Import, reporter: Reporter) -> Imported:
     Raises ConversionError, CheckpointError, ConfigError, TokenizerError; what was written is removed then.
     """
     target = checked_target(request.output_dir, force=request.force, to_do="write into")
+    check_holds_no_run(target, CONFIG, CONFIG_HEAD)
     theirs = open_theirs(request.input_dir)
-    with staged_run(target) as stage:
+    with naming(target.parent), staged_run(target) as stage:
         imported = _written(request, theirs, stage, reporter)
         move_into(stage, target, last=LATEST)
     return imported
@@ -130,6 +135,8 @@ def _written(request: Import, theirs: Theirs, stage: Path, reporter: Reporter) -
     if request.upcycle is not None:
         upcycled = upcycle(source, request.upcycle, keys)
         keys, source, weights = upcycled.keys, upcycled.source, upcycled.weights(weights)
+    if request.check:
+        check_comparison_fits(source.config, source.vocabulary)
     with reporter.stage("weights", None) as progress:
         path = save(request, stage, source, _counted(weights, progress), origin=architecture.name)
     (stage / CONFIG).write_text(config_text(request, keys))
@@ -256,7 +263,7 @@ def save(request: Import, stage: Path, source: Source, weights: Iterator[tuple[s
 def config_text(request: Import, keys: Mapping[str, Any]) -> str:
     """The YAML to go on with."""
     head = (
-        f"# The model of {request.input_dir}. To go on training it, give this file together with one that says how (data, batch size,\n"
+        f"{CONFIG_HEAD} {request.input_dir}. To go on training it, give this file together with one that says how (data, batch size,\n"
         "# optimizer, train_iters, save, checkpoint_factor):\n"
         f"#   python deepy.py train.py {request.output_dir / CONFIG} how.yml\n"
     )

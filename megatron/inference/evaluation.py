@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron.config import disk
 from megatron.config.evaluation import EvaluationConfig
 from megatron.config.neox import NeoXConfig
 from megatron.config.section import ConfigError
@@ -107,9 +108,10 @@ def write_results(path: Path, content: Mapping[str, Any]) -> Path:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
+        why = disk.explained(error, path)
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise InferenceError(f"eval_results_prefix: {path} cannot be written: {error.strerror or error}.") from error
+        raise InferenceError(f"eval_results_prefix: {path} cannot be written: {why}.") from error
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import torch
 
 from megatron.config.deepspeed import DeepSpeedConfig
 from megatron.config.deepspeed_json import deepspeed_config
+from megatron.config.machine import is_installed
 from megatron.config.neox import NeoXConfig
 from megatron.config.section import ConfigError
 from megatron.model import GPT, choose_attention
@@ -24,7 +24,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bfloat16": torch.bfloat
 
 def check_packages(settings: DeepSpeedConfig) -> None:
     """Raises ConfigError for a package that one of DeepSpeed's monitors needs and that is not installed."""
-    missing = [(package, key) for package, key in settings.needs_packages() if importlib.util.find_spec(package) is None]
+    missing = [(package, key) for package, key in settings.needs_packages() if not is_installed(package)]
     if missing:
         raise ConfigError([f"{key} needs the package '{package}': pip install {package}, or leave the key out" for package, key in missing])
 

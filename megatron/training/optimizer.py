@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megatron.config.machine import is_installed
 from megatron.config.optimizer import OptimizerConfig
 from megatron.training.lion import Lion
 
@@ -127,7 +127,7 @@ def _fused_adam(name: str) -> Any:
 
 def _adam_8bit(config: OptimizerConfig, device_type: str) -> Choice:
     """Dettmers et al., 2022: the averages in blocks of 8-bit numbers; weight decay is decoupled."""
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if not is_installed("bitsandbytes"):
         raise OptimizerUnavailable("Adam8bit (use_bnb_optimizer: true) needs the package 'bitsandbytes': pip install bitsandbytes, or use Adam")
     return importlib.import_module("bitsandbytes.optim").Adam8bit, config.optimizer_settings
 

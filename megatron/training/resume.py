@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron.checkpoint import forward_check, layout
-from megatron.checkpoint.agreement import POSITION_KEYS, batch_change, check_architecture, length_change
+from megatron.checkpoint.agreement import batch_change, check_architecture, length_change, without_free_positions
 from megatron.checkpoint.errors import CheckpointError, NoCheckpointError
 from megatron.checkpoint.find import find_checkpoint_together
 from megatron.checkpoint.load import load_checkpoint
@@ -56,7 +55,9 @@ def resume(trainer: Trainer) -> None:
         path,
         load_optimizer=takes_optimizer,
         load_rng=start.go_on and not config.no_load_rng,
-        expected=trainer.expected if start.go_on else replace(trainer.expected, args=without_positions(trainer.expected.args)),
+        expected=replace(
+            trainer.expected, args=without_free_positions(trainer.expected.args, trainer.config.model.pos_emb, finetune=not start.go_on)
+        ),
     )
     trainer.origin = client_state.get(layout.ORIGIN_KEY)
     for group, own in zip(trainer.engine.optimizer.param_groups, settings, strict=True):
@@ -84,11 +85,6 @@ def resume(trainer: Trainer) -> None:
         log.info("%s is at step %d of %d: there is nothing left to train.", path, trainer.state.iteration, trainer.plan.train_iters)
     else:
         log.info("Going on from %s, step %d of %d.", path, trainer.state.iteration, trainer.plan.train_iters)
-
-
-def without_positions(args: Mapping[str, Any]) -> dict[str, Any]:
-    """NeoX's `args` without those that training further from the weights may change."""
-    return {key: value for key, value in args.items() if key not in POSITION_KEYS}
 
 
 def check_optimizer_type(path: Path, config: OptimizerConfig) -> None:

@@ -22,6 +22,7 @@ from megatron.model.gpt import build_model
 from megatron.mpu.topology import Topology
 from megatron.training.engine import build_engine
 from megatron.training.evaluate import evaluations_until
+from megatron.training.memory import check_training_fits
 from megatron.training.schedule import schedule_of
 from megatron.training.trainer import Plan, Trainer
 
@@ -43,6 +44,7 @@ def build_trainer(config: NeoXConfig, topology: Topology) -> Trainer:
     plan = build_plan(config, tokenizer, batch)
     check_evaluation_data(datasets, plan, topology)
     vocabulary = padded_vocab_size(tokenizer.vocab_size, config.model.make_vocab_size_divisible_by)
+    check_training_fits(config, vocabulary, world_size=topology.data_parallel_size)
     model = build_model(config.model, config.moe, vocabulary, seed=config.training.seed)
     model.separate_documents(attention=config.data.reset_attention_mask, positions=config.data.reset_position_ids)
     engine = build_engine(config, model, world_size=topology.world_size)

@@ -15,6 +15,7 @@ from megatron.data.indexed import DatasetError
 from megatron.data.loader import Batches, Datasets, batches
 from megatron.mpu.topology import Topology
 from megatron.training.callbacks.base import Callback
+from megatron.training.health import Health
 from megatron.training.schedule import Schedule, learning_rate
 from megatron.training.state import TrainingState
 from megatron.training.step import StepMetrics, take_step
@@ -48,13 +49,18 @@ class Trainer:
         self.expected = expected
         """What a checkpoint has to say about its model."""
         self.state = TrainingState()
+        self.health = Health()
         self.callbacks: Sequence[Callback] = ()
         self.origin: str | None = None
         """The class of Hugging Face's that the model was imported as (`layout.ORIGIN_KEY`). None: it began here."""
         self.last_checkpoint: Path | None = None
-        """Newest checkpoint of this run, loaded or saved; None before the first."""
+        """Newest good checkpoint of this run, loaded or saved; None before the first."""
         self.stop_requested: str | None = None
         """Why the loop should end after this step; None while it should go on. The same on every process."""
+        self.exit_status = 0
+        """What the process returns when the loop has ended: 128 + n after signal n, 1 after a failure to write. The same on every process."""
+        self.failures: list[str] = []
+        """Sentences on what this process could not write beside its checkpoints: the run saves and stops."""
 
     @property
     def checkpoint_args(self) -> Mapping[str, Any]:
@@ -110,6 +116,7 @@ class Trainer:
             return  # there was nothing to learn, which is no failure
         state.nonfinite += not math.isfinite(metrics.lm_loss)
         state.skipped_in_a_row = 0 if metrics.applied else state.skipped_in_a_row + 1
+        self.health.after_step(metrics, iteration=state.iteration, in_a_row=state.skipped_in_a_row)
 
     @property
     def finished(self) -> bool:

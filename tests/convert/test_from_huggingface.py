@@ -287,6 +287,26 @@ def test_a_failed_import_leaves_a_directory_as_it_was(forced: list[str], theirs:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "theirs"]
 
 
+@pytest.mark.parametrize("held", ["global_step500", "global_step0", "latest", "config.yml"])
+def test_an_import_does_not_write_over_a_run(held: str, theirs: Path, main: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    (run / held).mkdir(parents=True) if held.startswith("global") else (run.mkdir(), (run / held).write_text("mine"))
+    assert main("--model_path", theirs, "--output_dir", run, "--force", "--skip-check") == 1
+    assert f"run holds {held}, which convert_hf_to_neox.py did not write: move it away, or choose another --output_dir." in capsys.readouterr().err
+    assert [entry.name for entry in run.iterdir()] == [held]
+
+
+def test_an_import_onto_a_full_disk_is_a_sentence(theirs: Path, small_disk: Path | None, main: Callable[..., int], capsys: Any) -> None:
+    if small_disk is None:
+        pytest.skip("a small disk cannot be mounted here (needs root)")
+    (small_disk / "filling").write_bytes(b"x" * 980_000)
+    assert main("--model_path", theirs, "--output_dir", small_disk / "run", "--skip-check") == 1
+    error = capsys.readouterr().err
+    assert f"No space left on device (disk {small_disk}, " in error
+    assert "Traceback" not in error
+    assert [entry.name for entry in small_disk.iterdir()] == ["filling"]
+
+
 def test_an_import_is_interrupted_without_a_trace(theirs: Path, main: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.config.machine import import_optional
 from megatron.data.indexed import DatasetError
 from megatron.data.input.reading import Record
 
@@ -104,7 +104,7 @@ class HubStream:
 
 def datasets_for(path: str) -> Any:
     try:
-        return importlib.import_module("datasets")
+        return import_optional("datasets")
     except ImportError:
         raise DatasetError(
             f"{path} is read through the package datasets, which is not installed: `pip install datasets`. Without it, download the corpus's files "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import importlib
 import io
 import lzma
 import tarfile
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any, cast
 
+from megatron.config.machine import import_optional
 from megatron.data.indexed import DatasetError
 from megatron.data.input.bad_input import Kind, Problem
 
@@ -57,7 +57,7 @@ def unpack(file: IO[bytes], suffix: str, name: str) -> IO[bytes]:
 
 def zstandard_for(name: str) -> Any:
     try:
-        return importlib.import_module("zstandard")
+        return import_optional("zstandard")
     except ImportError:
         raise DatasetError(f"{name}: reading .zst files needs the package zstandard (`pip install zstandard`), or unpack the file first") from None
 

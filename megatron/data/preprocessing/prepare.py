@@ -25,7 +25,7 @@ from megatron.data.preprocessing.prepared import MANIFEST, Prepared, difference,
 from megatron.data.preprocessing.workers import map_in_order
 from megatron.data.progress import Reporter
 from megatron.data.split import SPLITS
-from megatron.data.staging import LOCK, check_replaceable, publish, staging_folder
+from megatron.data.staging import LOCK, check_replaceable, followed, publish, staging_folder
 from megatron.data.tokenizer import Tokenizer
 from megatron.data.tokenizer.keep import keep_tokenizer
 
@@ -93,6 +93,7 @@ def prepare(options: PrepareOptions, reporter: Reporter) -> Prepared:
         return Prepared(target, True, known)
     if known is not None and not anew:
         raise DatasetError(f"{target} {difference(target, known, settings)}; --force replaces it, another --name keeps both")
+    target = followed(target)
     check_replaceable(target, {MANIFEST, INDEX_MAPS, LOCK, *(known["files"] if known else ())})
     with naming(target.parent), staging_folder(target) as stage:
         facts, left_out = Preparation(options, corpus, reporter, stage).run(target.name)

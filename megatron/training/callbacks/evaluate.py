@@ -63,6 +63,7 @@ class EvaluateCallback(Callback):
         if found.loss is None:
             log.warning("%s: in %d micro-batches no token counts in the loss, so there is none to report; raise eval_iters.", title, self.num_batches)
             return
+        trainer.health.after_evaluation(name, found.loss, iteration=trainer.state.iteration)
         losses = {name: (title, found.loss)} | {f"{name}/{corpus}": (f"{title} of {corpus}", loss) for corpus, loss in found.by_corpus.items()}
         values: dict[str, float] = {}
         for key, (heading, loss) in losses.items():
