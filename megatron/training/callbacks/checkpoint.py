@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 STATE = "training_state"
 """Key of the trainer's counters in a checkpoint's client state."""
+DATA = "training_data"
+"""Key of what the run reads (megatron.data.changed.data_facts) there."""
 
 
 class CheckpointCallback(Callback):
@@ -65,7 +67,13 @@ class CheckpointCallback(Callback):
             trainer.engine,
             self.directory,
             iteration,
-            client_state={"args": self.args, STATE: trainer.state.state_dict(), **self._origin(trainer), **self._logits(trainer)},
+            client_state={
+                "args": self.args,
+                STATE: trainer.state.state_dict(),
+                DATA: trainer.data_facts,
+                **self._origin(trainer),
+                **self._logits(trainer),
+            },
             documents=self.documents,
             contents=Contents(
                 random_state=not self.config.no_save_rng,
