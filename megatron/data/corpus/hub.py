@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import re
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from megatron.data.input.reading import Record
 
 PARQUET_BRANCH = "refs/convert/parquet"  # the hub's own conversion: for repositories with a loading script, which `datasets` no longer runs
 GENERIC = "hf:"
+THE_MACHINE_S = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ def hub_errors(path: str) -> Iterator[None]:
             "python prepare_data.py FOLDER --name NAME"
         ) from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in THE_MACHINE_S:
+            raise  # a full disk or a missing permission is no fault of the name
         raise DatasetError(
             f"{path} could not be read ({type(error).__name__}: {first_line(error)}). Check the name and --subset; what was fetched is kept, and the "
             "same command goes on from there"

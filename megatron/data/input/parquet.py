@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
-from megatron.data.indexed import DatasetError
 from megatron.data.input.bad_input import Kind, OnProblem, Problem
 from megatron.data.input.compression import Damaged
+from megatron.data.optional import import_optional
 
 ROWS_AT_A_TIME = 256
 
@@ -61,7 +60,4 @@ def naming_arrow_damage(place: Callable[[], str]) -> Iterator[None]:
 
 
 def pyarrow_for(name: str) -> Any:
-    try:
-        return importlib.import_module("pyarrow.parquet")
-    except ImportError:
-        raise DatasetError(f"{name}: reading .parquet files needs the package pyarrow (`pip install pyarrow`)") from None
+    return import_optional("pyarrow.parquet", f"{name}: reading .parquet files needs the package pyarrow (`pip install pyarrow`)")
