@@ -77,8 +77,8 @@ def resume(trainer: Trainer) -> None:
     record = trainer.engine.lr_scheduler
     trainer.plan = replace(trainer.plan, schedule=schedule_to_follow(record, trainer.config.optimizer, path))
     record.schedule, record.steps_done = trainer.plan.schedule, trainer.state.steps_done
-    if (sentence := data_change(trainer, path, client_state.get(DATA))) is not None:
-        log.warning("%s", sentence)
+    if (other_data := data_change(trainer, path, client_state.get(DATA))) is not None:
+        log.warning("%s", other_data)
     if (changed := batch_change(path, trainer.plan.batch)) is not None:
         log.info("%s", changed)
     if trainer.finished:

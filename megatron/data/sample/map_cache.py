@@ -108,9 +108,11 @@ def load(directory: Path) -> IndexMaps | None:
     except OSError as error:
         if error.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):  # the machine's fault, not the file's
             raise
-        return remove_damaged(directory, error)
+        remove_damaged(directory, error)
+        return None
     except (EOFError, ValueError) as error:
-        return remove_damaged(directory, error)
+        remove_damaged(directory, error)
+        return None
     return maps
 
 
