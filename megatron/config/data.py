@@ -128,9 +128,19 @@ class DataConfig(Section):
             yield Problem(("split",), str(error))
 
     def _path_problems(self) -> Iterator[Problem]:
-        """What is no path of one corpus: a list of several, as Megatron-LM and others take it under this key."""
-        path = self.data_path
-        if path is None or Path(f"{path}.idx").is_file():
+        """What is no path of one corpus: a list of several, as Megatron-LM and others take it under one key."""
+        if self.data_path is not None:
+            yield from self._several_under_data_path(self.data_path)
+        for key in (f"{name}_data_paths" for name in SUBSETS):
+            for path in getattr(self, key) or []:
+                if NUMBER.fullmatch(path) and not Path(f"{path}.idx").is_file():
+                    yield Problem((key,), f"holds the number {path} and takes paths alone; weights go to {key.replace('paths', 'weights')}")
+                elif "," in path and not Path(f"{path}.idx").is_file():
+                    names = ", ".join(part.strip() for part in path.split(",") if part.strip())
+                    yield Problem((key,), f"'{path}' names one corpus; for several write an entry each: [{names}]")
+
+    def _several_under_data_path(self, path: str) -> Iterator[Problem]:
+        if Path(f"{path}.idx").is_file():
             return
         words = [word for word in re.split(r"[,\s]+", path) if word]
         weights = [word for word in words if NUMBER.fullmatch(word)]

@@ -60,3 +60,19 @@ def test_a_path_with_a_comma_or_a_space_is_a_path(tmp_path: Path) -> None:
     (tmp_path / "a,b.idx").write_text("")
     for path in (f"{tmp_path}/a,b", "my data/a b", "one corpus"):
         config_from_dict({**MODEL, "data_path": path})
+
+
+@pytest.mark.parametrize(
+    ("keys", "advice"),
+    [
+        ({"data_path": ["a", "b"]}, "'data_path' = ['a', 'b']: must be text; for several corpora write train_data_paths: [a, b]"),
+        ({"train_data_paths": "a, b"}, "'train_data_paths' = 'a, b': must be a list; write [a, b]"),
+        ({"train_data_paths": ["a,b"]}, "'a,b' names one corpus; for several write an entry each: [a, b]"),
+        ({"train_data_paths": ["0.5", "a"]}, "holds the number 0.5 and takes paths alone; weights go to train_data_weights"),
+        ({"split": [969, 30, 1]}, "'split' = [969, 30, 1]: must be text: write '969, 30, 1'"),
+    ],
+)
+def test_lists_where_text_is_wanted_and_the_other_way_round(keys: dict[str, object], advice: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict({**MODEL, **({"valid_data_paths": ["v"], "test_data_paths": ["t"]} if "train_data_paths" in keys else {}), **keys})
+    assert any(advice in problem for problem in caught.value.problems), caught.value.problems
