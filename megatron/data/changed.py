@@ -23,10 +23,11 @@ NAMES = {"train": "training", **LOSS_OF}
 Facts = dict[str, Any]
 
 
-def data_facts(data: DataConfig, datasets: Datasets) -> Facts:
-    """JSON values: the keys that decide on the order, and of each corpus that is read its path, documents, tokens, and what tells its content."""
+def data_facts(data: DataConfig, datasets: Datasets, order: Mapping[str, int]) -> Facts:
+    """JSON values: the keys that decide on the order (`order`: those of other sections), and of each corpus that is read its path, documents, tokens,
+    and what tells its content."""
     corpora = {name: [corpus_facts(tokens) for tokens in files_of(getattr(datasets, name))] for name in SPLITS}
-    return {"keys": {key: getattr(data, key) for key in KEYS}, "corpora": corpora}
+    return {"keys": {**{key: getattr(data, key) for key in KEYS}, **order}, "corpora": corpora}
 
 
 def files_of(dataset: TextDataset | None) -> list[IndexedDataset]:
@@ -46,8 +47,8 @@ def changes(before: Facts, now: Facts) -> list[str]:
     """Clauses on what differs; empty where a run that goes on reads on in the very same data."""
     found = [
         f"{key} was {before['keys'][key]!r} and is {now['keys'][key]!r}"
-        for key in KEYS
-        if key in before["keys"] and before["keys"][key] != now["keys"][key] and matters(key, before, now)
+        for key in now["keys"]
+        if key in before["keys"] and before["keys"][key] != now["keys"][key] and matters(key, now)
     ]
     for name in SPLITS:
         old, new = before["corpora"].get(name, []), now["corpora"][name]
@@ -58,7 +59,7 @@ def changes(before: Facts, now: Facts) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def matters(key: str, before: Facts, now: Facts) -> bool:
+def matters(key: str, now: Facts) -> bool:
     """`split` says nothing where every part has files of its own, which lie at other paths."""
     parts = [{corpus["path"] for corpus in now["corpora"][name]} for name in SPLITS if now["corpora"][name]]
     return key != "split" or len(parts) < 2 or bool(set.intersection(*parts))

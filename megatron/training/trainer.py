@@ -48,7 +48,7 @@ class Trainer:
         self.datasets = datasets
         self.expected = expected
         """What a checkpoint has to say about its model."""
-        self.data_facts = data_facts(config.data, datasets)
+        self.data_facts = data_facts(config.data, datasets, {"seed": config.training.seed, "seq_length": plan.seq_length})
         """What is read, which every checkpoint holds."""
         self.state = TrainingState()
         self.callbacks: Sequence[Callback] = ()

@@ -17,9 +17,9 @@ from megatron.data.loader import SamplePlan, build_data
 PLAN = SamplePlan(train_samples=8, valid_samples=4, test_samples=0)
 
 
-def facts(config: Any) -> dict[str, Any]:
+def facts(config: Any, seed: int = 1) -> dict[str, Any]:
     """As they come back from a file."""
-    return dict(json.loads(json.dumps(data_facts(config, build_data(config, seq_length=4, plan=PLAN, seed=1)))))
+    return dict(json.loads(json.dumps(data_facts(config, build_data(config, seq_length=4, plan=PLAN, seed=1), {"seed": seed}))))
 
 
 def rewrite(path: Path, documents: list[list[int]]) -> None:
@@ -31,6 +31,7 @@ def rewrite(path: Path, documents: list[list[int]]) -> None:
 def test_the_same_data_is_no_change(numbered: Callable[..., Path], data_config: Callable[..., Any]) -> None:
     config = data_config(data_path=str(numbered([10] * 10)), split="8,2,0")
     assert changes(facts(config), facts(config)) == []
+    assert changes(facts(config), facts(config, seed=2)) == ["seed was 1 and is 2"]
 
 
 def test_what_changed_in_one_file_is_said_once(numbered: Callable[..., Path], data_config: Callable[..., Any]) -> None:

@@ -120,11 +120,16 @@ def test_a_hostfile_goes_to_deepspeed_s_runner(tmp_path: Path, stub: Stub) -> No
     assert launch.processes == 4
 
 
-def test_slots_of_the_hostfile_are_counted(tmp_path: Path) -> None:
+def test_slots_of_the_hostfile_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hostfile = tmp_path / "hosts"
     hostfile.write_text("worker-1 slots=4\nworker-2 slots=8 # large\n")
     assert worker_count(loaded(hostfile=str(hostfile)), CPU) == 12
     assert worker_count(loaded(hostfile=str(hostfile), num_nodes=1), CPU) == 4
+    monkeypatch.setenv("DLTS_HOSTFILE", str(hostfile))
+    assert worker_count(loaded(), CPU) == 12
+    hostfile.write_text("worker-1 slots=4\nworker-1 slots=4\n")
+    with pytest.raises(ConfigError, match=r"hosts:2: Hostfile contains multiple entries for worker-1"):
+        worker_count(loaded(), CPU)
 
 
 @pytest.mark.parametrize(
