@@ -110,7 +110,9 @@ def read_manifest(path: Path) -> Manifest | None:
         files = {name: FileRecord(int(record["size"]), str(record["sha256"])) for name, record in content.pop("files").items()}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{file} is damaged ({type(error).__name__}: {error}): nothing says any more which files belong to this checkpoint."
         ) from error

@@ -65,13 +65,14 @@ def main(argv: Sequence[str]) -> int:
         machine = survey()
         processes = worker_count(loaded, machine)
         if request.check:
-            return _show_check(loaded, processes)
+            return _show_check(loaded, processes, machine_notices(loaded, machine))
         if script.stem == "train":
             check_trainable(loaded.config, processes)
+        notices = machine_notices(loaded, machine)
         launch = plan_launch(script, loaded, machine)
     except ConfigError as error:
         _stop(parser, str(error))
-    for notice in machine_notices(loaded):
+    for notice in notices:
         sys.stderr.write(f"{parser.prog}: {notice}\n")
     if launch.replaces:
         os.execve(launch.argv[0], launch.argv, launch.env)
@@ -177,7 +178,7 @@ def _stop(parser: argparse.ArgumentParser, sentence: str) -> NoReturn:
     parser.exit(_USAGE_STATUS, f"{parser.prog}: {sentence}\n")
 
 
-def _show_check(loaded: LoadedConfig, processes: int) -> int:
+def _show_check(loaded: LoadedConfig, processes: int, notices: Sequence[str]) -> int:
     """Returns the exit status. Raises ConfigError where the batch sizes contradict each other; what is missing may be in another file."""
     from rich.console import Console
 
@@ -185,7 +186,7 @@ def _show_check(loaded: LoadedConfig, processes: int) -> int:
     from megatron.launcher.summary import summary
 
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
-    loaded = replace(loaded, notices=(*loaded.notices, *machine_notices(loaded)))
+    loaded = replace(loaded, notices=(*loaded.notices, *notices))
     for part in summary(loaded, processes, vocabulary(loaded.config.data)):
         console.print(part, soft_wrap=isinstance(part, str))  # sentences stay in one line, tables keep to the width
     training = loaded.config.training

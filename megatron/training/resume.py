@@ -16,7 +16,8 @@ from megatron.checkpoint.load import load_checkpoint
 from megatron.checkpoint.weights import read_config
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.optimizer import OptimizerConfig
-from megatron.training.callbacks.checkpoint import STATE
+from megatron.data.changed import changed_keys, changes
+from megatron.training.callbacks.checkpoint import DATA, STATE
 from megatron.training.engine import DTYPES
 from megatron.training.evaluate import evaluation_logits
 from megatron.training.schedule_record import schedule_to_follow
@@ -78,6 +79,8 @@ def resume(trainer: Trainer) -> None:
     record.steps_done = trainer.state.steps_done
     trainer.plan = replace(trainer.plan, schedule=schedule_to_follow(record, trainer.config.optimizer, path))
     record.schedule = trainer.plan.schedule
+    if (other_data := data_change(trainer, path, client_state.get(DATA))) is not None:
+        log.warning("%s", other_data)
     for changed in (batch_change(path, trainer.plan.batch), length_change(path, trainer.plan.train_iters)):
         if changed is not None:
             log.info("%s", changed)
@@ -85,6 +88,24 @@ def resume(trainer: Trainer) -> None:
         log.info("%s is at step %d of %d: there is nothing left to train.", path, trainer.state.iteration, trainer.plan.train_iters)
     else:
         log.info("Going on from %s, step %d of %d.", path, trainer.state.iteration, trainer.plan.train_iters)
+
+
+def data_change(trainer: Trainer, path: Path, facts: Any) -> str | None:
+    """A sentence when a run that goes on from `path` reads other data than was read there, which may be meant; None: the same, or nobody knows.
+
+    `facts`: what the checkpoint holds of its data; None, as in checkpoints of GPT-NeoX: the keys of its configuration are compared.
+    """
+    data = trainer.config.data
+    try:
+        found = changes(facts, trainer.data_facts) if facts is not None else changed_keys(read_config(path), data)
+    except (KeyError, TypeError, AttributeError):  # facts of another version of this package
+        return None
+    if not found:
+        return None
+    return (
+        f"The data is not what it was when {path} was saved: {'; '.join(found)}. The run goes on at sample {trainer.state.consumed_samples:,} of "
+        "what is there now, so text may be read twice or not at all. If that is not meant, stop and give the data from before."
+    )
 
 
 def check_optimizer_type(path: Path, config: OptimizerConfig) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from megatron.checkpoint.weights import Expected
 from megatron.config.neox import NeoXConfig
 from megatron.config.training import Batch
+from megatron.data.changed import data_facts
 from megatron.data.indexed import DatasetError
 from megatron.data.loader import Batches, Datasets, batches
 from megatron.mpu.topology import Topology
@@ -48,6 +49,8 @@ class Trainer:
         self.datasets = datasets
         self.expected = expected
         """What a checkpoint has to say about its model."""
+        self.data_facts = data_facts(config.data, datasets, {"seed": config.training.seed, "seq_length": plan.seq_length})
+        """What is read, which every checkpoint holds."""
         self.state = TrainingState()
         self.health = Health()
         self.callbacks: Sequence[Callback] = ()

@@ -254,3 +254,18 @@ def test_scripts_and_configurations_are_found_from_elsewhere(tmp_path: Path, rep
     (tmp_path / "train.py").write_text(SCRIPT)
     done = run(tmp_path, str(repository / "deepy.py"), "train.py", "-d", "configs", "small.yml")
     assert done.stdout.startswith("2 1234 ['small.yml']"), "what is here comes first"
+
+
+def test_a_hostfile_is_checked_and_counted_before_anything_starts(folder: Path) -> None:
+    (folder / "hosts").write_text("node-a slots=2\nnode-b slots=two\n")
+    said = (
+        "deepy.py: 1 problem(s) in the configuration:\n  hosts:2: Hostfile contains a bad entry: node-b slots=two; "
+        "write one line a machine, such as `worker-1 slots=8`, each machine once\n"
+    )
+    for more in ((), ("--check",)):
+        done = run(folder, "deepy.py", "worker.py", "-d", "configs", "small", "-H", "hosts", *more)
+        assert (done.returncode, done.stderr) == (2, said)
+    (folder / "hosts").write_text("node-a slots=2\nnode-b slots=3\n")
+    done = run(folder, "deepy.py", "worker.py", "-d", "configs", "small", "-H", "hosts", "--check")
+    assert done.returncode == 0, done.stderr
+    assert "20 = 4 x 1 accumulation x 5 processes" in done.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -265,3 +266,17 @@ def test_a_trailing_slash_extra_iterations_and_a_few_kept(corpus: Path, tmp_path
     assert {path.name for path in (tmp_path / "run").glob("global_step*")} == {f"global_step{step}" for step in (0, 1, 2, 3, 5, 6, 7, 11, 12)}
     train_losses({**values, "save": f"{tmp_path}/few/", "train_iters": 12, "keep_last_n_checkpoints": 2})
     assert {path.name for path in (tmp_path / "few").glob("global_step*")} == {"global_step11", "global_step12"}
+
+
+def test_a_run_that_goes_on_says_that_its_data_changed(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    values = dense(corpus, tmp_path / "run", resume_if_exists=True)
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{corpus}{suffix}", tmp_path / f"mine{suffix}")
+    values["data_path"] = str(tmp_path / "mine")
+    train_losses({**values, "exit_interval": 4})
+    capfd.readouterr()
+    train_losses({**values, "exit_interval": 2})
+    assert "The data is not what it was" not in "".join(capfd.readouterr())
+    train_losses({**values, "split": "90, 5, 5"})
+    said = " ".join("".join(capfd.readouterr()).split())
+    assert f"The data is not what it was when {tmp_path}/run/global_step6 was saved: split was '80, 10, 10' and is '90, 5, 5'. The run goes" in said

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from megatron.config.machine import import_optional
-from megatron.data.indexed import DatasetError, token_dtype
+from megatron.data.indexed import token_dtype
 from megatron.data.input.bad_input import Kind
+from megatron.data.optional import import_optional
 from megatron.data.tokenizer import Tokenizer, end_of_document, load_tokenizer
 
 BATCH_BYTES = 1 << 18
@@ -125,9 +125,6 @@ def masked(text: Column, pattern: tuple[int, ...]) -> Column:
 
 def load_ftfy() -> Callable[[str], str]:
     """ftfy.fix_text. Raises DatasetError when the package is not installed."""
-    try:
-        library: Any = import_optional("ftfy")
-    except ImportError:
-        raise DatasetError("--ftfy needs the package ftfy: `pip install ftfy`") from None
+    library = import_optional("ftfy", "--ftfy needs the package ftfy: `pip install ftfy`")
     fix: Callable[[str], str] = library.fix_text
     return fix

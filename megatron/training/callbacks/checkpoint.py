@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 STATE = "training_state"
 """Key of the trainer's counters in a checkpoint's client state."""
+DATA = "training_data"
+"""Key of what the run reads (megatron.data.changed.data_facts) there."""
 
 
 class CheckpointCallback(Callback):
@@ -112,7 +114,13 @@ class CheckpointCallback(Callback):
             trainer.engine,
             directory,
             trainer.state.iteration,
-            client_state={"args": self.args, STATE: trainer.state.state_dict(), **self._origin(trainer), **self._logits(trainer)},
+            client_state={
+                "args": self.args,
+                STATE: trainer.state.state_dict(),
+                DATA: trainer.data_facts,
+                **self._origin(trainer),
+                **self._logits(trainer),
+            },
             documents=self.documents,
             contents=replace(self.contents, facts={layout.LOSSES_FINITE: trainer.health.losses_finite}),
         )
