@@ -227,9 +227,9 @@ def with_bias(mask: Tensor, bias_1HSP: Tensor) -> Tensor:
     return mask + bias_1HSP
 
 
-def share_of_labels(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
-    """How many of a batch's labels these are, of `num_items_in_batch` in all; 1 where that is not given."""
-    if num_items_in_batch is None:
+def share_of_labels(labels: Tensor | None, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    """How many of a batch's labels these are, of `num_items_in_batch` in all; 1 where either is not given."""
+    if labels is None or num_items_in_batch is None:
         return 1.0
     return (labels[:, 1:] != -100).sum() / torch.as_tensor(num_items_in_batch, device=labels.device)
 
