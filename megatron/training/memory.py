@@ -22,10 +22,8 @@ def check_training_fits(config: NeoXConfig, vocabulary: int, *, world_size: int)
     """
     parameters = count_parameters(config.model, config.moe, vocabulary).total_sum
     stage = config.optimizer.zero_optimization.stage
-    averages, average_bytes = config.optimizer.averages
-    memory = training_memory(
-        parameters, config.precision, zero_stage=stage, data_parallel_size=world_size, averages=averages, average_bytes=average_bytes
-    )
+    averages = config.optimizer.averages
+    memory = training_memory(parameters, config.precision, zero_stage=stage, data_parallel_size=world_size, averages=averages)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     processes = here if os.environ.get("DS_ACCELERATOR") != "cuda" else -(-here // max(1, torch.cuda.device_count()))
     _check(
