@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,9 @@ from megatron.config import config_from_dict
 from megatron.config.size import padded_vocab_size
 from megatron.convert.architecture import Architecture, Source
 from megatron.convert.architectures import ARCHITECTURES
+from megatron.convert.dropped import check_used, finite, head_name, untied_head
 from megatron.convert.errors import ConversionError
+from megatron.convert.layouts import Arranged
 from megatron.convert.logits import Compared, compare, our_logits, their_logits, tokens_to_compare
 from megatron.convert.mapping import Entry, to_ours
 from megatron.convert.opened import ORIGIN_KEY, open_checkpoint
@@ -28,14 +31,13 @@ from megatron.convert.staging import checked_target, move_into, staged_run
 from megatron.convert.tensor_files import StoredTensors
 from megatron.convert.to_huggingface import AUTO, PRECISIONS
 from megatron.convert.tokenizers import tokenizer_keys
+from megatron.convert.trust import foreign_code, own_class, refusal, without_code
 from megatron.convert.upcycle import Upcycled, upcycle
 from megatron.data.progress import Reporter, Stage
 from megatron.data.tokenizer import Tokenizer, load_tokenizer
 from megatron.training.engine import DTYPES
 from megatron.training.setup import checkpoint_args
 
-BUFFERS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
-"""Endings of what older versions of transformers stored beside the weights."""
 CONFIG = "config.yml"
 
 
@@ -53,6 +55,8 @@ class Import:
     check: bool = True
     force: bool = False
     """Writes into a directory that is there already."""
+    trust_remote_code: bool = False
+    """Runs Python code that lies in `input_dir`, if its config.json asks for some, to compare the logits."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +107,15 @@ def import_model(request: Import, reporter: Reporter) -> Imported:
     """
     target = checked_target(request.output_dir, force=request.force, to_do="write into")
     theirs = open_theirs(request.input_dir)
+    found = foreign_code(request.input_dir, theirs.architecture)
+    if found is not None and request.check and not request.trust_remote_code:
+        raise ConversionError(refusal(found, theirs.architecture))
     with staged_run(target) as stage:
         imported = _written(request, theirs, stage, reporter)
         move_into(stage, target, last=LATEST)
+    if found is not None and not request.check:
+        unrun = f"{found}. It did not run: the weights were read as those of {theirs.architecture.class_name}, and nothing was compared."
+        imported = replace(imported, notices=(unrun, *imported.notices))
     return imported
 
 
@@ -119,12 +129,22 @@ def _written(request: Import, theirs: Theirs, stage: Path, reporter: Reporter) -
     precision = precision_of(request, settings)
     keys |= {"precision": precision, "make_vocab_size_divisible_by": 1}
     source = Source(config_from_dict(keys), settings["vocab_size"])
+    notices: list[str] = []
+    if (head := untied_head(architecture, source, stored)) is not None:
+        keys["no_weight_tying"] = True
+        source = Source(config_from_dict(keys), source.vocabulary)
+        notices.append(
+            f"config.json says tie_word_embeddings, but {head} is not the embedding: the two are kept apart (no_weight_tying: true), "
+            "as transformers does."
+        )
     table = list(architecture.table(source))
-    check_used(table, stored, tied="lm_head.weight" if not source.config.model.no_weight_tying else None)
+    arranged = Arranged(stored, table, source)
+    tied = None if source.config.model.no_weight_tying else head_name(architecture, source)
+    notices += check_used(table, arranged, source, tied=tied, settings=settings)
     check_vocabulary(tokenizer, source.vocabulary, request.input_dir)
     keys["make_vocab_size_divisible_by"] = divisor(tokenizer, source.vocabulary)
     source = Source(config_from_dict(keys), source.vocabulary)
-    weights = converted(table, stored, model_shapes(source), DTYPES[precision])
+    weights = converted(table, arranged, model_shapes(source), DTYPES[precision])
     upcycled: Upcycled | None = None
     if request.upcycle is not None:
         upcycled = upcycle(source, request.upcycle, keys)
@@ -133,13 +153,13 @@ def _written(request: Import, theirs: Theirs, stage: Path, reporter: Reporter) -
         path = save(request, stage, source, _counted(weights, progress), origin=architecture.name)
     (stage / CONFIG).write_text(config_text(request, keys))
     exact = upcycled is None or upcycled.is_exact
-    compared = compare_logits(request, stage, source, tokenizer) if request.check and exact else None
+    compared = compare_logits(request, theirs, stage, tokenizer) if request.check and exact else None
     return Imported(
         request.output_dir / path.name,
         request.output_dir / CONFIG,
         architecture.class_name,
         compared,
-        upcycled.notices if upcycled is not None else (),
+        (*notices, *(upcycled.notices if upcycled is not None else ())),
     )
 
 
@@ -197,14 +217,6 @@ def read_keys(file: Path) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in content.items()}
 
 
-def check_used(table: list[Entry], stored: StoredTensors, *, tied: str | None) -> None:
-    """Raises ConversionError for a weight of theirs that no entry reads; `tied` is a copy of the embedding that may be there."""
-    read = {name for entry in table for name in entry.theirs}
-    left = [name for name in stored.names if name not in read and name != tied and not name.endswith(BUFFERS)]
-    if left:
-        raise ConversionError(f"{stored.directory} holds {left[0]}, which this model has no place for ({len(left)} such weights).")
-
-
 def check_vocabulary(tokenizer: Tokenizer | None, rows: int, directory: Path) -> None:
     """Raises ConversionError for a tokenizer (None: there is none) whose tokens the model has no rows for."""
     if tokenizer is not None and tokenizer.vocab_size > rows:
@@ -245,12 +257,26 @@ def config_text(request: Import, keys: Mapping[str, Any]) -> str:
     return head + yaml.safe_dump({**keys, "load": str(request.output_dir), "finetune": True}, sort_keys=False)
 
 
-def compare_logits(request: Import, stage: Path, source: Source, tokenizer: Tokenizer | None) -> Compared:
+def compare_logits(request: Import, theirs: Theirs, stage: Path, tokenizer: Tokenizer | None) -> Compared:
     """The checkpoint that was written against Hugging Face's model. Raises ConversionError where they differ."""
-    texts = tokens_to_compare(source, tokenizer)
     opened = open_checkpoint(stage)
-    theirs = their_logits(request.input_dir, texts, DTYPES[source.config.precision])
-    return compare(our_logits(opened.source, opened.weights.read, texts), theirs)
+    texts, dtype = tokens_to_compare(opened.source, tokenizer), DTYPES[opened.source.config.precision]
+    ours = our_logits(opened.source, opened.weights.read, texts)
+    with loadable(theirs, trusted=request.trust_remote_code) as (folder, loader):
+        return compare(ours, their_logits(folder, texts, dtype, loader=loader, trusted=request.trust_remote_code))
+
+
+@contextmanager
+def loadable(theirs: Theirs, *, trusted: bool) -> Iterator[tuple[Path, Any]]:
+    """The folder as transformers may load it, and the class that loads it: the folder itself with the code in it only where that is trusted."""
+    directory = theirs.stored.directory
+    if trusted and foreign_code(directory, theirs.architecture) is not None:
+        from transformers import AutoModelForCausalLM
+
+        yield directory, AutoModelForCausalLM
+        return
+    with without_code(theirs.stored) as folder:
+        yield folder, own_class(theirs.architecture)
 
 
 def described(imported: Imported) -> Iterator[str]:
@@ -261,10 +287,11 @@ def described(imported: Imported) -> Iterator[str]:
         yield f"Compared with the original: {imported.compared}."
 
 
-def converted(table: list[Entry], stored: StoredTensors, shapes: Shapes, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Our weights, layer by layer. Raises ConversionError, also for shapes that the configuration does not ask for."""
+def converted(table: list[Entry], stored: Arranged, shapes: Shapes, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Our weights, layer by layer. Raises ConversionError, also for shapes that the configuration does not ask for and numbers that are not finite."""
     for named in to_ours(in_order(table), stored.read):
-        yield named.name, checked(named.name, named.tensor, shapes).to(torch.float32 if named.exact else dtype)
+        tensor = checked(named.name, named.tensor, shapes)
+        yield named.name, finite(named.name, tensor, tensor.to(torch.float32 if named.exact else dtype))
 
 
 def _counted(weights: Iterator[tuple[str, Tensor]], progress: Stage) -> Iterator[tuple[str, Tensor]]:

@@ -240,7 +240,7 @@ def lose_weight(directory: Path) -> None:
             "config.json: a setting is missing or no number (invalid literal for int() with base 10: 'a').",
         ),
         (lambda directory: change_config(directory, quantization_config={"quant_method": "gptq"}), "holds quantized weights (quantization_config)"),
-        (lambda directory: change_norm(directory, torch.full((32,), math.nan)), "64 random tokens are no numbers (NaN): the weights are damaged"),
+        (lambda directory: change_norm(directory, torch.full((32,), math.nan)), "norm.scale holds 32 entries that are not finite (NaN or infinite)"),
         (lambda directory: change_norm(directory, torch.ones(32, dtype=torch.int64)), "norm.scale holds int64 numbers, which no weight of a mod"),
         (lambda directory: write_index(directory, None), "index.json is damaged: it does not say which file holds which weight"),
         (lambda directory: write_index(directory, {"a": 1}), "1 is missing: model.safetensors.index.json names it."),
@@ -351,13 +351,19 @@ def test_files_of_older_transformers(case: str, tmp_path: Path, main: Callable[.
     weights = load_file(tmp_path / "theirs" / "model.safetensors")
     (tmp_path / "theirs" / "model.safetensors").unlink()
     prefix = "gpt_neox" if name == "neox" else "model"
-    weights[f"{prefix}.layers.0.attention.rotary_emb.inv_freq"] = torch.ones(4)
+    turned = int(config.hidden_size // config.num_attention_heads * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    weights[f"{prefix}.layers.0.attention.rotary_emb.inv_freq"] = (
+        config.rope_parameters["rope_theta"] ** -(torch.arange(0, turned, 2) / turned)
+    ).half()
+    if name == "neox":
+        weights["gpt_neox.layers.0.attention.bias"] = torch.ones(1, 1, 80, 80, dtype=torch.uint8).tril()
+        weights["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(-1e9)
     parts = [dict(list(weights.items())[half::2]) for half in range(2)]
     for number, part in enumerate(parts):
         torch.save(part, tmp_path / "theirs" / f"pytorch_model-{number}.bin")
     places = {weight: f"pytorch_model-{number}.bin" for number, part in enumerate(parts) for weight in part}
     (tmp_path / "theirs" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
-    assert main("--model_path", tmp_path / "theirs", "--output_dir", tmp_path / "run", "--skip-check") == 0
+    assert main("--model_path", tmp_path / "theirs", "--output_dir", tmp_path / "run") == 0
     loaded = load_model_weights(tmp_path / "run").state_dict
     assert math.isclose(loaded["sequential.0.word_embeddings.weight"].sum().item(), weights[architecture_embedding(name)].sum().item())
 
