@@ -20,10 +20,10 @@ from megatron.config import config_from_dict
 from megatron.config.size import padded_vocab_size
 from megatron.convert.architecture import Architecture, Source
 from megatron.convert.architectures import ARCHITECTURES
-from megatron.convert.dropped import check_used, finite, head_name, untied_head
+from megatron.convert.dropped import check_used, finite, further_layers, head_name, untied_head
 from megatron.convert.errors import ConversionError
 from megatron.convert.layouts import Arranged
-from megatron.convert.logits import Compared, compare, our_logits, their_logits, tokens_to_compare
+from megatron.convert.logits import Allowed, Compared, compare, our_logits, their_logits, tokens_to_compare
 from megatron.convert.mapping import Entry, to_ours
 from megatron.convert.opened import ORIGIN_KEY, open_checkpoint
 from megatron.convert.shapes import Shapes, checked, model_shapes
@@ -262,8 +262,9 @@ def compare_logits(request: Import, theirs: Theirs, stage: Path, tokenizer: Toke
     opened = open_checkpoint(stage)
     texts, dtype = tokens_to_compare(opened.source, tokenizer), DTYPES[opened.source.config.precision]
     ours = our_logits(opened.source, opened.weights.read, texts)
+    allowed = Allowed(request.trust_remote_code, set(further_layers(theirs.stored.names, theirs.settings)))
     with loadable(theirs, trusted=request.trust_remote_code) as (folder, loader):
-        return compare(ours, their_logits(folder, texts, dtype, loader=loader, trusted=request.trust_remote_code))
+        return compare(ours, their_logits(folder, texts, precision=dtype, loader=loader, allowed=allowed))
 
 
 @contextmanager

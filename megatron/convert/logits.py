@@ -5,7 +5,7 @@ Shapes: B texts; S tokens; V rows of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,10 +76,17 @@ def our_logits(source: Source, read: Callable[[str], Tensor], texts: list[Tensor
     return Logits(run)
 
 
-def their_logits(directory: Path, texts: list[Tensor], precision: torch.dtype = torch.float32, *, loader: Any, trusted: bool = False) -> Logits:
+class Allowed(NamedTuple):
+    """`trusted`: code that lies in the directory may run; `left_out`: weights that may lie there and take no part."""
+
+    trusted: bool = False
+    left_out: Collection[str] = ()
+
+
+def their_logits(directory: Path, texts: list[Tensor], *, precision: torch.dtype, loader: Any, allowed: Allowed) -> Logits:
     """Of the model that `loader` (a class or auto class of transformers) makes of a directory, its weights rounded to `precision` first.
 
-    `trusted`: code that lies in the directory may run. The result raises ConversionError where a weight is missing, too many or of another shape.
+    The result raises ConversionError where a weight is missing, too many or of another shape.
     """
 
     def run(dtype: torch.dtype, parts: Parts) -> list[Tensor]:
@@ -87,11 +94,11 @@ def their_logits(directory: Path, texts: list[Tensor], precision: torch.dtype = 
 
         logging.disable_progress_bar()
         try:
-            model, report = loader.from_pretrained(directory, dtype=precision, trust_remote_code=trusted, output_loading_info=True)
+            model, report = loader.from_pretrained(directory, dtype=precision, trust_remote_code=allowed.trusted, output_loading_info=True)
         except Exception as error:  # each class refuses in its own way
             raise ConversionError(f"transformers cannot load the model to compare: {' '.join(str(error).split())}.") from error
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if names := sorted(map(str, report[kind])):
+            if names := sorted(set(map(str, report[kind])) - set(allowed.left_out)):
                 raise ConversionError(f"transformers loads the model with {kind.replace('_', ' ')}: {', '.join(names[:4])} ({len(names)} in all).")
         model = model.eval().to(dtype)
         with torch.no_grad(), recorded(their_parts(model), parts):

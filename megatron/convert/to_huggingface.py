@@ -17,7 +17,7 @@ from megatron.convert.choice import AUTO, choose_architecture
 from megatron.convert.dropped import finite
 from megatron.convert.errors import ConversionError
 from megatron.convert.json_files import write_json
-from megatron.convert.logits import Compared, compare, our_logits, their_logits, tokens_to_compare
+from megatron.convert.logits import Allowed, Compared, compare, our_logits, their_logits, tokens_to_compare
 from megatron.convert.mapping import check_complete, to_theirs
 from megatron.convert.opened import EMBEDDING, Opened, open_checkpoint
 from megatron.convert.shapes import checked_read, model_shapes
@@ -140,8 +140,8 @@ def compare_logits(opened: Opened, export: Export, directory: Path, architecture
     ours = our_logits(opened.source, opened.weights.read, texts, dtype_of(opened, export))
     from transformers import AutoModelForCausalLM
 
-    code = architecture.code is not None  # this version's, which lies in the directory because it was just written there
-    return compare(ours, their_logits(directory, texts, loader=AutoModelForCausalLM, trusted=code))
+    allowed = Allowed(trusted=architecture.code is not None)  # this version's code, which was just written there
+    return compare(ours, their_logits(directory, texts, precision=torch.float32, loader=AutoModelForCausalLM, allowed=allowed))
 
 
 def described(exported: Exported, target: Path) -> Iterator[str]:
