@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from megatron.convert.architectures import ARCHITECTURES
 from megatron.convert.dropped import check_used, finite, further_layers, head_name, untied_head
 from megatron.convert.errors import ConversionError
 from megatron.convert.layouts import Arranged
-from megatron.convert.logits import Allowed, Compared, compare, our_logits, their_logits, tokens_to_compare
+from megatron.convert.logits import LIMIT, Allowed, Compared, compare, our_logits, their_logits, tokens_to_compare
 from megatron.convert.mapping import Entry, to_ours
 from megatron.convert.opened import ORIGIN_KEY, open_checkpoint
 from megatron.convert.shapes import Shapes, checked, model_shapes
@@ -67,8 +68,9 @@ class Imported:
     config_file: Path
     class_name: str
     compared: Compared | None
-    """None where the comparison was not wanted, or the logits are not meant to be equal."""
+    """None where the comparison was not wanted."""
     notices: tuple[str, ...] = ()
+    is_upcycled: bool = False
 
 
 class Theirs(NamedTuple):
@@ -152,14 +154,15 @@ def _written(request: Import, theirs: Theirs, stage: Path, reporter: Reporter) -
     with reporter.stage("weights", None) as progress:
         path = save(request, stage, source, _counted(weights, progress), origin=architecture.name)
     (stage / CONFIG).write_text(config_text(request, keys))
-    exact = upcycled is None or upcycled.is_exact
-    compared = compare_logits(request, theirs, stage, tokenizer) if request.check and exact else None
+    limit = LIMIT if upcycled is None or upcycled.is_exact else math.inf
+    compared = compare_logits(request, theirs, stage, tokenizer, limit=limit) if request.check else None
     return Imported(
         request.output_dir / path.name,
         request.output_dir / CONFIG,
         architecture.class_name,
         compared,
         (*notices, *(upcycled.notices if upcycled is not None else ())),
+        is_upcycled=upcycled is not None,
     )
 
 
@@ -257,14 +260,14 @@ def config_text(request: Import, keys: Mapping[str, Any]) -> str:
     return head + yaml.safe_dump({**keys, "load": str(request.output_dir), "finetune": True}, sort_keys=False)
 
 
-def compare_logits(request: Import, theirs: Theirs, stage: Path, tokenizer: Tokenizer | None) -> Compared:
-    """The checkpoint that was written against Hugging Face's model. Raises ConversionError where they differ."""
+def compare_logits(request: Import, theirs: Theirs, stage: Path, tokenizer: Tokenizer | None, *, limit: float) -> Compared:
+    """The checkpoint that was written against Hugging Face's model. Raises ConversionError where they differ by more than `limit`."""
     opened = open_checkpoint(stage)
     texts, dtype = tokens_to_compare(opened.source, tokenizer), DTYPES[opened.source.config.precision]
     ours = our_logits(opened.source, opened.weights.read, texts)
     allowed = Allowed(request.trust_remote_code, set(further_layers(theirs.stored.names, theirs.settings)))
     with loadable(theirs, trusted=request.trust_remote_code) as (folder, loader):
-        return compare(ours, their_logits(folder, texts, precision=dtype, loader=loader, allowed=allowed))
+        return compare(ours, their_logits(folder, texts, precision=dtype, loader=loader, allowed=allowed), limit=limit)
 
 
 @contextmanager
@@ -285,7 +288,9 @@ def described(imported: Imported) -> Iterator[str]:
     yield from imported.notices
     yield f"{imported.path}: weights of {imported.class_name}; {imported.config_file}: the configuration that goes with them."
     if imported.compared is not None:
-        yield f"Compared with the original: {imported.compared}."
+        yield f"Compared with the {'dense model' if imported.is_upcycled else 'original'}: {imported.compared}."
+    if imported.compared is not None and imported.is_upcycled:
+        yield f"Upcycling: the largest relative difference of the logits is {imported.compared.relative:.1e} (of the dense model's largest logit)."
 
 
 def converted(table: list[Entry], stored: Arranged, shapes: Shapes, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

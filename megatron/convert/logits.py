@@ -45,6 +45,8 @@ class Compared(NamedTuple):
     difference: float
     texts: str
     exact: float | None = None
+    relative: float = 0.0
+    """`difference`, in float32, as a part of the largest logit of the original."""
 
     def __str__(self) -> str:
         rounding = "" if self.exact is None else f" ({self.exact:.1e} in float64: the rest is rounding)"
@@ -114,7 +116,8 @@ def compare(ours: Logits, theirs: Logits, *, limit: float = LIMIT) -> Compared:
     """
     first = ours(torch.float32)
     second = theirs(torch.float32)
-    result = Compared(largest_difference(first, second), _texts(first))
+    difference, largest = largest_difference(first, second), max(logits.abs().max().item() for logits in second)
+    result = Compared(difference, _texts(first), relative=difference / largest if largest else difference)
     if all(any(bool(logits.isnan().any()) for logits in side) for side in (first, second)):
         raise ConversionError(f"The logits on {result.texts} are no numbers (NaN): the weights are damaged, or overflow.")
     if not result.difference <= limit:

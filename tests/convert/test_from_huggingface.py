@@ -139,7 +139,7 @@ def test_upcycling_changes_no_logit(extra: dict[str, Any], stories: Path, main: 
         del keys["moe_num_experts"]
     moe = write_keys(tmp_path / "moe.yml", keys)
     assert main("--model_path", stories, "--output_dir", tmp_path / "run", "--upcycle", moe) == 0
-    assert "Compared with the original: largest difference of a logit" in capsys.readouterr().out
+    assert "Compared with the dense model: largest difference of a logit" in capsys.readouterr().out
     ready = ours(tmp_path / "run")
     assert any(name.endswith(".experts.mlp.w3") for name in ready.gpt.state_dict())
     tokens = torch.randint(512, (1, 100), generator=torch.Generator().manual_seed(4))
@@ -159,7 +159,7 @@ def test_weights_that_do_not_sum_to_one_are_said(stories: Path, main: Callable[.
     [
         ({}, "--upcycle: moe_num_experts must be 2 or more."),
         ({**EXPERTS, "moe_expert_type": "decomposed"}, "--upcycle: moe_expert_type decomposed: an MLP is no product of thin matrices."),
-        ({**EXPERTS, "moe_num_shared_experts": 1}, "--upcycle: a shared or residual expert beside the copies would change the output."),
+        ({**EXPERTS, "moe_num_shared_experts": 1}, "an expert 48, and the MLP that they are cut from has 48: set moe_ffn_hidden_size to 24, or moe"),
         ({**EXPERTS, "moe_ffn_hidden_size": 64}, "--upcycle: an expert must be as wide as the MLP: set moe_ffn_hidden_size to 48."),
         ({**EXPERTS, "moe_top_k": 9}, "'moe_top_k' = 9: must be at most moe_num_experts (4)"),
         ({**EXPERTS, "hidden_size": 64}, "--upcycle: hidden_size is no key of experts (moe_...): "),
