@@ -131,7 +131,8 @@ def upcycle(dense: Source, changes: Mapping[str, Any], keys: Mapping[str, Any]) 
     if problem:
         raise ConversionError(f"--upcycle: {problem}.")
     exact = whole or (_sums_to_one(moe) and _segments_stay_together(moe))
-    return Upcycled(merged, Source(config, dense.vocabulary), exact, tuple(_notices(moe, exact=exact)))
+    notices = ["The shared expert is the whole MLP, and the experts start without effect (W2 = 0): they learn what it lacks."] if whole else []
+    return Upcycled(merged, Source(config, dense.vocabulary), exact, (*notices, *_notices(moe, exact=exact)))
 
 
 def _widths_problem(model: ModelConfig, moe: MoEConfig) -> str | None:
@@ -144,7 +145,9 @@ def _widths_problem(model: ModelConfig, moe: MoEConfig) -> str | None:
         return f"an expert must be as wide as the MLP: set moe_ffn_hidden_size to {width}"
     if moe.moe_num_shared_experts:
         whole, rest = divmod(width * segments, moe.moe_num_shared_experts + segments)
-        fits = f"set moe_ffn_hidden_size to {whole}" if not rest else f"{width} cannot be cut into {moe.moe_num_shared_experts + segments} equal parts"
+        fits = (
+            f"set moe_ffn_hidden_size to {whole}" if not rest else f"{width} cannot be cut into {moe.moe_num_shared_experts + segments} equal parts"
+        )
     else:
         fits = f"set moe_ffn_hidden_size to {width - shared}" if shared < width else f"give it at most the {width} hidden units of the MLP"
     return (

@@ -159,7 +159,6 @@ def test_weights_that_do_not_sum_to_one_are_said(stories: Path, main: Callable[.
     [
         ({}, "--upcycle: moe_num_experts must be 2 or more."),
         ({**EXPERTS, "moe_expert_type": "decomposed"}, "--upcycle: moe_expert_type decomposed: an MLP is no product of thin matrices."),
-        ({**EXPERTS, "moe_num_shared_experts": 1}, "an expert 48, and the MLP that they are cut from has 48: set moe_ffn_hidden_size to 24, or moe"),
         ({**EXPERTS, "moe_ffn_hidden_size": 64}, "--upcycle: an expert must be as wide as the MLP: set moe_ffn_hidden_size to 48."),
         ({**EXPERTS, "moe_top_k": 9}, "'moe_top_k' = 9: must be at most moe_num_experts (4)"),
         ({**EXPERTS, "hidden_size": 64}, "--upcycle: hidden_size is no key of experts (moe_...): "),

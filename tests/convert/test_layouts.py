@@ -69,7 +69,11 @@ def test_fused_experts_are_those_that_lie_one_by_one(
 
 
 def rewrite(directory: Path, weights: dict[str, Tensor]) -> None:
-    save_file({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}, directory / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()},
+        directory / "model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def test_mixtral_under_the_names_of_other_families(main: Callable[..., int], tmp_path: Path) -> None:
