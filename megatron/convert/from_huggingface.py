@@ -23,6 +23,7 @@ from megatron.convert.architecture import Architecture, Source
 from megatron.convert.architectures import ARCHITECTURES
 from megatron.convert.dropped import check_used, finite, further_layers, head_name, untied_head
 from megatron.convert.errors import ConversionError
+from megatron.convert.json_files import read_json
 from megatron.convert.layouts import Arranged
 from megatron.convert.logits import LIMIT, Allowed, Compared, compare, our_logits, their_logits, tokens_to_compare
 from megatron.convert.mapping import Entry, to_ours
@@ -33,6 +34,7 @@ from megatron.convert.tensor_files import StoredTensors
 from megatron.convert.to_huggingface import AUTO, PRECISIONS
 from megatron.convert.tokenizers import tokenizer_keys
 from megatron.convert.trust import foreign_code, own_class, refusal, without_code
+from megatron.convert.unread import check_general, unread_settings, without_unread
 from megatron.convert.upcycle import Upcycled, upcycle
 from megatron.data.progress import Reporter, Stage
 from megatron.data.tokenizer import Tokenizer, load_tokenizer
@@ -131,7 +133,7 @@ def _written(request: Import, theirs: Theirs, stage: Path, reporter: Reporter) -
     precision = precision_of(request, settings)
     keys |= {"precision": precision, "make_vocab_size_divisible_by": 1}
     source = Source(config_from_dict(keys), settings["vocab_size"])
-    notices: list[str] = []
+    notices = list(settings_notices(theirs))
     if (head := untied_head(architecture, source, stored)) is not None:
         keys["no_weight_tying"] = True
         source = Source(config_from_dict(keys), source.vocabulary)
@@ -186,9 +188,20 @@ def read_settings(directory: Path) -> dict[str, Any]:
         return dict(given)
     settings = {key: value for key, value in given.items() if key not in ("model_type", "transformers_version", "architectures")}
     try:
-        return {**AutoConfig.for_model(model_type, **settings).to_dict(), "architectures": given.get("architectures")}
+        read, known = AutoConfig.for_model(model_type, **settings).to_dict(), AutoConfig.for_model(model_type).to_dict()
     except Exception as error:  # each class checks in its own way
         raise ConversionError(f"{file} is refused by transformers: {' '.join(str(error).split())}.") from error
+    check_general(read, known, file)
+    return {**without_unread(read, known), "architectures": given.get("architectures")}
+
+
+def settings_notices(theirs: Theirs) -> Iterator[str]:
+    """Sentences on settings of its config.json that its class does not read."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if (model_type := theirs.architecture.model_type) in CONFIG_MAPPING:
+        given = read_json(theirs.stored.directory / "config.json")
+        yield from unread_settings(given, AutoConfig.for_model(model_type).to_dict(), theirs.architecture.class_name)
 
 
 def architecture_of(settings: Mapping[str, Any]) -> Architecture:

@@ -103,8 +103,11 @@ def their_logits(directory: Path, texts: list[Tensor], *, precision: torch.dtype
             if names := sorted(set(map(str, report[kind])) - set(allowed.left_out)):
                 raise ConversionError(f"transformers loads the model with {kind.replace('_', ' ')}: {', '.join(names[:4])} ({len(names)} in all).")
         model = model.eval().to(dtype)
-        with torch.no_grad(), recorded(their_parts(model), parts):
-            return [_logits(model(text).logits) for text in texts]
+        try:
+            with torch.no_grad(), recorded(their_parts(model), parts):
+                return [_logits(model(text, return_dict=True).logits) for text in texts]
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:  # settings that its class does not check
+            raise ConversionError(f"transformers loads the model to compare and cannot run it: {' '.join(str(error).split())}.") from error
 
     return Logits(run)
 

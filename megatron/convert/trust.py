@@ -18,6 +18,8 @@ CODE_FOR = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
 """Entries of `auto_map` that name code for a language model; others (tokenizers, classifiers) are not loaded here."""
 RUNS_CODE = ("auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation", "quantization_config")
 """Beginnings of settings of config.json with which transformers runs code of the folder, or fetches kernels from the hub and runs those."""
+OUTPUTS = ("return_dict", "output_hidden_states", "output_attentions", "output_router_logits")
+"""Settings of what a model returns beside its logits, which the comparison does not need."""
 CLASS = "AutoModelForCausalLM"
 
 
@@ -50,7 +52,7 @@ def refusal(found: str, architecture: Architecture) -> str:
 
 @contextmanager
 def without_code(stored: StoredTensors) -> Iterator[Path]:
-    """A temporary folder with the same weights and a config.json that asks for no code. Nothing else of the folder is in it."""
+    """A temporary folder with the same weights and a config.json that asks for no code and no other output. Nothing else of the folder is in it."""
     with tempfile.TemporaryDirectory(prefix="without-code-") as name:
         folder = Path(name)
         for file in set(stored.index.values()):
@@ -59,7 +61,7 @@ def without_code(stored: StoredTensors) -> Iterator[Path]:
         if stored.index_name is not None:
             write_json(folder / stored.index_name, {"metadata": {}, "weight_map": stored.index})
         settings = read_json(stored.directory / "config.json")
-        write_json(folder / "config.json", {key: value for key, value in settings.items() if not key.startswith(RUNS_CODE)})
+        write_json(folder / "config.json", {key: value for key, value in settings.items() if not key.startswith((*RUNS_CODE, *OUTPUTS))})
         yield folder
 
 
