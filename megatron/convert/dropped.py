@@ -1,4 +1,4 @@
-"""What a conversion leaves out is compared with what it is left out for: buffers with what the configuration gives, a tied head with the embedding."""
+"""What a conversion leaves out is compared with what stands for it: buffers with what the configuration gives, a tied head with the embedding."""
 
 from __future__ import annotations
 

@@ -307,7 +307,7 @@ def described(imported: Imported) -> Iterator[str]:
 
 
 def converted(table: list[Entry], stored: Arranged, shapes: Shapes, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Our weights, layer by layer. Raises ConversionError, also for shapes that the configuration does not ask for and numbers that are not finite."""
+    """Our weights, layer by layer. Raises ConversionError, also for other shapes than the configuration asks for and numbers that are not finite."""
     for named in to_ours(in_order(table), stored.read):
         tensor = checked(named.name, named.tensor, shapes)
         yield named.name, finite(named.name, tensor, tensor.to(torch.float32 if named.exact else dtype))

@@ -2,7 +2,8 @@
 
 Shapes: E experts; F expert width; D model width.
 
-    one by one   mlp.experts.{e}.gate_proj / up_proj [F, D], down_proj [D, F] (`save_pretrained`; Mixtral's: block_sparse_moe.experts.{e}.w1 / w3 / w2)
+    one by one   mlp.experts.{e}.gate_proj / up_proj [F, D], down_proj [D, F] (`save_pretrained`);
+                 Mixtral's are block_sparse_moe.experts.{e}.w1 / w3 / w2
     fused        mlp.experts.gate_up_proj [E, 2F, D], gates first, and mlp.experts.down_proj [E, D, F] (`save_pretrained(save_original_format=False)`)
 """
 
@@ -107,7 +108,9 @@ def _places(name: str) -> Iterator[Place]:
     yield Place(name)
     if match := EXPERT.fullmatch(name):
         role = ROLES.get(match["matrix"])
-        for block in BLOCKS if role is not None else ():
+        if role is None:
+            return
+        for block in BLOCKS:
             begin = f"{match['layer']}.{block}.experts"
             yield from (Place(f"{begin}.{match['expert']}.{matrix}.weight") for matrix in NAMES[role])
             yield Place(f"{begin}.{FUSED[role]}", role, int(match["expert"]))

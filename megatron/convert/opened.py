@@ -37,7 +37,9 @@ class Opened(NamedTuple):
 
 
 def open_checkpoint(directory: Path, config_files: Sequence[Path] = (), *, trusted: bool = False) -> Opened:
-    """`trusted`: modules that the checkpoint's own configuration names under `plugins` are imported. `directory`: a checkpoint (global_step100), or the directory of a run, of which `latest` names one.
+    """`directory`: a checkpoint (global_step100), or the directory of a run, of which `latest` names one.
+
+    `trusted`: modules that the checkpoint's own configuration names under `plugins` are imported.
 
     The configuration is the one that the checkpoint holds (of GPT-NeoX's: its YAML files), or that of `config_files`.
     Raises CheckpointError, ConfigError and ConversionError.

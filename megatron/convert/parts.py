@@ -5,7 +5,7 @@ Shapes: B batch; S sequence; D model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from megatron.model.gpt import GPT
 Parts = dict[str, Tensor]
 """Words for a part -> its output BSD in the last forward, in the order of computation."""
 LIMIT = 1e-5
-"""Difference, relative to the largest number of a part's output, that is no rounding of float64 (positions are rounded to float32 by transformers)."""
+"""Difference, relative to the largest number of a part's output, that is no rounding (transformers rounds positions to float32)."""
 
 
 def our_parts(gpt: GPT) -> Iterator[tuple[str, nn.Module]]:
@@ -28,7 +28,7 @@ def our_parts(gpt: GPT) -> Iterator[tuple[str, nn.Module]]:
     yield "the last norm", gpt.sequential[str(gpt.num_layers + 3)]
 
 
-def their_parts(model: Any) -> Iterator[tuple[str, nn.Module]]:
+def their_parts(model: Any) -> Iterator[tuple[str, nn.Module | None]]:
     """The same parts of a model of transformers'; those that are not found are left out."""
     base = model.base_model
     yield "the embedding", model.get_input_embeddings()
@@ -38,14 +38,14 @@ def their_parts(model: Any) -> Iterator[tuple[str, nn.Module]]:
     yield "the last norm", getattr(base, "norm", None) or getattr(base, "final_layer_norm", None)
 
 
-def _of_layer(number: int, layer: Any, attention: Any, mlp: Any) -> Iterator[tuple[str, nn.Module]]:
+def _of_layer(number: int, layer: Any, attention: Any, mlp: Any) -> Iterator[tuple[str, Any]]:
     yield f"layer {number}'s attention", attention
     yield f"layer {number}'s MLP or experts", mlp
     yield f"layer {number}", layer
 
 
 @contextmanager
-def recorded(modules: Iterator[tuple[str, nn.Module]], parts: Parts) -> Iterator[None]:
+def recorded(modules: Iterable[tuple[str, nn.Module | None]], parts: Parts) -> Iterator[None]:
     """What each of the modules gives in the last forward inside the context goes into `parts`."""
 
     def keep(name: str) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""Settings in a config.json that its class does not read: they change nothing in transformers, so they change nothing here, and a sentence says so."""
+"""Settings in a config.json that its class does not read: they change nothing in transformers, so nothing here, and a sentence says so."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@
     shared expert of S hidden units   it has the first S hidden units of the MLP, the experts the others
     shared expert of all F units      it is the MLP; experts start with copies of hidden units and W2 = 0, and so without effect
     residual MLP                      it is the MLP, and counts half
-A gate of a shared expert starts at sigmoid(0) = 1/2, for which its W2 is doubled. LoREs start with B = 0 and so without effect. Where the weights of a
-token's experts sum to one, or experts start without effect, the new model computes what the old one did.
+A gate of a shared expert starts at sigmoid(0) = 1/2, for which its W2 is doubled. LoREs start with B = 0 and so without effect. Where the weights
+of a token's experts sum to one, or experts start without effect, the new model computes what the old one did.
 Shapes: E experts; F hidden width of the MLP; D model width; f hidden width of an expert.
 """
 
@@ -151,15 +151,17 @@ def _widths_problem(model: ModelConfig, moe: MoEConfig) -> str | None:
     else:
         fits = f"set moe_ffn_hidden_size to {width - shared}" if shared < width else f"give it at most the {width} hidden units of the MLP"
     return (
-        f"the shared expert has {shared} hidden units and an expert {segments * division.width}, and the MLP that they are cut from has {width}: {fits}, "
-        f"or moe_shared_expert_intermediate_size to {width}, with which the shared expert is the MLP and experts of any width start without effect"
+        f"the shared expert has {shared} hidden units and an expert {segments * division.width}, and the MLP that they are cut from has {width}: "
+        f"{fits}, or moe_shared_expert_intermediate_size to {width}, with which the shared expert is the MLP and experts of any width start without "
+        "effect"
     )
 
 
 def _notices(moe: MoEConfig, *, exact: bool) -> Iterator[str]:
     if not exact:
         yield (
-            "The weights of a token's experts do not sum to one (moe_normalize_top_k: true would make them): the logits differ from the dense model's."
+            "The weights of a token's experts do not sum to one (moe_normalize_top_k: true would make them): the logits differ from the dense "
+            "model's."
             if not _sums_to_one(moe)
             else f"moe_router_type {moe.moe_router_type} may choose some segments of an expert without the others: the logits differ from the dense "
             "model's."

@@ -3,7 +3,6 @@ models begin to differ is said."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -137,7 +136,7 @@ def test_weights_that_are_no_numbers_are_not_exported(tmp_path: Path, export: Ca
     gpt = lively_model(config)
     gpt.state_dict()["sequential.3.mlp.linear2.weight"][0, :2] = torch.nan
     save_model(tmp_path / "run", config, gpt)
-    with pytest.raises(ConversionError, match="down_proj.weight holds 2 entries that are not finite"):
+    with pytest.raises(ConversionError, match=r"down_proj\.weight holds 2 entries that are not finite"):
         export(tmp_path / "run", tmp_path / "hf", save_tokenizer=False, check=False)
 
 

@@ -1,4 +1,4 @@
-"""Every layout in which a model of experts is published gives the same weights: one by one or fused, names of transformers 4 or 5, any kind of file."""
+"""Every layout in which a model of experts is published gives the same weights: one by one or fused, under old and new names, in any file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No code of an imported folder runs without consent: harmless files that leave a mark when they run, in every place where a library looks for code."""
+"""No code of an imported folder runs without consent: harmless files leave a mark when they run, wherever a library looks for code."""
 
 from __future__ import annotations
 

@@ -144,7 +144,11 @@ EXPERT_BIASES = ("b1", "b2", "b3")
 
 
 class BiasedExperts(nn.Module):
-    """What experts with biases add to the rows of each projection; without `expert_bias` nothing."""
+    """What experts with biases add to the rows of each projection; without `expert_bias` nothing (None)."""
+
+    b1: nn.Parameter | None
+    b2: nn.Parameter | None
+    b3: nn.Parameter | None
 
     def __init__(self, config: StructMoEConfig, num_experts: int) -> None:
         super().__init__()

@@ -142,8 +142,8 @@ def load_chat_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
         if not trust_remote_code and "trust_remote_code" in str(error):
             file = Path(path) / "tokenizer_config.json"
             raise TokenizerError(
-                f"--tokenizer-path {path}: {file if file.exists() else 'it'} names Python code of its own (auto_map), which does not run without your "
-                "consent. If you have read it and trust it, add --trust-remote-code."
+                f"--tokenizer-path {path}: {file if file.exists() else 'it'} names Python code of its own (auto_map), which does not run without "
+                "your consent. If you have read it and trust it, add --trust-remote-code."
             ) from None
         where = "a folder without a tokenizer that transformers can read" if Path(path).is_dir() else "neither a folder nor a tokenizer on the hub"
         raise TokenizerError(f"--tokenizer-path {path} is {where} ({str(error).splitlines()[0]})") from None

@@ -4,7 +4,8 @@ Shapes: R routed rows, sorted by expert; E experts; r rank; D model width; F exp
 
     M_nm = L_nr R_rm;  parameters r (n + m) instead of n m. The paper takes r as half the hidden size.
 On disk a factor is two-dimensional with the experts stacked, [E*r, D] for what reads the hidden state and [E*F, r] for what reads or makes the
-hidden layer. Biases, where `moe_expert_bias` asks for them, are added after the second factor. The second factor starts at a standard deviation of 1/sqrt(r), so that the product starts as a whole matrix would.
+hidden layer. Biases, where `moe_expert_bias` asks for them, are added after the second factor. The second factor starts at a standard deviation of
+1/sqrt(r), so that the product starts as a whole matrix would.
 """
 
 from __future__ import annotations
