@@ -286,7 +286,7 @@ def test_a_failed_import_leaves_a_directory_as_it_was(forced: list[str], theirs:
 
 
 def test_an_import_is_interrupted_without_a_trace(theirs: Path, main: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("megatron.convert.from_huggingface.compare_logits", interrupt)
