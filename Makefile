@@ -41,7 +41,8 @@ setup-run: ## make .venv and install what training needs, no more
 .PHONY: train
 train: setup-run ## from nothing to a trained, evaluated and sampled language model
 	@$(python) prepare_data.py -d data
-	@$(python) deepy.py train.py $(quickstart)
+	@$(python) deepy.py train.py $(quickstart) || { status=$$?; \
+		case $$status in 130|143) echo 'Interrupted; make train goes on from the last checkpoint.';; esac; exit $$status; }
 	@echo && echo 'The newest speeches, which the model has not seen:'
 	@$(python) eval.py $(quickstart) -o 'eval_text_files=[data/sotu/test.txt]' -o eval_results_prefix=runs/quickstart/test
 	@echo && echo 'A sample:'

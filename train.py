@@ -11,7 +11,7 @@ from megatron.script import exit_status
 
 
 def main(argv: list[str]) -> int:
-    def work() -> None:
+    def work() -> int:
         from megatron.launcher import config_from_argv
 
         loaded = config_from_argv(argv)
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
         choose_accelerator()
         from megatron.training.run import train
 
-        train(loaded)
+        return train(loaded).exit_status
 
     return exit_status(work)
 

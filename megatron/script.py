@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
 CONFIGURATION_STATUS = 2
 FAILURE_STATUS = 1
 INTERRUPTED_STATUS = 130
+OUT_OF_MEMORY = "The memory is not enough: take a smaller model, a smaller micro-batch or a shorter seq_length"
+NO_MEMORY = re.compile(r"((?:you t|T)ried to allocate [\d.]+ \w+)")
+"""What PyTorch says when the system, or a GPU, has no memory left."""
+LOST = re.compile(r"gloo.*Connection (?:reset|closed) by peer", re.DOTALL)
+"""What PyTorch says when the other end of a collective operation is gone."""
 
 
 def exit_status(work: Callable[[], int | None]) -> int:
@@ -27,9 +33,20 @@ def exit_status(work: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE_STATUS
     except OSError as error:
-        sys.stderr.write(f"{_speaker()}{error.filename or 'The system'}: {error.strerror or error}.\n")
+        from megatron.config import disk
+
+        sys.stderr.write(f"{_speaker()}{'' if error.filename else 'The system: '}{disk.sentence(error)}.\n")
+        return FAILURE_STATUS
+    except MemoryError:
+        sys.stderr.write(f"{_speaker()}{OUT_OF_MEMORY}.\n")
         return FAILURE_STATUS
     except Exception as error:
+        if (refused := NO_MEMORY.search(str(error))) is not None and isinstance(error, RuntimeError):
+            sys.stderr.write(f"{_speaker()}{OUT_OF_MEMORY} ({refused[1]}).\n")
+            return FAILURE_STATUS
+        if isinstance(error, RuntimeError) and LOST.search(str(error)):
+            sys.stderr.write(f"{_speaker()}The connection to another process of this run was lost: that process has ended.\n")
+            return FAILURE_STATUS
         if type(error).__module__.split(".")[0] != "megatron":
             raise
         sys.stderr.write(f"{_speaker()}{error}\n")

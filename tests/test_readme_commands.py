@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "configs/README.md", "docs/data.md", "docs/migrating.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "configs/README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 SHELL_BLOCK = re.compile(r"^ *```(?:bash|sh|console|shell)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(?:#[^)]*)?\)")
 # Programs whose arguments say nothing about this repository.
@@ -112,7 +112,7 @@ def plain_words(arguments: list[str]) -> list[str]:
 def check_problems(arguments: list[str], root: Path) -> Iterator[str]:
     """Have deepy.py read the configuration as the command would, without running anything."""
     words = plain_words(arguments)
-    if any(re.fullmatch(r"(a|b|my\w*)\.yml", word) for word in words) or not any(word.endswith(".yml") for word in words):
+    if any(re.fullmatch(r"(a|b|my\w*|how|runs/.*)\.yml", word) for word in words) or not any(word.endswith(".yml") for word in words):
         return
     own = arguments[1:] if arguments[0] == "deepy.py" else arguments
     command = [sys.executable, "deepy.py", *own, *([] if "--check" in own else ["--check"])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
 
@@ -30,7 +31,9 @@ def test_success_is_0() -> None:
     [
         (ConfigError(["'x' is wrong"]), 2, "1 problem(s) in the configuration:\n  'x' is wrong\n"),
         (DatasetError("a.bin is missing"), 1, "a.bin is missing\n"),
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl"), 1, "metrics.jsonl: No space left on device.\n"),
+        (OSError(errno.EACCES, os.strerror(errno.EACCES), "metrics.jsonl"), 1, "metrics.jsonl: Permission denied.\n"),
+        (OSError("[Errno of nobody]"), 1, "The system: [Errno of nobody].\n"),
+        (MemoryError(), 1, "The memory is not enough: take a smaller model, a smaller micro-batch or a shorter seq_length.\n"),
         (KeyboardInterrupt(), 130, "\nInterrupted.\n"),
     ],
 )
@@ -59,3 +62,29 @@ def test_a_reader_that_leaves_is_no_complaint() -> None:
     process.stdout.close()
     assert (process.wait(), process.stderr.read()) == (1, b"")
     process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl"), OSError(errno.EROFS, "Read-only file system", "metrics.jsonl")]
+)
+def test_a_failure_of_the_disk_names_the_disk(error: OSError, capsys: pytest.CaptureFixture[str]) -> None:
+    assert failing(error) == 1
+    assert re.fullmatch(rf"metrics\.jsonl: {error.strerror} \(disk /.*, [\d.]+ \w+ free\)\.\n", capsys.readouterr().err)
+
+
+def test_another_process_that_ended_is_no_bug_of_this_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "2")
+    words = "[/x/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:16276: Connection reset by peer. This is typically ..."
+    assert failing(RuntimeError(words)) == 1
+    assert capsys.readouterr().err == "[process 2] The connection to another process of this run was lost: that process has ended.\n"
+
+
+def test_memory_that_pytorch_does_not_get_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    assert exit_status(lambda: torch.empty(1 << 60, dtype=torch.uint8).numel()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "The memory is not enough: take a smaller model, a smaller micro-batch or a shorter seq_length (you tried to allocate 1152"
+    )
+    assert error.count("\n") == 1

@@ -81,9 +81,13 @@ def size_of(name: str, loaded: LoadedConfig, layout: Layout) -> ModelSize:
 def memory_per_process(config: NeoXConfig, parameters: int, processes: int, zero_stage: int | None = None) -> Memory:
     """Weights, gradients and optimizer of a model of `parameters` as this configuration trains it; `zero_stage` None: the configuration's."""
     stage = config.optimizer.zero_optimization.stage if zero_stage is None else zero_stage
-    averages, average_bytes = config.optimizer.averages
     return training_memory(
-        parameters, config.precision, zero_stage=stage, data_parallel_size=processes, averages=averages, average_bytes=average_bytes
+        parameters,
+        config.precision,
+        zero_stage=stage,
+        data_parallel_size=processes,
+        averages=config.optimizer.averages,
+        sums_in_fp32=config.sums_in_fp32 if config.optimizer.data_types else None,
     )
 
 

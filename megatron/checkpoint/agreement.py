@@ -34,31 +34,57 @@ FREE_KEYS = frozenset(
 )
 # What training further from the weights may change without changing a shape: how far apart positions are, and how far a token sees.
 POSITION_KEYS = frozenset({"max_position_embeddings", "rotary_emb_base", "rope_scaling", "sliding_window_width"})
+# Keys that earlier versions of this program did not have, and what their models were.
+LATER_KEYS = {"head_dim": None, "add_qkv_bias": False, "reordered_norm": False}
+LENGTH_KEY = "max_position_embeddings"
+WITH_A_TABLE = "learned"
+"""The `pos_emb` that has a row of weights for each position; all others compute what they need for any number of positions."""
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 def check_architecture(path: Path, flat_config: Mapping[str, Any], *, finetune: bool = False) -> list[str]:
     """Raises ConfigError naming every key of the architecture whose value in `flat_config` (NeoXConfig.flat) differs from that in the checkpoint.
 
-    Keys that the checkpoint does not know, all of them in another program's, are not compared. `finetune`: POSITION_KEYS may differ; the sentences
-    that are returned say which do. Raises CheckpointError when the checkpoint's configuration cannot be read.
+    Keys that the checkpoint does not know, all of them in another program's, are not compared. `finetune`: POSITION_KEYS may differ, and without it
+    the number of positions where no table of weights has as many rows; the sentences that are returned say which do.
+    Raises CheckpointError when the checkpoint's configuration cannot be read.
     """
     stored = read_config(path)
+    stored = {**LATER_KEYS, **stored} if stored else stored
     keys = [key for section in (ModelConfig, MoEConfig) for key in section.model_fields if key not in FREE_KEYS]
+    theirs = {key: _meaning({**flat_config, **stored}, key) for key in keys if key in stored}
     different = {
-        key: f"'{key}' = {flat_config[key]!r}: the model in {path} was trained with {stored[key]!r}"
-        for key in keys
-        if key in stored and stored[key] != flat_config[key]
+        key: f"'{key}' = {flat_config[key]!r}: the model in {path} was trained with {value!r}"
+        for key, value in theirs.items()
+        if value != _meaning(flat_config, key)
     }
-    moved = [key for key in different if finetune and key in POSITION_KEYS]
-    problems = [
-        sentence + ("; finetune: true may change it" if key in POSITION_KEYS and not finetune else "")
-        for key, sentence in different.items()
-        if key not in moved
-    ]
+    free = free_positions(flat_config["pos_emb"], finetune=finetune)
+    moved = [key for key in different if key in free]
+    problems = [sentence + _advice(key, flat_config["pos_emb"], finetune=finetune) for key, sentence in different.items() if key not in moved]
     if problems:
         raise ConfigError(problems)
     return [f"{different[key]}." for key in moved]
+
+
+def _meaning(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a key; of one that stands for a number where it is None, that number."""
+    if config[key] is None and key == "num_kv_heads":
+        return config["num_attention_heads"]
+    if config[key] is None and key == "head_dim":
+        return config["hidden_size"] // config["num_attention_heads"]
+    return config[key]
+
+
+def free_positions(pos_emb: str, *, finetune: bool) -> frozenset[str]:
+    """What may differ from a checkpoint about positions."""
+    if pos_emb == WITH_A_TABLE:
+        return POSITION_KEYS - {LENGTH_KEY} if finetune else frozenset()
+    return POSITION_KEYS if finetune else frozenset({LENGTH_KEY})
+
+
+def without_free_positions(args: Mapping[str, Any], pos_emb: str, *, finetune: bool = False) -> dict[str, Any]:
+    """NeoX's `args` without those that may differ from a checkpoint's."""
+    return {key: value for key, value in args.items() if key not in free_positions(pos_emb, finetune=finetune)}
 
 
 def batch_change(path: Path, batch: Batch) -> str | None:
@@ -72,6 +98,25 @@ def batch_change(path: Path, batch: Batch) -> str | None:
         f"{path} was trained with {before.global_} sequences a step, this run takes {batch.global_}: the schedule goes on by steps, "
         "the data by the sequences that were read."
     )
+
+
+def length_change(path: Path, train_iters: int) -> str | None:
+    """A sentence for the log when a run that goes on from the checkpoint is to be of another length. None when it is not, or the checkpoint does not
+    say. Raises CheckpointError.
+    """
+    before = read_config(path).get("train_iters")
+    if before is None or before == train_iters:
+        return None
+    return (
+        f"{path} was to be trained for {before:,} steps in all, this run for {train_iters:,}. The order of the training samples is drawn for all "
+        "steps at once: a run that reads its data more than once goes on in another order."
+    )
+
+
+def _advice(key: str, pos_emb: str, *, finetune: bool) -> str:
+    if key == LENGTH_KEY and pos_emb == WITH_A_TABLE:
+        return f" (pos_emb: {pos_emb} has a row of weights for each position: their number cannot change)"
+    return "; finetune: true may change it" if key in POSITION_KEYS and not finetune else ""
 
 
 def _stored_batch(path: Path) -> Batch | None:

@@ -8,7 +8,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class Contents:
     """Whether the optimizer's state is saved; ZeRO 3's weights are part of it."""
     layer_files: bool = False
     """The weights lie in a file for each layer, as GPT-NeoX's pipeline writes them; ZeRO 3 has its own files for them."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Further entries of the manifest."""
 
 
 class HashingCheckpointEngine(CheckpointEngine):

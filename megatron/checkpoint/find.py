@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron.checkpoint import layout, ranks
 from megatron.checkpoint.errors import CheckpointError, NoCheckpointError
 from megatron.checkpoint.manifest import damage
+from megatron.data.folders import broken_link
 
 MAX_LISTED = 12
 
@@ -18,6 +19,8 @@ def find_checkpoint(directory: Path | str, iteration: int | None = None) -> Path
     damaged, naming the newest whole one. A checkpoint without our manifest (GPT-NeoX's own) is taken as it is.
     """
     directory = Path(directory)
+    if (nowhere := broken_link(directory)) is not None:
+        raise CheckpointError(f"{nowhere}.")
     if not directory.is_dir():
         raise NoCheckpointError(f"{directory} does not exist: there is no checkpoint to load. {_neighbours(directory)}")
     if layout.looks_like_checkpoint(directory):
@@ -28,7 +31,9 @@ def find_checkpoint(directory: Path | str, iteration: int | None = None) -> Path
     if iteration is not None:
         return _find_step(directory, iteration, steps)
     latest = directory / layout.LATEST
-    if latest.is_file():
+    if (nowhere := broken_link(latest)) is not None:
+        raise CheckpointError(f"{nowhere}. {_offer(directory, steps)}")
+    if latest.exists():
         return _find_latest(directory, latest, steps)
     if not steps:
         raise NoCheckpointError(
@@ -68,7 +73,7 @@ def _find_step(directory: Path, iteration: int, steps: list[int]) -> Path:
 
 
 def _find_latest(directory: Path, latest: Path, steps: list[int]) -> Path:
-    name = latest.read_text(errors="replace").strip()
+    name = latest.resolve().name if latest.is_dir() else latest.read_text(errors="replace").strip()  # a link to the checkpoint itself will do
     step = layout.iteration_of(name)
     path = layout.path_of(directory, step) if step is not None else directory / name
     if not name or not name.isprintable() or Path(name).name != name:

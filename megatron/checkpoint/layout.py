@@ -15,6 +15,7 @@ GPT-NeoX's layout, with our own files beside it:
     <save>/.global_step100.replaced                      a checkpoint of the same step that is just being replaced
     <save>/.global_step100.deleting                      a checkpoint that retention is deleting
     <save>/.lock                                         held by the run that writes here
+    <save>/suspect/                                      laid out as <save>: the last checkpoint that is in doubt, for whoever looks for the cause
 
 Other programs' checkpoints may be cut up among tensor-parallel processes: model_01, mp_rank_01 and so on. With a pipeline the numbers of mp_rank
 count all processes that share the model, those of model_ the tensor-parallel ones.
@@ -31,6 +32,9 @@ CONFIGS = "configs"
 RESOLVED_CONFIG = "resolved.json"
 LOCK = ".lock"
 STAGING = ".incomplete"
+SUSPECT = "suspect"
+LOSSES_FINITE = "losses_finite"
+"""In a manifest: whether every loss since the checkpoint before was finite. Not there: not known."""
 
 TAG_PATTERN = re.compile(r"global_step(\d+)")
 MODEL_FILE_PATTERN = re.compile(r"mp_rank_(\d+)_model_states\.pt")
@@ -42,6 +46,9 @@ PARAMETER_PATTERN = re.compile(r"sequential\.(\d+)\.(.+)")
 
 GQA_LAYOUT_KEY, GQA_LAYOUT = "gqa_layout", "q,k,v"
 """Client state that says how query_key_value is laid out under grouped-query attention; GPT-NeoX's own checkpoints do not say it."""
+
+ORIGIN_KEY = "huggingface_architecture"
+"""Client state of an import from Hugging Face and of what is trained from it: the name of the table that read it."""
 
 # What DeepSpeed itself stores beside the client state in a model file.
 DEEPSPEED_KEYS = frozenset(

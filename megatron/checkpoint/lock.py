@@ -14,6 +14,8 @@ from types import TracebackType
 
 from megatron.checkpoint import layout
 from megatron.checkpoint.errors import RunLockError
+from megatron.config import disk
+from megatron.data.folders import broken_link
 
 
 class RunLock:
@@ -29,9 +31,8 @@ class RunLock:
             self.directory.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise RunLockError(
-                f"Cannot write into {self.directory}: {error.strerror} ({error.filename}). Set `save` to a directory that you may write to."
-            ) from error
+            why = broken_link(self.directory) or disk.sentence(error, self.directory)
+            raise RunLockError(f"Cannot write into {self.directory}: {why}. Set `save` to a directory that you may write to.") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._write_holder(descriptor)
@@ -61,7 +62,8 @@ class RunLock:
 
     def _refusal(self, error: OSError, holder: bytes) -> str:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            return f"Cannot lock {self.directory / layout.LOCK}: {error.strerror}. Set `save` to a disk that has room and supports file locks."
+            why = disk.explained(error, self.directory)
+            return f"Cannot lock {self.directory / layout.LOCK}: {why}. Set `save` to a disk that has room and supports file locks."
         try:
             facts = json.loads(holder)
             who = f"process {facts['pid']} on {facts['host']}, started {facts['started']}"

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from megatron.checkpoint import layout
 from megatron.checkpoint.errors import CheckpointError
+from megatron.config.disk import reason
 
 FORMAT = 1
 CHUNK_BYTES = 1 << 20
@@ -109,7 +110,9 @@ def read_manifest(path: Path) -> Manifest | None:
         files = {name: FileRecord(int(record["size"]), str(record["sha256"])) for name, record in content.pop("files").items()}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{file} is damaged ({type(error).__name__}: {error}): nothing says any more which files belong to this checkpoint."
         ) from error
@@ -138,7 +141,7 @@ def _file_damage(file: Path, expected: FileRecord) -> str | None:
     except FileNotFoundError:
         return f"{file} is missing: expected {expected.size:,} bytes."
     except OSError as error:
-        return f"{file} cannot be read: {error.strerror or error}."
+        return f"{file} cannot be read: {reason(error)}."
     if found != expected.sha256:
         return f"{file} is damaged: expected SHA-256 {expected.sha256}, found {found}."
     return None

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron.checkpoint.errors import CheckpointError
+from megatron.config import disk
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ def together(work: Callable[[], T], *, only_rank: int | None = None) -> T | None
         except CheckpointError as error:
             failure, error_class = str(error), type(error)
         except OSError as error:
-            failure = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+            failure = disk.sentence(error)
     raise_first(gather((failure, error_class)))
     return result
 

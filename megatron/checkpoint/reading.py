@@ -27,6 +27,8 @@ DEEPSPEED_CLASSES = (
     "deepspeed.runtime.bf16_optimizer.fragment_address",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
+NO_MEMORY = ("not enough memory", "Cannot allocate memory", "unable to mmap")
+"""What PyTorch says of a file that is whole and does not fit the memory."""
 MAX_NAMED = 4
 
 
@@ -59,8 +61,14 @@ def read_file(file: Path, *, mmap: bool, classes: list[Any] | None = None) -> An
         raise CheckpointError(_refusal(file, error, allowed)) from error
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing.") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except OSError as error:
+        if error.errno is None:
+            raise CheckpointError(f"{file} cannot be read: it is damaged or no file of PyTorch's ({error}).") from error
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if any(words in reason for words in NO_MEMORY):
+            raise CheckpointError(f"{file} cannot be read: there is not enough memory for it ({reason[:200]}).") from error
         raise CheckpointError(f"{file} cannot be read: it is damaged or no file of PyTorch's ({reason[:200]}).") from error
 
 

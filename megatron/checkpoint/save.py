@@ -12,6 +12,7 @@ import shutil
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from megatron.checkpoint.engine import Contents, checkpoint_engine, write_tensor
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.manifest import FileRecord, sync_directory, write_bytes, write_manifest
 from megatron.checkpoint.random_state import capture_random_state
+from megatron.config import disk
+from megatron.data.folders import broken_link, remove_folder
 
 
 def save_checkpoint(
@@ -47,7 +50,7 @@ def save_checkpoint(
     state = {"iteration": iteration, layout.GQA_LAYOUT_KEY: layout.GQA_LAYOUT, **client_state, **random_state}
     files, failure = _write_rank_files(engine, staged, state, contents)
     gathered = ranks.gather((files, failure))
-    facts = {"iteration": iteration, "world_size": ranks.world_size(), "zero_stage": int(engine.zero_optimization_stage())}
+    facts = {**contents.facts, "iteration": iteration, "world_size": ranks.world_size(), "zero_stage": int(engine.zero_optimization_stage())}
     try:
         ranks.raise_first([(_explain(directory, iteration, error) if error else None, CheckpointError) for _, error in gathered])
         all_files = {name: record for rank_files, _ in gathered for name, record in rank_files.items()}
@@ -87,19 +90,17 @@ def prepare(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         staging = layout.staging(directory)
-        if staging.exists():
-            shutil.rmtree(staging)
+        remove_folder(staging)
         for step in layout.iterations_in(directory):
             aside, path = layout.replaced(directory, step), directory / layout.tag(step)
-            if aside.exists() and path.exists():
-                shutil.rmtree(aside)
+            if os.path.lexists(aside) and path.exists():
+                remove_folder(aside)
             elif aside.exists():
                 os.replace(aside, path)
         staging.mkdir()
     except OSError as error:
-        raise CheckpointError(
-            f"Could not save into {directory}: {error.strerror or error} ({error.filename}). Nothing was changed; is the directory writable?"
-        ) from error
+        why = broken_link(directory) or disk.sentence(error, directory)
+        raise CheckpointError(f"Could not save into {directory}: {why}. Nothing was changed; is the directory writable?") from error
 
 
 def _write_rank_files(engine: Any, staged: Path, state: dict[str, Any], contents: Contents) -> tuple[dict[str, FileRecord], str | None]:
@@ -114,7 +115,7 @@ def _write_rank_files(engine: Any, staged: Path, state: dict[str, Any], contents
             files[name] = write_tensors({key: state[key] for key in capture_random_state()}, staged / name)
         except OSError as failure:
             error = failure
-    return files, None if error is None else error.strerror or str(error)
+    return files, None if error is None else disk.explained(error, staged)
 
 
 def commit(directory: Path, staged: Path, files: dict[str, FileRecord], documents: Mapping[str, str], facts: Mapping[str, Any]) -> None:
@@ -133,18 +134,20 @@ def commit(directory: Path, staged: Path, files: dict[str, FileRecord], document
     os.replace(latest, directory / layout.LATEST)
     sync_directory(directory)
     shutil.rmtree(layout.staging(directory), ignore_errors=True)
-    shutil.rmtree(layout.replaced(directory, facts["iteration"]), ignore_errors=True)
+    with suppress(OSError):
+        remove_folder(layout.replaced(directory, facts["iteration"]))
 
 
 def _put_in_place(directory: Path, staged: Path, iteration: int) -> None:
     """Renames a whole checkpoint to its place. An older one of the same step is moved aside first, where `layout.path_of` still finds it."""
     path, aside = directory / layout.tag(iteration), layout.replaced(directory, iteration)
-    if path.exists():
+    if os.path.lexists(path):  # a link, whatever it leads to, is moved as such
+        remove_folder(aside)
         os.replace(path, aside)
     try:
         os.replace(staged, path)
     except OSError:
-        if aside.exists():
+        if os.path.lexists(aside):
             os.replace(aside, path)
         raise
     sync_directory(directory)

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from megatron.config.messages import show
 
-# Another name -> the key that a section has (dots reach into a dictionary): NeoX's earlier names, and those of the StructMoE author's fork of NeoX.
+# Another name -> the key that a section has (dots reach into a dictionary): NeoX's earlier names, those of the StructMoE author's fork of NeoX, and
+# Megatron-LM's for what NeoX has no key for.
 RENAMED: dict[str, str] = {
     "num_processes": "num_gpus",
     "expert_interval": "moe_expert_interval",
@@ -21,6 +22,7 @@ RENAMED: dict[str, str] = {
     "moe_lora_aux_loss_coeff": "moe_losses.lore_balance",
     "moe_aux_loss_coeff": "moe_losses.load_balance",
     "moe_z_loss_coeff": "moe_losses.z_loss",
+    "kv_channels": "head_dim",
 }
 # Another name -> its words -> those of the key that it stands for.
 OTHER_WORDS: dict[str, dict[str, str]] = {"lora_interaction_type": {"addition": "entangled", "geglu": "gated"}}

@@ -27,7 +27,7 @@ class CheckpointConfig(Section):
     extra_save_iters: list[int] | None = None
     """Further steps to save at; 0 saves the initial weights. None: none."""
     keep_last_n_checkpoints: PositiveInt | None = None
-    """Older checkpoints than the last n are deleted. None: all are kept."""
+    """Older checkpoints than the last n are deleted; the newest one before which no loss was NaN or infinite always stays. None: all are kept."""
     gqa_layout: Literal["auto", "q,k,v", "per_head"] = "auto"
     """Order of the rows of grouped query/key/value projections in GPT-NeoX's checkpoints, which do not say it: all queries, all keys, all values
     (since November 2024) or head by head (before). auto: look at the weights. This program's own checkpoints say it themselves."""

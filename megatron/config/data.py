@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 from megatron.config.section import NaturalInt, NonNegativeFloat, Problem, Section
+from megatron.config.split import parse_split
 
 SUBSETS = ("train", "valid", "test")
+NUMBER = re.compile(r"[0-9]*\.?[0-9]+")
 
 
 class DataConfig(Section):
     data_path: str | None = None
     """One corpus (the path without .bin/.idx), divided by `split`. None: the `*_data_paths` are used."""
     split: str = "969, 30, 1"
-    """Shares of documents for training, validation and test."""
+    """Shares of documents for training, validation and test. A part of `data_path` that gets no document is left out, with a notice."""
     train_data_paths: list[str] | None = None
     """Corpora to train on; all three `*_data_paths` or none. None: `data_path` is used."""
     valid_data_paths: list[str] | None = None
@@ -83,6 +86,7 @@ class DataConfig(Section):
             yield from self._weight_problems(name)
         yield from self._label_problems()
         yield from self._split_problems()
+        yield from self._path_problems()
         if self.data_impl in ("cached", "lazy"):
             message = "is a format from before the memory-mapped one and is not read; prepare the text again and write mmap, or leave the key out"
             yield Problem(("data_impl",), message)
@@ -119,8 +123,29 @@ class DataConfig(Section):
 
     def _split_problems(self) -> Iterator[Problem]:
         try:
-            shares = [float(part) for part in self.split.replace("/", ",").split(",") if part.strip()]
-        except ValueError:
-            shares = []
-        if not 1 <= len(shares) <= 3 or not all(math.isfinite(share) and share >= 0 for share in shares) or sum(shares) <= 0:
-            yield Problem(("split",), "must be up to three numbers, 0 or more and not all 0, such as '969, 30, 1'")
+            parse_split(self.split)
+        except ValueError as error:
+            yield Problem(("split",), str(error))
+
+    def _path_problems(self) -> Iterator[Problem]:
+        """What is no path of one corpus: a list of several, as Megatron-LM and others take it under one key."""
+        if self.data_path is not None:
+            yield from self._several_under_data_path(self.data_path)
+        for key in (f"{name}_data_paths" for name in SUBSETS):
+            for path in getattr(self, key) or []:
+                if NUMBER.fullmatch(path) and not Path(f"{path}.idx").is_file():
+                    yield Problem((key,), f"holds the number {path} and takes paths alone; weights go to {key.replace('paths', 'weights')}")
+                elif "," in path and not Path(f"{path}.idx").is_file():
+                    names = ", ".join(part.strip() for part in path.split(",") if part.strip())
+                    yield Problem((key,), f"'{path}' names one corpus; for several write an entry each: [{names}]")
+
+    def _several_under_data_path(self, path: str) -> Iterator[Problem]:
+        if Path(f"{path}.idx").is_file():
+            return
+        words = [word for word in re.split(r"[,\s]+", path) if word]
+        weights = [word for word in words if NUMBER.fullmatch(word)]
+        names = [word for word in words if not NUMBER.fullmatch(word)]
+        if len(names) < 2 or not ("," in path or len(weights) == len(names)):
+            return
+        given = f"train_data_paths: [{', '.join(names)}]" + (f" and train_data_weights: [{', '.join(weights)}]" if weights else "")
+        yield Problem(("data_path",), f"names one corpus; for several write {given} (and valid_data_paths and test_data_paths)")

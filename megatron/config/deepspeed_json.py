@@ -32,7 +32,7 @@ def deepspeed_config(config: NeoXConfig, world_size: int) -> dict[str, Any]:
     }
     if optimizer.fp32_allreduce:
         settings["communication_data_type"] = "fp32"
-    if optimizer.data_types:
+    if optimizer.data_types and not (optimizer.zero_optimization.stage == 0 and config.precision != "fp32"):  # our MasterWeights sums there
         settings["data_types"] = dict(optimizer.data_types)
     return settings | config.deepspeed.settings()
 

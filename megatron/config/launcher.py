@@ -14,15 +14,15 @@ class LauncherConfig(Section):
     num_gpus: PositiveInt | None = None
     """Processes on this machine, one per GPU, or sharing the cores without GPUs (`num_processes` is the same). None: every GPU, or one process."""
     global_num_gpus: PositiveInt | None = None
-    """Processes over all machines. None: counted by the launcher."""
+    """Processes over all machines; has to agree with the hostfile, where there is one. None: counted."""
     hostfile: str | None = None
-    """File with `host slots=N` lines. None: this machine only."""
+    """File with `host slots=N` lines, read by DeepSpeed. None: the one that DLTS_HOSTFILE names, else /job/hostfile; without it this machine."""
     include: str | None = None
     """Hosts and slots to use, DeepSpeed's syntax. None: all."""
     exclude: str | None = None
     """Hosts and slots to leave out, DeepSpeed's syntax. None: none."""
     num_nodes: Annotated[int, Field(ge=-1)] = -1
-    """Machines to use from the hostfile; -1 is all."""
+    """Machines to use from the hostfile, the first ones; -1 is all. Not together with include or exclude."""
     master_port: Annotated[int, Field(ge=1, le=65535)] = 29500
     """Port on which processes meet; on one machine a free one is taken when it is busy."""
     master_addr: str | None = None
@@ -34,7 +34,7 @@ class LauncherConfig(Section):
     force_multi: bool = False
     """Use the launcher for several machines even with one host."""
     no_ssh_check: bool = False
-    """Do not try to reach the first host before starting."""
+    """Do not try to reach the hosts through ssh before starting."""
     comment: str | None = None
     """Comment for the cluster's scheduler. None: none."""
     account: str | None = None

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 CGROUPS = Path("/sys/fs/cgroup")
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported. A mere folder of that name, such as the `wandb/` that Weights & Biases leaves beside a run, is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def import_optional(package: str) -> Any:
+    """The package as a module. Raises ImportError when it is not installed, also where a mere folder of that name is found in its place."""
+    module = importlib.import_module(package)
+    if hasattr(module, "__path__") and getattr(module, "__file__", None) is None:
+        raise ModuleNotFoundError(f"{package} is a folder and no package", name=package)
+    return module
 
 
 def usable_cores() -> int:

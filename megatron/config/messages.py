@@ -83,7 +83,7 @@ def _describe_type(details: ErrorDetails, section: type[Section], source: Source
 def _sentence(kind: str, context: dict[str, Any], details: ErrorDetails) -> str:
     value = details["input"]
     if kind in _EXPECTED:
-        return _EXPECTED[kind] + _hint(kind, value)
+        return _EXPECTED[kind] + _hint(kind, value, str(details["loc"][-1]))
     bounds = {
         "greater_than_equal": ("at least", "ge"),
         "greater_than": ("more than", "gt"),
@@ -99,7 +99,7 @@ def _sentence(kind: str, context: dict[str, Any], details: ErrorDetails) -> str:
     return details["msg"][:1].lower() + details["msg"][1:]
 
 
-def _hint(kind: str, value: Any) -> str:
+def _hint(kind: str, value: Any, key: str) -> str:
     if isinstance(value, str) and value.lower() == "none":
         return f"; YAML reads {value} as text: write null, or leave the key out"
     if kind.startswith("int") and isinstance(value, str | float):
@@ -112,6 +112,11 @@ def _hint(kind: str, value: Any) -> str:
         return " (without quotes)" if str(value).lower() in ("true", "false") else ""
     if kind == "string_type" and isinstance(value, bool | int | float):
         return ": put it in quotes"
+    if kind == "string_type" and isinstance(value, list) and value and all(isinstance(part, str | int | float) for part in value):
+        joined = ", ".join(map(str, value))
+        return f"; for several corpora write train_data_paths: [{joined}]" if key == "data_path" else f": write '{joined}'"
+    if kind == "list_type" and isinstance(value, str) and value:
+        return f"; write [{', '.join(part.strip() for part in value.split(',') if part.strip())}]"
     return ""
 
 

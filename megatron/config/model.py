@@ -37,9 +37,12 @@ class ModelConfig(Section):
     hidden_size: PositiveInt
     """Width of the residual stream."""
     num_attention_heads: PositiveInt
-    """Query heads; must divide `hidden_size`."""
+    """Query heads; must divide `hidden_size`, unless `head_dim` is given."""
     num_kv_heads: PositiveInt | None = None
     """Key/value heads (grouped-query attention); must divide `num_attention_heads`. None: one per query head."""
+    head_dim: PositiveInt | None = None
+    """Dimensions of one attention head, as in Hugging Face's config.json (Megatron-LM's `kv_channels`). None: hidden_size / num_attention_heads.
+    NeoX has no such key."""
     seq_length: PositiveInt
     """Tokens in one training sequence; at most `max_position_embeddings`."""
     max_position_embeddings: PositiveInt
@@ -114,6 +117,9 @@ class ModelConfig(Section):
     no such key."""
     use_bias_in_attn_linear: bool = True
     """Biases on the query/key/value and output projections of attention."""
+    add_qkv_bias: bool = False
+    """Biases on the query/key/value projections alone, as in Qwen 2 and GLM-4.5 (Megatron-Core's key); needs `use_bias_in_attn_linear: false`. NeoX
+    has no such key."""
     use_bias_in_mlp: bool = True
     """Biases on the two projections of dense MLPs (experts never have biases)."""
     attention_dropout: Fraction = 0.0
@@ -131,9 +137,19 @@ class ModelConfig(Section):
     """Number format of weights and activations. None: as the `fp16`/`bf16` dictionaries say, fp32 without them."""
 
     @property
-    def head_dim(self) -> int:
-        """Dimensions of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+    def head_width(self) -> int:
+        """Dimensions of one attention head, `head_dim` resolved."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def attention_width(self) -> int:
+        """Dimensions of all query heads together: what the output projection of attention reads."""
+        return self.num_attention_heads * self.head_width
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases; `use_bias_in_attn_linear` says whether the output projection has one."""
+        return self.use_bias_in_attn_linear or self.add_qkv_bias
 
     @property
     def kv_heads(self) -> int:
@@ -149,13 +165,13 @@ class ModelConfig(Section):
     def qk_norm_widths(self) -> tuple[int, int] | None:
         """What the norms of queries and of keys are over, where each has one of its own. None: they have not."""
         if self.qk_norm_all_heads:
-            return self.num_attention_heads * self.head_dim, self.kv_heads * self.head_dim
-        return (self.head_dim, self.head_dim) if self.qk_norm_per_head else None
+            return self.attention_width, self.kv_heads * self.head_width
+        return (self.head_width, self.head_width) if self.qk_norm_per_head else None
 
     @property
     def rotary_dim(self) -> int:
         """Dimensions of one head that rotary positions turn."""
-        return int(self.head_dim * self.rotary_pct)
+        return int(self.head_width * self.rotary_pct)
 
     @property
     def max_positions(self) -> int:
@@ -211,18 +227,26 @@ class ModelConfig(Section):
 
     def check(self) -> Iterator[Problem]:
         heads = self.num_attention_heads
-        if self.hidden_size % heads:
-            yield Problem(("num_attention_heads", "hidden_size"), f"must divide hidden_size ({self.hidden_size})")
+        if self.head_dim is None and self.hidden_size % heads:
+            message = f"must divide hidden_size ({self.hidden_size}), or head_dim must say how many dimensions a head has"
+            yield Problem(("num_attention_heads", "hidden_size", "head_dim"), message)
         elif self.pos_emb == "rotary" and (self.rotary_dim < 2 or self.rotary_dim % 2):
             message = (
-                f"must turn an even number of dimensions, at least 2, of each head's {self.head_dim}; {self.rotary_pct} of them is {self.rotary_dim}"
+                "must turn an even number of dimensions, at least 2, of each head's "
+                f"{self.head_width}; {self.rotary_pct} of them is {self.rotary_dim}"
             )
-            yield Problem(("rotary_pct", "hidden_size", "num_attention_heads"), message)
+            sizes = ("hidden_size", "num_attention_heads") if self.head_dim is None else ("head_dim",)
+            yield Problem(("rotary_pct", *sizes), message)
         if heads % self.kv_heads:
             yield Problem(("num_kv_heads", "num_attention_heads"), f"must divide num_attention_heads ({heads})")
         if self.seq_length > self.max_position_embeddings:
             message = f"must be at most max_position_embeddings ({self.max_position_embeddings})"
             yield Problem(("seq_length", "max_position_embeddings"), message)
+        if self.add_qkv_bias and self.use_bias_in_attn_linear:
+            message = (
+                "puts biases on queries, keys and values alone; write use_bias_in_attn_linear: false, or leave add_qkv_bias out for biases on both"
+            )
+            yield Problem(("add_qkv_bias", "use_bias_in_attn_linear"), message)
         yield from self._width_problems()
         yield from self._position_problems()
         yield from attention_problems(self.attention_config, self.num_layers)

@@ -51,6 +51,13 @@ class NeoXConfig(Section):
             return max(1, int(fraction * total))
         return explicit if explicit is not None else total
 
+    @property
+    def sums_in_fp32(self) -> bool:
+        """Whether the gradients of several micro-batches are summed in fp32: always in fp32 and at ZeRO stage 0, unless it was asked for 16 bits."""
+        own = {"fp32": "fp32", "fp16": "fp16", "bfloat16": "bf16"}[self.precision]
+        default = "fp32" if self.optimizer.zero_optimization.stage == 0 else own
+        return self.optimizer.data_types.get("grad_accum_dtype", default) == "fp32"
+
     def flat(self) -> dict[str, Any]:
         """Every key under its YAML name, defaults filled in and the precision resolved: plain numbers, texts, lists and dictionaries."""
         values = {key: value for section in SECTIONS for key, value in getattr(self, section).model_dump(mode="json").items()}
@@ -93,7 +100,7 @@ class NeoXConfig(Section):
             yield Problem(("train_epochs", "train_data_weights"), "contradicts different train_data_weights; leave them out, or write train_iters")
 
     def _accumulation_problems(self) -> Iterator[Problem]:
-        """DeepSpeed sums gradients in the weights' number format; ZeRO can also sum 16-bit ones in fp32."""
+        """The number format in which gradients are summed is that of the weights or fp32."""
         own = {"fp32": "fp32", "fp16": "fp16", "bfloat16": "bf16"}[self.precision]
         given = self.optimizer.data_types.get("grad_accum_dtype", own)
         if given not in ("fp32", "fp16", "bf16"):
@@ -101,9 +108,6 @@ class NeoXConfig(Section):
         if given not in (own, "fp32"):
             choice = own if own == "fp32" else f"{own} or fp32"
             yield Problem(("data_types.grad_accum_dtype", "precision"), f"must be {choice} with precision {self.precision}")
-        elif given != own and self.optimizer.zero_optimization.stage == 0:
-            message = f"needs zero_optimization.stage 1 or more with precision {self.precision}; stage 0 accumulates in {own}"
-            yield Problem(("data_types.grad_accum_dtype", "zero_optimization.stage"), message)
 
 
 SECTIONS: tuple[str, ...] = tuple(NeoXConfig.model_fields)
@@ -117,6 +121,21 @@ def _enabled_precision(optimizer: OptimizerConfig) -> Precision | None:
     if optimizer.bf16 is not None and optimizer.bf16.enabled:
         return "bfloat16"
     return None
+
+
+def rounding_notice(config: NeoXConfig, data_parallel_size: int) -> str | None:
+    """A sentence where the gradients of several micro-batches are summed in 16 bits. None: they are not."""
+    try:
+        accumulation = resolve_batch(config.training, data_parallel_size).accumulation
+    except ConfigError:
+        return None
+    if accumulation == 1 or config.sums_in_fp32:
+        return None
+    short = {"fp16": "fp16", "bfloat16": "bf16"}[config.precision]
+    return (
+        f"the gradients of {accumulation} micro-batches are summed in {short}, which loses small ones beside large ones; "
+        "data_types: {grad_accum_dtype: fp32} sums them in fp32"
+    )
 
 
 def check_trainable(config: NeoXConfig, data_parallel_size: int) -> None:

@@ -142,8 +142,8 @@ class OptimizerConfig(Section):
     fp32_allreduce: bool = False
     """Sum gradients over processes in fp32 whatever the precision."""
     data_types: dict[str, str] = {}
-    """{grad_accum_dtype: fp32|fp16|bf16}: the number format in which gradients are accumulated: `precision`, which is what empty means, or fp32 (with
-    16-bit weights from ZeRO stage 1 on)."""
+    """{grad_accum_dtype: fp32|fp16|bf16}: the number format in which the gradients of several micro-batches are summed: that of `precision`, or fp32.
+    Empty: fp32 at ZeRO stage 0, that of `precision` from stage 1 on, where 16 bits lose small gradients beside large ones."""
 
     @property
     def optimizer_type(self) -> OptimizerType:
@@ -157,10 +157,10 @@ class OptimizerConfig(Section):
         return {key: default if given[key] is None else given[key] for key, default in SETTINGS[self.optimizer_type].items()}
 
     @property
-    def averages(self) -> tuple[int, int | None]:
-        """How many averages the optimizer keeps for each parameter, and how many bytes each takes (None: as its weights' precision has it)."""
+    def averages(self) -> tuple[int, int]:
+        """How many averages the optimizer keeps for each parameter, and how many bytes each takes."""
         momentum = 1 if self.optimizer_settings.get("momentum") else 0
-        return {"SGD": (momentum, None), "Lion": (1, None), "Adam8bit": (2, 1)}.get(self.optimizer_type, (2, None))
+        return {"SGD": (momentum, 4), "Lion": (1, 4), "Adam8bit": (2, 1)}.get(self.optimizer_type, (2, 4))
 
     def check(self) -> Iterator[Problem]:
         yield from self._optimizer_problems()

@@ -50,7 +50,9 @@ def _other_names() -> str:
     implied |= {old: f": {', '.join(f'`{theirs}` is `{ours}`' for theirs, ours in words.items())}" for old, words in OTHER_WORDS.items()}
     implied |= dict.fromkeys(OFF_AT_ZERO, ", unless it is 0")
     rows = [f"| `{old}` | `{new}`{implied.get(old, '')} |" for old, new in sorted(RENAMED.items())]
-    note = "NeoX's earlier names and those of the StructMoE author's fork act exactly as ours. Giving a key under both names is an error."
+    note = (
+        "NeoX's earlier names, those of the StructMoE author's fork and Megatron-LM's act exactly as ours. Giving a key under both names is an error."
+    )
     return "\n".join(["## Other names", "", note, "", "| key | is |", "|---|---|", *rows]) + "\n"
 
 

@@ -84,7 +84,7 @@ def flops_per_token(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int, 
 
     Two per weight of every matrix that the token meets (grouped key/value heads, gates and the chosen experts as they are), and 4*S*D per layer for
     the attention scores and their use (NeoX's convention: the whole S x S square is counted, although half of it is masked; of a sliding window,
-    the keys in it).
+    the keys in it; with heads of their own width, the width of all heads in D's place).
     """
     active = count_parameters(model, moe, padded_vocab_size).active
     moe_layers = list(moe.for_layers(model.num_layers).values())
@@ -93,22 +93,23 @@ def flops_per_token(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int, 
     matrices += sum(active[part] for part in ("experts", "lores", "routers"))
     matrices -= sum(_active_experts(layer) * _expert_biases(model, layer) for layer in moe_layers)
     keys = model.seq_length if model.sliding_window_width is None else min(model.seq_length, model.sliding_window_width + 1)
-    scores = 4 * keys * model.hidden_size * model.num_layers
+    scores = 4 * keys * model.attention_width * model.num_layers
     return (2 * matrices + scores) * (4 if recompute else 3)
 
 
 def training_memory(
-    parameters: int, precision: str, *, zero_stage: int, data_parallel_size: int, averages: int = 2, average_bytes: int | None = None
+    parameters: int, precision: str, *, zero_stage: int, data_parallel_size: int, averages: tuple[int, int] = (2, 4), sums_in_fp32: bool | None = None
 ) -> Memory:
-    """Bytes per process for weights, gradients and the optimizer's state, as DeepSpeed keeps and divides them (`parameters` = all of the model's).
+    """Bytes per process for weights, gradients and the optimizer's state when a step's gradients are complete (`parameters` = all of the model's).
 
-    Bytes per parameter, with Adam's two `averages`: fp32 4 + 4 + 8; fp16, and bfloat16 under ZeRO, 2 + 2 + 12 (fp32 master weights and averages);
-    bfloat16 without ZeRO 2 + 2 + 4. `average_bytes`: of one average; None: as these say.
+    Bytes per parameter with Adam, before ZeRO divides them: fp32 4 + 4 + 8; under ZeRO 4 + 4 + 12, for DeepSpeed keeps a second fp32 copy of the
+    weights there too; 16 bits 2 + 2 + 12 (fp32 copies and averages), without ZeRO 2 + 4 + 12. `averages`: how many the optimizer keeps, and bytes of
+    each. `sums_in_fp32`: whether micro-batches' gradients are summed in fp32; None: as by default. What is not counted: ZeRO's buckets
+    (`reduce_bucket_size`, `allgather_bucket_size`), and what ZeRO copies to fp32 while it updates.
     """
-    without_master = precision == "bfloat16" and zero_stage == 0
-    weights, gradients = (4, 4) if precision == "fp32" else (2, 2)
-    master = 0 if precision == "fp32" or without_master else 4
-    optimizer = master + averages * (average_bytes or (2 if without_master else 4))
+    weights = 4 if precision == "fp32" else 2
+    gradients = _gradient_bytes(precision, zero_stage, sums_in_fp32)
+    optimizer = (0 if precision == "fp32" and zero_stage == 0 else 4) + averages[0] * averages[1]
 
     def share(size: int, from_stage: int) -> int:
         return -(-parameters * size // data_parallel_size) if zero_stage >= from_stage else parameters * size
@@ -116,24 +117,36 @@ def training_memory(
     return Memory(weights=share(weights, 3), gradients=share(gradients, 2), optimizer=share(optimizer, 1))
 
 
+def _gradient_bytes(precision: str, zero_stage: int, sums_in_fp32: bool | None) -> int:
+    """Of one parameter. Sums in fp32 lie in the place of 16-bit gradients, except at stage 1 in bfloat16 (DeepSpeed's BF16_Optimizer), where they lie
+    beside them; 16-bit ones at stage 0 are copied to fp32 for the update, all at once."""
+    if precision == "fp32":
+        return 4
+    if zero_stage == 0:
+        return 4 if sums_in_fp32 in (None, True) else 6
+    if not sums_in_fp32:
+        return 2
+    return 6 if zero_stage == 1 and precision == "bfloat16" else 4
+
+
 def _attention_matrices(model: ModelConfig) -> int:
-    return model.hidden_size * _projected(model) + model.hidden_size * model.hidden_size
+    return model.hidden_size * (_projected(model) + model.attention_width)
 
 
 def _attention(model: ModelConfig) -> int:
-    biases = _projected(model) + model.hidden_size if model.use_bias_in_attn_linear else 0
+    biases = (_projected(model) if model.has_qkv_bias else 0) + (model.hidden_size if model.use_bias_in_attn_linear else 0)
     return _attention_matrices(model) + biases
 
 
 def _projected(model: ModelConfig) -> int:
     """Queries, keys and values of one token."""
-    return (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim
+    return (model.num_attention_heads + 2 * model.kv_heads) * model.head_width
 
 
 def _query_key_norms(model: ModelConfig) -> int:
     """Of a layer."""
     if model.use_qk_layernorm:
-        return _norm(model, model.hidden_size)
+        return _norm(model, model.attention_width)
     return sum(_norm(model, width) for width in model.qk_norm_widths or ())
 
 

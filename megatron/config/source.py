@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from megatron.config import disk
 from megatron.config.components import did_you_mean
 
 YAML_SUFFIXES = (".yml", ".yaml", ".json")
@@ -111,7 +112,7 @@ def read_text(path: Path, problems: list[str]) -> str | None:
     except UnicodeDecodeError:
         reason = "is not text in UTF-8"
     except OSError as error:
-        reason = f"cannot be read ({error.strerror})"
+        reason = f"cannot be read ({disk.reason(error)})"
     problems.append(f"{path}: {reason}")
     return None
 

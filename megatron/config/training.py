@@ -24,7 +24,14 @@ class TrainingConfig(Section):
     eval_interval: PositiveInt = 1000
     """Steps between evaluations on the validation data."""
     eval_iters: NaturalInt = 100
-    """Batches in one evaluation; 0 turns evaluation off."""
+    """Batches in one evaluation, each as large as one of a training step; 0 turns evaluation off. Where `valid_data_paths` or `test_data_paths` name
+    several corpora, these batches are a mixture by their weights, and the loss of each corpus is taken from its part of them."""
+    extra_eval_iters: list[NaturalInt] | None = None
+    """Further steps after which to evaluate; 0 evaluates the initial weights. None: none."""
+    calculate_per_token_loss: bool = True
+    """Where labels or `eod_mask_loss` leave tokens out of the loss: loss and gradient of a step are the sum over the tokens that count, divided by
+    their number over all micro-batches and processes; validation likewise. False: GPT-NeoX's mean of the micro-batches' means, in which a micro-batch
+    with few such tokens weighs as much as one with many."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     checkpoint_num_layers: PositiveInt = 1
@@ -32,7 +39,7 @@ class TrainingConfig(Section):
     exit_interval: PositiveInt | None = None
     """Save and stop whenever the step number is a multiple of this. None: run to `train_iters`."""
     max_nonfinite_steps: PositiveInt = 20
-    """Steps in a row with a NaN or infinite loss or gradient that stop the run (each such step is skipped)."""
+    """Steps in a row with a NaN or infinite loss or gradient that stop the run. Each such step is skipped, and none of them becomes a checkpoint."""
 
     def check(self) -> Iterator[Problem]:
         if self.train_iters is not None and self.train_epochs is not None:

@@ -14,7 +14,7 @@ from megatron.convert.opened import Opened
 LOSSES = {"train/lm_loss": "training", "validation/lm_loss": "validation", "test/lm_loss": "test"}
 STEPS = 50
 """Steps that the training loss is averaged over: one step's is noise."""
-SHAPE_KEYS = ("num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "seq_length", "norm", "pos_emb", "activation")
+SHAPE_KEYS = ("num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "head_dim", "seq_length", "norm", "pos_emb", "activation")
 MOE_KEYS = ("moe_num_experts", "moe_top_k", "moe_router_type", "moe_expert_type")
 LORE_KEYS = ("moe_num_lores", "moe_lore_top_k", "moe_lore_rank", "moe_lore_interaction")
 

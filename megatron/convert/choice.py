@@ -10,6 +10,7 @@ from megatron.convert.errors import ConversionError
 from megatron.convert.mapping import Misfit, Read, Zero
 
 AUTO = "auto"
+MAX_LISTED = 4
 
 
 def choose_architecture(source: Source, requested: str, read: Read, origin: str | None = None) -> Architecture:
@@ -32,6 +33,20 @@ def choose_architecture(source: Source, requested: str, read: Read, origin: str 
         listed = "\n  ".join(found)
         raise ConversionError(f"{architecture.class_name} cannot represent this model:\n  {listed}\nLeave --architecture out to take one that can.")
     return architecture
+
+
+def left_origin(origin: str | None, chosen: Architecture, source: Source, read: Read) -> str | None:
+    """Why an imported model is not written as the class it was imported as: a sentence, and a line for each key or weight. None: it is that class."""
+    if origin not in ARCHITECTURES or origin == chosen.name:
+        return None
+    before = ARCHITECTURES[origin]
+    found = list(obstacles(before, source, read))
+    if not found:
+        return None
+    more = [f"and {len(found) - MAX_LISTED} more"] if len(found) > MAX_LISTED else []
+    reasons = "\n  ".join(found[:MAX_LISTED] + more)
+    changed = f"This model was imported as {before.class_name} and is written as {chosen.class_name}"
+    return f"{changed}, because {before.class_name} cannot hold:\n  {reasons}"
 
 
 def obstacles(architecture: Architecture, source: Source, read: Read) -> Iterator[str]:

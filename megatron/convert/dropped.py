@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -63,34 +63,17 @@ def head_name(architecture: Architecture, source: Source) -> str:
     return next(entry.theirs[0] for entry in architecture.table(untied) if entry.ours == ours)
 
 
-def check_used(table: list[Entry], stored: Weights, source: Source, *, tied: str | None, settings: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences on what is left out. `tied`: a copy of the embedding, which may be there; None: the head is a weight of its own.
+def check_used(table: list[Entry], stored: Weights, source: Source, *, tied: str | None, later: Iterable[str]) -> None:
+    """`tied`: a copy of the embedding, which may be there; None: the head is a weight of its own. `later`: weights that are left out knowingly.
 
     Raises ConversionError for a weight that no entry reads, and for a buffer that holds something else than the configuration gives.
     """
-    read = {name for entry in table for name in entry.theirs}
+    read = {name for entry in table for name in entry.theirs} | set(later)
     left = [name for name in stored.names if name not in read and name != tied]
-    buffers = [name for name in left if BUFFER.search(name)]
-    extra = set(further_layers(left, settings))
-    if unknown := [name for name in left if name not in extra and name not in buffers]:
+    if unknown := [name for name in left if not BUFFER.search(name)]:
         raise ConversionError(f"{stored.directory} holds {unknown[0]}, which this model has no place for ({len(unknown)} such weights).")
-    for name in buffers:
+    for name in left:
         check_buffer(name, stored.read(name), source.config.model, stored.directory)
-    if extra:
-        yield (
-            f"{len(extra)} weights of the layers that predict further tokens (num_nextn_predict_layers) are left out, as transformers does: "
-            f"the model here has none. The first is {min(extra)}."
-        )
-
-
-def further_layers(names: Iterable[str], settings: Mapping[str, Any]) -> Iterator[str]:
-    """The names that belong to layers behind the last, where config.json says that there are such (GLM-4.5's multi-token prediction)."""
-    first, count = settings.get("num_hidden_layers"), settings.get("num_nextn_predict_layers") or 0
-    if isinstance(first, int) and isinstance(count, int):
-        for name in names:
-            match = re.match(r"model\.layers\.(\d+)\.", name)
-            if match is not None and first <= int(match[1]) < first + count:
-                yield name
 
 
 def check_buffer(name: str, tensor: Tensor, model: ModelConfig, directory: Any) -> None:

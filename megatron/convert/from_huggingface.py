@@ -14,34 +14,38 @@ import torch
 import yaml
 from torch import Tensor
 
-from megatron.checkpoint.layout import LATEST
+from megatron.checkpoint.layout import LATEST, ORIGIN_KEY
 from megatron.checkpoint.save import resolved_config_document
 from megatron.checkpoint.save_weights import Division, save_weights
 from megatron.config import config_from_dict
 from megatron.config.size import padded_vocab_size
 from megatron.convert.architecture import Architecture, Source
 from megatron.convert.architectures import ARCHITECTURES
-from megatron.convert.dropped import check_used, finite, further_layers, head_name, untied_head
+from megatron.convert.dropped import check_used, finite, head_name, untied_head
 from megatron.convert.errors import ConversionError
 from megatron.convert.json_files import read_json
 from megatron.convert.layouts import Arranged
 from megatron.convert.logits import LIMIT, Allowed, Compared, compare, our_logits, their_logits, tokens_to_compare
 from megatron.convert.mapping import Entry, to_ours
-from megatron.convert.opened import ORIGIN_KEY, open_checkpoint
+from megatron.convert.opened import open_checkpoint
 from megatron.convert.shapes import Shapes, checked, model_shapes
-from megatron.convert.staging import checked_target, move_into, staged_run
+from megatron.convert.staging import check_holds_no_run, checked_target, move_into, staged_run
 from megatron.convert.tensor_files import StoredTensors
 from megatron.convert.to_huggingface import AUTO, PRECISIONS
 from megatron.convert.tokenizers import tokenizer_keys
 from megatron.convert.trust import foreign_code, own_class, refusal, without_code
 from megatron.convert.unread import check_general, unread_settings, without_unread
 from megatron.convert.upcycle import Upcycled, upcycle
+from megatron.data.locking import naming
 from megatron.data.progress import Reporter, Stage
 from megatron.data.tokenizer import Tokenizer, load_tokenizer
 from megatron.training.engine import DTYPES
+from megatron.training.memory import check_comparison_fits
 from megatron.training.setup import checkpoint_args
 
 CONFIG = "config.yml"
+CONFIG_HEAD = "# The model of"
+"""How that file begins when an import wrote it."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +114,12 @@ def import_model(request: Import, reporter: Reporter) -> Imported:
     Raises ConversionError, CheckpointError, ConfigError, TokenizerError; what was written is removed then.
     """
     target = checked_target(request.output_dir, force=request.force, to_do="write into")
+    check_holds_no_run(target, CONFIG, CONFIG_HEAD)
     theirs = open_theirs(request.input_dir)
     found = foreign_code(request.input_dir, theirs.architecture)
     if found is not None and request.check and not request.trust_remote_code:
         raise ConversionError(refusal(found, theirs.architecture))
-    with staged_run(target) as stage:
+    with naming(target.parent), staged_run(target) as stage:
         imported = _written(request, theirs, stage, reporter)
         move_into(stage, target, last=LATEST)
     if found is not None and not request.check:
@@ -144,7 +149,8 @@ def _written(request: Import, theirs: Theirs, stage: Path, reporter: Reporter) -
     table = list(architecture.table(source))
     arranged = Arranged(stored, table, source)
     tied = None if source.config.model.no_weight_tying else head_name(architecture, source)
-    notices += check_used(table, arranged, source, tied=tied, settings=settings)
+    later = later_layers(settings, stored)
+    check_used(table, arranged, source, tied=tied, later=later)
     check_vocabulary(tokenizer, source.vocabulary, request.input_dir)
     keys["make_vocab_size_divisible_by"] = divisor(tokenizer, source.vocabulary)
     source = Source(config_from_dict(keys), source.vocabulary)
@@ -153,6 +159,8 @@ def _written(request: Import, theirs: Theirs, stage: Path, reporter: Reporter) -
     if request.upcycle is not None:
         upcycled = upcycle(source, request.upcycle, keys)
         keys, source, weights = upcycled.keys, upcycled.source, upcycled.weights(weights)
+    if request.check:
+        check_comparison_fits(source.config, source.vocabulary)
     with reporter.stage("weights", None) as progress:
         path = save(request, stage, source, _counted(weights, progress), origin=architecture.name)
     (stage / CONFIG).write_text(config_text(request, keys))
@@ -163,7 +171,7 @@ def _written(request: Import, theirs: Theirs, stage: Path, reporter: Reporter) -
         request.output_dir / CONFIG,
         architecture.class_name,
         compared,
-        (*notices, *(upcycled.notices if upcycled is not None else ())),
+        (*notices, *later_notice(later, settings), *(upcycled.notices if upcycled is not None else ())),
         is_upcycled=upcycled is not None,
     )
 
@@ -233,6 +241,23 @@ def read_keys(file: Path) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in content.items()}
 
 
+def later_layers(settings: Mapping[str, Any], stored: StoredTensors) -> list[str]:
+    """Weights of layers after the last, which predict the token after the next one (GLM-4.5); transformers' class leaves them out as well."""
+    first = settings["num_hidden_layers"]
+    layers = range(first, first + int(settings.get("num_nextn_predict_layers") or 0))
+    predicting = [layer for layer in layers if f"model.layers.{layer}.eh_proj.weight" in stored.names]
+    return [name for name in stored.names for layer in predicting if name.startswith(f"model.layers.{layer}.")]
+
+
+def later_notice(later: list[str], settings: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence on what is left out, if anything."""
+    if later:
+        yield (
+            f"{len(later)} weights of layers after the model's {settings['num_hidden_layers']} are left out ({later[0]}, ...). They predict the "
+            "token after the next one (num_nextn_predict_layers); transformers leaves them out too."
+        )
+
+
 def check_vocabulary(tokenizer: Tokenizer | None, rows: int, directory: Path) -> None:
     """Raises ConversionError for a tokenizer (None: there is none) whose tokens the model has no rows for."""
     if tokenizer is not None and tokenizer.vocab_size > rows:
@@ -266,7 +291,7 @@ def save(request: Import, stage: Path, source: Source, weights: Iterator[tuple[s
 def config_text(request: Import, keys: Mapping[str, Any]) -> str:
     """The YAML to go on with."""
     head = (
-        f"# The model of {request.input_dir}. To go on training it, give this file together with one that says how (data, batch size,\n"
+        f"{CONFIG_HEAD} {request.input_dir}. To go on training it, give this file together with one that says how (data, batch size,\n"
         "# optimizer, train_iters, save, checkpoint_factor):\n"
         f"#   python deepy.py train.py {request.output_dir / CONFIG} how.yml\n"
     )
@@ -278,7 +303,7 @@ def compare_logits(request: Import, theirs: Theirs, stage: Path, tokenizer: Toke
     opened = open_checkpoint(stage)
     texts, dtype = tokens_to_compare(opened.source, tokenizer), DTYPES[opened.source.config.precision]
     ours = our_logits(opened.source, opened.weights.read, texts)
-    allowed = Allowed(request.trust_remote_code, set(further_layers(theirs.stored.names, theirs.settings)))
+    allowed = Allowed(request.trust_remote_code, later_layers(theirs.settings, theirs.stored))
     with loadable(theirs, trusted=request.trust_remote_code) as (folder, loader):
         return compare(ours, their_logits(folder, texts, precision=dtype, loader=loader, allowed=allowed), limit=limit)
 

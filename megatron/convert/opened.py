@@ -17,8 +17,6 @@ from megatron.convert.architecture import Source
 from megatron.convert.errors import ConversionError
 from megatron.convert.trust import OPTION
 
-ORIGIN_KEY = "huggingface_architecture"
-"""In the client state of an import: the name of the table that read it."""
 EMBEDDING = "sequential.0.word_embeddings.weight"
 
 
@@ -31,8 +29,8 @@ class Opened(NamedTuple):
 
     @property
     def origin(self) -> str | None:
-        """The architecture that an import came from. None: it was trained here."""
-        origin = self.weights.client_state.get(ORIGIN_KEY)
+        """The architecture that the model was imported as, before any training. None: it began here."""
+        origin = self.weights.client_state.get(layout.ORIGIN_KEY)
         return origin if isinstance(origin, str) else None
 
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron.checkpoint import layout
 from megatron.convert.errors import ConversionError
-from megatron.data.staging import staging_folder
+from megatron.convert.json_files import read_json, write_json
+from megatron.data.folders import broken_link, remove_folder
+from megatron.data.staging import LOCK, staging_folder
+
+RECORD = ".written.json"
+WRITER, IMPORTER = "convert_neox_to_hf.py", "convert_hf_to_neox.py"
 
 
 def checked_target(target: Path, *, force: bool, to_do: str, source: Path | None = None) -> Path:
@@ -17,7 +23,9 @@ def checked_target(target: Path, *, force: bool, to_do: str, source: Path | None
 
     `source` None: what is there already stays; else it is replaced, and must not hold the source.
     """
-    path = Path(os.path.abspath(target))
+    if (nowhere := broken_link(target)) is not None:
+        raise ConversionError(f"{nowhere}, or choose another --output_dir.")
+    path = Path(os.path.realpath(target))  # where a link leads: what is put together lies beside that
     if path.exists() and not path.is_dir():
         raise ConversionError(f"{target} is a file: choose another --output_dir.")
     if path.exists() and not force and any(path.iterdir()):
@@ -25,6 +33,39 @@ def checked_target(target: Path, *, force: bool, to_do: str, source: Path | None
     if source is not None and path.resolve() in (source.resolve(), *source.resolve().parents):
         raise ConversionError(f"{target} holds the checkpoint that is to be read: choose another --output_dir.")
     return path
+
+
+def write_record(stage: Path) -> None:
+    """The names of what an export wrote, so that `--force` replaces that and nothing else."""
+    write_json(stage / RECORD, {"written_by": WRITER, "files": sorted(path.name for path in stage.iterdir() if path.name != LOCK)})
+
+
+def check_written_by_export(target: Path) -> None:
+    """Raises ConversionError when `target` holds anything that an export did not write: nobody's notes are deleted here."""
+    if not target.exists():
+        return
+    record = read_json(target / RECORD)
+    ours = {RECORD, *record.get("files", ())} if record.get("written_by") == WRITER else set()
+    _refuse_foreign(target, (path.name for path in target.iterdir() if path.name not in ours or path.is_dir()), WRITER)
+
+
+def check_holds_no_run(target: Path, config: str, head: str) -> None:
+    """Raises ConversionError when `target` holds a run's checkpoints or configuration, which an import would write over.
+
+    What an earlier import wrote may be replaced: it is known by its `config`, which begins with `head`.
+    """
+    if not target.is_dir():
+        return
+    imported = (target / config).is_file() and (target / config).read_text(errors="replace").startswith(head)
+    steps = [layout.tag(step) for step in layout.iterations_in(target) if step or not imported]
+    others = [name for name in (layout.LATEST, config) if (target / name).exists() and not imported]
+    _refuse_foreign(target, [*steps, *others], IMPORTER)
+
+
+def _refuse_foreign(target: Path, names: Iterable[str], writer: str) -> None:
+    foreign = min(names, default=None)
+    if foreign is not None:
+        raise ConversionError(f"{target} holds {foreign}, which {writer} did not write: move it away, or choose another --output_dir.")
 
 
 @contextmanager
@@ -41,12 +82,12 @@ def staged_run(target: Path) -> Iterator[Path]:
 
 
 def move_into(folder: Path, target: Path, *, last: str) -> None:
-    """Everything in `folder` to `target`, over what has the same name there; `last` is what makes the rest be looked at."""
+    """Everything in `folder` to `target`, over what an earlier import has put there; `last` is what makes the rest be looked at."""
     if not target.exists():
         os.rename(folder, target)
         return
     for path in sorted(folder.iterdir(), key=lambda path: path.name == last):
         place = target / path.name
         if place.is_dir():
-            shutil.rmtree(place)
+            remove_folder(place)
         os.replace(path, place)

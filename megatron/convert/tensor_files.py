@@ -92,6 +92,8 @@ def _names_in(file: Path) -> list[str]:
     try:
         with safe_open(file, "pt") as content:
             return list(content.keys())
+    except PermissionError as error:
+        raise ConversionError(f"{file} cannot be read: {error.strerror or error}.") from error
     except (SafetensorError, OSError) as error:
         raise ConversionError(f"{file} is damaged: {error}. Copy it again.") from error
 

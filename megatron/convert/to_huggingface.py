@@ -13,7 +13,7 @@ import torch
 from megatron.config.data import DataConfig
 from megatron.convert.architecture import Architecture
 from megatron.convert.card import model_card
-from megatron.convert.choice import AUTO, choose_architecture
+from megatron.convert.choice import AUTO, choose_architecture, left_origin
 from megatron.convert.dropped import finite
 from megatron.convert.errors import ConversionError
 from megatron.convert.json_files import write_json
@@ -21,13 +21,15 @@ from megatron.convert.logits import Allowed, Compared, compare, our_logits, thei
 from megatron.convert.mapping import check_complete, to_theirs
 from megatron.convert.opened import EMBEDDING, Opened, open_checkpoint
 from megatron.convert.shapes import checked_read, model_shapes
-from megatron.convert.staging import checked_target
+from megatron.convert.staging import check_written_by_export, checked_target, write_record
 from megatron.convert.tensor_files import ShardWriter
 from megatron.convert.tokenizers import GENERATION, SpecialTokens, kept_generation, save_tokenizer
+from megatron.data.locking import naming
 from megatron.data.progress import Reporter, Stage
 from megatron.data.staging import publish, staging_folder
 from megatron.data.tokenizer import build_tokenizer
 from megatron.training.engine import DTYPES
+from megatron.training.memory import check_comparison_fits
 
 PRECISIONS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bfloat16"}
 """What `--precision` takes -> `precision` in our configurations."""
@@ -72,11 +74,15 @@ def export_checkpoint(export: Export, reporter: Reporter) -> Exported:
     Raises ConversionError, CheckpointError, ConfigError, TokenizerError; nothing is at `output_dir` then that was not there before.
     """
     target = checked_target(export.output_dir, force=export.force, to_do="replace", source=export.input_dir)
+    check_written_by_export(target)
     opened = open_checkpoint(export.input_dir, export.config_files, trusted=export.trust_remote_code)
     architecture = choose_architecture(opened.source, export.architecture, opened.weights.read, opened.origin)
+    left = left_origin(opened.origin, architecture, opened.source, opened.weights.read) if export.architecture == AUTO else None
     table = list(architecture.table(opened.source))
     check_complete(table, set(opened.weights.names))
-    with staging_folder(target) as stage:
+    if export.check:
+        check_comparison_fits(opened.source.config, opened.source.vocabulary)
+    with naming(target.parent), staging_folder(target) as stage:
         special = save_tokenizer(tokenizer_config(opened, export), stage) if export.save_tokenizer else SpecialTokens(None, None, None)
         special = special._replace(pad=special.pad if export.pad_token_id is None else export.pad_token_id)
         with reporter.stage("weights", None) as progress:
@@ -84,8 +90,9 @@ def export_checkpoint(export: Export, reporter: Reporter) -> Exported:
         write_settings(opened, architecture, special, stage, dtype_of(opened, export))
         compared = compare_logits(opened, export, stage, architecture) if export.check else None
         (stage / "README.md").write_text(model_card(target.name, opened, architecture, str(compared) if compared is not None else None))
+        write_record(stage)
         publish(stage, target)
-    return Exported(architecture.class_name, writer.parameters, writer.total_bytes, compared, tuple(opened.weights.notices))
+    return Exported(architecture.class_name, writer.parameters, writer.total_bytes, compared, (*opened.weights.notices, *filter(None, [left])))
 
 
 def dtype_of(opened: Opened, export: Export) -> torch.dtype:

@@ -9,6 +9,7 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
+from pathlib import PurePath
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -22,10 +23,14 @@ MARGIN = 1.005  # NeoX asks each data set for this much more than its share
 
 
 class BlendedDataset(Dataset[dict[str, np.ndarray]]):
-    """Samples of several data sets interleaved by weight; as long as all of them together."""
+    """Samples of several data sets interleaved by weight; as long as all of them together.
 
-    def __init__(self, datasets: Sequence[SampleDataset], weights: Sequence[float]) -> None:
+    With `names`, one a data set, each sample says under "corpus" (int64) which of them it is from.
+    """
+
+    def __init__(self, datasets: Sequence[SampleDataset], weights: Sequence[float], names: Sequence[str] = ()) -> None:
         self.datasets = list(datasets)
+        self.names = tuple(names)
         self.dataset_index, self.sample_index = builders().blend(normalise(weights), sum(map(len, self.datasets)))
 
     def __len__(self) -> int:
@@ -34,7 +39,9 @@ class BlendedDataset(Dataset[dict[str, np.ndarray]]):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        return self.datasets[int(self.dataset_index[index])].wrapped(int(self.sample_index[index]))
+        corpus = int(self.dataset_index[index])
+        sample = self.datasets[corpus].wrapped(int(self.sample_index[index]))
+        return sample | {"corpus": np.array(corpus)} if self.names else sample
 
 
 def normalise(weights: Sequence[float]) -> np.ndarray:
@@ -60,6 +67,13 @@ def check_weights(weights: Sequence[float] | None, paths: Sequence[str], key: st
     if min(weights) < 0 or not 0 < sum(weights) < math.inf:
         raise DatasetError(f"{key}_data_weights = {list(weights)}: weights must not be negative and at least one must be positive")
     return [float(weight) for weight in weights]
+
+
+def corpus_names(paths: Sequence[str]) -> list[str]:
+    """What to call each of several corpora: the last part of its path; the whole path where others end the same, numbered where they are the same."""
+    last = [PurePath(path).name for path in paths]
+    names = [path if last.count(name) > 1 else name for path, name in zip(paths, last, strict=True)]
+    return [f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def weights_by_documents(counts: Sequence[int], alpha: float) -> list[float]:

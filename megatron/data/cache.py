@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron.config import disk
+
 logger = logging.getLogger(__name__)
 
 
@@ -39,7 +41,10 @@ def publish(data_prefix: Path, key: str, write: Callable[[Path], None]) -> Path 
             temporary = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=directory))
         except OSError as error:
             logger.warning(
-                "%s cannot be written (%s); %s", directory, error.strerror, "using the user cache directory" if place == 0 else "keeping in memory"
+                "%s cannot be written (%s); %s",
+                directory,
+                disk.explained(error, directory),
+                "using the user cache directory" if place == 0 else "keeping in memory",
             )
             continue
         try:
@@ -48,7 +53,7 @@ def publish(data_prefix: Path, key: str, write: Callable[[Path], None]) -> Path 
                 os.rename(temporary, directory / key)
             return directory / key
         except OSError as error:
-            logger.warning("%s: writing failed (%s)", directory, error.strerror)
+            logger.warning("%s: writing failed (%s)", directory, disk.explained(error, directory))
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return None

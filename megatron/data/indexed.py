@@ -40,6 +40,7 @@ DTYPES: dict[int, np.dtype[Any]] = {
     8: np.dtype("<u2"),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+SHOWN_PAIRS = 5
 LONGEST = np.iinfo(np.int32).max
 WARMUP_BYTES = 64 << 20
 PIECE_BYTES = 4 << 20
@@ -269,6 +270,14 @@ def check_files_exist(prefix: Path) -> None:
         return
     if prefix.suffix in (".bin", ".idx") and prefix.is_file():
         raise DatasetError(f"{prefix}: give the path without {prefix.suffix} ({prefix.with_suffix('')}); both files of the pair are found by it")
+    if prefix.is_file():
+        raise DatasetError(
+            f"{prefix} is a file of another kind, and training reads .bin/.idx pairs: `python prepare_data.py {prefix}` makes one of a text "
+            "and says what to write as data_path"
+        )
+    inside = sorted(str(path.with_suffix("")) for path in prefix.glob("*.idx")) if prefix.is_dir() else []
+    if inside:
+        raise DatasetError(f"{prefix} is a folder; give the path of a pair in it, without .bin/.idx: {', '.join(inside[:SHOWN_PAIRS])}")
     nearby = sorted(path.stem for path in prefix.parent.glob("*.idx")) if prefix.parent.is_dir() else []
     close = difflib.get_close_matches(prefix.name, nearby, n=1, cutoff=0.4)
     hint = f"did you mean {prefix.parent / close[0]}?" if close and close[0] != prefix.name else "`python prepare_data.py` makes such files from text"

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from megatron.data.blend import BlendedDataset, check_weights, samples_each, weights_by_documents
+from megatron.data.blend import BlendedDataset, check_weights, corpus_names, samples_each, weights_by_documents
 from megatron.data.indexed import DatasetError, IndexedDataset
+from megatron.data.sample.index_map import epochs_for
 from megatron.data.sample.map_cache import Packing, load_or_build
 from megatron.data.sample.packed import PackedDataset
 from megatron.data.sample.samples import SampleDataset, Source
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 TextDataset = SampleDataset | BlendedDataset
+LOSS_OF = {"valid": "validation", "test": "test"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,8 @@ def build_data(data: DataConfig, *, seq_length: int, plan: SamplePlan, seed: int
         if data.weight_by_num_documents:
             weights = weights_by_documents([len(source.tokens) for source in sources], data.weighted_sampler_alpha)
             logger.info("%s data by numbers of documents: weights %s.", name, ", ".join(f"{weight:.4f}" for weight in weights))
-        built.append(build_blended(sources, weights, count, name=name, order=order))
+        names = corpus_names(paths) if name != "train" and len(paths) > 1 else ()
+        built.append(build_blended(sources, weights, count, name=name, order=order, names=names))
     return Datasets(*built)
 
 
@@ -116,47 +119,73 @@ def open_source(path: str, label_path: str | None, data: DataConfig, vocab_size:
 
 
 def build_from_split(source: Source, split: str, plan: SamplePlan, order: SampleOrder) -> Datasets:
-    """One file's documents, the first for training, then validation, then test. Raises when a share that is wanted got no document."""
+    """One file's documents, the first for training, then validation, then test.
+
+    As in NeoX, validation or test without a document is left out, here with a warning. Raises DatasetError when there is nothing to train on.
+    """
     built: list[TextDataset | None] = []
     file = source.tokens
     if not len(file):
         raise DatasetError(f"{file.prefix} holds no documents; prepare it again from text that is not empty")
     for name, documents, share in zip(SPLITS, split_documents(split, len(file)), parse_split(split), strict=True):
         count = plan.wanted(name)
-        if count == 0 or not share:
+        if count == 0 or (not share and name != "train"):
             built.append(None)
-            continue
-        if not documents:
-            raise DatasetError(
-                f"split = {split!r} leaves no document of {file.prefix} ({len(file)} documents) for {name}; "
-                f"give {name} a larger share, or ask for no {name} samples"
-            )
-        built.append(build_samples(source, documents, count, name=name, order=order))
+        elif documents:
+            built.append(build_samples(source, documents, count, name=name, order=order))
+        else:
+            what = f"split = {split!r} leaves no document of {file.prefix} ({len(file):,} documents) for {name}"
+            if name == "train":
+                raise DatasetError(f"{what}, so there is nothing to train on; give train a larger share")
+            logger.warning("%s: there is no %s loss. Give %s a larger share to have one.", what, LOSS_OF[name], name)
+            built.append(None)
     return Datasets(*built)
 
 
-def build_samples(source: Source, documents: range, num_samples: int | None, *, name: str, order: SampleOrder) -> SampleDataset:
-    """A range of one file's documents as samples, packed as the order says."""
+def build_samples(source: Source, documents: range, num_samples: int | None, *, name: str, order: SampleOrder, alone: bool = True) -> SampleDataset:
+    """A range of one file's documents as samples, packed as the order says; `alone`: not one of several that are mixed.
+
+    Too few tokens for one sample are repeated in it, as in NeoX, with a warning.
+    """
     packing = Packing(order.pack_impl, order.allow_chopped, source.labels)
-    if num_samples is not None and packing.impl != "packed":
-        num_samples = max(num_samples, order.samples_at_once + 1)  # these give exactly what is asked for, of which NeoX never uses the last
+    if num_samples is not None and (packing.impl != "packed" or gives_too_few(source.tokens, documents, num_samples, order, alone)):
+        num_samples = max(num_samples, order.samples_at_once + 1)  # of what is given NeoX never uses the last
     maps = load_or_build(source.tokens, documents, seq_length=order.seq_length, num_samples=num_samples, seed=order.seed, packing=packing)
     if packing.impl == "packed":
+        tokens = int(source.tokens.sizes[documents.start : documents.stop].sum(dtype=np.int64))
+        if tokens <= order.seq_length:
+            what = f"{len(documents):,} document(s) with {tokens:,} tokens"
+            logger.warning("%s: the %s part, %s, is shorter than one sequence and is repeated in each.", source.tokens.prefix, name, what)
         return PackedDataset(source, maps, name)
     return WholeDocumentDataset(source, maps, name, seq_length=order.seq_length)
 
 
-def build_blended(sources: Sequence[Source], weights: Sequence[float], num_samples: int | None, *, name: str, order: SampleOrder) -> BlendedDataset:
-    """Several files mixed by weight; an epoch of files with equal weights by their lengths: each is read once, where NeoX repeats the short ones."""
+def gives_too_few(tokens: IndexedDataset, documents: range, num_samples: int, order: SampleOrder, alone: bool) -> bool:
+    """Whether packing, which takes as many epochs as give `num_samples`, would give less than one step takes, or mixed with others nothing."""
+    counted = int(tokens.sizes[documents.start : documents.stop].sum(dtype=np.int64))
+    epochs = epochs_for(counted, num_samples, order.seq_length) if counted else 0
+    return (epochs * counted - 1) // order.seq_length - 1 < (order.samples_at_once if alone else 1)
+
+
+def build_blended(
+    sources: Sequence[Source], weights: Sequence[float], num_samples: int | None, *, name: str, order: SampleOrder, names: Sequence[str] = ()
+) -> BlendedDataset:
+    """Several files mixed by weight, their samples marked with `names` where these are given.
+
+    An epoch of files with equal weights goes by their lengths: each is read once, where NeoX repeats the short ones.
+    """
     counts = [None] * len(sources) if num_samples is None else samples_each(weights, num_samples)
-    parts = [build_samples(source, range(len(source.tokens)), count, name=name, order=order) for source, count in zip(sources, counts, strict=True)]
+    parts = [
+        build_samples(source, range(len(source.tokens)), count, name=name, order=order, alone=False)
+        for source, count in zip(sources, counts, strict=True)
+    ]
     if num_samples is None and len(set(weights)) == 1:
         weights = [float(len(part)) for part in parts]
-    return BlendedDataset(parts, weights)
+    return BlendedDataset(parts, weights, names)
 
 
 class Batches:
-    """Endless iterator of {"text": int64 [B, S + 1]}, and "label" and "document" where samples have them, for one rank.
+    """Endless iterator of {"text": int64 [B, S + 1]}, and "label", "document" and "corpus" where samples have them, for one rank.
 
     num_workers 0 reads in this process; more prefetch in as many processes, in the same order. `close` ends them; so does
     leaving the interpreter.

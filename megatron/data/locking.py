@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from megatron.config import disk
+
 HELD_BY_ANOTHER = (errno.EACCES, errno.EAGAIN)
 NO_LOCKS_ON_THIS_DISK = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -55,9 +57,14 @@ def is_at(file: IO[bytes], path: Path) -> bool:
 
 @contextmanager
 def naming(folder: Path) -> Iterator[None]:
-    """Errors of the disk that do not say where, a full one above all, say this folder."""
+    """Errors of the disk that do not say where, a full one above all, say this folder; libraries' own exceptions for them become OSErrors."""
     try:
         yield
-    except OSError as error:
-        error.filename = error.filename or str(folder)
-        raise
+    except Exception as error:
+        number = disk.number(error)
+        if number is None:
+            raise
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = error.filename or str(folder)
+            raise
+        raise OSError(number, os.strerror(number), str(folder)) from error

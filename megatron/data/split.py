@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
+from megatron.config import split as rule
 from megatron.data.indexed import DatasetError
 
 SPLITS = ("train", "valid", "test")
@@ -11,15 +10,10 @@ SPLITS = ("train", "valid", "test")
 
 def parse_split(split: str) -> tuple[float, float, float]:
     """The three shares, in proportion to each other. Missing ones are 0. Raises DatasetError."""
-    parts = split.split("," if "," in split else "/")
     try:
-        shares = [float(part) for part in parts]
-    except ValueError:
-        shares = [-1.0]
-    if not 1 <= len(shares) <= 3 or min(shares) < 0 or not math.isfinite(sum(shares)) or sum(shares) == 0:
-        raise DatasetError(f"split = {split!r}: give one to three shares of the documents for train, valid and test, such as '969, 30, 1'")
-    shares += [0.0] * (3 - len(shares))
-    return shares[0], shares[1], shares[2]
+        return rule.parse_split(split)
+    except ValueError as error:
+        raise DatasetError(f"split = {split!r}: {error}") from None
 
 
 def split_documents(split: str, count: int) -> tuple[range, range, range]:

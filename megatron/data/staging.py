@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron.data.folders import broken_link, remove_folder
 from megatron.data.indexed import DatasetError
 from megatron.data.locking import open_locked
 
@@ -30,7 +30,8 @@ def staging_folder(target: Path) -> Iterator[Path]:
     with held:
         if old.is_dir() and not target.exists():
             os.rename(old, target)  # an earlier run ended between the two renames of `publish`
-        shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_folder(old)
         clear(stage)
         try:
             yield stage
@@ -52,7 +53,8 @@ def publish(stage: Path, target: Path) -> None:
     if target.exists():
         os.rename(target, old)
     os.rename(stage, target)
-    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        remove_folder(old)
 
 
 def publish_files(stage: Path, folder: Path) -> None:
@@ -74,6 +76,13 @@ def clear(stage: Path) -> None:
     for path in stage.iterdir():
         if path.name != LOCK:
             path.unlink()
+
+
+def followed(target: Path) -> Path:
+    """Where a link leads, so that new data go to the disk that somebody chose; another path as it is. Raises DatasetError for a link to nowhere."""
+    if (nowhere := broken_link(target)) is not None:
+        raise DatasetError(nowhere)
+    return target.resolve() if target.is_symlink() else target
 
 
 def check_replaceable(target: Path, ours: Collection[str]) -> None:

@@ -14,9 +14,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron.config import disk
 from megatron.config.evaluation import EvaluationConfig
 from megatron.config.neox import NeoXConfig
 from megatron.config.section import ConfigError
+from megatron.data.input.archives import ARCHIVE_SUFFIXES
+from megatron.data.input.bad_input import NOTICES, Kind, Problem
+from megatron.data.input.input_files import kind_of
+from megatron.data.input.opening import begin
+from megatron.data.input.reading import read_documents
+from megatron.data.input.recognise import compression_taken, container_taken, form_taken
 from megatron.data.progress import Reporter
 from megatron.inference.errors import InferenceError
 from megatron.inference.model import ReadyModel, load_ready_model
@@ -58,11 +65,41 @@ def read_texts(evaluation: EvaluationConfig) -> dict[str, str]:
     """The text of each file, by the name it was given under."""
     if not evaluation.eval_text_files:
         raise ConfigError(["'eval_text_files' must be given: the text files to measure, such as -o 'eval_text_files=[data/sotu/test.txt]'"])
-    texts = {name: read_text(Path(name), "eval_text_files") for name in evaluation.eval_text_files}
+    texts = {name: read_one(Path(name), evaluation) for name in evaluation.eval_text_files}
     empty = [name for name, text in texts.items() if not text]
     if empty:
         raise InferenceError(f"eval_text_files: {', '.join(empty)} is empty: there is nothing to predict.")
     return texts
+
+
+def read_one(path: Path, evaluation: EvaluationConfig) -> str:
+    """A plain text as it is, every byte. Of JSON, parquet, and what is compressed or in an archive, the texts with an empty line between two,
+    as prepare_data.py writes held-out text; that it is read so is logged.
+
+    Raises InferenceError.
+    """
+    if evaluation.eval_text_format == "text" or not path.is_file() or is_plain_text(path, force_json=evaluation.eval_text_format == "json"):
+        return read_text(path, "eval_text_files")
+
+    def report(problem: Problem) -> None:
+        if problem.kind in NOTICES:
+            log.info("eval_text_files: %s %s.", path, problem.what.replace("--input-format", "eval_text_format:"))
+        elif problem.kind is not Kind.BLANK:
+            what = str(problem).replace("(--jsonl-key)", "(eval_jsonl_key)").replace("--input-format", "eval_text_format:")
+            raise InferenceError(f"eval_text_files: {what}. To measure the file as it is, braces and all, set eval_text_format: text.")
+
+    texts = [document.text for document in read_documents(path, evaluation.eval_jsonl_key, report, form=evaluation.eval_text_format)]
+    log.info("eval_text_files: %s holds %s texts under '%s', measured with an empty line between two.", path, len(texts), evaluation.eval_jsonl_key)
+    return "\n\n".join(texts)
+
+
+def is_plain_text(path: Path, *, force_json: bool) -> bool:
+    """Whether nothing in the file has to be taken out of something else: a byte of it is a byte of the text."""
+    with path.open("rb") as file:
+        start = begin(file, seekable=False)
+        kind, compression = kind_of(path.name)
+        packed = compression_taken(start, compression).kind or container_taken(start, kind).kind in (*ARCHIVE_SUFFIXES, ".parquet")
+        return not packed and not force_json and form_taken(start, kind, None, "auto")[0] is None
 
 
 def results(ready: ReadyModel, scores: Mapping[str, TextScore], stride: int) -> dict[str, Any]:
@@ -107,9 +144,10 @@ def write_results(path: Path, content: Mapping[str, Any]) -> Path:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
+        why = disk.explained(error, path)
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise InferenceError(f"eval_results_prefix: {path} cannot be written: {error.strerror or error}.") from error
+        raise InferenceError(f"eval_results_prefix: {path} cannot be written: {why}.") from error
     return path
 
 

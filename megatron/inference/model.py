@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron.checkpoint import forward_check
-from megatron.checkpoint.agreement import check_architecture
+from megatron.checkpoint.agreement import check_architecture, without_free_positions
 from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.load import check_args, check_shapes, module_shapes, shapes_of
 from megatron.checkpoint.weights import load_model_weights
@@ -22,6 +22,7 @@ from megatron.config.section import ConfigError
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.model import GPT, build_model, choose_attention
 from megatron.training.engine import DTYPES
+from megatron.training.memory import check_model_fits
 from megatron.training.setup import expected_model
 
 log = logging.getLogger(__name__)
@@ -72,11 +73,12 @@ def load_ready_model(config: NeoXConfig) -> ReadyModel:
     path = find_checkpoint(directory, config.checkpoint.iteration)
     check_architecture(path, config.flat())
     expected = expected_model(config, tokenizer.vocab_size)
+    device, vocabulary = choose_device(), expected.args["padded_vocab_size"]
+    check_model_fits(config, vocabulary, device)
     weights = load_model_weights(path, expected)
-    check_args(path, weights.client_state.get("args") or {}, expected.args)
+    check_args(path, weights.client_state.get("args") or {}, without_free_positions(expected.args, config.model.pos_emb))
     for notice in weights.notices:
         log.info("%s", notice)
-    device, vocabulary = choose_device(), expected.args["padded_vocab_size"]
     gpt = build_model(config.model, config.moe, vocabulary, seed=0, dtype=DTYPES[config.precision], device=device)
     check_shapes(path, shapes_of(weights.state_dict), module_shapes(gpt))
     gpt.load_state_dict(weights.state_dict)

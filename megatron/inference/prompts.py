@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
+from megatron.config import disk
 from megatron.config.inference import InferenceConfig
 from megatron.inference.errors import InferenceError
 
@@ -41,11 +42,16 @@ def read_text(path: Path, key: str) -> str:
     try:
         return path.read_bytes().decode()
     except UnicodeDecodeError as error:
-        raise InferenceError(
-            f"{key}: {path} is not UTF-8 text (byte {error.start:,} is {error.object[error.start]:#04x}); convert it first."
-        ) from error
+        raise InferenceError(f"{key}: {path} {what_is_no_text(error)}; convert it first.") from error
     except OSError as error:
-        raise InferenceError(f"{key}: {path} cannot be read: {error.strerror or error}.") from error
+        raise InferenceError(f"{key}: {path} cannot be read: {disk.reason(error)}.") from error
+
+
+def what_is_no_text(error: UnicodeError) -> str:
+    """`is not UTF-8 text (byte 3 is 0xff)`."""
+    if not isinstance(error, UnicodeDecodeError):
+        return "is not UTF-8 text"
+    return f"is not UTF-8 text (byte {error.start:,} is {error.object[error.start]:#04x})"
 
 
 def typed_prompts(read_line: Callable[[str], str], prompt_end: str) -> Iterator[str]:
@@ -58,8 +64,11 @@ def typed_prompts(read_line: Callable[[str], str], prompt_end: str) -> Iterator[
         while True:
             try:
                 line = read_line("... " if lines else "> ")
+                line.encode()  # where Python reads another encoding than UTF-8, it keeps such bytes as halves of letters
             except EOFError:
                 return
+            except UnicodeError as error:
+                raise InferenceError(f"Standard input {what_is_no_text(error)}: give UTF-8 text, or name a file with -i FILE.") from error
             if line.strip() == QUIT:
                 return
             lines.append(line)

@@ -10,6 +10,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.text import Text
 
+from megatron.config import disk
 from megatron.inference.continuation import Continuation
 from megatron.inference.errors import InferenceError
 
@@ -48,7 +49,7 @@ class SampleFile:
                 raise self._explained(failure) from failure
 
     def _explained(self, error: OSError) -> InferenceError:
-        return InferenceError(f"sample_output_file: {self.path} cannot be written: {error.strerror or error}.")
+        return InferenceError(f"sample_output_file: {self.path} cannot be written: {disk.explained(error, self.path)}.")
 
 
 def show(console: Console, sample: Continuation, *, number: int, total: int) -> None:

@@ -1,7 +1,8 @@
 """From a command line to running processes.
 
 One process replaces deepy.py; several on one machine are started by DeepSpeed's local launcher, on several machines by DeepSpeed's runner.
-Nothing here imports torch or DeepSpeed: a mistake in a YAML file is reported in a fraction of a second.
+Nothing here imports torch, and only a hostfile, include or exclude make machines.py import DeepSpeed, whose parsers read them: a mistake in a
+YAML file is reported in a fraction of a second.
 """
 
 from megatron.launcher.command_line import config_from_argv, main

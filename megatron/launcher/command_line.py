@@ -35,6 +35,9 @@ KEY_FLAGS = {
     "--autotuning": "autotuning_run",
 }
 _SHORT = {"--hostfile": "-H", "--sample_input_file": "-i"}
+HOME = Path(__file__).resolve().parents[2]
+"""Where deepy.py and the other scripts lie."""
+_CONFIGURATIONS = (".yml", ".yaml", ".json")
 _USAGE_STATUS = 2
 _PLAIN_WIDTH = 140  # of the summary when it goes to a file or pipe
 
@@ -54,25 +57,45 @@ def main(argv: Sequence[str]) -> int:
     """deepy.py: load and check the configuration, then run the script with it. Returns the exit status; 2 for a mistake in the input."""
     request = read_deepy_arguments(argv)
     parser = _deepy_parser()
-    script = Path(request.words[0])
-    if not script.is_file():
-        _stop(parser, f"{script}: no such script")
+    script = find_script(request.words[0])
+    if script is None:
+        _stop(parser, missing_script(request))
     try:
         loaded = load_request(request, request.words[1:])
         machine = survey()
         processes = worker_count(loaded, machine)
         if request.check:
-            return _show_check(loaded, processes)
+            return _show_check(loaded, processes, machine_notices(loaded, machine))
         if script.stem == "train":
             check_trainable(loaded.config, processes)
+        notices = machine_notices(loaded, machine)
         launch = plan_launch(script, loaded, machine)
     except ConfigError as error:
         _stop(parser, str(error))
-    for notice in machine_notices(loaded):
+    for notice in notices:
         sys.stderr.write(f"{parser.prog}: {notice}\n")
     if launch.replaces:
         os.execve(launch.argv[0], launch.argv, launch.env)
     return run_until_done(launch.argv, launch.env, launch.processes)
+
+
+def find_script(word: str) -> Path | None:
+    """The script as given, else the one of that name beside deepy.py; None when neither is there."""
+    return next((place for place in (Path(word), HOME / word) if place.is_file() and place.suffix not in _CONFIGURATIONS), None)
+
+
+def missing_script(request: Request) -> str:
+    """What is wrong with a command line whose first word is no script."""
+    first, folder = Path(request.words[0]), beside(request.conf_dir) or Path()
+    if first.suffix in _CONFIGURATIONS or any((folder / f"{first}{suffix}").is_file() for suffix in _CONFIGURATIONS):
+        words = " ".join(request.words)
+        return f"{first} is a configuration file, and the script is missing: name it first (train.py, eval.py or generate.py), as in train.py {words}"
+    return f"{first}: no such script, neither here nor beside deepy.py, where train.py, eval.py and generate.py are"
+
+
+def beside(folder: Path | None) -> Path | None:
+    """The folder of configurations as given, else the one of that name beside deepy.py; None stays None."""
+    return HOME / folder if folder is not None and not folder.is_dir() and (HOME / folder).is_dir() else folder
 
 
 def read_deepy_arguments(argv: Sequence[str]) -> Request:
@@ -148,14 +171,14 @@ def load_request(request: Request, names: Sequence[str]) -> LoadedConfig:
     """The configuration that files and overrides of a command line describe. Raises ConfigError."""
     if not names and not request.overrides:
         raise ConfigError(["no configuration files are given, such as: -d configs quickstart.yml"])
-    return load_config(names, request.overrides, request.conf_dir)
+    return load_config(names, request.overrides, beside(request.conf_dir))
 
 
 def _stop(parser: argparse.ArgumentParser, sentence: str) -> NoReturn:
     parser.exit(_USAGE_STATUS, f"{parser.prog}: {sentence}\n")
 
 
-def _show_check(loaded: LoadedConfig, processes: int) -> int:
+def _show_check(loaded: LoadedConfig, processes: int, notices: Sequence[str]) -> int:
     """Returns the exit status. Raises ConfigError where the batch sizes contradict each other; what is missing may be in another file."""
     from rich.console import Console
 
@@ -163,7 +186,7 @@ def _show_check(loaded: LoadedConfig, processes: int) -> int:
     from megatron.launcher.summary import summary
 
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
-    loaded = replace(loaded, notices=(*loaded.notices, *machine_notices(loaded)))
+    loaded = replace(loaded, notices=(*loaded.notices, *notices))
     for part in summary(loaded, processes, vocabulary(loaded.config.data)):
         console.print(part, soft_wrap=isinstance(part, str))  # sentences stay in one line, tables keep to the width
     training = loaded.config.training

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron.config.launcher import LauncherConfig
 from megatron.config.loader import LoadedConfig
 from megatron.config.section import ConfigError
 from megatron.config.transport import encode
+from megatron.launcher.machines import Machines, find_hostfile, machines
 from megatron.launcher.processes import Machine, free_port
-
-_DEFAULT_HOSTFILE = "/job/hostfile"  # where DeepSpeed looks when nothing is said
+from megatron.launcher.reach import check_program, reach
 
 
 @dataclass(frozen=True)
@@ -29,87 +30,98 @@ class Launch:
 
 
 def worker_count(loaded: LoadedConfig, machine: Machine) -> int:
-    """Processes in all: as asked for, else one per GPU, else one. Raises ConfigError for more processes than GPUs where there are GPUs."""
-    launcher = loaded.config.launcher
+    """Processes in all: as many as DeepSpeed would start on the machines and slots asked for, else as asked for, else one per GPU, else one.
+
+    Raises ConfigError for more processes than GPUs where there are GPUs, and for what DeepSpeed refuses about machines.
+    """
+    return count_of(loaded.config.launcher, machine, machines(loaded.config.launcher, machine))
+
+
+def count_of(launcher: LauncherConfig, machine: Machine, chosen: Machines | None) -> int:
+    if chosen is not None:
+        if launcher.global_num_gpus not in (None, chosen.processes):
+            where = chosen.hostfile or "this machine"
+            raise ConfigError([f"'global_num_gpus' = {launcher.global_num_gpus}: {chosen.processes} process(es) would be started on {where}"])
+        return chosen.processes
     if launcher.num_gpus is not None and 0 < machine.gpus < launcher.num_gpus:
         raise ConfigError([f"'num_gpus' = {launcher.num_gpus}: this machine has {machine.gpus} GPU(s) to use"])
-    here = launcher.num_gpus or max(1, machine.gpus)
     if launcher.global_num_gpus is None:
-        return sum(_slots(loaded, here))
-    if launcher.num_gpus is not None and _hostfile(loaded) is None and launcher.num_gpus != launcher.global_num_gpus:
+        return launcher.num_gpus or max(1, machine.gpus)
+    if launcher.num_gpus not in (None, launcher.global_num_gpus):
         raise ConfigError([f"'global_num_gpus' = {launcher.global_num_gpus}: num_gpus is {launcher.num_gpus}; on one machine give only one of them"])
     return launcher.global_num_gpus
 
 
 def plan_launch(script: Path, loaded: LoadedConfig, machine: Machine) -> Launch:
-    """The command that starts the script's workers. Raises ConfigError when the machine has too few GPUs."""
-    processes = worker_count(loaded, machine)
+    """The command that starts the script's workers. Raises ConfigError as worker_count does, and LaunchError for a machine that cannot be reached."""
+    launcher = loaded.config.launcher
+    chosen = machines(launcher, machine)
+    processes = count_of(launcher, machine, chosen)
     worker_arguments = [str(script), "--megatron_config", encode(loaded)]
-    several_machines = _hostfile(loaded) is not None or loaded.config.launcher.force_multi
-    env = _environment(loaded, machine, 1 if several_machines else processes)
-    if several_machines or _filtered(loaded):
-        return Launch((sys.executable, "-m", "deepspeed.launcher.runner", *runner_options(loaded), *worker_arguments), env, processes, False)
-    if processes == 1:
+    remote = launcher.force_multi or (chosen is not None and chosen.hostfile is not None and not chosen.only_this_one)
+    if remote or (chosen is not None and chosen.hostfile is None):
+        here = 1 if chosen is None else max(map(len, chosen.slots.values()))
+        options = runner_options(loaded)
+        if remote and chosen is not None:
+            address = reach(launcher, chosen)
+            missing = check_program(options, chosen, machine) if starts_elsewhere(launcher, chosen) else None
+            if missing is not None:
+                raise ConfigError([missing])
+            options = runner_options(loaded, master_addr=address)
+        argv = (sys.executable, "-m", "deepspeed.launcher.runner", *options, *worker_arguments)
+        return Launch(argv, _environment(loaded, machine, here), processes, False)
+    env = _environment(loaded, machine, processes)
+    if processes == 1 and chosen is None:
         return Launch((sys.executable, *worker_arguments), env, 1, True)
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": machine.devices(processes)}).encode()).decode()
-    port = free_port(loaded.config.launcher.master_port)
+    slots = machine.devices(processes) if chosen is None else next(iter(chosen.slots.values()))
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(slots)}).encode()).decode()
+    port = free_port(launcher.master_port)
     local = ["--world_info", world, "--master_addr", "127.0.0.1", "--master_port", str(port), "--log_level", "critical"]
     return Launch((sys.executable, "-m", "deepspeed.launcher.launch", *local, *worker_arguments), env, processes, False)
 
 
-def machine_notices(loaded: LoadedConfig) -> list[str]:
-    """Sentences on what was asked for about machines and is not done."""
+def starts_elsewhere(launcher: LauncherConfig, chosen: Machines) -> bool:
+    """Whether DeepSpeed starts processes through `launcher`; one host alone gets them without."""
+    return launcher.force_multi or len(chosen.slots) > 1
+
+
+def machine_notices(loaded: LoadedConfig, machine: Machine | None = None) -> list[str]:
+    """Sentences on what was asked for about machines and is not done; with the machine, on what the hostfile does not have as well.
+
+    Raises ConfigError as worker_count does, and for what DeepSpeed's way to start processes (`launcher`) does not take.
+    """
     launcher = loaded.config.launcher
+    chosen = machines(launcher, machine) if machine is not None else None
+    if machine is not None and chosen is not None and chosen.hostfile is not None:
+        missing = check_program(runner_options(loaded), chosen, machine) if starts_elsewhere(launcher, chosen) else None
+        return [*chosen.notices, *([] if missing is None else [missing])]
     for name, file in (("'hostfile'", launcher.hostfile), ("DLTS_HOSTFILE", os.environ.get("DLTS_HOSTFILE"))):
         if file:
             return [] if Path(file).is_file() else [f"{name} = '{file}': no such file; this machine alone is used"]
     asked = "slurm" if launcher.deepspeed_slurm else launcher.launcher
-    if asked == "pdsh" or _hostfile(loaded) is not None or launcher.force_multi:
+    if asked == "pdsh" or find_hostfile(launcher) is not None or launcher.force_multi:
         return []
     return [f"'launcher' = '{asked}': there is no hostfile, so this machine alone is used; give one, or force_multi: true"]
 
 
-def _hostfile(loaded: LoadedConfig) -> str | None:
-    """The file that names the machines, or None when there is none: this machine only."""
-    name = loaded.config.launcher.hostfile or os.environ.get("DLTS_HOSTFILE") or _DEFAULT_HOSTFILE
-    return name if Path(name).is_file() else None
-
-
-def _slots(loaded: LoadedConfig, here: int) -> list[int]:
-    """Processes on each machine of the hostfile (`host slots=N` lines), or on this one."""
-    hostfile = _hostfile(loaded)
-    if hostfile is None:
-        return [here]
-    lines = [line.split("#")[0].split() for line in Path(hostfile).read_text().splitlines()]
-    slots = [int(word.removeprefix("slots=")) for line in lines for word in line[1:] if word.startswith("slots=") and word[6:].isdigit()]
-    if not slots:
-        raise ConfigError([f"'hostfile' = '{hostfile}': has no line such as `worker-1 slots=8`"])
-    nodes = loaded.config.launcher.num_nodes
-    return [loaded.config.launcher.num_gpus or count for count in (slots if nodes < 0 else slots[:nodes])]
-
-
-def _filtered(loaded: LoadedConfig) -> bool:
-    return loaded.config.launcher.include is not None or loaded.config.launcher.exclude is not None
-
-
-def runner_options(loaded: LoadedConfig) -> list[str]:
-    """The launcher section as options of deepspeed.launcher.runner."""
+def runner_options(loaded: LoadedConfig, *, master_addr: str | None = None) -> list[str]:
+    """The launcher section as options of deepspeed.launcher.runner. `master_addr`: found by asking the machines, so that DeepSpeed need not."""
     launcher = loaded.config.launcher
     named = {
-        "--hostfile": _hostfile(loaded),
+        "--hostfile": find_hostfile(launcher),
         "--include": launcher.include,
         "--exclude": launcher.exclude,
         "--num_nodes": launcher.num_nodes if launcher.num_nodes >= 0 else None,
         "--num_gpus": launcher.num_gpus,
         "--master_port": launcher.master_port,
-        "--master_addr": launcher.master_addr,
+        "--master_addr": master_addr or launcher.master_addr,
         "--launcher": "slurm" if launcher.deepspeed_slurm else launcher.launcher,
     }
     options = [word for option, value in named.items() if value is not None for word in (option, str(value))]
     scheduler = [f"--{name}={value}" for name, value in (("comment", launcher.comment), ("account", launcher.account)) if value is not None]
     if scheduler:
         options.append(f"--launcher_args={' '.join(scheduler)}")
-    switches = {"--force_multi": launcher.force_multi, "--no_ssh_check": launcher.no_ssh_check}
+    switches = {"--force_multi": launcher.force_multi, "--no_ssh_check": launcher.no_ssh_check or master_addr is not None}
     return options + [option for option, chosen in switches.items() if chosen]
 
 

@@ -15,8 +15,10 @@ from pathlib import Path
 from types import FrameType
 
 from megatron.config.machine import usable_cores
+from megatron.launcher.deaths import Deaths
 
 _IMPATIENCE_S = 2.0  # a Ctrl-C this long after the first one means: now
+_MOMENT_S = 0.3  # between two looks at the workers; DeepSpeed's launcher looks once a second, and a dead worker is seen until then
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -77,29 +79,57 @@ def free_port(preferred: int) -> int:
 def run_until_done(argv: Sequence[str], env: Mapping[str, str], workers: int) -> int:
     """Runs DeepSpeed's launcher in a session of its own and returns its exit status (128 + n for a worker that signal n ended).
 
-    SIGINT and SIGTERM go to the workers alone, once and as SIGTERM, and this waits for as long as they need to save. DeepSpeed's launcher
+    SIGINT and SIGTERM go to the workers alone, once, and this waits for as long as they need to save. DeepSpeed's launcher
     would pass a signal to one worker after the other and kill each after 30 s, while they wait for each other; so it is kept out of it.
-    A second Ctrl-C ends everything at once. When this process dies, the launcher gets SIGTERM from the kernel.
+    A second Ctrl-C ends everything at once. When this process dies, the launcher gets SIGTERM from the kernel. A signal that this process was
+    started to ignore stays ignored. A worker that a signal of somebody else's ended is named on standard error, with its rank.
     """
     process = subprocess.Popen(list(argv), env=dict(env), start_new_session=True, preexec_fn=_die_with_parent if sys.platform == "linux" else None)
-    first: float | None = None
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal first
-        if first is None:
-            first = time.monotonic()
-            _terminate_workers(process.pid, workers)
-        elif number == signal.SIGINT and time.monotonic() - first > _IMPATIENCE_S:
-            _signal_group(process.pid, signal.SIGKILL)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    stop = _Stop(process.pid, workers)
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}
+    deaths = Deaths(lambda: _workers(process.pid), workers)
     try:
-        status = process.wait()
+        while (status := _wait(process)) is None:
+            deaths.look()
     finally:
         _signal_group(process.pid, signal.SIGTERM)  # whoever is left, should the launcher have died before its workers
         for number, handler in before.items():
             signal.signal(number, handler)
+    if deaths.first is not None and stop.received is None:
+        sys.stderr.write(f"{deaths.first}\n")
+        return 128 + deaths.first.number
+    if stop.received is not None and stop.reached_all and status:
+        return 128 + stop.received
     return _shell_status(status)
+
+
+class _Stop:
+    """What a signal does: see `run_until_done`."""
+
+    def __init__(self, launcher: int, workers: int) -> None:
+        self.launcher = launcher
+        self.workers = workers
+        self.received: int | None = None
+        """The first signal; None before it."""
+        self.reached_all = False
+        """It went to the launcher too, for the workers were not all there: what the launcher returns says nothing then."""
+        self._moment = 0.0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self._moment = number, time.monotonic()
+            self.reached_all = not _signal_workers(self.launcher, self.workers, number)
+        elif number == signal.SIGINT and time.monotonic() - self._moment > _IMPATIENCE_S:
+            _signal_group(self.launcher, signal.SIGKILL)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int | None:
+    """The exit status, or None after a moment."""
+    try:
+        return process.wait(_MOMENT_S)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _die_with_parent() -> None:
@@ -108,17 +138,18 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _terminate_workers(launcher: int, expected: int) -> None:
-    """SIGTERM to every worker; to the whole session when they are not all there yet, or run on other machines."""
+def _signal_workers(launcher: int, expected: int, number: int) -> bool:
+    """The signal to every worker; SIGTERM to the whole session, and False, when they are not all there yet, or run on other machines."""
     found = _workers(launcher)
     if len(found) < expected:
         _signal_group(launcher, signal.SIGTERM)
-        return
+        return False
     for pid in found:
         try:
-            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, number)
         except ProcessLookupError:
             continue
+    return True
 
 
 def _workers(launcher: int) -> list[int]:

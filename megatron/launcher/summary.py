@@ -13,7 +13,7 @@ from megatron.analysis.size import memory_per_process
 from megatron.analysis.tables import bytes_text, plain_table
 from megatron.analysis.vocabulary import Vocabulary
 from megatron.config.loader import LoadedConfig
-from megatron.config.neox import OWNER, SECTION_CLASSES, NeoXConfig, check_trainable
+from megatron.config.neox import OWNER, SECTION_CLASSES, NeoXConfig, check_trainable, rounding_notice
 from megatron.config.section import ConfigError, Section
 from megatron.config.size import count_parameters, flops_per_token, padded_vocab_size
 from megatron.config.training import resolve_batch
@@ -35,6 +35,8 @@ def summary(loaded: LoadedConfig, processes: int, words: Vocabulary) -> list[Ren
     parts += [f"note: {escape(notice)}" for notice in loaded.notices]
     if loaded.config.precision == "fp16":
         parts.append("note: fp16 is trained in on GPUs alone")
+    if notice := rounding_notice(loaded.config, processes):
+        parts.append(f"note: {escape(notice)}")
     try:
         check_trainable(loaded.config, processes)
     except ConfigError as error:

@@ -21,13 +21,21 @@ if TYPE_CHECKING:
     from megatron.config.model import ModelConfig
 
 
+class LossMask(NamedTuple):
+    """What each token's loss counts in the mean."""
+
+    mask_BS: Tensor
+    total: Tensor | None = None
+    """What sum(mask * loss) is divided by, where the mean goes over more than this micro-batch. None: sum(mask)."""
+
+
 class Targets(NamedTuple):
     """What the model is to predict."""
 
     labels_BS: Tensor
     """int64: the token after each token."""
-    loss_mask_BS: Tensor | None
-    """What each token's loss counts; None: all the same."""
+    loss_mask: LossMask | None
+    """None: all tokens count the same."""
 
 
 class Embedding(nn.Module):
@@ -94,8 +102,9 @@ def project(hidden_BSD: Tensor, weight_VD: Tensor, targets: Targets | None) -> t
     """(logits_BSV,), or with targets (mean loss, token_loss_BS): what a head does with its own or a tied weight."""
     if targets is None:
         return (linear(hidden_BSD, weight_VD),)
-    mask_T = None if targets.loss_mask_BS is None else targets.loss_mask_BS.reshape(-1)
-    loss, token_loss_T = linear_cross_entropy(hidden_BSD.flatten(0, 1), weight_VD, targets.labels_BS.reshape(-1), mask_T)
+    mask_BS, total = targets.loss_mask or (None, None)
+    mask_T = None if mask_BS is None else mask_BS.reshape(-1)
+    loss, token_loss_T = linear_cross_entropy(hidden_BSD.flatten(0, 1), weight_VD, targets.labels_BS.reshape(-1), mask_T, total=total)
     return loss, token_loss_T.view(targets.labels_BS.shape)
 
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron.kernels.backends import choose_backends
 from megatron.model.attention import LayerCache
-from megatron.model.embedding import Embedding, FinalLinear, Targets, build_embedding, project
+from megatron.model.embedding import Embedding, FinalLinear, LossMask, Targets, build_embedding, project
 from megatron.model.initialization import Initializer, build_initializer
 from megatron.model.layer import TransformerLayer, build_layer
 from megatron.model.moe.layer import STATISTICS, MoELayer
@@ -43,7 +43,7 @@ class GPTOutput(NamedTuple):
     loss: Tensor | None
     """lm_loss plus the auxiliary losses times their coefficients; None without labels."""
     lm_loss: Tensor | None
-    """Mean cross entropy, weighted by the loss mask; None without labels."""
+    """Mean cross entropy, weighted by the loss mask (see LossMask for what it is divided by); None without labels."""
     logits_BSV: Tensor | None
     """None with labels: the loss is computed without holding them."""
     report: RouterReport
@@ -98,6 +98,11 @@ class GPT(nn.Module):
         """The transformer layers in order."""
         return [self.sequential[str(FIRST_LAYER + i)] for i in range(self.num_layers)]  # type: ignore[misc]
 
+    def empty_report(self) -> RouterReport:
+        """What the MoE layers would say of no tokens, on the CPU."""
+        rows = sum(isinstance(layer.mlp, MoELayer) for layer in self.layers)
+        return LayerState.start(torch.empty(0), widths=self.report_widths, rows=rows).report
+
     def update_balance(self, expert_load_XE: Tensor) -> None:
         """After a step, moves the biases that routers balance their load with; `expert_load_XE` is the whole step's, over all processes."""
         moe_layers = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoELayer)]
@@ -120,7 +125,7 @@ class GPT(nn.Module):
         tokens_BS: Tensor,
         *,
         labels_BS: Tensor | None = None,
-        loss_mask_BS: Tensor | None = None,
+        loss_mask: LossMask | None = None,
         document_BS: Tensor | None = None,
         cache: Sequence[LayerCache] | None = None,
         earlier_load_XE: Tensor | None = None,
@@ -130,7 +135,7 @@ class GPT(nn.Module):
         `document_BS` numbers the tokens' documents, for what `separate_documents` asked for; None: they are of one. `earlier_load_XE` is the expert
         load of the step's earlier micro-batches over all processes, for losses over the global batch; None in the first.
         """
-        self._check(tokens_BS, {"labels": labels_BS, "loss mask": loss_mask_BS, "documents": document_BS}, cache)
+        self._check(tokens_BS, {"labels": labels_BS, "loss mask": None if loss_mask is None else loss_mask.mask_BS, "documents": document_BS}, cache)
         places = self._places(document_BS, cache)
         hidden_BSD = self.sequential["0"](tokens_BS, places)
         state = LayerState.start(hidden_BSD, widths=self.report_widths, earlier_load_XE=earlier_load_XE)
@@ -138,7 +143,7 @@ class GPT(nn.Module):
         hidden_BSD = self.sequential[str(self.num_layers + 3)](state.hidden_BSD)
         if labels_BS is None:
             return GPTOutput(None, None, self._head(hidden_BSD, None)[0], state.report, None)
-        lm_loss, token_loss_BS = self._head(hidden_BSD, Targets(labels_BS, loss_mask_BS))
+        lm_loss, token_loss_BS = self._head(hidden_BSD, Targets(labels_BS, loss_mask))
         loss = lm_loss
         for coefficient, aux_loss in zip(self.coefficients, state.report.aux_losses_XA.sum(0).unbind(), strict=True):
             loss = loss + coefficient * aux_loss
@@ -202,7 +207,7 @@ def build_model(
 def _build_relative_positions(model: ModelConfig, init: Initializer) -> RelativePositions | None:
     if model.pos_emb != "rpe":
         return None
-    heads = (model.num_attention_heads, model.head_dim)
+    heads = (model.num_attention_heads, model.head_width)
     return RelativePositions(*heads, model.rpe_num_buckets, model.rpe_max_distance, init.xavier_normal)
 
 

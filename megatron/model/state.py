@@ -40,10 +40,10 @@ class LayerState(NamedTuple):
     """int64: `expert_load_XE` of the step's earlier micro-batches, over all processes; None in the first and outside training."""
 
     @staticmethod
-    def start(hidden_BSD: Tensor, *, widths: tuple[int, int, int, int], earlier_load_XE: Tensor | None = None) -> LayerState:
-        """Before the first layer; `widths` are (A, E, G, I)."""
+    def start(hidden_BSD: Tensor, *, widths: tuple[int, int, int, int], rows: int = 0, earlier_load_XE: Tensor | None = None) -> LayerState:
+        """Before the first layer, or after `rows` MoE layers that saw no token; `widths` are (A, E, G, I)."""
         dtypes = (torch.float32, torch.int64, torch.int64, torch.float32)
-        empty = (torch.zeros(0, width, dtype=dtype, device=hidden_BSD.device) for width, dtype in zip(widths, dtypes, strict=True))
+        empty = (torch.zeros(rows, width, dtype=dtype, device=hidden_BSD.device) for width, dtype in zip(widths, dtypes, strict=True))
         return LayerState(hidden_BSD, RouterReport(*empty), earlier_load_XE)
 
     def earlier_rows_E(self, num_experts: int) -> Tensor | None:

@@ -12,7 +12,7 @@ from typing import Any
 from megatron.monitor.sink import Value
 
 TRAIN_LOSS = "train/lm_loss"
-"""Every training step's line has this."""
+"""Every training step's line has this, unless none of its tokens counts in the loss."""
 
 
 class JsonlSink:
@@ -24,6 +24,7 @@ class JsonlSink:
     """
 
     def __init__(self, path: Path, *, resume_from: int, final_evaluation_follows: bool = False) -> None:
+        path = Path(os.path.realpath(path))  # a link stays, and what it leads to is replaced
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not resume_from:
             os.replace(path, path.with_name(f"{path.name}.previous"))
@@ -33,11 +34,18 @@ class JsonlSink:
             replacement = path.with_name(f".{path.name}.new")
             replacement.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
             os.replace(replacement, path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)  # without a buffer, which would try again what the disk has refused
 
     def write(self, iteration: int, values: Mapping[str, Value]) -> None:
-        self._file.write(json.dumps({"iteration": iteration, **{key: _strict(value) for key, value in values.items()}}) + "\n")
-        self._file.flush()
+        """One line, whole or not at all. Raises the system's OSError."""
+        line = json.dumps({"iteration": iteration, **{key: _strict(value) for key, value in values.items()}}) + "\n"
+        end, left = os.fstat(self._file.fileno()).st_size, line.encode()
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            os.ftruncate(self._file.fileno(), end)
+            raise
 
     def close(self) -> None:
         self._file.close()

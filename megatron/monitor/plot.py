@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 from megatron.monitor.jsonl import TRAIN_LOSS, read_jsonl
 
 LOAD = "moe/expert_load"
+FEW = 40
+"""Up to so many points are drawn as points."""
+STEPS_PER_REACH = 80
+"""The bold line is the mean over a fortieth of the run."""
 
 
 class NothingToDraw(ValueError):
@@ -25,15 +31,22 @@ def plot_metrics(metrics_file: Path, picture: Path, *, title: str) -> None:
         raise NothingToDraw(f"{metrics_file}: no line has train/lm_loss, so there is nothing to draw")
     loads = [(record["iteration"], record[LOAD]) for record in records if record.get(LOAD)]
     figure = Figure(figsize=(11, 4.2 if loads else 4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     axes = figure.subplots(1, 2 if loads else 1, squeeze=False)[0]
     _draw_losses(axes[0], train, _series(records, "validation/lm_loss"))
     if loads:
         _draw_loads(axes[1], loads)
+    picture = Path(os.path.realpath(picture))
     picture.parent.mkdir(parents=True, exist_ok=True)
     unfinished = picture.with_name(f".{picture.name}.new")
-    figure.savefig(unfinished, format="png", dpi=120)
-    os.replace(unfinished, picture)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)  # a box stands for it
+            figure.savefig(unfinished, format="png", dpi=120)
+        os.replace(unfinished, picture)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def _series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -42,23 +55,39 @@ def _series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[fl
 
 
 def _draw_losses(axis: Any, train: tuple[list[int], list[float]], valid: tuple[list[int], list[float]]) -> None:
+    """Every step's loss; over it the mean of the steps around each, in a run of so many steps that single ones are hard to follow."""
     steps, losses = train
-    axis.plot(steps, losses, color="#9ecae1", linewidth=0.7, label="each step")
-    axis.plot(steps, _smooth(losses), color="#08519c", linewidth=1.6, label="training")
+    reach = len(steps) // STEPS_PER_REACH
+    if reach:
+        axis.plot(steps, losses, color="#9ecae1", linewidth=0.7, label="each step")
+    axis.plot(steps, means_around(losses, reach), _line(steps), color="#08519c", linewidth=1.6, markersize=4, label="training")
     if valid[0]:
         axis.plot(*valid, "o-", color="#d94801", markersize=4, label="validation")
-    axis.set(xlabel="step", ylabel="loss (nats per token)")
-    axis.grid(alpha=0.3)
+    _finish(axis, "loss (nats per token)", [*steps, *valid[0]])
     axis.legend()
 
 
-def _smooth(values: list[float], keep: float = 0.97) -> list[float]:
-    """Exponential moving average, corrected for its start."""
-    smoothed, average, weight = [], 0.0, 0.0
-    for value in values:
-        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
-        smoothed.append(average / weight)
-    return smoothed
+def means_around(values: list[float], reach: int) -> list[float]:
+    """For each value the mean of itself and up to `reach` neighbours on both sides: as many on each, so that it ends where the values end."""
+    sums = [0.0, *itertools.accumulate(values)]
+    sides = [min(reach, place, len(values) - 1 - place) for place in range(len(values))]
+    return [(sums[place + side + 1] - sums[place - side]) / (2 * side + 1) for place, side in enumerate(sides)]
+
+
+def _line(steps: list[int]) -> str:
+    """Points can be seen where there are few, and a single one is no line."""
+    return "o-" if len(steps) <= FEW else "-"
+
+
+def _finish(axis: Any, label: str, steps: list[int]) -> None:
+    """Whole steps on the horizontal axis, which ends where the run does."""
+    from matplotlib.ticker import MaxNLocator
+
+    first, last = min(steps), max(steps)
+    margin = 0.02 * (last - first) or 0.5
+    axis.set(xlabel="step", ylabel=label, xlim=(first - margin, last + margin))
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    axis.grid(alpha=0.3)
 
 
 def _draw_loads(axis: Any, loads: list[tuple[int, list[list[int]]]]) -> None:
@@ -66,10 +95,10 @@ def _draw_loads(axis: Any, loads: list[tuple[int, list[list[int]]]]) -> None:
     steps = [step for step, _ in loads]
     layers = range(len(loads[0][1]))
     for layer in layers:
-        axis.plot(steps, [_imbalance(load[layer]) for _, load in loads], linewidth=1.4, label=f"MoE layer {layer}")
+        imbalances = [_imbalance(load[layer]) for _, load in loads]
+        axis.plot(steps, imbalances, _line(steps), linewidth=1.4, markersize=4, label=f"MoE layer {layer}")
     axis.axhline(1.0, color="grey", linewidth=0.8, linestyle="--")
-    axis.set(xlabel="step", ylabel="busiest expert's load / mean load")
-    axis.grid(alpha=0.3)
+    _finish(axis, "busiest expert's load / mean load", steps)
     if len(layers) <= 12:
         axis.legend(fontsize="small")
 

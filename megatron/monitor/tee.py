@@ -7,16 +7,50 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
+
+from megatron.config import disk
+
+
+class Copy:
+    """A text file that is written line by line until the disk refuses; `failures` gets a sentence then, and nothing more is written."""
+
+    def __init__(self, path: Path, failures: list[str]) -> None:
+        self.path = path
+        self.failures = failures
+        self._file = path.open("a", encoding="utf-8", errors="replace", buffering=1)
+        self._failed = False
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self._file.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._file.flush)
+
+    def close(self) -> None:
+        """What is still in memory and does not fit is given up."""
+        self._attempt(self._file.flush)
+        with suppress(OSError):
+            self._file.close()
+
+    def _attempt(self, work: Callable[[], object]) -> None:
+        if self._failed:
+            return
+        try:
+            work()
+        except OSError as error:
+            self._failed = True
+            self.failures.append(f"{disk.sentence(error, self.path)}.")
 
 
 class Tee:
     """Writes to a file and to a stream. Whatever else is asked of it (is it a terminal, its encoding, ...) the stream answers."""
 
-    def __init__(self, stream: TextIO, copy: TextIO) -> None:
+    def __init__(self, stream: TextIO, copy: Copy) -> None:
         self.stream = stream
         self.copy = copy
 
@@ -33,24 +67,25 @@ class Tee:
 
 
 @contextmanager
-def copied_streams(directory: str | None, *, rank: int) -> Iterator[None]:
+def copied_streams(directory: str | None, *, rank: int) -> Iterator[list[str]]:
     """Until the end of the block, this process's standard output and standard error go to files in `directory` as well (None: they do not).
 
     The files are named by host and rank, and appended to, so that runs that go on keep what was there. An exception that ends the block is written to
-    the second one.
+    the second one. The list gets a sentence for each file that the disk refuses.
     """
+    failures: list[str] = []
     if directory is None:
-        yield
+        yield failures
         return
     Path(directory).mkdir(parents=True, exist_ok=True)
     names = {name: Path(directory) / f"{socket.gethostname()}_rank_{rank:02d}_{name}.txt" for name in ("stdout", "stderr")}
     with ExitStack() as files:
-        copies = {name: files.enter_context(path.open("a", encoding="utf-8", errors="replace", buffering=1)) for name, path in names.items()}
+        copies = {name: files.enter_context(closing(Copy(path, failures))) for name, path in names.items()}
         copies["stdout"].write(f"---- {time.strftime('%Y-%m-%d %H:%M:%S')}, rank {rank}, process {os.getpid()} on {socket.gethostname()} ----\n")
         before = sys.stdout, sys.stderr
         sys.stdout, sys.stderr = Tee(before[0], copies["stdout"]), Tee(before[1], copies["stderr"])
         try:
-            yield
+            yield failures
         except BaseException:
             copies["stderr"].write(traceback.format_exc())
             raise

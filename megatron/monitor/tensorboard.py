@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 
 from megatron.monitor.sink import Value, scalars
 
@@ -13,6 +14,7 @@ class TensorboardSink:
     def __init__(self, directory: str, *, resume_from: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        threading.excepthook = _without_disk_failures(threading.excepthook)
         self._writer = SummaryWriter(directory, purge_step=resume_from + 1 if resume_from else None)
 
     def write(self, iteration: int, values: Mapping[str, Value]) -> None:
@@ -21,3 +23,13 @@ class TensorboardSink:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _without_disk_failures(hook: Callable[[threading.ExceptHookArgs], object]) -> Callable[[threading.ExceptHookArgs], object]:
+    """`hook`, but silent about what the system refused to TensorBoard's thread: the next `write` raises it in this one."""
+
+    def report(failure: threading.ExceptHookArgs) -> None:
+        if not (type(failure.thread).__name__ == "_AsyncWriterThread" and isinstance(failure.exc_value, OSError)):
+            hook(failure)
+
+    return report

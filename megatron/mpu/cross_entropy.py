@@ -23,25 +23,29 @@ CHUNK_ELEMENTS = 2**22
 MIN_CHUNK_ROWS = 64
 
 
-def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, mask_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, mask_T: Tensor | None = None, *, total: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(mean loss, loss of each token) of predicting `labels_T` by hidden @ weight^T; both float32 (float64 for float64).
 
-    The mean is weighted: sum(mask * loss) / sum(mask), plain without a mask, 0 where the mask is 0 everywhere. The loss of each token is unweighted
-    and carries no gradient. Raises ValueError on shapes that do not fit.
+    The mean is weighted: sum(mask * loss) / sum(mask), plain without a mask, 0 where the mask is 0 everywhere. `total`, a number as a tensor, divides
+    the sum in place of sum(mask). The loss of each token is unweighted and carries no gradient. Raises ValueError on shapes that do not fit.
     """
     _check(hidden_TD, weight_VD, labels_T, mask_T)
     if not torch.is_grad_enabled():
         hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
     dtype = product_dtype(hidden_TD.dtype, hidden_TD.device)
-    return _LinearCrossEntropy.apply(hidden_TD.to(dtype), weight_VD.to(dtype), labels_T, _token_weights(labels_T, mask_T, dtype))
+    return _LinearCrossEntropy.apply(hidden_TD.to(dtype), weight_VD.to(dtype), labels_T, _token_weights(labels_T, mask_T, total, dtype))
 
 
-def plain_linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, mask_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def plain_linear_cross_entropy(
+    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, mask_T: Tensor | None = None, *, total: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The same by PyTorch's own cross entropy on all logits at once: the definition that `linear_cross_entropy` is tested against."""
     _check(hidden_TD, weight_VD, labels_T, mask_T)
     logits_TV = (hidden_TD @ weight_VD.t()).to(_wide(hidden_TD.dtype))
     loss_T = torch.nn.functional.cross_entropy(logits_TV, labels_T, reduction="none")
-    return (loss_T * _token_weights(labels_T, mask_T, hidden_TD.dtype)).sum(), loss_T.detach()
+    return (loss_T * _token_weights(labels_T, mask_T, total, hidden_TD.dtype)).sum(), loss_T.detach()
 
 
 def _check(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, mask_T: Tensor | None) -> None:
@@ -59,12 +63,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _token_weights(labels_T: Tensor, mask_T: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _token_weights(labels_T: Tensor, mask_T: Tensor | None, total: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What each token's loss counts in the mean."""
+    if mask_T is None and total is not None:
+        mask_T = torch.ones_like(labels_T)
     if mask_T is None:
         return torch.full(labels_T.shape, 1 / max(1, len(labels_T)), dtype=_wide(dtype), device=labels_T.device)
     weight_T = mask_T.to(_wide(dtype))
-    total = weight_T.sum()
+    total = weight_T.sum() if total is None else total.to(weight_T)
     return weight_T / torch.where(total == 0, torch.ones_like(total), total)
 
 

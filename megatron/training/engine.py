@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from megatron.config.deepspeed import DeepSpeedConfig
 from megatron.config.deepspeed_json import deepspeed_config
+from megatron.config.machine import is_installed
 from megatron.config.neox import NeoXConfig
 from megatron.config.section import ConfigError
 from megatron.model import GPT, choose_attention
@@ -22,9 +24,31 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bfloat16": torch.bfloat
 
 def check_packages(settings: DeepSpeedConfig) -> None:
     """Raises ConfigError for a package that one of DeepSpeed's monitors needs and that is not installed."""
-    missing = [(package, key) for package, key in settings.needs_packages() if importlib.util.find_spec(package) is None]
+    missing = [(package, key) for package, key in settings.needs_packages() if not is_installed(package)]
     if missing:
         raise ConfigError([f"{key} needs the package '{package}': pip install {package}, or leave the key out" for package, key in missing])
+
+
+@contextmanager
+def own_master_weights(*, sum_in_fp32: bool) -> Iterator[None]:
+    """While this lasts, DeepSpeed puts our MasterWeights around an optimizer of 16-bit weights at stage 0, where it would put its own wrapper."""
+    import deepspeed
+    from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
+
+    from megatron.training.master_weights import MasterWeights
+
+    theirs = deepspeed.DeepSpeedEngine
+
+    class Engine(theirs):  # type: ignore[misc,valid-type]
+        def _configure_fp16_optimizer(self, optimizer: Skipping, low_precision_dtype: torch.dtype) -> MasterWeights:
+            arguments = self.loss_scale(), self.dynamic_loss_scale(), self.dynamic_loss_scale_args()
+            return MasterWeights(optimizer, scaler=CreateLossScaler(low_precision_dtype, *arguments), sum_in_fp32=sum_in_fp32)
+
+    deepspeed.DeepSpeedEngine = Engine
+    try:
+        yield
+    finally:
+        deepspeed.DeepSpeedEngine = theirs
 
 
 def build_engine(config: NeoXConfig, model: GPT, *, world_size: int) -> Any:
@@ -39,7 +63,8 @@ def build_engine(config: NeoXConfig, model: GPT, *, world_size: int) -> Any:
     settings = deepspeed_config(config, world_size)
     if isinstance(optimizer, Skipping):
         settings["gradient_clipping"] = 0.0  # the optimizer clips while it steps
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    with own_master_weights(sum_in_fp32=config.sums_in_fp32):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     choose_attention(config.model, model)
     if world_size == 1 and isinstance(optimizer, Skipping):
         engine.enable_backward_allreduce = False  # a sum over one process: DeepSpeed would copy all gradients together and back for it

@@ -17,8 +17,9 @@ def whole_gradients(engine: Any) -> Iterator[tuple[str, Tensor]]:
     from deepspeed.utils import safe_get_full_grad
 
     scale = engine.optimizer.cur_scale if engine.fp16_enabled() else 1.0
+    own = getattr(engine.optimizer, "gradient", None)  # MasterWeights has them
     for name, parameter in engine.module.named_parameters():
-        gradient = safe_get_full_grad(parameter) if parameter.requires_grad else None
+        gradient = (own or safe_get_full_grad)(parameter) if parameter.requires_grad else None
         if gradient is not None:
             yield name, gradient if scale == 1.0 else gradient.float() / scale
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megatron.config.machine import is_installed
 from megatron.config.optimizer import OptimizerConfig
 from megatron.training.lion import Lion
 
@@ -28,17 +28,19 @@ class Skipping(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], *, max_norm: float, **settings: Any) -> None:
         super().__init__(groups, **settings)
         self.max_norm = max_norm
+        self.loss_scale = 1.0
+        """What the gradients are still multiplied by."""
         self.overflow = False
         self._global_grad_norm = 0.0
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm(gradients) / self.loss_scale
         self._global_grad_norm = norm.item()
         self.overflow = not bool(torch.isfinite(norm))
         if self.overflow:
             return None
-        self._divide(gradients, self._clip_divisor(norm))
+        self._divide(gradients, self._clip_divisor(norm) * self.loss_scale)
         loss: float | None = super().step(closure)
         return loss
 
@@ -125,7 +127,7 @@ def _fused_adam(name: str) -> Any:
 
 def _adam_8bit(config: OptimizerConfig, device_type: str) -> Choice:
     """Dettmers et al., 2022: the averages in blocks of 8-bit numbers; weight decay is decoupled."""
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if not is_installed("bitsandbytes"):
         raise OptimizerUnavailable("Adam8bit (use_bnb_optimizer: true) needs the package 'bitsandbytes': pip install bitsandbytes, or use Adam")
     return importlib.import_module("bitsandbytes.optim").Adam8bit, config.optimizer_settings
 

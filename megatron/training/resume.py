@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron.checkpoint import forward_check, layout
-from megatron.checkpoint.agreement import POSITION_KEYS, batch_change, check_architecture
+from megatron.checkpoint.agreement import batch_change, check_architecture, length_change, without_free_positions
 from megatron.checkpoint.errors import CheckpointError, NoCheckpointError
 from megatron.checkpoint.find import find_checkpoint_together
 from megatron.checkpoint.load import load_checkpoint
 from megatron.checkpoint.weights import read_config
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.optimizer import OptimizerConfig
-from megatron.training.callbacks.checkpoint import STATE
+from megatron.data.changed import changed_keys, changes
+from megatron.training.callbacks.checkpoint import DATA, STATE
 from megatron.training.engine import DTYPES
 from megatron.training.evaluate import evaluation_logits
 from megatron.training.schedule_record import schedule_to_follow
@@ -56,8 +56,11 @@ def resume(trainer: Trainer) -> None:
         path,
         load_optimizer=takes_optimizer,
         load_rng=start.go_on and not config.no_load_rng,
-        expected=trainer.expected if start.go_on else replace(trainer.expected, args=without_positions(trainer.expected.args)),
+        expected=replace(
+            trainer.expected, args=without_free_positions(trainer.expected.args, trainer.config.model.pos_emb, finetune=not start.go_on)
+        ),
     )
+    trainer.origin = client_state.get(layout.ORIGIN_KEY)
     for group, own in zip(trainer.engine.optimizer.param_groups, settings, strict=True):
         group.update(own)  # this run's configuration decides on them, not the checkpoint
     if config.checkpoint_validation_with_forward_pass:
@@ -73,19 +76,36 @@ def resume(trainer: Trainer) -> None:
     trainer.state = TrainingState.from_state_dict({**upstreams, **client_state.get(STATE, {})})
     trainer.last_checkpoint = path
     record = trainer.engine.lr_scheduler
+    record.steps_done = trainer.state.steps_done
     trainer.plan = replace(trainer.plan, schedule=schedule_to_follow(record, trainer.config.optimizer, path))
-    record.schedule, record.steps_done = trainer.plan.schedule, trainer.state.steps_done
-    if (changed := batch_change(path, trainer.plan.batch)) is not None:
-        log.info("%s", changed)
+    record.schedule = trainer.plan.schedule
+    if (other_data := data_change(trainer, path, client_state.get(DATA))) is not None:
+        log.warning("%s", other_data)
+    for changed in (batch_change(path, trainer.plan.batch), length_change(path, trainer.plan.train_iters)):
+        if changed is not None:
+            log.info("%s", changed)
     if trainer.finished:
         log.info("%s is at step %d of %d: there is nothing left to train.", path, trainer.state.iteration, trainer.plan.train_iters)
     else:
         log.info("Going on from %s, step %d of %d.", path, trainer.state.iteration, trainer.plan.train_iters)
 
 
-def without_positions(args: Mapping[str, Any]) -> dict[str, Any]:
-    """NeoX's `args` without those that training further from the weights may change."""
-    return {key: value for key, value in args.items() if key not in POSITION_KEYS}
+def data_change(trainer: Trainer, path: Path, facts: Any) -> str | None:
+    """A sentence when a run that goes on from `path` reads other data than was read there, which may be meant; None: the same, or nobody knows.
+
+    `facts`: what the checkpoint holds of its data; None, as in checkpoints of GPT-NeoX: the keys of its configuration are compared.
+    """
+    data = trainer.config.data
+    try:
+        found = changes(facts, trainer.data_facts) if facts is not None else changed_keys(read_config(path), data)
+    except (KeyError, TypeError, AttributeError):  # facts of another version of this package
+        return None
+    if not found:
+        return None
+    return (
+        f"The data is not what it was when {path} was saved: {'; '.join(found)}. The run goes on at sample {trainer.state.consumed_samples:,} of "
+        "what is there now, so text may be read twice or not at all. If that is not meant, stop and give the data from before."
+    )
 
 
 def check_optimizer_type(path: Path, config: OptimizerConfig) -> None:

@@ -10,13 +10,16 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron.checkpoint.lock import RunLock
-from megatron.checkpoint.ranks import together
+from megatron.checkpoint.ranks import gather, together
 from megatron.config.loader import LoadedConfig
-from megatron.config.neox import check_device, check_trainable
+from megatron.config.neox import check_device, check_trainable, rounding_notice
 from megatron.monitor.console import ProgressDisplay, configure_logging
+from megatron.monitor.guarded import OutputFailed
 from megatron.monitor.tee import copied_streams
 from megatron.mpu.topology import Topology
 from megatron.training.callbacks.build import build_callbacks, build_sinks, check_sinks
+from megatron.training.callbacks.stop import FAILURE
+from megatron.training.health import TrainingDiverged, way_back
 from megatron.training.optimizer import choose_optimizer
 from megatron.training.process import start_process
 from megatron.training.resume import resume
@@ -29,14 +32,17 @@ log = logging.getLogger(__name__)
 def train(loaded: LoadedConfig) -> Trainer:
     """Trains as configured, from the beginning or from a checkpoint, and returns the trainer as it stands at the end.
 
+    Its `exit_status` is not 0 where a signal ended it.
+
     What is wrong with the configuration, the data, a checkpoint or the disk is raised as the ValueError of that package, with a sentence for the
-    user; a loss that stays NaN or infinite as TrainingDiverged.
+    user; a loss that stays NaN or infinite, and a last evaluation that gives one, as TrainingDiverged; a file beside the checkpoints that could not
+    be written as OutputFailed, when the run is saved.
     """
     config = loaded.config
     rank = int(os.environ.get("RANK", "0"))
     with ExitStack() as cleanup:
         cleanup.callback(configure_logging, rank=rank)  # when the streams are no longer copied
-        cleanup.enter_context(copied_streams(config.logging.log_dir, rank=rank))  # before DeepSpeed keeps a stream for itself
+        failures = cleanup.enter_context(copied_streams(config.logging.log_dir, rank=rank))  # before DeepSpeed keeps a stream for itself
         console = configure_logging(rank=rank)
         topology = start_process(backend=config.parallel.distributed_backend, threads=config.launcher.threads_per_process)
         check_trainable(config, topology.data_parallel_size)
@@ -46,13 +52,37 @@ def train(loaded: LoadedConfig) -> Trainer:
         if config.checkpoint.save is not None:
             cleanup.callback(lock(Path(config.checkpoint.save), topology).close)
         trainer = build_trainer(config, topology)
+        trainer.failures = failures
         announce(trainer, loaded)
         resume(trainer)
         trainer.callbacks = build_callbacks(trainer, loaded, build_sinks(trainer), display(trainer, console))
         for callback in trainer.callbacks:
             cleanup.callback(callback.close)
         trainer.fit()
+        end_together(trainer)
     return trainer
+
+
+def end_together(trainer: Trainer) -> None:
+    """The last words of a run that did not end as planned. Raises TrainingDiverged and OutputFailed.
+
+    No process leaves before the others are done: the launcher ends all of them when the first one returns something other than 0.
+    """
+    failures = [sentence for sentences in gather(trainer.failures) for sentence in sentences]
+    if failures:
+        trainer.exit_status = FAILURE
+        if trainer.failures:
+            raise OutputFailed(
+                " ".join(dict.fromkeys(failures)) + f" {way_back(trainer.last_checkpoint)} Free space, or write elsewhere, then start again."
+            )
+    elif trainer.stop_requested is not None and trainer.exit_status and not trainer.finished:
+        again = trainer.config.checkpoint.resume_if_exists or trainer.config.checkpoint.save is None
+        how = "The same command goes on from there." if again else "With `resume_if_exists: true` the same command goes on from there."
+        log.info("%s%s", way_back(trainer.last_checkpoint), f" {how}" if trainer.last_checkpoint is not None else "")
+    elif (trouble := trainer.health.trouble or trainer.health.weights) is not None:
+        raise TrainingDiverged(f"The run ended at step {trainer.state.iteration} and is not good: {trouble}. {way_back(trainer.last_checkpoint)}")
+    elif trainer.finished:
+        trainer.exit_status = 0
 
 
 def lock(directory: Path, topology: Topology) -> ExitStack:
@@ -75,6 +105,8 @@ def announce(trainer: Trainer, loaded: LoadedConfig) -> None:
     for notice in loaded.notices:
         log.info("%s", notice)
     plan, topology = trainer.plan, trainer.topology
+    if rounded := rounding_notice(trainer.config, topology.data_parallel_size):
+        log.warning("%s%s.", rounded[0].upper(), rounded[1:])
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.engine.module.parameters())
     log.info(
         "%s parameters, %s, ZeRO %d, %s.", f"{parameters:,}", loaded.config.precision, trainer.engine.zero_optimization_stage(), trainer.engine.device

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron.config.optimizer import OptimizerConfig
 from megatron.config.section import ConfigError
-from megatron.training.schedule import Schedule
+from megatron.training.schedule import Schedule, learning_rate
+
+log = logging.getLogger(__name__)
 
 # Schedule's field -> its name in a checkpoint's `lr_scheduler`, and the key that decides it. The first five are GPT-NeoX's.
 NAMES: dict[str, tuple[str, str]] = {
@@ -26,6 +30,9 @@ NAMES: dict[str, tuple[str, str]] = {
 }
 GPT_NEOX_FIELDS = ("peak", "minimum", "warmup_steps", "decay_steps", "style")
 GPT_NEOX_STYLES = ("constant", "linear", "cosine", "exponential")
+LENGTHS = ("warmup_steps", "wsd_decay_steps", "cooldown_steps", "constant_steps")
+"""Shares of `decay_steps`."""
+EQUAL = 1e-9
 ADVICE = "Set override_lr_scheduler: true to follow this configuration from here on, or use_checkpoint_lr_scheduler: true to follow the checkpoint."
 
 
@@ -56,16 +63,43 @@ def schedule_to_follow(record: ScheduleRecord, config: OptimizerConfig, path: Pa
     """The schedule of a run that goes on from the checkpoint at `path`, which `record` was loaded from.
 
     It is the configuration's, and has to be the checkpoint's as well: with `use_checkpoint_lr_scheduler` it is the checkpoint's, with
-    `override_lr_scheduler` the configuration's. Raises ConfigError naming what differs when neither is set. A checkpoint without one is not compared.
+    `override_lr_scheduler` the configuration's. A longer or shorter one (another `train_iters`) is the checkpoint's as well where both give the next
+    step the same rate: constant ones, and those with a constant part. Raises ConfigError naming what differs otherwise. A checkpoint without a
+    schedule is not compared.
     """
     own, stored = record.schedule, record.loaded
     if not stored or config.override_lr_scheduler:
         return own
     there = _stored_schedule(stored, own, path)
-    if there != own and not config.use_checkpoint_lr_scheduler:
-        different = [_difference(field, there, own) for field in NAMES if getattr(there, field) != getattr(own, field)]
-        raise ConfigError([f"{path} was trained with another learning-rate schedule: {'; '.join(different)}. {ADVICE}"])
-    return there
+    if there == own or config.use_checkpoint_lr_scheduler:
+        return there
+    only_longer = _stretched(there, own)
+    if only_longer and math.isclose(*(learning_rate(schedule, record.steps_done) for schedule in (there, own)), rel_tol=EQUAL):
+        log.info(
+            "The learning-rate schedule is now one over %d steps, where it was one over %d; until here both are the same.",
+            own.decay_steps,
+            there.decay_steps,
+        )
+        return own
+    different = [_difference(field, there, own) for field in NAMES if getattr(there, field) != getattr(own, field)]
+    hint = f" {_advice_on_length(there)}" if only_longer else ""
+    raise ConfigError([f"{path} was trained with another learning-rate schedule: {'; '.join(different)}.{hint} {ADVICE}"])
+
+
+def _stretched(there: Schedule, own: Schedule) -> bool:
+    """Whether the two differ in nothing but their length, as by another `train_iters`."""
+    same = dataclasses.replace(there, decay_steps=own.decay_steps, **{field: getattr(own, field) for field in LENGTHS}) == own
+    shares = zip(*([getattr(schedule, field) / schedule.decay_steps for field in LENGTHS] for schedule in (there, own)), strict=True)
+    return same and all(math.isclose(*pair, rel_tol=EQUAL) for pair in shares)
+
+
+def _advice_on_length(there: Schedule) -> str:
+    """What to set where a run is only to be longer, and the rates of the steps that were taken would have been others."""
+    after = ", in which case the rate rises again after them, as in GPT-NeoX" if there.style == "cosine" else ""
+    return (
+        "Only its length differs, which follows train_iters: with this one, the steps taken so far would have had other learning rates. "
+        f"Set lr_decay_iters: {there.decay_steps} to keep the schedule as it was{after}."
+    )
 
 
 def _stored_schedule(stored: Mapping[str, Any], own: Schedule, path: Path) -> Schedule:

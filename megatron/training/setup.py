@@ -21,6 +21,8 @@ from megatron.data.tokenizer import Tokenizer, build_tokenizer, end_of_document
 from megatron.model.gpt import build_model
 from megatron.mpu.topology import Topology
 from megatron.training.engine import build_engine
+from megatron.training.evaluate import evaluations_until
+from megatron.training.memory import check_training_fits
 from megatron.training.schedule import schedule_of
 from megatron.training.trainer import Plan, Trainer
 
@@ -42,6 +44,7 @@ def build_trainer(config: NeoXConfig, topology: Topology) -> Trainer:
     plan = build_plan(config, tokenizer, batch)
     check_evaluation_data(datasets, plan, topology)
     vocabulary = padded_vocab_size(tokenizer.vocab_size, config.model.make_vocab_size_divisible_by)
+    check_training_fits(config, vocabulary, world_size=topology.data_parallel_size)
     model = build_model(config.model, config.moe, vocabulary, seed=config.training.seed)
     model.separate_documents(attention=config.data.reset_attention_mask, positions=config.data.reset_position_ids)
     engine = build_engine(config, model, world_size=topology.world_size)
@@ -113,7 +116,7 @@ def plan_samples(training: TrainingConfig, batch: Batch) -> SamplePlan:
     if training.train_iters is None:
         evaluated = None if training.eval_iters else 0
         return SamplePlan(train_samples=None, valid_samples=evaluated, test_samples=evaluated, samples_at_once=at_once)
-    evaluations = training.train_iters // training.eval_interval + 1
+    evaluations = evaluations_until(training, training.train_iters) + 1
     return SamplePlan(
         train_samples=training.train_iters * batch.global_,
         valid_samples=evaluations * training.eval_iters * batch.global_,
@@ -139,6 +142,7 @@ def checkpoint_args(config: NeoXConfig, vocabulary: int) -> dict[str, Any]:
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "num_attention_heads": model.num_attention_heads,
+        "head_dim": model.head_width,
         "max_position_embeddings": model.max_position_embeddings,
         "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
         "padded_vocab_size": vocabulary,

@@ -5,6 +5,7 @@ Shapes: B micro-batch, S sequence length, X MoE layers, E experts
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.model.embedding import LossMask
 from megatron.model.gpt import GPTOutput
 from megatron.model.state import RouterReport
 from megatron.mpu.collectives import sum_over_data_parallel
+from megatron.training.labels import Labels, look_ahead
 from megatron.training.loss import next_token_targets, poison_if_not_finite
 from megatron.training.optimizer import set_learning_rate
 from megatron.training.phases import Phases
@@ -26,6 +29,7 @@ class StepMetrics:
     """What one optimizer step measured, averaged (losses) or summed (loads) over micro-batches and processes."""
 
     lm_loss: float
+    """Where predictions are left out: the sum over those that count, divided by their number. NaN in a step in which none counts."""
     aux_losses: tuple[float, ...]
     """Unweighted, summed over the MoE layers, in the order of `moe_losses`."""
     router: RouterReport
@@ -34,13 +38,20 @@ class StepMetrics:
     grad_norm: float
     """Before clipping."""
     applied: bool
-    """False: the gradients were not finite (or fp16 overflowed) and the step changed nothing."""
+    """False: the gradients were not finite (or fp16 overflowed), or nothing counted, and the step changed nothing."""
     loss_scale: float | None
     """None: no loss scaling."""
     seconds: float
     """Waiting for data, forward, backward and update, until the device was done."""
     phase_seconds: dict[str, float]
     """`forward` (with `batch generator`, the waiting for data, in it), `backward` and `optimizer`; GPT-NeoX's names."""
+    labels: Labels | None = None
+    """How many predictions counted; None where all do."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no prediction of this step counts, so that there was nothing to learn and no loss."""
+        return self.labels is not None and not self.labels.counted
 
 
 class Tally:
@@ -74,23 +85,36 @@ class Tally:
 
 
 def take_step(
-    engine: Any, batches: Iterator[dict[str, Tensor]], *, learning_rate: float, masked_token: int | None, before_update: Callable[[], None]
+    engine: Any,
+    batches: Iterator[dict[str, Tensor]],
+    *,
+    learning_rate: float,
+    masked_token: int | None,
+    per_token: bool = True,
+    before_update: Callable[[], None],
 ) -> StepMetrics:
     """Takes one optimizer step of `gradient_accumulation_steps` micro-batches with a DeepSpeed engine (ZeRO 0 to 3).
 
+    Where predictions are left out, loss and gradient are those of the mean over all predictions of the step that count, over micro-batches and
+    processes; with `per_token` False the mean of the micro-batches' own means, as in GPT-NeoX. A step in which none counts changes nothing.
     `before_update` is called once, when the gradients are complete and the weights are not yet changed.
     """
     started = time.perf_counter()
     set_learning_rate(engine.optimizer, learning_rate)
-    tally, phases, earlier_load_XE = Tally(), Phases(torch.device(engine.device)), None
-    for left in reversed(range(engine.gradient_accumulation_steps())):
+    tally, phases, earlier_load_XE, steps = Tally(), Phases(torch.device(engine.device)), None, engine.gradient_accumulation_steps()
+    with phases("forward"), phases("batch generator"):
+        batches, labels = look_ahead(batches, steps, masked_token=masked_token, device=engine.device)
+    if labels is not None and not labels.counted:
+        return empty_step(engine, labels, learning_rate=learning_rate, seconds=time.perf_counter() - started)
+    total = labels.per_micro_batch if labels is not None and per_token else None
+    for left in reversed(range(steps)):
         with phases("forward"):
             with phases("batch generator"):
                 batch = next(batches)
-            output = forward(engine, batch, masked_token=masked_token, earlier_load_XE=earlier_load_XE)
+            output = forward(engine, batch, masked_token=masked_token, total=total, earlier_load_XE=earlier_load_XE)
         assert output.loss is not None
         with phases("backward"):
-            engine.backward(poison_if_not_finite(output.loss))
+            backward(engine, poison_if_not_finite(output.loss))
         if not left:
             before_update()
         with phases("optimizer"):
@@ -109,16 +133,52 @@ def take_step(
         learning_rate=learning_rate,
         grad_norm=float(engine.get_global_grad_norm() or 0.0),
         applied=applied,
-        loss_scale=float(engine.optimizer.cur_scale) if engine.fp16_enabled() else None,
+        loss_scale=loss_scale(engine),
         seconds=time.perf_counter() - started,
         phase_seconds=phases.seconds(),
+        labels=labels,
     )
 
 
-def forward(engine: Any, batch: dict[str, Tensor], *, masked_token: int | None, earlier_load_XE: Tensor | None = None) -> GPTOutput:
-    """One micro-batch through the model, with the loss; `earlier_load_XE` as `GPT.forward` takes it."""
+def empty_step(engine: Any, labels: Labels, *, learning_rate: float, seconds: float) -> StepMetrics:
+    """What a step measures that has micro-batches but nothing to predict in them: the model was not run."""
+    router = engine.module.empty_report()
+    return StepMetrics(
+        lm_loss=math.nan,
+        aux_losses=tuple(router.aux_losses_XA.sum(0).tolist()),
+        router=router,
+        learning_rate=learning_rate,
+        grad_norm=0.0,
+        applied=False,
+        loss_scale=loss_scale(engine),
+        seconds=seconds,
+        phase_seconds=dict.fromkeys(("forward", "batch generator", "backward", "optimizer"), 0.0),
+        labels=labels,
+    )
+
+
+def backward(engine: Any, loss: Tensor) -> None:
+    """`engine.backward`, with the loss scale where DeepSpeed leaves it to its optimizer (16-bit weights at stage 0)."""
+    scale = getattr(engine.optimizer, "scale_loss", None)
+    engine.backward(loss if scale is None else scale(loss))
+
+
+def loss_scale(engine: Any) -> float | None:
+    """None: no loss scaling."""
+    return float(engine.optimizer.cur_scale) if engine.fp16_enabled() else None
+
+
+def forward(
+    engine: Any, batch: dict[str, Tensor], *, masked_token: int | None, total: float | None = None, earlier_load_XE: Tensor | None = None
+) -> GPTOutput:
+    """One micro-batch through the model, with the loss: the sum over the predictions that count, divided by `total` (None: by their number).
+
+    `earlier_load_XE` as `GPT.forward` takes it.
+    """
     there = {key: values.to(engine.device, non_blocking=True) for key, values in batch.items()}
     tokens, labels, mask = next_token_targets(there["text"], there.get("label"), masked_token=masked_token)
     documents = {"document_BS": there["document"][:, :-1].contiguous()} if "document" in there else {}
-    output: GPTOutput = engine(tokens, labels_BS=labels, loss_mask_BS=mask, earlier_load_XE=earlier_load_XE, **documents)
+    divisor = None if total is None else torch.tensor(total, dtype=torch.float32, device=engine.device)
+    loss_mask = None if mask is None else LossMask(mask, divisor)
+    output: GPTOutput = engine(tokens, labels_BS=labels, loss_mask=loss_mask, earlier_load_XE=earlier_load_XE, **documents)
     return output

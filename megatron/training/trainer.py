@@ -11,10 +11,12 @@ from typing import Any
 from megatron.checkpoint.weights import Expected
 from megatron.config.neox import NeoXConfig
 from megatron.config.training import Batch
+from megatron.data.changed import data_facts
 from megatron.data.indexed import DatasetError
 from megatron.data.loader import Batches, Datasets, batches
 from megatron.mpu.topology import Topology
 from megatron.training.callbacks.base import Callback
+from megatron.training.health import Health
 from megatron.training.schedule import Schedule, learning_rate
 from megatron.training.state import TrainingState
 from megatron.training.step import StepMetrics, take_step
@@ -47,12 +49,21 @@ class Trainer:
         self.datasets = datasets
         self.expected = expected
         """What a checkpoint has to say about its model."""
+        self.data_facts = data_facts(config.data, datasets, {"seed": config.training.seed, "seq_length": plan.seq_length})
+        """What is read, which every checkpoint holds."""
         self.state = TrainingState()
+        self.health = Health()
         self.callbacks: Sequence[Callback] = ()
+        self.origin: str | None = None
+        """The class of Hugging Face's that the model was imported as (`layout.ORIGIN_KEY`). None: it began here."""
         self.last_checkpoint: Path | None = None
-        """Newest checkpoint of this run, loaded or saved; None before the first."""
+        """Newest good checkpoint of this run, loaded or saved; None before the first."""
         self.stop_requested: str | None = None
         """Why the loop should end after this step; None while it should go on. The same on every process."""
+        self.exit_status = 0
+        """What the process returns when the loop has ended: 128 + n after signal n, 1 after a failure to write. The same on every process."""
+        self.failures: list[str] = []
+        """Sentences on what this process could not write beside its checkpoints: the run saves and stops."""
 
     @property
     def checkpoint_args(self) -> Mapping[str, Any]:
@@ -66,7 +77,14 @@ class Trainer:
         data = self.training_batches()
         while self.state.iteration < self.plan.train_iters and self.stop_requested is None:
             rate = learning_rate(self.plan.schedule, self.state.steps_done)
-            metrics = take_step(self.engine, data, learning_rate=rate, masked_token=self.plan.masked_token, before_update=self.before_update)
+            metrics = take_step(
+                self.engine,
+                data,
+                learning_rate=rate,
+                masked_token=self.plan.masked_token,
+                per_token=self.config.training.calculate_per_token_loss,
+                before_update=self.before_update,
+            )
             self.count(metrics)
             for callback in self.callbacks:
                 callback.after_step(self, metrics)
@@ -96,9 +114,12 @@ class Trainer:
         state.iteration += 1
         state.consumed_samples += self.plan.batch.global_
         state.consumed_tokens += self.plan.tokens_per_step
-        state.nonfinite += not math.isfinite(metrics.lm_loss)
         state.skipped += not metrics.applied
+        if metrics.is_empty:
+            return  # there was nothing to learn, which is no failure
+        state.nonfinite += not math.isfinite(metrics.lm_loss)
         state.skipped_in_a_row = 0 if metrics.applied else state.skipped_in_a_row + 1
+        self.health.after_step(metrics, iteration=state.iteration, in_a_row=state.skipped_in_a_row)
 
     @property
     def finished(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron.checkpoint.agreement import FREE_KEYS, POSITION_KEYS, batch_change, check_architecture
+from megatron.checkpoint.agreement import FREE_KEYS, LATER_KEYS, POSITION_KEYS, batch_change, check_architecture
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.manifest import write_manifest
 from megatron.checkpoint.save import resolved_config_document
@@ -55,6 +55,7 @@ def test_the_same_architecture(path: Path) -> None:
         ("rotary_pct", 0.5, 1.0),
         ("moe_normalize_top_k", True, False),
         ("layernorm_epsilon", 1e-6, 1e-5),
+        ("head_dim", 32, 16),
     ],
 )
 def test_a_difference_without_a_shape_is_named(key: str, value: Any, stored: Any, path: Path) -> None:
@@ -122,3 +123,23 @@ def test_a_checkpoint_that_does_not_say_its_batch(stored: dict[str, Any], path: 
 def test_another_program_s_checkpoint_does_not_say_its_batch(path: Path) -> None:
     (path / "manifest.json").unlink()
     assert batch_change(path, Batch(4, 6, 24)) is None
+
+
+def test_the_same_number_said_and_left_out_is_the_same(path: Path) -> None:
+    """Four heads of hidden_size 64 have 16 dimensions each, and without num_kv_heads there are four key heads."""
+    check_architecture(path, flat(head_dim=16, num_kv_heads=4))
+
+
+def test_a_checkpoint_from_before_there_was_such_a_key(path: Path) -> None:
+    file = path / "configs" / "resolved.json"
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in stored.items() if key not in LATER_KEYS}))
+    check_architecture(path, flat())
+    with pytest.raises(ConfigError) as caught:
+        check_architecture(path, flat(head_dim=32, use_bias_in_attn_linear=False, add_qkv_bias=True, reordered_norm=True))
+    assert {problem.split(":")[0] for problem in caught.value.problems} == {
+        "'head_dim' = 32",
+        "'use_bias_in_attn_linear' = False",
+        "'add_qkv_bias' = True",
+        "'reordered_norm' = True",
+    }

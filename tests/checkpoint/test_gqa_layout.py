@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.gqa_layout import todays_order
 
-HEADS, KEY_HEADS, SIZE, WIDTH = 8, 2, 16, 128
+HEADS, KEY_HEADS, SIZE, WIDTH = 8, 2, 16, 96
 QUERIES, KEYS = HEADS * SIZE, KEY_HEADS * SIZE
 
 

@@ -16,6 +16,7 @@ from megatron.model.gpt import build_model
 from tests.checkpoint.upstream import cut_for_rank
 
 BASE = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "seq_length": 8, "max_position_embeddings": 8, "no_weight_tying": True}
+NARROW = "narrow grouped heads, biases without one on the output"
 MODELS: dict[str, dict[str, Any]] = {
     "GPT": {"pos_emb": "learned"},
     "tied": {"no_weight_tying": False},
@@ -23,6 +24,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "Llama": {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "intermediate_size": 48, "use_bias_in_attn_linear": False},
     "gated with biases": {"activation": "geglu", "intermediate_size": 48},
     "grouped queries with biases": {"num_kv_heads": 2},
+    "wide heads": {"head_dim": 8},
+    NARROW: {
+        "head_dim": 2,
+        "num_kv_heads": 2,
+        "use_bias_in_attn_linear": False,
+        "add_qkv_bias": True,
+    },
+    "heads that do not divide the width": {"hidden_size": 18, "head_dim": 4, "num_kv_heads": 2},
     "experts": {"moe_num_experts": 4, "intermediate_size": 32},
     "gated experts": {"moe_num_experts": 4, "intermediate_size": 48, "activation": "swiglu", "moe_expert_interval": 2},
     "StructMoE": {"moe_num_experts": 4, "intermediate_size": 32, "moe_expert_type": "structmoe", "moe_num_lores": 2, "moe_lore_rank": 4},
@@ -53,10 +62,14 @@ def test_merging_undoes_splitting(name: str, count: int) -> None:
     assert all(torch.equal(one[key], other[key]) for one, other in zip(shards, again, strict=True) for key in state)
 
 
-@pytest.mark.parametrize("name", ["GPT", "Llama", "gated with biases", "grouped queries with biases", "experts"])
+BY_HAND = ["GPT", "Llama", "gated with biases", "grouped queries with biases", "experts", "wide heads", NARROW]
+
+
+@pytest.mark.parametrize("name", BY_HAND)
 def test_the_same_as_cut_by_hand(name: str) -> None:
     keys, state = MODELS[name], whole(MODELS[name])
-    settings = {"queries": 16, "kv": 4 * keys.get("num_kv_heads", 4), "gated": keys.get("activation") in ("swiglu", "geglu")}
+    width, gated = keys.get("head_dim", 4), keys.get("activation") in ("swiglu", "geglu")
+    settings = {"queries": 4 * width, "kv": width * keys.get("num_kv_heads", 4), "gated": gated}
     by_hand = [cut_for_rank(state, rank, 2, **settings) for rank in range(2)]
     ours = split_state(state, 2, parallel_residual=False)
     for one, other in zip(by_hand, ours, strict=True):

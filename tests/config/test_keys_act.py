@@ -16,6 +16,8 @@ SCRIPTS = ("deepy.py", "train.py", "generate.py", "eval.py", "prepare_data.py")
 # Read by the section itself, through a property or method that others use; or by a rule only, because just one value is allowed.
 THROUGH_THE_SECTION = {
     "num_kv_heads": "kv_heads",
+    "head_dim": "head_width",
+    "add_qkv_bias": "has_qkv_bias",
     "intermediate_size": "mlp_width",
     "mlp_multiple_of": "mlp_width",
     "ffn_hidden_size": "mlp_width",

@@ -127,7 +127,7 @@ def test_files_as_neox_ships_them_load(here: Path) -> None:
     (here / "configs" / "local_setup.yml").write_text(NEOX_LOCAL_SETUP)
     loaded = load_config(["125M", "local_setup.yml"], conf_dir=Path("configs"))
     config = loaded.config
-    assert config.model.head_dim == 64
+    assert config.model.head_width == 64
     assert config.optimizer.optimizer.params.lr == 6e-4
     assert config.optimizer.optimizer.params.betas == (0.9, 0.95)
     assert config.optimizer.min_lr == 6e-5
@@ -270,7 +270,11 @@ class TestOverrides:
             ("seed=[", "command line: 'seed=[': the value is not valid YAML: while parsing a flow node, did not find expected node content"),
             ("seed.x=1", "command line: 'seed.x': 'seed' is not a dictionary but 7"),
             ("moe_top_k=9", "command line: 'moe_top_k' = 9: must be at most moe_num_experts (1)"),
-            ("hidden_size=66", "a.yml:3: 'num_attention_heads' = 4: must divide hidden_size (66); hidden_size is given on the command line"),
+            (
+                "hidden_size=66",
+                "a.yml:3: 'num_attention_heads' = 4: must divide hidden_size (66), or head_dim must say how many dimensions a head has; "
+                "hidden_size is given on the command line",
+            ),
             (
                 "optimizer.params.mu=1",
                 "command line: unknown key 'mu' in 'optimizer.params'; allowed: lr, betas, eps, adam_w_mode, momentum, nesterov",

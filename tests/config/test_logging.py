@@ -21,7 +21,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "'profile_step_stop' = 12 (default): must be more than profile_step_start (20)",
     ),
     ({"gradient_noise_scale_n_batches": 1}, "'gradient_noise_scale_n_batches' = 1: must be at least 2"),
-    ({"comet_tags": "red"}, "'comet_tags' = 'red': must be a list"),
+    ({"comet_tags": "red"}, "'comet_tags' = 'red': must be a list; write [red]"),
     ({"use_wandb": "yes"}, "'use_wandb' = 'yes': must be true or false"),
 ]
 

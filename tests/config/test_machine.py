@@ -45,3 +45,16 @@ def test_a_system_without_affinity_counts_its_cores(cgroups: Path, monkeypatch: 
     assert machine.usable_cores() == 6
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert machine.usable_cores() == 1
+
+
+def test_a_folder_of_a_package_s_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Weights & Biases leaves one beside a run."""
+    for name in ("wandb_of_nobody", "tiktoken_of_nobody/x"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert not machine.is_installed("wandb_of_nobody")
+    assert not machine.is_installed("nothing_at_all")
+    assert machine.is_installed("json")
+    with pytest.raises(ImportError, match="tiktoken_of_nobody is a folder and no package"):
+        machine.import_optional("tiktoken_of_nobody")
+    assert machine.import_optional("json").dumps([]) == "[]"

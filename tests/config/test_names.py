@@ -26,6 +26,7 @@ VALUES: dict[str, Any] = {
     "moe_lora_aux_loss_coeff": 0.003,
     "moe_aux_loss_coeff": 0.01,
     "moe_z_loss_coeff": 0.001,
+    "kv_channels": 24,
 }
 MOE = {"moe_num_experts": 4}
 # What else a name needs beside it.

@@ -81,14 +81,14 @@ def test_the_place_of_a_parameter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "averages"),
     [
-        (spec("AdamW"), (2, None)),
-        (spec("SGD"), (0, None)),
-        (spec("SGD", momentum=0.9), (1, None)),
-        (spec("Lion"), (1, None)),
+        (spec("AdamW"), (2, 4)),
+        (spec("SGD"), (0, 4)),
+        (spec("SGD", momentum=0.9), (1, 4)),
+        (spec("Lion"), (1, 4)),
         ({"use_bnb_optimizer": True}, (2, 1)),
     ],
 )
-def test_what_an_optimizer_keeps(keys: dict[str, Any], averages: tuple[int, int | None]) -> None:
+def test_what_an_optimizer_keeps(keys: dict[str, Any], averages: tuple[int, int]) -> None:
     assert config_from_dict({**MODEL, **keys}).optimizer.averages == averages
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron.config import config_from_dict
-from megatron.config.model import Activation, ModelConfig, Norm
+from megatron.config.model import QK_NORM_KEYS, Activation, ModelConfig, Norm
 from megatron.config.neox import NeoXConfig
 from megatron.config.size import count_parameters, flops_per_token, padded_vocab_size, training_memory
 
@@ -84,6 +84,7 @@ def test_flops_follow_neox_for_a_dense_model() -> None:
     [
         ({}, 3 * D * D + D * D + 8 * D * D),
         ({"num_kv_heads": 1}, D * D + 2 * D * D // 4 + D * D + 8 * D * D),
+        ({"head_dim": D // 4, "num_kv_heads": 4}, 3 * D * D + D * D + 8 * D * D),
         ({"activation": "swiglu", "ffn_hidden_size": 100}, 4 * D * D + 3 * D * 100),
         ({"activation": "bilinear", "ffn_hidden_size": 100, "moe_num_experts": 8, "moe_top_k": 2}, 4 * D * D + 8 * D + 2 * 3 * D * 100),
     ],
@@ -92,6 +93,14 @@ def test_flops_follow_neox_for_a_dense_model() -> None:
 def test_flops_are_those_of_the_matrices_that_a_token_meets(keys: dict[str, Any], matrices: int, bias: bool) -> None:
     built = config(**keys, use_bias_in_attn_linear=bias, use_bias_in_mlp=bias)
     assert flops_per_token(built.model, built.moe, V) == 3 * (2 * (L * matrices + V * D) + 4 * S * D * L)
+
+
+def test_flops_of_heads_of_their_own_width() -> None:
+    """Four heads of 48 dimensions, two key heads, in a model of width 64: products and scores are as wide as the heads."""
+    built = config(head_dim=48, num_kv_heads=2)
+    queries, keys = 4 * 48, 2 * 48
+    matrices = D * (queries + 2 * keys) + queries * D + 8 * D * D
+    assert flops_per_token(built.model, built.moe, V) == 3 * (2 * (L * matrices + V * D) + 4 * S * queries * L)
 
 
 @pytest.mark.parametrize(("width", "keys"), [(7, 8), (S - 1, S), (4096, S)])
@@ -115,8 +124,9 @@ def test_flops_count_active_experts_only() -> None:
     ("precision", "stage", "processes", "bytes_"),
     [
         ("fp32", 0, 1, (4000, 4000, 8000)),
-        ("fp32", 1, 4, (4000, 4000, 2000)),
-        ("bfloat16", 0, 1, (2000, 2000, 4000)),
+        ("fp32", 1, 4, (4000, 4000, 3000)),
+        ("bfloat16", 0, 1, (2000, 4000, 12000)),
+        ("fp16", 0, 4, (2000, 4000, 12000)),
         ("bfloat16", 1, 2, (2000, 2000, 6000)),
         ("fp16", 2, 4, (2000, 500, 3000)),
         ("fp16", 3, 4, (500, 500, 3000)),
@@ -128,13 +138,11 @@ def test_memory(precision: str, stage: int, processes: int, bytes_: tuple[int, i
     assert memory.total == sum(bytes_)
 
 
-@pytest.mark.parametrize(
-    ("averages", "average_bytes", "fp32", "bf16", "fp16"), [(1, None, 4000, 2000, 8000), (0, None, 0, 0, 4000), (2, 1, 2000, 2000, 6000)]
-)
-def test_memory_of_other_optimizers(averages: int, average_bytes: int | None, fp32: int, bf16: int, fp16: int) -> None:
+@pytest.mark.parametrize(("averages", "fp32", "bf16", "fp16"), [((1, 4), 4000, 8000, 8000), ((0, 4), 0, 4000, 4000), ((2, 1), 2000, 6000, 6000)])
+def test_memory_of_other_optimizers(averages: tuple[int, int], fp32: int, bf16: int, fp16: int) -> None:
     """Lion or SGD with momentum; plain SGD; averages of 8 bits."""
     for precision, expected in (("fp32", fp32), ("bfloat16", bf16), ("fp16", fp16)):
-        memory = training_memory(1000, precision, zero_stage=0, data_parallel_size=1, averages=averages, average_bytes=average_bytes)
+        memory = training_memory(1000, precision, zero_stage=0, data_parallel_size=1, averages=averages)
         assert memory.optimizer == expected, precision
 
 
@@ -148,9 +156,19 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "norm": [{"norm": name, "use_bias_in_norms": bias} for name in typing.get_args(Norm) for bias in (True, False)],
     "position": [{"pos_emb": name} for name in typing.get_args(ModelConfig.model_fields["pos_emb"].annotation)],
     "activation": [{"activation": name, **moe} for name in typing.get_args(Activation) for moe in ({}, MOE, STRUCTMOE)],
-    "bias": [{"use_bias_in_mlp": mlp, "use_bias_in_attn_linear": attention} for mlp in (True, False) for attention in (True, False)],
+    "bias": [
+        {"use_bias_in_mlp": mlp, **attention}
+        for mlp in (True, False)
+        for attention in ({}, {"use_bias_in_attn_linear": False}, {"use_bias_in_attn_linear": False, "add_qkv_bias": True})
+    ],
     "residual": [{"gpt_j_residual": True}, {"gpt_j_residual": True, "gpt_j_tied": True}, {"reordered_norm": True}, {"no_weight_tying": True}],
     "heads": [{"num_kv_heads": heads} for heads in (1, 2, 4)],
+    "heads of their own width": [
+        {"head_dim": width, "num_kv_heads": 2, **keys}
+        for width in (8, 16, 48)
+        for keys in ({}, {"use_bias_in_attn_linear": False, "add_qkv_bias": True}, *({norm: True} for norm in QK_NORM_KEYS))
+    ],
+    "heads that do not divide the width": [{"hidden_size": 50, "num_attention_heads": 4, "head_dim": 8}],
     "query and key norms": [
         {"norm": norm, "use_bias_in_norms": bias, **keys}
         for norm in typing.get_args(Norm)

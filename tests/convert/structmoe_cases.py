@@ -61,6 +61,16 @@ ATTENTION: dict[str, Changes] = {
     "window alibi": {"sliding_window_width": 5, "pos_emb": "alibi"},
     "window rpe gqa": {"sliding_window_width": 9, "pos_emb": "rpe", "num_kv_heads": 2},
     "no attention biases": {"use_bias_in_attn_linear": False},
+    "biases on queries, keys and values": {"use_bias_in_attn_linear": False, "add_qkv_bias": True, "num_kv_heads": 2},
+    "wide heads": {"head_dim": 32},
+    "narrow heads gqa": {"head_dim": 6, "num_kv_heads": 2, "use_bias_in_attn_linear": False, "add_qkv_bias": True},
+    "heads that do not divide": {"hidden_size": 40, "num_attention_heads": 6, "num_kv_heads": 2, "head_dim": 8},
+    "wide heads rotary half": {"head_dim": 40, "rotary_pct": 0.3, "num_kv_heads": 1},
+    "wide heads alibi": {"head_dim": 32, "pos_emb": "alibi", "num_kv_heads": 2},
+    "wide heads rpe": {"head_dim": 32, "pos_emb": "rpe"},
+    "wide heads qk all heads gqa": {"head_dim": 32, "use_qk_layernorm": True, "num_kv_heads": 2},
+    "wide heads qk per head": {"head_dim": 32, "qk_norm_per_head": True, "norm": "rmsnorm", "num_kv_heads": 2},
+    "narrow heads qk jointly": {"head_dim": 6, "qk_norm_all_heads": True, "num_kv_heads": 2},
 }
 BLOCKS: dict[str, Changes] = {
     "tied head": {"no_weight_tying": False},

@@ -245,7 +245,8 @@ def lose_weight(directory: Path) -> None:
         (lambda directory: write_index(directory, {"a": 1}), "1 is missing: model.safetensors.index.json names it."),
         (lambda directory: write_old(directory, {"a": 1}), "pytorch_model.bin holds something else than weights by their names."),
         (large_tokenizer, "its tokenizer has 97 tokens and the model 96: they are of different models."),
-        (lambda directory: change_config(directory, head_dim=16), "head_dim: 16 cannot be represented: 4 heads share hidden_size 32, 8 each."),
+        (lambda directory: change_config(directory, head_dim=16), "query_key_value.weight is [64, 32], and the configuration asks for [128, 32]"),
+        (lambda directory: change_config(directory, head_dim=7), "RoPE requires an even rotary dimension, but got `head_dim`=7"),
         (lambda directory: change_config(directory, hidden_act="tanh"), "hidden_act: tanh cannot be represented; known are gelu, "),
         (lambda directory: change_config(directory, intermediate_size=40), "mlp.linear1.weight is [96, 32], and the configuration asks for [80, 32]"),
         (lambda directory: change_config(directory, vocab_size=64), "word_embeddings.weight is [96, 32], and the configuration asks for [64, 32]"),
@@ -283,6 +284,26 @@ def test_a_failed_import_leaves_a_directory_as_it_was(forced: list[str], theirs:
     assert {"global_step0", "latest", "config.yml", *(path.name for path in before)} == {path.name for path in (tmp_path / "run").iterdir()}
     assert main("--model_path", theirs, "--output_dir", tmp_path / "run", "--force") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "theirs"]
+
+
+@pytest.mark.parametrize("held", ["global_step500", "global_step0", "latest", "config.yml"])
+def test_an_import_does_not_write_over_a_run(held: str, theirs: Path, main: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    (run / held).mkdir(parents=True) if held.startswith("global") else (run.mkdir(), (run / held).write_text("mine"))
+    assert main("--model_path", theirs, "--output_dir", run, "--force", "--skip-check") == 1
+    assert f"run holds {held}, which convert_hf_to_neox.py did not write: move it away, or choose another --output_dir." in capsys.readouterr().err
+    assert [entry.name for entry in run.iterdir()] == [held]
+
+
+def test_an_import_onto_a_full_disk_is_a_sentence(theirs: Path, small_disk: Path | None, main: Callable[..., int], capsys: Any) -> None:
+    if small_disk is None:
+        pytest.skip("a small disk cannot be mounted here (needs root)")
+    (small_disk / "filling").write_bytes(b"x" * 980_000)
+    assert main("--model_path", theirs, "--output_dir", small_disk / "run", "--skip-check") == 1
+    error = capsys.readouterr().err
+    assert f"No space left on device (disk {small_disk}, " in error
+    assert "Traceback" not in error
+    assert [entry.name for entry in small_disk.iterdir()] == ["filling"]
 
 
 def test_an_import_is_interrupted_without_a_trace(theirs: Path, main: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

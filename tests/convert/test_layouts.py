@@ -140,7 +140,7 @@ def test_layers_for_further_tokens_are_left_out_and_said(main: Callable[..., int
     file = tmp_path / "theirs" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_nextn_predict_layers": 1}))
     assert main(*words, tmp_path / "run") == 0
-    assert "3 weights of the layers that predict further tokens (num_nextn_predict_layers) are left out" in capsys.readouterr().out
+    assert "3 weights of layers after the model's 3 are left out (" in capsys.readouterr().out
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_nextn_predict_layers": 0}))
     assert main(*words, tmp_path / "other") == 1
     assert "holds model.layers.3.eh_proj.weight, which this model has no place for" in capsys.readouterr().err

@@ -27,6 +27,7 @@ def test_same_logits_and_every_weight_there_and_back(name: str) -> None:
     with torch.no_grad():
         expected, got = gpt(tokens()).logits_BSV, model(tokens()).logits
     torch.testing.assert_close(got, expected, **TOLERANCE)
+    assert sum(parameter.numel() for parameter in model.parameters()) == sum(parameter.numel() for parameter in gpt.parameters())
 
     table = list(StructMoE().table(source))
     check_complete(table, state)
@@ -53,7 +54,8 @@ def test_keys_of_an_export_describe_the_same_model(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["gqa", "window", "window alibi", "window rpe gqa", "alibi scaled", "rpe scaled in some layers", "qk per head rmsnorm"]
+    "name",
+    ["gqa", "window", "window alibi", "window rpe gqa", "alibi scaled", "rpe scaled in some layers", "qk per head rmsnorm", "narrow heads gqa"],
 )
 def test_attention_written_out_gives_the_same(name: str) -> None:
     _, gpt, _, model = pair(attention="eager", **CASES[name])

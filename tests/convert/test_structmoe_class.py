@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -38,6 +39,9 @@ GENERATING = [
     "top_p",
     "residual and shared",
     "parallel experts",
+    "wide heads qk per head",
+    "narrow heads gqa",
+    "heads that do not divide",
 ]
 
 
@@ -134,6 +138,22 @@ def test_the_loss_of_labels_is_the_mean_over_next_tokens() -> None:
     ours = gpt(text[:, :-1], labels_BS=text[:, 1:]).lm_loss
     torch.testing.assert_close(model(text, labels=text).loss, ours)
     assert model(text, labels=text).aux_loss is None
+
+
+def test_micro_batches_of_unequal_labels_give_the_loss_of_the_whole() -> None:
+    """As transformers' Trainer accumulates: each loss is told how many labels there are in all, and the losses are added up."""
+    model = model_of("structmoe", moe_losses={"z_loss": 0.1}).train()
+    text = tokens(2, 17)
+    labels = torch.where(torch.arange(17) < torch.tensor([[15], [4]]), text, -100)
+    number = (labels[:, 1:] >= 0).sum()
+    parts = [model(text[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=number) for i in range(2)]
+    whole = model(text, labels=labels)
+    coefficient = model.config.router_aux_loss_coef
+    lm_loss = sum(part.loss - coefficient * part.aux_loss * count / number for part, count in zip(parts, (14, 3), strict=True))
+    torch.testing.assert_close(lm_loss, whole.loss - coefficient * whole.aux_loss)
+    auxiliary = sum(part.aux_loss * count for part, count in zip(parts, (14, 3), strict=True)) / number
+    torch.testing.assert_close(sum(part.loss for part in parts), lm_loss + coefficient * auxiliary)
+    assert "kwargs" in inspect.signature(model.forward).parameters, "what Trainer looks for"
 
 
 ALL_LOSSES = {

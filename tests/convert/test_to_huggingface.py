@@ -70,7 +70,11 @@ def test_the_command(main: Callable[..., int], run: Path, tmp_path: Path, capsys
     assert tokenizer.decode(text[0]).startswith("our fathers")
 
 
-@pytest.mark.parametrize("keys", [LLAMA, {**BASE, "gpt_j_residual": True}, {**EXPERTS, "moe_normalize_top_k": True}], ids=["llama", "pythia", "moe"])
+WIDE_HEADS = {**DECODER, "num_kv_heads": 2, "head_dim": 24, "add_qkv_bias": True}
+CUT = {"llama": LLAMA, "pythia": {**BASE, "gpt_j_residual": True}, "moe": {**EXPERTS, "moe_normalize_top_k": True}, "wide heads": WIDE_HEADS}
+
+
+@pytest.mark.parametrize("keys", CUT.values(), ids=CUT)
 def test_tensor_parallel_and_pipeline_files_merge_to_the_same_bytes(keys: dict[str, Any], tmp_path: Path, export: Export) -> None:
     config = config_of(keys)
     gpt = lively_model(config)
@@ -204,7 +208,12 @@ def test_a_directory_that_is_there_is_kept_unless_forced(
     assert main("--input_dir", run, "--output_dir", tmp_path / "hf") == 1
     assert "is there already: choose another --output_dir, or add --force to replace it." in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "hf").iterdir()] == ["notes.txt"]
-    assert main("--input_dir", run, "--output_dir", tmp_path / "hf", "--force") == 0
+    assert main("--input_dir", run, "--output_dir", tmp_path / "hf", "--force") == 1
+    assert "hf holds notes.txt, which convert_neox_to_hf.py did not write: move it away, or choose another --output_dir." in capsys.readouterr().err
+    assert (tmp_path / "hf" / "notes.txt").read_text() == "mine"
+    (tmp_path / "hf" / "notes.txt").unlink()
+    for _ in range(2):
+        assert main("--input_dir", run, "--output_dir", tmp_path / "hf", "--force", "--skip-check") == 0
     assert "model.safetensors" in [file.name for file in (tmp_path / "hf").iterdir()]
 
 
@@ -219,6 +228,42 @@ def test_a_file_is_not_replaced(run: Path, tmp_path: Path, main: Callable[..., i
     (tmp_path / "hf").write_text("mine")
     assert main("--input_dir", run, "--output_dir", tmp_path / "hf", "--force") == 1
     assert "is a file: choose another --output_dir." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", ".cache/x"])
+def test_a_model_that_no_export_wrote_is_not_replaced(name: str, run: Path, tmp_path: Path, main: Callable[..., int], capsys: Any) -> None:
+    """A download of somebody else's, under the very names that an export has; and a folder in an export."""
+    if name.startswith("."):
+        assert main("--input_dir", run, "--output_dir", tmp_path / "hf", "--skip-check") == 0
+    (tmp_path / "hf" / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "hf" / name).write_text("theirs")
+    assert main("--input_dir", run, "--output_dir", tmp_path / "hf", "--force") == 1
+    assert f"holds {Path(name).parts[0]}, which convert_neox_to_hf.py did not write" in capsys.readouterr().err
+    assert (tmp_path / "hf" / name).read_text() == "theirs"
+
+
+def test_an_export_through_a_link_goes_where_it_leads(run: Path, tmp_path: Path, main: Callable[..., int], capsys: Any) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "hf").symlink_to("disk")
+    for _ in range(2):
+        assert main("--input_dir", run, "--output_dir", tmp_path / "hf", "--force", "--skip-check") == 0
+    assert (tmp_path / "hf").is_symlink()
+    assert (tmp_path / "disk/model.safetensors").is_file()
+    (tmp_path / "disk").rename(tmp_path / "gone")
+    assert main("--input_dir", run, "--output_dir", tmp_path / "hf", "--force") == 1
+    assert "hf is a symbolic link to disk, which is not there" in capsys.readouterr().err
+
+
+def test_an_export_onto_a_full_disk_is_a_sentence(run: Path, small_disk: Path | None, main: Callable[..., int], capsys: Any) -> None:
+    if small_disk is None:
+        pytest.skip("a small disk cannot be mounted here (needs root)")
+    (small_disk / "filling").write_bytes(b"x" * 980_000)
+    assert main("--input_dir", run, "--output_dir", small_disk / "hf", "--skip-check") == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"{small_disk}")
+    assert f"No space left on device (disk {small_disk}, " in error
+    assert "Traceback" not in error
+    assert [entry.name for entry in small_disk.iterdir()] == ["filling"]
 
 
 def test_weights_decide_where_the_configuration_does_not(tmp_path: Path, export: Export) -> None:

@@ -161,3 +161,16 @@ def test_a_document_too_long_for_the_format_is_refused(tmp_path: Path, monkeypat
         IndexedDatasetWriter(tmp_path / "text", np.dtype("<u2")) as writer,
     ):
         writer.add([1, 2, 3, 4])
+
+
+def test_what_is_given_in_place_of_a_pair_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}')
+    with pytest.raises(
+        DatasetError, match=r"a\.jsonl is a file of another kind, and training reads \.bin/\.idx pairs: `python prepare_data\.py .*a\.jsonl`"
+    ):
+        IndexedDataset(tmp_path / "a.jsonl")
+    (tmp_path / "mine").mkdir()
+    for name in ("train.idx", "train.bin"):
+        (tmp_path / "mine" / name).write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"mine is a folder; give the path of a pair in it, without \.bin/\.idx: .*/mine/train$"):
+        IndexedDataset(tmp_path / "mine")

@@ -168,11 +168,62 @@ def test_zero_documents_are_explained(tmp_path: Path, data_config: Callable[...,
         build_data(data_config(train_data_paths=[str(path)]), seq_length=4, plan=PLAN, seed=1)
 
 
-def test_an_empty_split_is_explained_only_when_it_is_wanted(numbered: Callable[..., Path], data_config: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("documents", "valid", "test"),
+    [(1, False, False), (2, False, False), (16, False, False), (17, True, False), (499, True, False), (501, True, True)],
+)
+def test_few_documents_train_without_the_losses_that_get_none(
+    numbered: Callable[..., Path], data_config: Callable[..., Any], caplog: pytest.LogCaptureFixture, documents: int, valid: bool, test: bool
+) -> None:
+    config, plan = data_config(data_path=str(numbered([10] * documents))), SamplePlan(train_samples=8, valid_samples=4, test_samples=4)
+    data = build_data(config, seq_length=4, plan=plan, seed=1)
+    assert data.train is not None
+    assert (data.valid is not None, data.test is not None) == (valid, test)
+    said = f"split = '969, 30, 1' leaves no document of {config.data_path} ({documents:,} documents) for"
+    assert (f"{said} valid: there is no validation loss. Give valid a larger share to have one." in caplog.text) == (not valid)
+    assert (f"{said} test: there is no test loss. Give test a larger share to have one." in caplog.text) == (not test)
+
+
+def test_what_is_not_wanted_is_not_mentioned(
+    numbered: Callable[..., Path], data_config: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
     config = data_config(data_path=str(numbered([10] * 7)), split="949,50,1")
-    with pytest.raises(DatasetError, match=r"split = '949,50,1' leaves no document of .* \(7 documents\) for valid; give valid a larger share"):
-        build_data(config, seq_length=4, plan=PLAN, seed=1)
     assert build_data(config, seq_length=4, plan=SamplePlan(train_samples=3, valid_samples=0, test_samples=0), seed=1).valid is None
+    for split in ("100", "1,0,0", "1"):
+        assert build_data(data_config(data_path=config.data_path, split=split), seq_length=4, plan=PLAN, seed=1).valid is None
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(("split", "documents"), [("0,1,0", 7), ("0.1,0.9,0", 1)])
+def test_nothing_to_train_on_is_an_error(numbered: Callable[..., Path], data_config: Callable[..., Any], split: str, documents: int) -> None:
+    config = data_config(data_path=str(numbered([10] * documents)), split=split)
+    with pytest.raises(DatasetError, match=rf"split = '{split}' leaves no document of .* for train, so there is nothing to train on; give train a"):
+        build_data(config, seq_length=4, plan=PLAN, seed=1)
+
+
+def test_a_part_shorter_than_a_sequence_is_repeated_and_gives_a_step_s_samples(
+    numbered: Callable[..., Path], data_config: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, plan = str(numbered([3, 2])), SamplePlan(train_samples=4, valid_samples=1, test_samples=0, samples_at_once=4)
+    data = build_data(data_config(data_path=path, split="1,1,0"), seq_length=8, plan=plan, seed=1)
+    assert data.train is not None
+    assert data.valid is not None
+    assert (len(data.train) >= 4, len(data.valid) >= 4) == (True, True)
+    assert set(data.train[0]["text"].tolist()) == {0, 1, 2}
+    assert set(data.valid[3]["text"].tolist()) == {3, 4}
+    assert f"{path}: the valid part, 1 document(s) with 2 tokens, is shorter than one sequence and is repeated in each." in caplog.text
+
+
+def test_a_tiny_corpus_among_several(numbered: Callable[..., Path], data_config: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    large, tiny = str(numbered([50] * 20, "large")), str(numbered([3], "tiny"))
+    plan = SamplePlan(train_samples=20, valid_samples=4, test_samples=0, samples_at_once=4)
+    config = data_config(train_data_paths=[large, tiny], train_data_weights=[0.99, 0.01], valid_data_paths=[tiny], test_data_paths=[tiny])
+    data = build_data(config, seq_length=8, plan=plan, seed=1)
+    assert data.train is not None
+    assert data.valid is not None
+    assert len(data.valid) >= 4
+    assert all(data.train[index]["text"].shape == (9,) for index in range(20))
+    assert f"{tiny}: the train part, 1 document(s) with 3 tokens, is shorter than one sequence" in caplog.text
 
 
 def test_one_sample_is_too_few(numbered: Callable[..., Path]) -> None:

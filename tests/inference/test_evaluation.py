@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import logging
@@ -13,10 +14,11 @@ import pytest
 from rich.console import Console
 
 from megatron.config import config_from_dict
+from megatron.config.evaluation import EvaluationConfig
 from megatron.config.section import ConfigError
 from megatron.data.progress import LineReporter
 from megatron.inference.errors import InferenceError
-from megatron.inference.evaluation import evaluate, results_path, write_results
+from megatron.inference.evaluation import evaluate, read_texts, results_path, write_results
 from megatron.inference.model import ReadyModel
 from megatron.inference.score import score_text
 
@@ -105,3 +107,19 @@ def test_results_that_cannot_be_written_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(InferenceError, match=r"eval_results_prefix: .* cannot be written: (File exists|Not a directory)"):
         write_results(tmp_path / "file" / "results.json", {})
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_json_lines_are_measured_without_their_braces(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain, lines, packed = tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "part-0"
+    plain.write_bytes(b"one\r\n\r\ntwo")
+    content = b'{"text": "one"}\n{"text": "two"}\n'
+    lines.write_bytes(content)
+    packed.write_bytes(gzip.compress(content))
+    caplog.set_level(logging.INFO)
+    names = [str(plain), str(lines), str(packed)]
+    assert list(read_texts(EvaluationConfig(eval_text_files=names)).values()) == ["one\r\n\r\ntwo", "one\n\ntwo", "one\n\ntwo"]
+    assert f"{lines} is read as JSON lines, as its first bytes say; eval_text_format: text stores it as plain text." in caplog.text
+    assert f"{lines} holds 2 texts under 'text'" in caplog.text
+    assert read_texts(EvaluationConfig(eval_text_files=[str(lines)], eval_text_format="text")) == {str(lines): content.decode()}
+    with pytest.raises(InferenceError, match=r"no key 'body'; it has text under: text \(eval_jsonl_key\)\. To measure the file as it is"):
+        read_texts(EvaluationConfig(eval_text_files=[str(lines)], eval_jsonl_key="body"))

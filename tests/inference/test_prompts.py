@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,3 +82,15 @@ def test_typed_prompts_of_several_lines() -> None:
 @pytest.mark.parametrize("word", ["/quit", " /quit "])
 def test_quit_ends(word: str) -> None:
     assert list(typed_prompts(typing("one", word, "two"), "\n")) == ["one"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii:surrogateescape"])
+def test_bytes_that_are_no_text_are_a_sentence(encoding: str, repository: Path) -> None:
+    """As a pipe brings them to `input`, in either of the ways that Python reads it."""
+    program = "from megatron.inference.prompts import typed_prompts\nfrom megatron.script import exit_status\n"
+    program += "raise SystemExit(exit_status(lambda: print(list(typed_prompts(input, '\\n')))))"
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(repository)}
+    done = subprocess.run([sys.executable, "-c", program], input=b"one\nt\xffwo\n", env=environment, capture_output=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"Standard input is not UTF-8 text")
+    assert done.stderr.endswith(b"give UTF-8 text, or name a file with -i FILE.\n")

@@ -121,7 +121,20 @@ def test_neox_s_flags_become_keys(folder: Path, words: tuple[str, ...], override
             ("worker.py", "-d", "configs", "smal"),
             "worker.py: 1 problem(s) in the configuration:\n  configs/smal.yml: no such file; did you mean 'small.yml'?\n",
         ),
-        (("deepy.py", "wrker.py", "-d", "configs", "small"), "deepy.py: wrker.py: no such script\n"),
+        (
+            ("deepy.py", "wrker.py", "-d", "configs", "small"),
+            "deepy.py: wrker.py: no such script, neither here nor beside deepy.py, where train.py, eval.py and generate.py are\n",
+        ),
+        (
+            ("deepy.py", "configs/small.yml", "other.yml"),
+            "deepy.py: configs/small.yml is a configuration file, and the script is missing: name it first (train.py, eval.py or generate.py), "
+            "as in train.py configs/small.yml other.yml\n",
+        ),
+        (
+            ("deepy.py", "small", "-d", "configs"),
+            "deepy.py: small is a configuration file, and the script is missing: name it first (train.py, eval.py or generate.py), "
+            "as in train.py small\n",
+        ),
         (
             ("worker.py",),
             "worker.py: 1 problem(s) in the configuration:\n  no configuration files are given, such as: -d configs quickstart.yml\n",
@@ -230,3 +243,29 @@ def test_a_hostfile_that_is_not_there_is_said(folder: Path) -> None:
     assert "note: 'hostfile' = '/nowhere/hosts': no such file; this machine alone is used\n" in run(folder, *words, "--check").stdout
     done = run(folder, *words)
     assert (done.returncode, done.stderr) == (0, "deepy.py: 'hostfile' = '/nowhere/hosts': no such file; this machine alone is used\n")
+
+
+def test_scripts_and_configurations_are_found_from_elsewhere(tmp_path: Path, repository: Path) -> None:
+    done = run(tmp_path, str(repository / "deepy.py"), "train.py", "-d", "configs", "quickstart.yml", "-o", "seed=7", "--check")
+    assert done.stderr == ""
+    assert "quickstart.yml" in done.stdout
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/small.yml").write_text(CONFIG)
+    (tmp_path / "train.py").write_text(SCRIPT)
+    done = run(tmp_path, str(repository / "deepy.py"), "train.py", "-d", "configs", "small.yml")
+    assert done.stdout.startswith("2 1234 ['small.yml']"), "what is here comes first"
+
+
+def test_a_hostfile_is_checked_and_counted_before_anything_starts(folder: Path) -> None:
+    (folder / "hosts").write_text("node-a slots=2\nnode-b slots=two\n")
+    said = (
+        "deepy.py: 1 problem(s) in the configuration:\n  hosts:2: Hostfile contains a bad entry: node-b slots=two; "
+        "write one line a machine, such as `worker-1 slots=8`, each machine once\n"
+    )
+    for more in ((), ("--check",)):
+        done = run(folder, "deepy.py", "worker.py", "-d", "configs", "small", "-H", "hosts", *more)
+        assert (done.returncode, done.stderr) == (2, said)
+    (folder / "hosts").write_text("node-a slots=2\nnode-b slots=3\n")
+    done = run(folder, "deepy.py", "worker.py", "-d", "configs", "small", "-H", "hosts", "--check")
+    assert done.returncode == 0, done.stderr
+    assert "20 = 4 x 1 accumulation x 5 processes" in done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron.config.section import ConfigError
 from megatron.config.transport import decode
 from megatron.launcher.plan import Launch, machine_notices, plan_launch, worker_count
 from megatron.launcher.processes import Machine, free_port
+from megatron.launcher.reach import HINT, LaunchError
 
 MODEL = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32, "max_position_embeddings": 32}
 CPU, TWO_GPUS = Machine(gpus=0, cores=8), Machine(gpus=2, cores=8)
@@ -24,6 +26,25 @@ CPU, TWO_GPUS = Machine(gpus=0, cores=8), Machine(gpus=2, cores=8)
 def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DLTS_HOSTFILE", "OMP_NUM_THREADS", "DS_ACCELERATOR"):
         monkeypatch.delenv(name, raising=False)
+
+
+Stub = Callable[[str, str | None], None]
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stub:
+    """Writes a program of that name as the only thing on the PATH besides a shell; None takes it away."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+
+    def write(name: str, script: str | None) -> None:
+        (folder / name).unlink(missing_ok=True)
+        if script is not None:
+            (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+            (folder / name).chmod(0o755)
+
+    return write
 
 
 def loaded(**keys: Any) -> LoadedConfig:
@@ -84,9 +105,10 @@ def test_two_counts_that_contradict_each_other() -> None:
     assert caught.value.problems == ["'global_num_gpus' = 3: num_gpus is 2; on one machine give only one of them"]
 
 
-def test_a_hostfile_goes_to_deepspeed_s_runner(tmp_path: Path) -> None:
+def test_a_hostfile_goes_to_deepspeed_s_runner(tmp_path: Path, stub: Stub) -> None:
     from deepspeed.launcher.runner import parse_args
 
+    stub("sinfo", "exit 0")
     hostfile = tmp_path / "hosts"
     hostfile.write_text("# two machines\nworker-1 slots=4\nworker-2 slots=4\n")
     launch = plan(hostfile=str(hostfile), launcher="slurm", comment="run", account="me", no_ssh_check=True, master_addr="10.0.0.1", num_gpus=2)
@@ -98,14 +120,157 @@ def test_a_hostfile_goes_to_deepspeed_s_runner(tmp_path: Path) -> None:
     assert launch.processes == 4
 
 
-def test_slots_of_the_hostfile_are_counted(tmp_path: Path) -> None:
+def test_slots_of_the_hostfile_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hostfile = tmp_path / "hosts"
     hostfile.write_text("worker-1 slots=4\nworker-2 slots=8 # large\n")
     assert worker_count(loaded(hostfile=str(hostfile)), CPU) == 12
     assert worker_count(loaded(hostfile=str(hostfile), num_nodes=1), CPU) == 4
-    hostfile.write_text("worker-1\n")
-    with pytest.raises(ConfigError, match="has no line such as `worker-1 slots=8`"):
+    monkeypatch.setenv("DLTS_HOSTFILE", str(hostfile))
+    assert worker_count(loaded(), CPU) == 12
+    hostfile.write_text("worker-1 slots=4\nworker-1 slots=4\n")
+    with pytest.raises(ConfigError, match=r"hosts:2: Hostfile contains multiple entries for worker-1"):
+        worker_count(loaded(), CPU)
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "said"),
+    [
+        ("node-a slots=2\nnode-b slots=two\n", ":2", "Hostfile contains a bad entry: node-b slots=two; write one line a machine"),
+        ("worker-1\n", ":1", "Hostfile contains a bad entry: worker-1; write one line a machine, such as `worker-1 slots=8`"),
+        ("# one\n\nnode-a slots=2\n# two\nnode-a slots=2\n", ":5", "Hostfile contains multiple entries for node-a; write one line a machine"),
+        ("", "", "Hostfile is empty or not formatted correctly; write one line a machine"),
+        ("# nothing\n\n", "", "Hostfile is empty or not formatted correctly"),
+        ("node-a slots=4\nnode-b slots=0\n", ":2", "node-b has slots=0, on which nothing is started; give 1 or more"),
+        ("node-a slots = 4\n", ":1", "Hostfile contains a bad entry: node-a slots = 4"),
+    ],
+)
+def test_what_deepspeed_refuses_of_a_hostfile_is_a_sentence_with_its_line(tmp_path: Path, text: str, place: str, said: str) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text(text)
+    for call in (worker_count, lambda config, machine: plan_launch(Path("train.py"), config, machine)):
+        with pytest.raises(ConfigError) as caught:
+            call(loaded(hostfile=str(hostfile)), CPU)
+        assert caught.value.problems[0].startswith(f"{hostfile}{place}: {said}")
+
+
+def test_a_hostfile_with_tabs_carriage_returns_and_a_byte_order_mark(tmp_path: Path) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_bytes(b"\xef\xbb\xbf  node-a\tslots=4 \r\n\r\nnode-b   slots=2 max_slots=4\r\n")
+    assert worker_count(loaded(hostfile=str(hostfile)), CPU) == 6
+    hostfile.write_bytes(b"caf\xe9 slots=1\n")
+    with pytest.raises(ConfigError, match=r"is not UTF-8 text \(byte 3\)"):
         worker_count(loaded(hostfile=str(hostfile)), CPU)
+    with pytest.raises(ConfigError, match=r"'hostfile' = '.*': is a folder; name the file in it"):
+        worker_count(loaded(hostfile=str(tmp_path)), CPU)
+
+
+@pytest.mark.parametrize(
+    ("keys", "count"),
+    [
+        ({}, 8),
+        ({"include": "node-a:0,2"}, 2),
+        ({"include": "node-b@node-a:1"}, 5),
+        ({"exclude": "node-a"}, 4),
+        ({"exclude": "node-b:0"}, 7),
+        ({"num_nodes": 1}, 4),
+        ({"num_nodes": 2, "num_gpus": 3}, 6),
+        ({"num_nodes": 5, "num_gpus": 6}, 12),
+        ({"global_num_gpus": 8}, 8),
+    ],
+)
+def test_the_processes_that_deepspeed_would_start_are_counted(tmp_path: Path, keys: dict[str, Any], count: int) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("node-a slots=4\nnode-b slots=4\n")
+    assert worker_count(loaded(hostfile=str(hostfile), **keys), CPU) == count
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"include": "node-c"}, "'include' = 'node-c': Hostname 'node-c' is not in HOSTS; there is: node-a, node-b"),
+        ({"include": "node-a:4"}, "'include' = 'node-a:4': No slot '4' specified on host 'node-a'; there are: node-a 0 to 3, node-b 0 to 3"),
+        ({"include": "node-a:x"}, "'include' = 'node-a:x': cannot be read (invalid literal for int() with base 10: 'x'); DeepSpeed's syntax is HOST"),
+        ({"exclude": "node-a:0:1"}, "'exclude' = 'node-a:0:1': cannot be read (too many values to unpack"),
+        ({"exclude": "node-a@node-b"}, "'exclude': it leaves no slot on any machine, so nothing would be started"),
+        ({"include": "node-a", "num_gpus": 2}, "'include' and 'num_gpus': DeepSpeed takes only one of them; leave the other out"),
+        ({"exclude": "node-a", "num_nodes": 1}, "'exclude' and 'num_nodes': DeepSpeed takes only one of them; leave the other out"),
+        ({"global_num_gpus": 16}, "'global_num_gpus' = 16: 8 process(es) would be started on HOSTS"),
+    ],
+)
+def test_what_deepspeed_refuses_of_filters_and_counts_is_a_sentence(tmp_path: Path, keys: dict[str, Any], problem: str) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("node-a slots=4\nnode-b slots=4\n")
+    with pytest.raises(ConfigError) as caught:
+        worker_count(loaded(hostfile=str(hostfile), **keys), CPU)
+    assert caught.value.problems[0].startswith(problem.replace("HOSTS", str(hostfile)))
+
+
+def test_filters_and_several_machines_without_a_hostfile() -> None:
+    assert worker_count(loaded(include="localhost:1"), TWO_GPUS) == 1
+    with pytest.raises(ConfigError, match="No slot '5' specified on host 'localhost'; there are: localhost 0 to 1"):
+        worker_count(loaded(include="localhost:5"), TWO_GPUS)
+    with pytest.raises(ConfigError, match="Hostname 'worker-1' is not this machine, and there is no hostfile; there is: localhost"):
+        worker_count(loaded(include="worker-1"), TWO_GPUS)
+    with pytest.raises(ConfigError, match="'num_nodes' = 2: no hostfile names other machines"):
+        worker_count(loaded(num_nodes=2), CPU)
+
+
+def test_a_hostfile_that_names_this_machine_alone_needs_no_ssh(tmp_path: Path, stub: Stub) -> None:
+    stub("ssh", "exit 255")
+    hostfile = tmp_path / "hosts"
+    for name in ("localhost", socket.gethostname()):
+        hostfile.write_text(f"{name} slots=4\n")
+        launch = plan(hostfile=str(hostfile), include=f"{name}:1,3")
+        assert launch.argv[1:3] == ("-m", "deepspeed.launcher.launch")
+        world = launch.argv[launch.argv.index("--world_info") + 1]
+        assert json.loads(base64.urlsafe_b64decode(world)) == {"localhost": [1, 3]}
+        assert (launch.processes, launch.env["OMP_NUM_THREADS"]) == (2, "4")
+
+
+def test_machines_that_cannot_be_reached_are_named(tmp_path: Path, stub: Stub) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("node-a slots=4\nnode-b slots=4\nnode-c slots=4\n")
+    stub("pdsh", "exit 0")
+    stub("ssh", 'case "$*" in *node-b*) echo "ssh: connect to host node-b port 22: Connection refused" >&2; exit 255;; esac; echo 10.0.0.7 10.0.0.8')
+    with pytest.raises(LaunchError) as caught:
+        plan(hostfile=str(hostfile))
+    first, last = str(caught.value).splitlines()
+    assert first.startswith(f"{hostfile}: node-b cannot be reached: `ssh -o PasswordAuthentication=no ")
+    assert first.endswith(" node-b hostname` ended with status 255 (ssh: connect to host node-b port 22: Connection refused)")
+    assert last == f"For each: {HINT}."
+    launch = plan(hostfile=str(hostfile), exclude="node-b")
+    assert launch.argv[launch.argv.index("--master_addr") + 1] == "10.0.0.7"
+    assert "--no_ssh_check" in launch.argv
+    stub("ssh", "exit 0")
+    with pytest.raises(LaunchError, match=r"node-a names no address .*; set master_addr to its address"):
+        plan(hostfile=str(hostfile))
+    stub("ssh", None)
+    with pytest.raises(LaunchError, match="ssh is not installed on this machine"):
+        plan(hostfile=str(hostfile))
+
+
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "mvapich", "slurm"])
+def test_a_launcher_whose_program_is_missing(tmp_path: Path, stub: Stub, launcher: str) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("node-a slots=4\nnode-b slots=4\n")
+    stub("ssh", "echo 10.0.0.7")
+    missing = f"'launcher' = '{launcher}': its program is not installed on this machine; install it, or choose another launcher"
+    with pytest.raises(ConfigError) as caught:
+        plan(hostfile=str(hostfile), launcher=launcher)
+    assert caught.value.problems == [missing]
+    assert machine_notices(loaded(hostfile=str(hostfile), launcher=launcher), CPU) == [missing]
+
+
+def test_what_a_launcher_does_not_take_and_counts_that_are_not_there_are_said(tmp_path: Path) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("node-a slots=4\nnode-b slots=4\n")
+    with pytest.raises(ConfigError, match="'launcher' = 'openmpi': openmpi backend does not support worker include/exclusion"):
+        machine_notices(loaded(hostfile=str(hostfile), launcher="openmpi", include="node-a@node-b:0"), CPU)
+    with pytest.raises(ConfigError, match="'launcher' = 'slurm': slurm backend needs the same slot count on every host"):
+        machine_notices(loaded(hostfile=str(hostfile), launcher="slurm", include="node-a@node-b:0"), CPU)
+    notices = machine_notices(loaded(hostfile=str(hostfile), num_nodes=3, num_gpus=6), CPU)
+    assert notices[0] == f"'num_nodes' = 3: {hostfile} names 2 machine(s), and that many are used"
+    assert notices[1].startswith(f"'num_gpus' = 6: more than the slots of node-a (4), node-b (4) in {hostfile}; DeepSpeed starts 6 on each")
 
 
 def test_a_hostfile_that_is_not_there_means_this_machine() -> None:

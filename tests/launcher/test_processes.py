@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,26 @@ signal.signal(signal.SIGINT, stop)
 statuses = [worker.wait() for worker in workers]
 sys.exit(next((status for status in statuses if status), 0))
 """
-# A worker that, on SIGTERM, waits until the other one has had its SIGTERM too (as a checkpoint does), takes its time, and notes how many came.
+# As DeepSpeed's: it looks once a second, and ends the others when one has failed.
+KILLING_LAUNCHER = """import os, subprocess, sys, time
+workers = [subprocess.Popen([sys.executable, *sys.argv[1:], str(rank)], env={**os.environ, "RANK": str(rank)}) for rank in (0, 1)]
+while True:
+    time.sleep(1)
+    for worker in workers:
+        if worker.poll():
+            [other.terminate() for other in workers]
+            [other.wait() for other in workers]
+            sys.exit(worker.returncode)
+"""
+# A worker that, on SIGTERM or SIGINT, waits until the other one has had its signal too (as a checkpoint does), takes its time, and notes how many
+# came.
 WORKER = """import os, signal, sys, time
 from pathlib import Path
 folder = Path(sys.argv[1])
 rank = sys.argv[2] if len(sys.argv) > 2 and sys.argv[2] in "01" else os.environ["RANK"]
 signals = []
-signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, frame: signals.append(number))
 (folder / f"started{rank}").write_text(str(os.getpid()))
 while not signals:
     time.sleep(0.02)
@@ -61,10 +75,11 @@ def folder(tmp_path: Path) -> Iterator[Path]:
             os.kill(int(pid), signal.SIGKILL)
 
 
-def start(folder: Path, worker: str = "worker.py") -> subprocess.Popen[bytes]:
+def start(folder: Path, worker: str = "worker.py", interrupt: signal.Handlers = signal.SIG_DFL) -> subprocess.Popen[bytes]:
+    """`interrupt`: what the process finds as its reaction to Ctrl-C; a shell in the background would have it ignored, in these tests too."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     command = [sys.executable, "-c", RUN, sys.executable, str(folder / "deepspeed.launcher.launch.py"), str(folder / worker), str(folder)]
-    return subprocess.Popen(command, env=environment)
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, preexec_fn=partial(signal.signal, signal.SIGINT, interrupt))
 
 
 def wait_for(*paths: Path, seconds: float = 30) -> None:
@@ -99,6 +114,41 @@ def test_a_second_interrupt_after_a_while_ends_everything_at_once(folder: Path) 
 def test_the_workers_status_comes_back(folder: Path, code: str, status: int) -> None:
     (folder / "short.py").write_text(f"import os, signal, sys\n{code}\n")
     assert start(folder, "short.py").wait(30) == status
+
+
+def test_a_process_that_was_killed_is_named(folder: Path) -> None:
+    doomed = "    if rank == '1':\n        time.sleep(1)\n        os.kill(os.getpid(), signal.SIGKILL)\n    time.sleep(0.02)\n"
+    (folder / "doomed.py").write_text(WORKER.replace("    time.sleep(0.02)\n", doomed, 1).replace("signals.append(number)", "sys.exit(0)"))
+    (folder / "deepspeed.launcher.launch.py").write_text(KILLING_LAUNCHER)
+    process = start(folder, "doomed.py")
+    _, error = process.communicate(timeout=30)
+    pid = (folder / "started1").read_text()
+    assert process.returncode == 128 + signal.SIGKILL
+    assert error.decode().startswith(f"Process 1 (pid {pid}) was ended by signal 9, SIGKILL: probably the machine was out of memory")
+    assert error.decode().count("\n") == 1, "the others, which the launcher ends, are not named"
+
+
+def test_a_run_that_was_started_to_ignore_ctrl_c_goes_on(folder: Path) -> None:
+    process = start(folder, interrupt=signal.SIG_IGN)
+    wait_for(folder / "started0", folder / "started1")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert not (folder / "stopping0").exists()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_before_the_workers_are_there(folder: Path, number: signal.Signals) -> None:
+    """The launcher's own status, 1, would look like a failure."""
+    (folder / "deepspeed.launcher.launch.py").write_text(
+        "import pathlib, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
+        "pathlib.Path(sys.argv[2], 'started0').write_text('0')\ntime.sleep(30)\n"
+    )
+    process = start(folder)
+    wait_for(folder / "started0")
+    process.send_signal(number)
+    assert process.wait(10) == 128 + number
 
 
 def test_when_the_parent_is_killed_the_launcher_is_told(folder: Path) -> None:

@@ -41,7 +41,7 @@ def bias(model: ModelConfig, attention: SelfAttention, head: int, distance: int)
     if model.pos_emb == "alibi":
         return -SLOPES[model.num_attention_heads][head] * distance
     if attention.rpe is not None:
-        return math.sqrt(model.head_dim) * attention.rpe.weight[BUCKETS[distance], head]
+        return math.sqrt(model.head_width) * attention.rpe.weight[BUCKETS[distance], head]
     return 0.0
 
 
@@ -84,7 +84,7 @@ def slow_attention(model: ModelConfig, attention: SelfAttention, x_SD: Tensor, d
 def build(model: ModelConfig, index: int = 0) -> SelfAttention:
     init, rpe = build_initializer(model, 0), None
     if model.pos_emb == "rpe":
-        rpe = RelativePositions(model.num_attention_heads, model.head_dim, model.rpe_num_buckets, model.rpe_max_distance, init.xavier_normal)
+        rpe = RelativePositions(model.num_attention_heads, model.head_width, model.rpe_num_buckets, model.rpe_max_distance, init.xavier_normal)
     attention = SelfAttention(model, init, index=index, rpe=rpe).double()
     for name, parameter in attention.named_parameters():
         if "norm" in name:

@@ -25,6 +25,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"pos_emb": "rpe", "sliding_window_width": 4, "num_kv_heads": 2},
     {"pos_emb": "none"},
     {"pos_emb": "rotary", "use_qk_layernorm": True},
+    {"pos_emb": "rotary", "head_dim": 6, "num_kv_heads": 2},
+    {"pos_emb": "rotary", "head_dim": 10, "use_qk_layernorm": True, "num_kv_heads": 2},
+    {"pos_emb": "alibi", "head_dim": 10, "qk_norm_all_heads": True, "norm": "rmsnorm", "num_kv_heads": 2},
     {"pos_emb": "alibi", "qk_norm_per_head": True, "norm": "rmsnorm", "num_kv_heads": 2},
     {"pos_emb": "rotary", "gpt_j_residual": True, "gpt_j_tied": True, "attention_config": [[["global", "flash"], "all"]]},
 ]

@@ -12,6 +12,7 @@ import torch
 
 from megatron.kernels.registry import KernelUnavailable
 from megatron.model import build_cache
+from megatron.model.embedding import LossMask
 from megatron.model.gpt import InputError
 from tests.model.tiny_model import DENSE, LOSSES, VOCAB, model_section, moe_section, tiny_model, tokens
 
@@ -69,7 +70,7 @@ def test_parameter_count(gated: bool) -> None:
 def test_loss_is_cross_entropy_plus_the_weighted_losses(tied: bool) -> None:
     model, text = tiny_model(model_section(no_weight_tying=not tied)), tokens()
     mask = (torch.arange(8) > 2).float().expand(2, 8)
-    out = model(text[:, :-1], labels_BS=text[:, 1:], loss_mask_BS=mask)
+    out = model(text[:, :-1], labels_BS=text[:, 1:], loss_mask=LossMask(mask))
     logits = model(text[:, :-1]).logits_BSV
     token_loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten(), reduction="none").view(2, 8)
     torch.testing.assert_close(out.token_loss_BS, token_loss.detach())
@@ -161,7 +162,7 @@ def test_a_model_learns() -> None:
         ({"tokens_BS": tokens().float()}, "dtype torch.float32: must be integers"),
         ({"tokens_BS": tokens(1, 17)}, "0 \\+ 17 tokens: the model has positions for 16"),
         ({"tokens_BS": tokens(), "labels_BS": tokens()[:, 1:]}, r"labels of shape \(2, 8\): must have the tokens' shape \(2, 9\)"),
-        ({"tokens_BS": tokens(), "labels_BS": tokens(), "loss_mask_BS": torch.ones(2, 8)}, r"loss mask of shape \(2, 8\)"),
+        ({"tokens_BS": tokens(), "labels_BS": tokens(), "loss_mask": LossMask(torch.ones(2, 8))}, r"loss mask of shape \(2, 8\)"),
         ({"tokens_BS": tokens(), "document_BS": tokens()[:, 1:]}, r"documents of shape \(2, 8\): must have the tokens' shape \(2, 9\)"),
         ({"tokens_BS": tokens(), "document_BS": tokens()}, "documents were given, but this model does not separate them \\(reset_attention_mask"),
         (

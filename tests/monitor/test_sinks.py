@@ -147,3 +147,14 @@ def test_wandb_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert run.config["num_layers"] == 2
     sink.close()
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_a_metrics_file_that_is_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "metrics.jsonl").symlink_to("elsewhere/metrics.jsonl")
+    for step in (1, 2):
+        sink = JsonlSink(tmp_path / "metrics.jsonl", resume_from=step - 1)
+        sink.write(step, {"train/lm_loss": 1.0})
+        sink.close()
+    assert (tmp_path / "metrics.jsonl").is_symlink()
+    assert [record["iteration"] for record in read_jsonl(tmp_path / "elsewhere/metrics.jsonl")] == [1, 2]

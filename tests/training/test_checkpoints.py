@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.weights import load_model_weights
 from megatron.config.section import ConfigError
+from megatron.inference.model import load_ready_model
 from megatron.testing.tiny import TINY_DENSE, tiny_config
 from tests.checkpoint.upstream import cut_for_rank, head, write_layers, write_sequential
 from tests.training.runs import run_values, train_losses
@@ -119,10 +121,30 @@ def test_training_further_on_longer_texts(
     further = {"load": str(load), "pos_emb": "rotary", "max_position_embeddings": 64, "seq_length": 48, "rotary_emb_base": 50_000}
     values = dense(corpus, tmp_path / "ours", hidden_dropout=0.0, **further)
     if own:
-        with pytest.raises(ConfigError, match=r"'max_position_embeddings' = 64: .* trained with 16; finetune: true may change it"):
+        with pytest.raises(ConfigError, match=r"'rotary_emb_base' = 50000: .* trained with 10000; finetune: true may change it"):
             train_losses(values)
     assert train_losses({**values, "finetune": True})[0] < straight[1][0]
     assert not own or "'rotary_emb_base' = 50000: the model in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("pos_emb", ["rotary", "alibi", "none", "sinusoidal"])
+def test_a_run_goes_on_with_longer_texts_where_positions_have_no_table(corpus: Path, tmp_path: Path, pos_emb: str) -> None:
+    values = dense(corpus, tmp_path / "run", pos_emb=pos_emb, resume_if_exists=True)
+    train_losses({**values, "exit_interval": 4})
+    losses = train_losses({**values, "max_position_embeddings": 64, "seq_length": 48})
+    assert len(losses) == 8
+    assert losses[-1] < losses[0]
+    ready = load_ready_model(tiny_config({**values, "max_position_embeddings": 80, "seq_length": 80}))
+    assert ready.context_length == 80
+
+
+def test_a_table_of_positions_does_not_grow(corpus: Path, tmp_path: Path) -> None:
+    values = dense(corpus, tmp_path / "run", pos_emb="learned", train_iters=4)
+    train_losses(values)
+    longer = {**values, "max_position_embeddings": 64, "save": str(tmp_path / "longer"), "load": str(tmp_path / "run")}
+    for finetune in (False, True):
+        with pytest.raises(ConfigError, match=r"'max_position_embeddings' = 64: .*16 \(pos_emb: learned has a row of weights for each position"):
+            train_losses({**longer, "finetune": finetune})
 
 
 def test_parts_of_two_processes_go_on_without_their_optimizer(corpus: Path, tmp_path: Path, straight: tuple[Path, list[float]]) -> None:
@@ -244,3 +266,17 @@ def test_a_trailing_slash_extra_iterations_and_a_few_kept(corpus: Path, tmp_path
     assert {path.name for path in (tmp_path / "run").glob("global_step*")} == {f"global_step{step}" for step in (0, 1, 2, 3, 5, 6, 7, 11, 12)}
     train_losses({**values, "save": f"{tmp_path}/few/", "train_iters": 12, "keep_last_n_checkpoints": 2})
     assert {path.name for path in (tmp_path / "few").glob("global_step*")} == {"global_step11", "global_step12"}
+
+
+def test_a_run_that_goes_on_says_that_its_data_changed(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    values = dense(corpus, tmp_path / "run", resume_if_exists=True)
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{corpus}{suffix}", tmp_path / f"mine{suffix}")
+    values["data_path"] = str(tmp_path / "mine")
+    train_losses({**values, "exit_interval": 4})
+    capfd.readouterr()
+    train_losses({**values, "exit_interval": 2})
+    assert "The data is not what it was" not in "".join(capfd.readouterr())
+    train_losses({**values, "split": "90, 5, 5"})
+    said = " ".join("".join(capfd.readouterr()).split())
+    assert f"The data is not what it was when {tmp_path}/run/global_step6 was saved: split was '80, 10, 10' and is '90, 5, 5'. The run goes" in said

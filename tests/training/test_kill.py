@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,14 @@ class Run:
         self.file = folder / "run.json"
         self.file.write_text(json.dumps({**values, "resume_if_exists": True}))
         self.metrics = Path(values["save"]) / "metrics.jsonl"
+        self.interrupt = signal.SIG_DFL
+        """What the process finds as its reaction to Ctrl-C: a shell in the background would have it ignored, in these tests too."""
 
     def start(self) -> subprocess.Popen[str]:
         command = [sys.executable, str(REPOSITORY / "train.py"), str(self.file)]
         environment = {**outer_environment(), "PYTHONPATH": str(REPOSITORY)}
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, env=environment, preexec_fn=partial(signal.signal, signal.SIGINT, self.interrupt), **pipes)
 
     def wait_for_a_step(self, process: subprocess.Popen[str]) -> None:
         """Until the process has written a line of metrics, or ended."""
@@ -77,13 +81,25 @@ def test_told_to_stop(corpus: Path, tmp_path: Path, number: signal.Signals) -> N
     run.wait_for_a_step(process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
+    assert process.returncode == 128 + number, output
     assert f"{number.name} received: finishing what is under way, then saving and stopping." in output
     stopped_at = len(losses_of(run.metrics))
     assert 0 < stopped_at < 150
     assert (tmp_path / f"stopped/global_step{stopped_at}").is_dir()
+    assert f"global_step{stopped_at}. The same command goes on from there." in output.replace("\n", "")
     run.start().communicate(timeout=120)
     check_same(run.metrics, tmp_path / "straight/metrics.jsonl")
+
+
+def test_a_run_that_was_started_to_ignore_ctrl_c_goes_on(corpus: Path, tmp_path: Path) -> None:
+    run = Run(run_values(corpus, tmp_path / "run", train_iters=30, eval_iters=0), tmp_path)
+    run.interrupt = signal.SIG_IGN
+    process = run.start()
+    run.wait_for_a_step(process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert len(losses_of(run.metrics)) == 30
 
 
 def test_user_errors_are_sentences(tmp_path: Path) -> None:

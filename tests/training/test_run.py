@@ -13,7 +13,7 @@ from megatron.checkpoint.errors import CheckpointError, RunLockError
 from megatron.checkpoint.lock import RunLock
 from megatron.config.section import ConfigError
 from megatron.testing.tiny import TINY_DENSE
-from megatron.training.callbacks.watchdog import TrainingDiverged
+from megatron.training.health import TrainingDiverged
 from tests.training.runs import losses_of, run_values, train_losses, train_with_bad_losses
 
 

@@ -28,7 +28,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--upcycle", type=Path, metavar="YAML", help="file with the moe_ keys that make experts of the model's dense MLPs")
     parser.add_argument("--skip-check", action="store_true", help="do not load the result and compare its logits")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that lies in the model's directory, to compare the logits")
-    parser.add_argument("--force", action="store_true", help="write into the output directory if it is there")
+    parser.add_argument("--force", action="store_true", help="write into a directory that is there; replaces an earlier import, no run")
     options = parser.parse_args(argv)
     if options.tp < 1 or options.pp < 0:
         parser.error("--tp must be at least 1 and --pp at least 0")

@@ -42,7 +42,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-shard-size", type=size, default="1GB", help="of one file of weights; default: 1GB")
     parser.add_argument("--skip-check", action="store_true", help="do not load the result and compare its logits")
     parser.add_argument("--trust-remote-code", action="store_true", help="import the plugins that the checkpoint's own configuration names")
-    parser.add_argument("--force", action="store_true", help="replace the output directory if it is there")
+    parser.add_argument("--force", action="store_true", help="replace what an earlier export has written there; nothing else")
     return parser.parse_args(argv)
 
 

@@ -24,6 +24,7 @@ DENSE: Allowed = {
     "gpt_j_tied": {False},
     "reordered_norm": {False},
     "use_bias_in_attn_linear": {False},
+    "add_qkv_bias": {False},
     "use_bias_in_mlp": {False},
     "activation": {"swiglu", "geglu", "reglu", "glu", "bilinear"},
     "moe_num_experts": {1},
@@ -48,13 +49,17 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu",
 """Ours -> `hidden_act` of an MLP without a gate."""
 
 
-def obstacles(source: Source, allowed: Allowed, *, class_name: str) -> Iterator[str]:
-    """A sentence for each key whose value the class cannot represent."""
+def obstacles(source: Source, allowed: Allowed, *, class_name: str, own_head_dim: bool = True) -> Iterator[str]:
+    """A sentence for each key whose value the class cannot represent. `own_head_dim`: its heads can be of another width than hidden_size / heads."""
     traits = traits_of(source)
     for key, values in allowed.items():
         if values is not ANY and traits[key] not in values:
             can = " or ".join(sorted(map(str, values)))
             yield f"{key}: {traits[key]} ({class_name} has {can} only)"
+    model = source.config.model
+    if not own_head_dim and model.attention_width != model.hidden_size:
+        usual = f"{class_name} divides hidden_size, {model.hidden_size}, among its heads"
+        yield f"head_dim: {model.head_width}, with {model.num_attention_heads} heads ({usual})"
     if source.config.moe.has_experts and "moe_num_experts" not in allowed and source.config.model.use_bias_in_mlp and _has_plain_mlps(source):
         yield f"use_bias_in_mlp: True ({class_name} has no biases in its dense layers and shared experts)"
 

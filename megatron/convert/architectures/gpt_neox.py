@@ -8,7 +8,7 @@ from typing import Any
 from megatron.config.model import ModelConfig
 from megatron.convert.architecture import Code, Source
 from megatron.convert.architectures import fit
-from megatron.convert.architectures.settings import known, partial_rotary_settings, rotary_keys, size_keys
+from megatron.convert.architectures.settings import check_usual_head_dim, known, partial_rotary_settings, rotary_keys, size_keys
 from megatron.convert.architectures.weights import ends, layer_norms, norm, ours
 from megatron.convert.mapping import Constant, Entry, Repeated
 
@@ -33,7 +33,7 @@ class GPTNeoX:
     }
 
     def obstacles(self, source: Source) -> Iterator[str]:
-        yield from fit.obstacles(source, self.allowed, class_name=self.class_name)
+        yield from fit.obstacles(source, self.allowed, class_name=self.class_name, own_head_dim=False)
         if source.config.model.kv_heads != source.config.model.num_attention_heads:
             yield f"num_kv_heads: {source.config.model.kv_heads} ({self.class_name} has a key head for each query head only)"
 
@@ -60,6 +60,7 @@ class GPTNeoX:
         }
 
     def keys(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        check_usual_head_dim(settings, self.class_name)
         activation = known(OUR_ACTIVATIONS, settings["hidden_act"], "hidden_act")
         return {
             **size_keys(settings),

@@ -8,7 +8,16 @@ from typing import Any
 from megatron.convert.architecture import Source
 from megatron.convert.architectures import fit
 from megatron.convert.architectures.llama import Llama, check_no_window, check_not_clipped
-from megatron.convert.architectures.settings import decoder_keys, decoder_settings, partial_rotary_settings, window_keys, window_setting
+from megatron.convert.architectures.settings import (
+    bias_keys,
+    check_usual_head_dim,
+    decoder_keys,
+    decoder_settings,
+    partial_rotary_settings,
+    window_keys,
+    window_setting,
+    without_usual_head_dim,
+)
 from megatron.convert.architectures.weights import gated_experts, gated_mlp, ours
 from megatron.convert.errors import ConversionError
 from megatron.convert.mapping import Entry
@@ -20,6 +29,7 @@ class Mixtral(Llama):
     """Experts in every layer; the weights of a token's experts sum to one."""
 
     name, model_type, class_name = "mixtral", "mixtral", "MixtralForCausalLM"
+    divides_hidden_size = False
     allowed: fit.Allowed = {**fit.EXPERTS, "moe_router_type": {"topk normalized"}, "sliding_window_width": fit.ANY}
 
     def settings(self, source: Source) -> dict[str, Any]:
@@ -56,6 +66,7 @@ class Qwen3Moe(Llama):
     """Norms on each query and key head; dense layers anywhere."""
 
     name, model_type, class_name = "qwen3-moe", "qwen3_moe", "Qwen3MoeForCausalLM"
+    divides_hidden_size = False
     allowed: fit.Allowed = {
         **fit.EXPERTS,
         "qk_norm_per_head": {True},
@@ -81,7 +92,7 @@ class Qwen3Moe(Llama):
 
     def keys(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         check_no_window(settings)
-        return {**decoder_keys(settings), **self.moe_keys(settings), "qk_norm_per_head": True}
+        return {**decoder_keys(settings), **bias_keys(settings.get("attention_bias")), **self.moe_keys(settings), "qk_norm_per_head": True}
 
     def moe_keys(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Which layers have experts, how many, how chosen."""
@@ -110,21 +121,21 @@ class Qwen2Moe(Qwen3Moe):
     """No norms on heads; a shared expert behind a sigmoid gate; biases on queries, keys and values."""
 
     name, model_type, class_name = "qwen2-moe", "qwen2_moe", "Qwen2MoeForCausalLM"
-    allowed: fit.Allowed = {**Qwen3Moe.allowed, "qk_norm_per_head": {False}, "shared expert": {"gated"}}
+    allowed: fit.Allowed = {**Qwen3Moe.allowed, "qk_norm_per_head": {False}, "add_qkv_bias": fit.ANY, "shared expert": {"gated"}}
     bias_of_output = False
 
     def settings(self, source: Source) -> dict[str, Any]:
-        settings = super().settings(source)
-        del settings["head_dim"]
-        shared = source.config.moe.shared_width(source.config.model)
-        return {**settings, "qkv_bias": settings.pop("attention_bias"), "shared_expert_intermediate_size": shared}
+        model, moe = source.config.model, source.config.moe
+        settings = without_usual_head_dim(super().settings(source))
+        del settings["attention_bias"]
+        return {**settings, "qkv_bias": model.has_qkv_bias, "shared_expert_intermediate_size": moe.shared_width(model)}
 
     def keys(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         check_no_window(settings)
         return {
             **decoder_keys(settings),
             **self.moe_keys(settings),
-            "use_bias_in_attn_linear": bool(settings.get("qkv_bias", True)),
+            **bias_keys(settings.get("qkv_bias", True), of_output=False),
             "moe_shared_expert_intermediate_size": settings["shared_expert_intermediate_size"],
             "moe_shared_expert_gate": True,
         }
@@ -142,6 +153,7 @@ class Olmoe(Qwen3Moe):
 
     name, model_type, class_name = "olmoe", "olmoe", "OlmoeForCausalLM"
     allowed: fit.Allowed = {**Qwen3Moe.allowed, "qk_norm_per_head": {False}, "qk_norm_all_heads": {True}, "dense layers": {"none"}}
+    own_head_dim = False  # its norms are over hidden_size
     LEFT_OUT = ("head_dim", "moe_intermediate_size", "use_sliding_window", "decoder_sparse_step", "mlp_only_layers")
 
     def settings(self, source: Source) -> dict[str, Any]:
@@ -151,8 +163,10 @@ class Olmoe(Qwen3Moe):
 
     def keys(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         check_not_clipped(settings)
+        check_usual_head_dim(settings, self.class_name)
         return {
             **decoder_keys(settings),
+            **bias_keys(settings.get("attention_bias")),
             **self.moe_keys({**settings, "moe_intermediate_size": settings["intermediate_size"]}),
             "qk_norm_all_heads": True,
         }
@@ -162,11 +176,13 @@ class Glm4Moe(Llama):
     """DeepSeek-V3's experts: sigmoid scores, a bias that only chooses, groups, shared experts, the first layers dense; plain attention."""
 
     name, model_type, class_name = "glm4-moe", "glm4_moe", "Glm4MoeForCausalLM"
+    divides_hidden_size = False
     allowed: fit.Allowed = {
         **fit.EXPERTS,
         "rotary_pct": fit.ANY,
         "qk_norm_per_head": fit.ANY,
         "use_bias_in_attn_linear": fit.ANY,
+        "add_qkv_bias": fit.ANY,
         "moe_router_type": {"sigmoid"},
         "moe_router_topk_scaling_factor": fit.ANY,
         "shared expert": {"plain"},
@@ -187,7 +203,7 @@ class Glm4Moe(Llama):
         return {
             **decoder_settings(source),
             **partial_rotary_settings(model),
-            "attention_bias": model.use_bias_in_attn_linear,
+            "attention_bias": model.has_qkv_bias,
             "use_qk_norm": model.qk_norm_per_head,
             "n_routed_experts": moe.num_experts,
             "n_shared_experts": moe.shared_width(model) // moe.expert_width(model),
@@ -205,6 +221,7 @@ class Glm4Moe(Llama):
         groups, chosen = settings.get("n_group") or 1, settings.get("topk_group") or 1
         return {
             **decoder_keys(settings),
+            **bias_keys(settings.get("attention_bias"), of_output=False),
             "qk_norm_per_head": bool(settings.get("use_qk_norm", False)),
             **expert_keys(settings, experts, settings["moe_intermediate_size"]),
             "moe_router_type": "sigmoid",

@@ -33,7 +33,7 @@ def decoder_settings(source: Source) -> dict[str, Any]:
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_dim,
+        "head_dim": model.head_width,
         "hidden_act": GATE_ACTIVATIONS[model.activation],
         "max_position_embeddings": model.max_position_embeddings,
         "rms_norm_eps": model.rms_norm_epsilon,
@@ -60,22 +60,29 @@ def partial_rotary_settings(model: ModelConfig) -> dict[str, Any]:
 
 
 def decoder_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Our keys for what `decoder_settings` writes. Raises ConversionError for what we cannot do."""
+    """Our keys for what `decoder_settings` writes, with no biases. Raises ConversionError for what we cannot do."""
     heads = settings["num_attention_heads"]
     kv_heads = settings.get("num_key_value_heads") or heads
-    check_head_dim(settings)
     return {
         **size_keys(settings),
+        **head_dim_keys(settings),
         **({} if kv_heads == heads else {"num_kv_heads": kv_heads}),
         **rotary_keys(settings),
         "ffn_hidden_size": settings["intermediate_size"],
         "norm": "rmsnorm",
         "rms_norm_epsilon": settings["rms_norm_eps"],
         "activation": known(OUR_GATES, settings["hidden_act"], "hidden_act"),
+        "attention_dropout": settings.get("attention_dropout") or 0.0,
         "use_bias_in_mlp": False,
-        "use_bias_in_attn_linear": bool(settings.get("attention_bias", False)),
-        **({"attention_dropout": settings["attention_dropout"]} if settings.get("attention_dropout") else {}),
+        "use_bias_in_attn_linear": False,
     }
+
+
+def bias_keys(has_bias: Any, *, of_output: bool = True) -> dict[str, Any]:
+    """Our keys for a class's own word on attention biases: on all projections, or (`of_output` false) on queries, keys and values alone."""
+    if not has_bias:
+        return {"use_bias_in_attn_linear": False}
+    return {"use_bias_in_attn_linear": True} if of_output else {"use_bias_in_attn_linear": False, "add_qkv_bias": True}
 
 
 def size_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,11 +133,23 @@ def window_setting(model: ModelConfig) -> int | None:
     return None if model.sliding_window_width is None else model.sliding_window_width + 1
 
 
-def check_head_dim(settings: Mapping[str, Any]) -> None:
-    """Raises ConversionError for heads that do not share the model's width out among them."""
-    width, heads, head_dim = settings["hidden_size"], settings["num_attention_heads"], settings.get("head_dim")
-    if head_dim is not None and head_dim * heads != width:
-        raise ConversionError(f"head_dim: {head_dim} cannot be represented: {heads} heads share hidden_size {width}, {width // heads} each.")
+def head_dim_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`head_dim` where it is not hidden_size / num_attention_heads."""
+    width, heads = settings["hidden_size"], settings["num_attention_heads"]
+    head_dim = settings.get("head_dim") or width // heads
+    return {} if head_dim * heads == width else {"head_dim": head_dim}
+
+
+def without_usual_head_dim(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """For classes whose configuration does not list `head_dim`, though they obey it: said only where it is not hidden_size / num_attention_heads."""
+    return {key: value for key, value in settings.items() if key != "head_dim" or head_dim_keys(settings)}
+
+
+def check_usual_head_dim(settings: Mapping[str, Any], class_name: str) -> None:
+    """Raises ConversionError for heads of another width than hidden_size / num_attention_heads, in a class that has no such heads."""
+    if own := head_dim_keys(settings):
+        width, heads = settings["hidden_size"], settings["num_attention_heads"]
+        raise ConversionError(f"head_dim: {own['head_dim']} cannot be read: {class_name} divides hidden_size ({width}) among its {heads} heads.")
 
 
 def known(table: Mapping[str, str], name: str, key: str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron.config.model import ModelConfig
 from megatron.config.moe import MoEConfig
 from megatron.convert.architecture import Code, Source
+from megatron.convert.architectures.settings import head_dim_keys
 from megatron.convert.architectures.weights import attention
 from megatron.convert.architectures.weights import ours as layer_name
 from megatron.convert.errors import ConversionError
@@ -38,6 +39,7 @@ MODEL_NAMES = {
     "num_attention_heads": "num_attention_heads",
     "max_position_embeddings": "max_position_embeddings",
     "use_bias_in_attn_linear": "attention_bias",
+    "add_qkv_bias": "qkv_bias",
     "use_bias_in_mlp": "mlp_bias",
     "attention_dropout": "attention_dropout",
     "hidden_dropout": "hidden_dropout",
@@ -105,6 +107,7 @@ class StructMoE:
             "vocab_size": source.vocabulary,
             **{theirs: getattr(model, ours) for ours, theirs in MODEL_NAMES.items()},
             "num_key_value_heads": model.kv_heads,
+            "head_dim": model.head_width,
             "intermediate_size": model.mlp_width,
             "hidden_act": model.hidden_function,
             "residual_type": model.residual,
@@ -127,7 +130,9 @@ class StructMoE:
         gelu_tanh = config.hidden_act == "gelu_tanh"
         return {
             **{ours: getattr(config, theirs) for ours, theirs in MODEL_NAMES.items()},
+            "add_qkv_bias": config.qkv_bias and not config.attention_bias,
             **({} if config.kv_heads == config.num_attention_heads else {"num_kv_heads": config.kv_heads}),
+            **head_dim_keys({name: getattr(config, name) for name in ("hidden_size", "num_attention_heads", "head_dim")}),
             "seq_length": config.max_position_embeddings - config.position_offset,
             "ffn_hidden_size": config.intermediate_size,
             "activation": "gelu" if gelu_tanh else config.hidden_act,

@@ -53,14 +53,14 @@ def layer_norms(model: ModelConfig, layer: int, theirs: str, names: tuple[str, s
 
 def query_key_value(model: ModelConfig) -> Form:
     """From the fused rows to queries, keys and values."""
-    heads, kv_heads, d = model.num_attention_heads, model.kv_heads, model.head_dim
+    heads, kv_heads, d = model.num_attention_heads, model.kv_heads, model.head_width
     return HeadByHead(heads) if heads == kv_heads else Rows([heads * d, kv_heads * d, kv_heads * d])
 
 
 def attention(model: ModelConfig, layer: int, theirs: str, *, bias_of_output: bool = True) -> Iterator[Entry]:
     """q_proj, k_proj, v_proj and o_proj; a bias of ours on the output has to be zero where they have none."""
     name = f"{ours(layer)}.attention"
-    for part in ("weight", "bias") if model.use_bias_in_attn_linear else ("weight",):
+    for part in ("weight", "bias") if model.has_qkv_bias else ("weight",):
         yield Entry(f"{name}.query_key_value.{part}", tuple(f"{theirs}.{which}_proj.{part}" for which in "qkv"), query_key_value(model))
     yield Entry(f"{name}.dense.weight", (f"{theirs}.o_proj.weight",))
     if model.use_bias_in_attn_linear:

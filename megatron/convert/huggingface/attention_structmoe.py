@@ -77,7 +77,7 @@ def rotary_frequencies(config: StructMoEConfig) -> list[float]:
 
     llama3: s f + (1 - s) f / factor, where s rises from 0 to 1 between the two bounds on how often f turns in the original context.
     """
-    plain, scaling = inverse_frequencies(int(config.head_dim * config.rotary_pct), config.rotary_emb_base), config.rotary_scaling
+    plain, scaling = inverse_frequencies(int(config.head_width * config.rotary_pct), config.rotary_emb_base), config.rotary_scaling
     if not scaling:
         return plain
     shares = [0.0] * len(plain)
@@ -150,7 +150,7 @@ class StructMoERelativePositions(nn.Embedding):
 
     def __init__(self, config: StructMoEConfig) -> None:
         super().__init__(config.rpe_num_buckets, config.num_attention_heads)
-        self.max_distance, self.scale = config.rpe_max_distance, math.sqrt(config.head_dim)
+        self.max_distance, self.scale = config.rpe_max_distance, math.sqrt(config.head_width)
 
     def forward(self, distance_SP: Tensor) -> Tensor:
         """bias_HSP. Half of the buckets hold one distance each, the others widen up to the largest distance."""
@@ -181,13 +181,13 @@ class StructMoEAttention(nn.Module):
 
     def __init__(self, config: StructMoEConfig, layer_idx: int) -> None:
         super().__init__()
-        heads, kv_heads, d, bias = config.num_attention_heads, config.kv_heads, config.head_dim, config.attention_bias
+        heads, kv_heads, d, bias = config.num_attention_heads, config.kv_heads, config.head_width, config.attention_bias or config.qkv_bias
         self.config, self.layer_idx, self.head_dim, self.is_causal = config, layer_idx, d, True
         self.num_key_value_groups = heads // kv_heads
         self.q_proj = nn.Linear(config.hidden_size, heads * d, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * d, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * d, bias=bias)
-        self.o_proj = nn.Linear(heads * d, config.hidden_size, bias=bias)
+        self.o_proj = nn.Linear(heads * d, config.hidden_size, bias=config.attention_bias)
 
     def forward(
         self, x_BSD: Tensor, attention_mask: Tensor | None, angles: Angles | None, past_key_values: Cache | None = None, **kwargs: Any
@@ -217,7 +217,7 @@ class AllHeadsNormedAttention(StructMoEAttention):
 
     def __init__(self, config: StructMoEConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.qk_norm = build_norm(config, config.num_attention_heads, config.head_dim)
+        self.qk_norm = build_norm(config, config.num_attention_heads, config.head_width)
         self.times, self.num_key_value_groups = self.num_key_value_groups, 1
 
     def normed(self, query_BSHd: Tensor, key_BSKd: Tensor, value_BSKd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,7 +231,7 @@ class PerHeadNormedAttention(StructMoEAttention):
 
     def __init__(self, config: StructMoEConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.q_norm, self.k_norm = build_norm(config, config.head_dim), build_norm(config, config.head_dim)
+        self.q_norm, self.k_norm = build_norm(config, config.head_width), build_norm(config, config.head_width)
 
     def normed(self, query_BSHd: Tensor, key_BSKd: Tensor, value_BSKd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys normalised."""
@@ -243,7 +243,7 @@ class JointlyNormedAttention(StructMoEAttention):
 
     def __init__(self, config: StructMoEConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        d = config.head_dim
+        d = config.head_width
         self.q_norm, self.k_norm = build_norm(config, config.num_attention_heads * d), build_norm(config, config.kv_heads * d)
 
     def normed(self, query_BSHd: Tensor, key_BSKd: Tensor, value_BSKd: Tensor) -> tuple[Tensor, Tensor, Tensor]:

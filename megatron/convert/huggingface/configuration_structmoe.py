@@ -37,12 +37,17 @@ class StructMoEConfig(PreTrainedConfig):
     num_attention_heads: int = 12
     num_key_value_heads: int | None = None
     """Grouped-query attention. None: as many as query heads."""
+    head_dim: int | None = None
+    """Dimensions of one attention head. None: hidden_size / num_attention_heads."""
     max_position_embeddings: int = 2048
     intermediate_size: int = 3072
     """Hidden width of dense MLPs, gated or not."""
     hidden_act: str = "gelu"
     """Gated ones have a third matrix: act(gate) * up."""
     attention_bias: bool = True
+    """On queries, keys, values and the output of attention."""
+    qkv_bias: bool = False
+    """On queries, keys and values, whatever `attention_bias` says."""
     mlp_bias: bool = True
     """Of dense MLPs and shared experts; `expert_bias` is for routed ones."""
     attention_dropout: float = 0.0
@@ -136,6 +141,7 @@ class StructMoEConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: object) -> None:
         layers = self.num_hidden_layers
         self.num_key_value_heads = self.kv_heads
+        self.head_dim = self.head_width
         self.num_experts_by_layer = self.num_experts_by_layer or [0] * layers
         self.position_bias_scale = self.position_bias_scale or [1.0] * layers
         if self.router_aux_loss_coef is None:
@@ -154,9 +160,9 @@ class StructMoEConfig(PreTrainedConfig):
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
-    def head_dim(self) -> int:
+    def head_width(self) -> int:
         """Dimensions of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def num_experts(self) -> int:

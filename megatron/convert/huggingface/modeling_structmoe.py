@@ -230,6 +230,13 @@ def with_bias(mask: Tensor, bias_1HSP: Tensor) -> Tensor:
     return mask + bias_1HSP
 
 
+def share_of_labels(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    """How many of a batch's labels these are, of `num_items_in_batch` in all; 1 where that is not given."""
+    if num_items_in_batch is None:
+        return 1.0
+    return (labels[:, 1:] != -100).sum() / torch.as_tensor(num_items_in_batch, device=labels.device)
+
+
 class StructMoEForCausalLM(StructMoEPreTrainedModel, GenerationMixin):
     """The language model."""
 
@@ -257,8 +264,12 @@ class StructMoEForCausalLM(StructMoEPreTrainedModel, GenerationMixin):
     ) -> MoeCausalLMOutputWithPast:
         """Logits, and with labels (-100: not counted) the mean cross entropy of each next token.
 
+        With `num_items_in_batch`, which transformers' Trainer gives when it accumulates gradients, it is the sum divided by that number, so that all
+        micro-batches together give the mean over all their labels.
+
         `aux_loss` is the sum of `config.moe_losses` times their coefficients over the layers, divided by `config.loss_unit`. It is computed when
-        `output_router_logits` asks for it, and in training with labels; with labels it is added to the loss, times `config.router_aux_loss_coef`.
+        `output_router_logits` asks for it, and in training with labels; with labels it is added to the loss, times `config.router_aux_loss_coef`, and
+        with `num_items_in_batch` times this micro-batch's share of the labels.
         """
         outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -268,7 +279,9 @@ class StructMoEForCausalLM(StructMoEPreTrainedModel, GenerationMixin):
         aux_loss = None
         if with_logits or (self.training and labels is not None and self.config.moe_losses):
             aux_loss = self.auxiliary_loss(outputs.router_logits, outputs.last_hidden_state.shape[:2], attention_mask)
-            loss = None if loss is None else loss + (self.config.router_aux_loss_coef or 0.0) * aux_loss.to(loss.device)
+            if loss is not None:
+                share = share_of_labels(labels, kwargs.get("num_items_in_batch"))
+                loss = loss + (self.config.router_aux_loss_coef or 0.0) * share * aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,

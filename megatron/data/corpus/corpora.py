@@ -26,7 +26,8 @@ from megatron.data.corpus.removed import why_removed
 from megatron.data.corpus.speeches import clean_speech
 from megatron.data.corpus.store import Store
 from megatron.data.indexed import DatasetError
-from megatron.data.input.bad_input import OnProblem
+from megatron.data.input.bad_input import OnProblem, Problem, ignore
+from megatron.data.input.contents import Format
 from megatron.data.input.input_files import find_files
 from megatron.data.input.reading import Document, Meter, read_documents
 from megatron.data.progress import Reporter
@@ -39,7 +40,7 @@ FETCHED = "fetched"
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the command line says about where text comes from. `subset` None: the corpus's usual one."""
+    """What the command line says about where text comes from. `subset` None: the corpus's usual one; `form`: what is in the user's own files."""
 
     inputs: tuple[str, ...] = ()
     jsonl_key: str = "text"
@@ -47,6 +48,7 @@ class Request:
     subset: str | None = None
     limits: Limits = field(default_factory=Limits)
     refetch: bool = False
+    form: Format = "auto"
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,20 @@ class Corpus(ABC):
 
 @dataclass(frozen=True)
 class FileCorpus(Corpus):
-    """Files in a fixed order and how to read one. `url` is where the only file comes from when it is not there; None: files are there."""
+    """Files in a fixed order and how to read one. `url` is where the only file comes from when it is not there; None: files are there.
+
+    `passed_over`: what is to be said about files that are not among them.
+    """
 
     files: tuple[Path, ...]
     read: Callable[[Path, OnProblem, Meter | None], Iterator[Document]]
     url: str | None = None
     refetch: bool = False
+    passed_over: tuple[Problem, ...] = ()
 
     def documents(self, on_problem: OnProblem, meter: Meter | None = None) -> Generator[Document]:
+        for problem in self.passed_over:
+            on_problem(problem)
         for path in self.files:
             yield from self.read(path, on_problem, meter)
 
@@ -135,7 +143,7 @@ def speech_order(path: Path) -> tuple[int, str, int]:
 
 
 def read_speech(path: Path, on_problem: OnProblem, meter: Meter | None) -> Iterator[Document]:
-    for document in read_documents(path, "text", on_problem, meter):
+    for document in read_documents(path, "text", on_problem, meter, form="text"):
         yield Document(document.origin, clean_speech(document.text))
 
 
@@ -151,7 +159,7 @@ def standard_library_corpus(request: Request) -> Corpus:
 
 def read_source(path: Path, on_problem: OnProblem, meter: Meter | None) -> Iterator[Document]:
     """A source file; the very few in other encodings than UTF-8 are left out."""
-    yield from read_documents(path, "text", lambda problem: None, meter)
+    yield from read_documents(path, "text", ignore, meter, form="text")
 
 
 def enwik8_corpus(request: Request) -> Corpus:
@@ -187,19 +195,26 @@ CORPORA: dict[str, Callable[[Request], Corpus]] = {
 
 def local_corpus(request: Request) -> Corpus:
     """The user's files, in the order given; folders and patterns in natural order. Raises DatasetError."""
+    passed_over: list[Problem] = []
     try:
-        files = find_files(request.inputs)
+        files = find_files(request.inputs, passed_over.append)
     except DatasetError as error:
         raise DatasetError(f"{error}; or one of the corpora {', '.join(CORPORA)}") from None
+    pipe = next((path for path in files if path.is_fifo()), None)
+    if pipe is not None:
+        raise DatasetError(
+            f"{pipe} is a pipe, which can be read once, and prepare_data.py reads its input twice: write it to a file first, or use "
+            "tools/datasets/preprocess_data.py, which reads once"
+        )
     identity = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     first = Path(request.inputs[0]).expanduser().resolve()
     name = first.name if first.is_dir() else files[0].name.split(".")[0]
-    hold_out = Fraction(VALID_FRACTION, TEST_FRACTION)
-    return FileCorpus(name or "text", hold_out, [request.jsonl_key, identity], files, partial(read_local, request.jsonl_key))
+    read, hold_out = partial(read_local, request.jsonl_key, request.form), Fraction(VALID_FRACTION, TEST_FRACTION)
+    return FileCorpus(name or "text", hold_out, [request.jsonl_key, request.form, identity], files, read, passed_over=tuple(passed_over))
 
 
-def read_local(jsonl_key: str, path: Path, on_problem: OnProblem, meter: Meter | None) -> Iterator[Document]:
-    yield from read_documents(path, jsonl_key, on_problem, meter)
+def read_local(jsonl_key: str, form: Format, path: Path, on_problem: OnProblem, meter: Meter | None) -> Iterator[Document]:
+    yield from read_documents(path, jsonl_key, on_problem, meter, form=form)
 
 
 def find_corpus(request: Request) -> Corpus:
@@ -214,6 +229,8 @@ def find_corpus(request: Request) -> Corpus:
         raise DatasetError(
             f"--subset {request.subset}: only corpora on the Hugging Face hub have subsets ({', '.join(HUB_CORPORA)}, {GENERIC}OWNER/NAME)"
         )
+    if named and request.form != "auto":
+        raise DatasetError(f"--input-format {request.form} says what is in files of your own; {named[0]!r} is a corpus, which is known")
     if named:
         return CORPORA.get(names[0], streamed_corpus)(request)
     for name in names:

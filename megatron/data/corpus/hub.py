@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +11,11 @@ from typing import Any
 
 from megatron.data.indexed import DatasetError
 from megatron.data.input.reading import Record
+from megatron.data.optional import import_optional
 
 PARQUET_BRANCH = "refs/convert/parquet"  # the hub's own conversion: for repositories with a loading script, which `datasets` no longer runs
 GENERIC = "hf:"
+THE_MACHINE_S = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,11 @@ class HubStream:
 
 
 def datasets_for(path: str) -> Any:
-    try:
-        return importlib.import_module("datasets")
-    except ImportError:
-        raise DatasetError(
-            f"{path} is read through the package datasets, which is not installed: `pip install datasets`. Without it, download the corpus's files "
-            "(jsonl, parquet, compressed or not) and give them as input: python prepare_data.py FOLDER --name NAME"
-        ) from None
+    return import_optional(
+        "datasets",
+        f"{path} is read through the package datasets (`pip install datasets`). Without it, download the corpus's files (jsonl, parquet, compressed "
+        "or not) and give them as input: python prepare_data.py FOLDER --name NAME",
+    )
 
 
 @contextmanager
@@ -126,6 +126,8 @@ def hub_errors(path: str) -> Iterator[None]:
             "python prepare_data.py FOLDER --name NAME"
         ) from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in THE_MACHINE_S:
+            raise  # a full disk or a missing permission is no fault of the name
         raise DatasetError(
             f"{path} could not be read ({type(error).__name__}: {first_line(error)}). Check the name and --subset; what was fetched is kept, and the "
             "same command goes on from there"

@@ -5,10 +5,10 @@ A fetch that was stopped, however it was stopped, goes on where the last whole p
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
-import shutil
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -47,7 +47,10 @@ class Store:
     def restart(self) -> None:
         """Forgets what was fetched, once the network turns out to be there. Raises DatasetError when it is not."""
         self._open_stream()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for path in (*self.folder.glob("part-*"), *self.folder.glob(f"{STATE}*"), self.folder / LOCK):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something else is in there: it may be somebody's
+            self.folder.rmdir()
 
     def documents(self, on_problem: OnProblem) -> Generator[Document]:
         """All documents there are, first from the folder, then fetched and kept. Close it when enough is read. Raises DatasetError."""

@@ -9,10 +9,12 @@ from enum import StrEnum
 from typing import Literal, NamedTuple
 
 from megatron.data.indexed import DatasetError
+from megatron.data.input.contents import FORMATS
 
 OnError = Literal["fail", "skip"]
 ON_ERROR: tuple[OnError, ...] = ("fail", "skip")
 SHOWN_OF_A_KIND = 3
+SHOWN_NOTICES = 3
 
 
 class Kind(StrEnum):
@@ -29,8 +31,16 @@ class Kind(StrEnum):
     DAMAGED = "damaged file"
     NESTED = "archive inside an archive"
     NOT_STREAMABLE = "format that cannot be read packed"
+    NOT_READ = "format that is not read"
     BLANK = "document without text"
     """Never fatal: there is nothing in it to lose."""
+    READ_AS = "file read as something else than its name says"
+    """Never fatal and never counted: a notice about what is read."""
+    PASSED_OVER = "file of a folder that is not read"
+    """The same."""
+
+
+NOTICES = (Kind.READ_AS, Kind.PASSED_OVER)
 
 
 class Problem(NamedTuple):
@@ -47,6 +57,10 @@ class Problem(NamedTuple):
 OnProblem = Callable[[Problem], None]
 
 
+def ignore(problem: Problem) -> None:
+    """An OnProblem for who reads a second time, or wants none of it."""
+
+
 class BadInput:
     """An OnProblem: raises DatasetError for the first problem ("fail"), or counts them all and keeps a few of each kind for the summary ("skip")."""
 
@@ -54,10 +68,15 @@ class BadInput:
         self.counts: Counter[Kind] = Counter()
         self._on_error = on_error
         self._shown: list[Problem] = []
+        self._notices: list[Problem] = []
 
     def __call__(self, problem: Problem) -> None:
+        if problem.kind in NOTICES:
+            self._notices.append(problem)
+            return
         if self._on_error == "fail" and problem.kind is not Kind.BLANK:
-            raise DatasetError(f"{problem}. Nothing was written; mend the input, or leave such parts out with --on-error skip")
+            reading = "".join(f" ({notice.what})" for notice in self._notices[-1:] if problem.where.startswith(notice.where))
+            raise DatasetError(f"{problem}{reading}. Nothing was written; mend the input, or leave such parts out with --on-error skip")
         self.counts[problem.kind] += 1
         if self.counts[problem.kind] <= SHOWN_OF_A_KIND:
             self._shown.append(problem)
@@ -67,12 +86,29 @@ class BadInput:
         return self.counts.total()
 
     def summary(self) -> list[str]:
-        """Lines for the end of the work; none when everything could be read."""
+        """Lines for the end of the work; none when everything could be read and was what its name says."""
+        notices = [f"note: {notice}" for notice in self._notices[:SHOWN_NOTICES]]
+        if len(self._notices) > SHOWN_NOTICES:
+            notices.append(f"note: the same of {len(self._notices) - SHOWN_NOTICES:,} more files")
+        return [*notices, *self._left_out()]
+
+    def _left_out(self) -> list[str]:
         if not self.total:
             return []
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in self.counts.most_common())
         rest = self.total - len(self._shown)
         return [f"left out: {self.total:,} ({kinds})", *(f"  {problem}" for problem in self._shown), *([f"  and {rest:,} more"] if rest else [])]
+
+
+def add_format_option(parser: argparse.ArgumentParser) -> None:
+    """--input-format, alike in every command that reads text."""
+    parser.add_argument(
+        "--input-format",
+        choices=FORMATS,
+        default="auto",
+        help="what is in the input files: auto = what their first bytes say (JSON, parquet, an archive, compressed), else their names; "
+        "text = whole texts, stored as they are; json = JSON (default: %(default)s)",
+    )
 
 
 def add_on_error_option(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import importlib
 import io
 import lzma
 import tarfile
@@ -14,8 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any, cast
 
-from megatron.data.indexed import DatasetError
 from megatron.data.input.bad_input import Kind, Problem
+from megatron.data.optional import import_optional
 
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 DAMAGE = (EOFError, OSError, lzma.LZMAError, zlib.error, tarfile.TarError, zipfile.BadZipFile)
@@ -56,10 +55,7 @@ def unpack(file: IO[bytes], suffix: str, name: str) -> IO[bytes]:
 
 
 def zstandard_for(name: str) -> Any:
-    try:
-        return importlib.import_module("zstandard")
-    except ImportError:
-        raise DatasetError(f"{name}: reading .zst files needs the package zstandard (`pip install zstandard`), or unpack the file first") from None
+    return import_optional("zstandard", f"{name}: reading .zst files needs the package zstandard (`pip install zstandard`), or unpack the file first")
 
 
 class ZstandardStream(io.RawIOBase):

@@ -1,4 +1,4 @@
-"""JSON as corpora come in: one value a line, or one array of values, read a piece at a time."""
+"""JSON as corpora come in: a value a line, values over several lines, or an array of values, read a piece at a time."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 from megatron.data.input.bad_input import Kind, OnProblem, Problem
 from megatron.data.input.compression import naming_damage
+from megatron.data.input.contents import NEAR_THE_END, SCANNER, values_of_line
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_VALUE_BYTES = 256 << 20
 PIECE_BYTES = 1 << 16
-NEAR_THE_END = 16
 SPACE = re.compile(r"\s*")
-SCANNER = json.JSONDecoder()
 
 Placed = tuple[str, Any]
 """file:line, and the value that starts there."""
@@ -40,22 +40,29 @@ def json_lines(file: IO[bytes], name: str, on_problem: OnProblem) -> Iterator[Pl
             try:
                 value = json.loads(text)
             except (ValueError, RecursionError) as error:
-                on_problem(Problem(Kind.NOT_JSON, where, f"not JSON ({reason(error)})"))
+                glued = values_of_line(text)
+                if glued:
+                    yield from ((where, value) for value in glued)
+                else:
+                    on_problem(Problem(Kind.NOT_JSON, where, f"not JSON ({reason(error)})"))
                 continue
             yield where, value
 
 
-def json_file(file: Any, name: str, on_problem: OnProblem) -> Iterator[Placed]:
-    """A .json file: the elements of the array that it holds, or else JSON lines, which many corpora call .json. `file` is buffered (has `peek`)."""
-    with naming_damage(lambda: f"{name}:1"):
-        start = file.peek(PIECE_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
-    yield from json_array(file, name, on_problem) if start.startswith(b"[") else json_lines(file, name, on_problem)
+def json_values(file: IO[bytes], name: str, on_problem: OnProblem) -> Iterator[Placed]:
+    """Values one behind the other, each on any number of lines, a comma between two allowed. As in an array, the first mistake ends the file."""
+    text = Window(file, name)
+    with reporting_mistakes(text, on_problem):
+        while text.next_character():
+            yield text.where(), text.value()
+            if text.next_character() == ",":
+                text.take(",")
 
 
 def json_array(file: IO[bytes], name: str, on_problem: OnProblem) -> Iterator[Placed]:
     """The elements of one array. What follows a mistake cannot be told apart from it, so the first one ends the file. Raises Damaged."""
     text = Window(file, name)
-    try:
+    with reporting_mistakes(text, on_problem):
         text.take("[")
         if text.next_character() == "]":
             text.take("]")
@@ -67,6 +74,13 @@ def json_array(file: IO[bytes], name: str, on_problem: OnProblem) -> Iterator[Pl
             text.take("]")
         if text.next_character():
             raise ValueError("more text behind the array")
+
+
+@contextmanager
+def reporting_mistakes(text: Window, on_problem: OnProblem) -> Iterator[None]:
+    """What is wrong with the JSON in `text` goes to `on_problem`, with its line."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         on_problem(
             Problem(Kind.NOT_UTF8, text.where(), f"not UTF-8 (byte 0x{error.object[error.start]:02x}); the rest of the file is left out with it")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator, Sequence
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import IO, Any
 
-from megatron.data.indexed import DatasetError
 from megatron.data.input.bad_input import Kind, OnProblem, Problem
 from megatron.data.input.compression import Damaged
+from megatron.data.optional import import_optional
 
 ROWS_AT_A_TIME = 256
 
@@ -20,27 +21,43 @@ def parquet_rows(file: IO[bytes], name: str, keys: Sequence[str] | None, on_prob
     """
     parquet = pyarrow_for(name)
     row = 0
-    try:
+
+    def place() -> str:
+        return f"{name}:row {row + 1}" if row else f"{name}:byte {file.seek(0, io.SEEK_END)}"
+
+    with naming_arrow_damage(place):
         table = parquet.ParquetFile(file)
         columns = table.schema_arrow.names
-        missing = [key for key in keys or () if key not in columns]
-        if missing:
-            on_problem(Problem(Kind.NO_KEY, f"{name}:row 1", f"no column {missing[0]!r}; it has: {', '.join(columns)} (--jsonl-key)"))
+    missing = [key for key in keys or () if key not in columns]
+    if missing:
+        on_problem(Problem(Kind.NO_KEY, f"{name}:row 1", f"no column {missing[0]!r}; it has: {', '.join(columns)} (--jsonl-key)"))
+        return
+    batches = iter(table.iter_batches(ROWS_AT_A_TIME, columns=list(keys) if keys else None))
+    while True:
+        with naming_arrow_damage(place):
+            batch = next(batches, None)
+            values = batch.to_pylist() if batch is not None else None
+        if values is None:
             return
-        for batch in table.iter_batches(ROWS_AT_A_TIME, columns=list(keys) if keys else None):
-            for value in batch.to_pylist():
-                row += 1
-                yield f"{name}:row {row}", value
-    except (ValueError, OSError) as error:  # pyarrow's errors are of these two
+        for value in values:
+            row += 1
+            yield f"{name}:row {row}", value
+
+
+@contextmanager
+def naming_arrow_damage(place: Callable[[], str]) -> Iterator[None]:
+    """Turns what pyarrow raises (ValueErrors and OSErrors) into Damaged at `place()`; what the machine refused (an error with a number) passes.
+
+    Nothing but pyarrow is called under it: DatasetError is a ValueError too, and would be called damage.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        where = f"{name}:row {row + 1}" if row else f"{name}:byte {file.seek(0, 2)}"
-        raise Damaged(Problem(Kind.DAMAGED, where, f"the file is damaged or cut short ({reason})")) from None
+        raise Damaged(Problem(Kind.DAMAGED, place(), f"the file is damaged or cut short ({reason})")) from None
 
 
 def pyarrow_for(name: str) -> Any:
-    try:
-        return importlib.import_module("pyarrow.parquet")
-    except ImportError:
-        raise DatasetError(f"{name}: reading .parquet files needs the package pyarrow (`pip install pyarrow`)") from None
+    return import_optional("pyarrow.parquet", f"{name}: reading .parquet files needs the package pyarrow (`pip install pyarrow`)")

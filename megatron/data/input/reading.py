@@ -14,14 +14,19 @@ from typing import IO, Any, NamedTuple
 from megatron.data.input.archives import ARCHIVE_SUFFIXES, tar_members, zip_members
 from megatron.data.input.bad_input import Kind, OnProblem, Problem
 from megatron.data.input.compression import Damaged, naming_damage, unpack
-from megatron.data.input.input_files import JSONL_SUFFIXES, kind_of
-from megatron.data.input.json_lines import Placed, decode, json_file, json_lines
+from megatron.data.input.contents import Format, JsonForm, encoding_of, unread_format
+from megatron.data.input.input_files import kind_of
+from megatron.data.input.json_lines import Placed, decode, json_array, json_lines, json_values
+from megatron.data.input.opening import Begun, begin, recoded
 from megatron.data.input.parquet import parquet_rows
+from megatron.data.input.recognise import Taken, compression_taken, container_taken, form_taken, is_plain
 
 MAX_TEXT_BYTES = 16 << 20
 """A longer plain text becomes several documents, cut at an empty line, else a line's end, else a space in its second half."""
 PIECE_BYTES = 1 << 16
 CUTS = (b"\n\n", b"\n", b" ")
+MOST_COMPRESSIONS = 3
+JSON_READERS = {JsonForm.LINES: json_lines, JsonForm.VALUES: json_values, JsonForm.ARRAY: json_array}
 
 
 class Document(NamedTuple):
@@ -50,24 +55,31 @@ class Meter:
         return cls(total=sum(path.stat().st_size for path in files))
 
 
-def read_documents(path: Path, key: str, on_problem: OnProblem, meter: Meter | None = None) -> Iterator[Document]:
-    """The texts under `key` of one file's records; those without any text are reported as Kind.BLANK."""
-    for record in read_records(path, on_problem, (key,), meter):
+def read_documents(path: Path, key: str, on_problem: OnProblem, meter: Meter | None = None, *, form: Format = "auto") -> Iterator[Document]:
+    """The texts under `key` of one file's records; those without any text are reported as Kind.BLANK. `form`: see read_records."""
+    for record in read_records(path, on_problem, (key,), meter, form=form):
         text = text_of(record, key, on_problem)
         if text is not None:
             yield Document(record.origin, text)
 
 
-def read_records(path: Path, on_problem: OnProblem, keys: Sequence[str] | None = None, meter: Meter | None = None) -> Iterator[Record]:
-    """The records of one file. Of parquet files only the columns `keys` are read (None: all). Counts what is read in `meter`."""
+def read_records(
+    path: Path, on_problem: OnProblem, keys: Sequence[str] | None = None, meter: Meter | None = None, *, form: Format = "auto"
+) -> Iterator[Record]:
+    """The records of one file. Of parquet files only the columns `keys` are read (None: all). Counts what is read in `meter`.
+
+    `form`: auto takes the file for what its first bytes say, and says so (Kind.READ_AS) where its name says something else; text and json force
+    what is inside. Compression and archives are recognised in every case.
+    """
     before = meter.done if meter is not None else 0
     with path.open("rb") as raw:
-        file = raw if meter is None else io.BufferedReader(CountedFile(raw, meter), 1 << 20)
+        seekable = raw.seekable()
+        file = io.BufferedReader(raw if meter is None else CountedFile(raw, meter), 1 << 20)
         try:
-            yield from Reader(on_problem, keys).records(file, str(path))
+            yield from Reader(on_problem, keys, form).records(file, str(path), seekable=seekable)
         except Damaged as error:
             on_problem(error.problem)
-        if meter is not None:
+        if meter is not None and seekable:
             meter.done = before + raw.seek(0, io.SEEK_END)
 
 
@@ -77,7 +89,9 @@ def text_of(record: Record, key: str, on_problem: OnProblem) -> str | None:
     if isinstance(value, dict):
         if key not in value:
             others = ", ".join(sorted(name for name, other in value.items() if isinstance(other, str)))
+            inside = ", ".join(f"{name}.{inner}" for name, part in value.items() if isinstance(part, dict) for inner in part if inner == key)
             hint = f"; it has text under: {others} (--jsonl-key)" if others else ""
+            hint += f"; it has {inside}, and only keys of the record itself are read: bring it to the top" if inside else ""
             on_problem(Problem(Kind.NO_KEY, record.origin, f"no key {key!r}{hint}"))
             return None
         value = value[key]
@@ -104,38 +118,72 @@ def name_of_type(value: Any) -> str:
 
 
 class Reader:
-    """Opens what a name says is inside, archives included."""
+    """Opens what a file holds, archives included: what its first bytes say, and where they say nothing, what its name does."""
 
-    def __init__(self, on_problem: OnProblem, keys: Sequence[str] | None) -> None:
+    def __init__(self, on_problem: OnProblem, keys: Sequence[str] | None, form: Format = "auto") -> None:
         self._on_problem = on_problem
         self._keys = keys
+        self._form = form
         self._noticed = 0  # records and problems: a file without any is empty
 
-    def records(self, file: IO[bytes], name: str, inside: bool = False) -> Iterator[Record]:
-        """The records of an open file, which is `inside` an archive or not. Raises Damaged."""
-        kind, compression = kind_of(name)
+    def records(self, file: IO[bytes], name: str, *, inside: bool = False, seekable: bool = False) -> Iterator[Record]:
+        """The records of an open file, which is `inside` an archive or not; `seekable`: it lies on a disk. Raises Damaged."""
         before = self._noticed
-        if inside and kind in ARCHIVE_SUFFIXES:
+        start, kind, packed = self._unpacked(begin(file, seekable=seekable), name)
+        what = unread_format(start.head)
+        if what is not None:
+            self._report(Problem(Kind.NOT_READ, name, f"the file is {what}"))
+        elif inside and kind in ARCHIVE_SUFFIXES:
             self._report(Problem(Kind.NESTED, name, "an archive inside an archive is not opened; unpack the outer one"))
-        elif (inside or compression) and kind in (".zip", ".parquet"):
+        elif (packed or not seekable) and kind in (".zip", ".parquet"):
             self._report(Problem(Kind.NOT_STREAMABLE, name, f"a {kind} file is read from its end, which needs it plain on disk; unpack it first"))
         elif kind in ARCHIVE_SUFFIXES:
-            yield from self._members(unpack(file, compression, name), name, kind)
+            yield from self._members(start.file, name, kind)
         else:
-            for placed in self._placed(unpack(file, compression, name), name, kind):
+            for placed in self._placed(start, name, kind):
                 self._noticed += 1
                 yield Record._make(placed)
         if self._noticed == before:
             self._report(Problem(Kind.EMPTY, name, "no text in it"))
 
-    def _placed(self, file: IO[bytes], name: str, kind: str) -> Iterator[Placed]:
-        if kind in JSONL_SUFFIXES:
-            return json_lines(file, name, self._report)
-        if kind == ".json":
-            return json_file(file, name, self._report)
+    def _unpacked(self, start: Begun, name: str) -> tuple[Begun, str, bool]:
+        """The content where it is compressed, the suffix of what it is taken for, and whether it was compressed."""
+        kind, named = kind_of(name)
+        packed = False
+        for _ in range(MOST_COMPRESSIONS):
+            compression = self._said(name, compression_taken(start, named))
+            if not compression:
+                break
+            start, named, packed = begin(unpack(start.file, compression, name), seekable=False), "", True
+        return start, self._said(name, container_taken(start, kind)), packed
+
+    def _placed(self, start: Begun, name: str, kind: str) -> Iterator[Placed]:
         if kind == ".parquet":
-            return parquet_rows(file, name, self._keys, self._report)
-        return text_parts(file, name, self._report)
+            return parquet_rows(start.file, name, self._keys, self._report)
+        encoding = encoding_of(start.head)
+        if encoding is not None:
+            self._notice(name, f"is {encoding.upper()} text and is read as that")
+            start = begin(recoded(start.file, encoding), seekable=False)
+        form, notice = form_taken(start, kind, self._keys, self._form)
+        if notice is not None:
+            self._notice(name, notice)
+        if form is None:
+            return text_parts(start.file, name, self._report)
+        return JSON_READERS[form](start.file, name, self._explained if is_plain(start) else self._report)
+
+    def _explained(self, problem: Problem) -> None:
+        """Reports a problem of a file that is called JSON and begins as plain text."""
+        if problem.kind is Kind.NOT_JSON:
+            problem = problem._replace(what=f"{problem.what}; the file looks like plain text, which --input-format text takes as it is")
+        self._report(problem)
+
+    def _said(self, name: str, taken: Taken) -> str:
+        if taken.notice is not None:
+            self._notice(name, taken.notice)
+        return taken.kind
+
+    def _notice(self, name: str, what: str) -> None:
+        self._on_problem(Problem(Kind.READ_AS, name, what))
 
     def _members(self, file: IO[bytes], name: str, kind: str) -> Iterator[Record]:
         if kind == ".tar":

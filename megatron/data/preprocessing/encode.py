@@ -5,7 +5,6 @@ Shapes: N documents of a batch, T tokens of all of them
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -13,8 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from megatron.data.indexed import DatasetError, token_dtype
+from megatron.data.indexed import token_dtype
 from megatron.data.input.bad_input import Kind
+from megatron.data.optional import import_optional
 from megatron.data.tokenizer import Tokenizer, end_of_document, load_tokenizer
 
 BATCH_BYTES = 1 << 18
@@ -125,9 +125,6 @@ def masked(text: Column, pattern: tuple[int, ...]) -> Column:
 
 def load_ftfy() -> Callable[[str], str]:
     """ftfy.fix_text. Raises DatasetError when the package is not installed."""
-    try:
-        library: Any = importlib.import_module("ftfy")
-    except ImportError:
-        raise DatasetError("--ftfy needs the package ftfy: `pip install ftfy`") from None
+    library = import_optional("ftfy", "--ftfy needs the package ftfy: `pip install ftfy`")
     fix: Callable[[str], str] = library.fix_text
     return fix

@@ -17,7 +17,8 @@ from megatron.data.corpus.corpora import TEST_FRACTION, VALID_FRACTION, Corpus, 
 from megatron.data.corpus.hold_out import NOTHING, RECENT, Fraction, Parts, Survey
 from megatron.data.corpus.limits import Limiter, Limits
 from megatron.data.indexed import DatasetError, IndexedDatasetWriter, token_dtype
-from megatron.data.input.bad_input import BadInput, OnError
+from megatron.data.input.bad_input import BadInput, OnError, ignore
+from megatron.data.input.contents import Format
 from megatron.data.locking import naming
 from megatron.data.preprocessing.bpe import train_bpe
 from megatron.data.preprocessing.encode import TextTask, batches
@@ -25,7 +26,7 @@ from megatron.data.preprocessing.prepared import MANIFEST, Prepared, difference,
 from megatron.data.preprocessing.workers import map_in_order
 from megatron.data.progress import Reporter
 from megatron.data.split import SPLITS
-from megatron.data.staging import LOCK, check_replaceable, publish, staging_folder
+from megatron.data.staging import LOCK, check_replaceable, followed, publish, staging_folder
 from megatron.data.tokenizer import Tokenizer
 from megatron.data.tokenizer.keep import keep_tokenizer
 
@@ -58,6 +59,7 @@ class PrepareOptions:
     max_bytes: int | str | None = None
     max_tokens: int | str | None = None
     on_error: OnError = "fail"
+    input_format: Format = "auto"
     force: bool = False
     force_redownload: bool = False
 
@@ -93,6 +95,7 @@ def prepare(options: PrepareOptions, reporter: Reporter) -> Prepared:
         return Prepared(target, True, known)
     if known is not None and not anew:
         raise DatasetError(f"{target} {difference(target, known, settings)}; --force replaces it, another --name keeps both")
+    target = followed(target)
     check_replaceable(target, {MANIFEST, INDEX_MAPS, LOCK, *(known["files"] if known else ())})
     with naming(target.parent), staging_folder(target) as stage:
         facts, left_out = Preparation(options, corpus, reporter, stage).run(target.name)
@@ -111,6 +114,7 @@ def choose_corpus(options: PrepareOptions) -> Corpus:
             subset=options.subset,
             limits=options.limits,
             refetch=options.force_redownload,
+            form=options.input_format,
         )
     )
     if options.valid_fraction is None and options.test_fraction is None:
@@ -188,7 +192,7 @@ class Preparation:
 
     def pieces(self, parts: Parts) -> Iterator[tuple[str, str]]:
         """(split, text) of the documents that the survey counted; what it reported is passed over."""
-        with closing(self.corpus.documents(lambda problem: None)) as documents:
+        with closing(self.corpus.documents(ignore)) as documents:
             for number, document in zip(range(self.count), documents):  # noqa: B905  # the corpus goes on where a limit ended the survey
                 yield from parts.pieces(number, document.text)
 

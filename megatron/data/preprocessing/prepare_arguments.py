@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from megatron.data.corpus.corpora import CORPORA, TEST_FRACTION, VALID_FRACTION
 from megatron.data.corpus.limits import add_limit_options
-from megatron.data.input.bad_input import add_on_error_option
+from megatron.data.input.bad_input import add_format_option, add_on_error_option
 from megatron.data.preprocessing.prepare import PrepareOptions
 from megatron.data.tokenizer import TYPES
 
@@ -55,6 +55,7 @@ def parse(arguments: Sequence[str]) -> PrepareOptions:
     add("--valid-fraction", type=float, help=f"share to hold out for validation (default: the corpus's own rule, else {VALID_FRACTION})")
     add("--test-fraction", type=float, help=f"share to hold out for test (default: the corpus's own rule, else {TEST_FRACTION})")
     add("--workers", type=int, default=defaults.workers, metavar="N", help="processes that tokenise (default: as many as the text is worth)")
+    add_format_option(parser)
     add_on_error_option(parser)
     add("--force", action="store_true", help="prepare again even when it is there")
     add("-f", "--force-redownload", action="store_true", help="fetch again what was fetched, and prepare again")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron.data.indexed import DatasetError, IndexedDatasetWriter
 from megatron.data.input.bad_input import BadInput, OnError, OnProblem, Problem
+from megatron.data.input.contents import Format
 from megatron.data.input.input_files import find_files
 from megatron.data.input.reading import Meter, Record, read_records, text_of
 from megatron.data.preprocessing.encode import Column, Encoded, TextTask, batches
@@ -32,6 +33,7 @@ class PreprocessOptions:
     num_docs: int | None = None
     log_interval: int = 100
     on_error: OnError = "fail"
+    input_format: Format = "auto"
 
 
 class Output(NamedTuple):
@@ -106,10 +108,12 @@ def text_job(task: TextTask, keys: tuple[str, ...]) -> TextJob:
 def preprocess(job: Job, options: PreprocessOptions, reporter: Reporter) -> Summary:
     """Raises DatasetError, TokenizerError or WorkerError with a sentence for the user; then nothing was written."""
     check(options)
-    files = find_files(options.inputs)
-    bad_input, meter, prefix, summary = BadInput(options.on_error), Meter.of(files), Path(options.output_prefix), Summary()
-    total = meter.total if options.num_docs is None else options.num_docs
-    items = read_items(job, files, bad_input, meter)
+    bad_input = BadInput(options.on_error)
+    files = find_files(options.inputs, bad_input)
+    meter, prefix, summary = Meter.of(files), Path(options.output_prefix), Summary()
+    total = (meter.total or None) if options.num_docs is None else options.num_docs
+    records = (record for path in files for record in read_records(path, bad_input, job.keys, meter, form=options.input_format))
+    items = read_items(job, records, bad_input)
     noted = ((([item.payload for item in batch]), (batch, meter.done)) for batch in batches(items, lambda item: item.size))
     encoding = map_in_order(job.task, noted, options.workers)
     with staging_folder(prefix) as folder:
@@ -146,12 +150,11 @@ def check(options: PreprocessOptions) -> None:
         raise DatasetError(f"--output-prefix {options.output_prefix!r}: give the start of a file name, such as data/mine")
 
 
-def read_items(job: Job, files: Sequence[Path], on_problem: OnProblem, meter: Meter) -> Iterator[Item]:
-    for path in files:
-        for record in read_records(path, on_problem, job.keys, meter):
-            payload = job.payload(record, on_problem)
-            if payload is not None:
-                yield Item(record.origin, *payload)
+def read_items(job: Job, records: Iterable[Record], on_problem: OnProblem) -> Iterator[Item]:
+    for record in records:
+        payload = job.payload(record, on_problem)
+        if payload is not None:
+            yield Item(record.origin, *payload)
 
 
 class Progress:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from megatron.data.input.bad_input import add_on_error_option
+from megatron.data.input.bad_input import add_format_option, add_on_error_option
 from megatron.data.preprocessing.preprocess import PreprocessOptions
 from megatron.data.tokenizer import TYPES
 
@@ -22,7 +22,7 @@ def add_input_options(parser: argparse.ArgumentParser, default_key: str) -> None
     add(
         "--input",
         required=True,
-        help="files, folders and patterns of them, separated by commas: .jsonl, .json, .txt, .parquet, packed or in archives",
+        help="files, folders and patterns of them, separated by commas: .jsonl, .json, .txt, .parquet, packed or in archives; - is standard input",
     )
     add(
         "--jsonl-keys",
@@ -32,6 +32,7 @@ def add_input_options(parser: argparse.ArgumentParser, default_key: str) -> None
         help="keys of each record to prepare, each to files of its own (default: %(default)s)",
     )
     add("--num-docs", type=int, metavar="N", help="number of documents in the input, if known: what progress is measured against")
+    add_format_option(parser)
     add_on_error_option(parser)
 
 
@@ -63,4 +64,5 @@ def common_options(values: dict[str, Any]) -> PreprocessOptions:
         num_docs=values["num_docs"],
         log_interval=values["log_interval"],
         on_error=values["on_error"],
+        input_format=values["input_format"],
     )

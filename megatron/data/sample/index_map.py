@@ -27,16 +27,17 @@ class IndexMaps(NamedTuple):
 def build_index_maps(sizes_N: np.ndarray, documents: np.ndarray, *, seq_length: int, num_samples: int | None, seed: int) -> IndexMaps:
     """E epochs, the fewest that give `num_samples` (None: one), documents shuffled over all of them together.
 
-    Raises DatasetError when `documents` hold fewer than seq_length + 1 tokens, or when the maps are larger than the memory.
+    Raises DatasetError when `documents` hold no tokens, or for one epoch of them fewer than seq_length + 1, or when the maps are larger than the
+    memory.
     """
     documents = np.asarray(documents, dtype=np.int32)
     tokens = int(sizes_N[documents].sum(dtype=np.int64))
-    if tokens <= seq_length:
+    if not tokens or (num_samples is None and tokens <= seq_length):
         raise DatasetError(
             f"{len(documents):,} documents with {tokens:,} tokens in all are less than one sample of seq_length + 1 = {seq_length + 1:,} tokens; "
             "use more text or a shorter seq_length"
         )
-    epochs = 1 if num_samples is None else max(1, -(-(num_samples * seq_length + 1) // tokens))
+    epochs = epochs_for(tokens, num_samples, seq_length)
     rows = (epochs * tokens - 1) // seq_length + 1
     check_memory(rows - 1, positions=len(documents) * epochs, rows=rows)
     rng = np.random.RandomState(seed)
@@ -44,6 +45,11 @@ def build_index_maps(sizes_N: np.ndarray, documents: np.ndarray, *, seq_length: 
     rng.shuffle(document_index)
     sample_index = builders().cut_samples(sizes_N, document_index, seq_length, rows)
     return IndexMaps(document_index, sample_index, shuffled_range(rows - 1, rng))
+
+
+def epochs_for(tokens: int, num_samples: int | None, seq_length: int) -> int:
+    """The fewest epochs of that many tokens that give `num_samples`, as in NeoX; 1 where None are asked for."""
+    return 1 if num_samples is None else max(1, -(-(num_samples * seq_length + 1) // tokens))
 
 
 def shuffled_range(count: int, rng: np.random.RandomState) -> np.ndarray:

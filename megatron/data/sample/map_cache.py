@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -98,11 +99,23 @@ def save(maps: IndexMaps, directory: Path) -> None:
 
 
 def load(directory: Path) -> IndexMaps | None:
-    """Mapped from `directory`; None, and the directory is removed, when a file in it is damaged."""
+    """Mapped from `directory`; None when a file in it cannot be read, or is damaged; what is damaged is removed."""
     try:
         maps = IndexMaps(*(np.load(directory / f"{name}.npy", mmap_mode="r") for name in IndexMaps._fields))
-    except (OSError, ValueError) as error:
-        logger.warning("%s is damaged (%s); building it again", directory, error)
-        shutil.rmtree(directory, ignore_errors=True)
+    except PermissionError as error:
+        logger.warning("%s cannot be read (%s); building it again", directory, error.strerror)
+        return None
+    except OSError as error:
+        if error.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):  # the machine's fault, not the file's
+            raise
+        remove_damaged(directory, error)
+        return None
+    except (EOFError, ValueError) as error:
+        remove_damaged(directory, error)
         return None
     return maps
+
+
+def remove_damaged(directory: Path, error: Exception) -> None:
+    logger.warning("%s is damaged (%s); building it again", directory, error)
+    shutil.rmtree(directory, ignore_errors=True)

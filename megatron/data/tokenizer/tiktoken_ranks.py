@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import importlib
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megatron.config.machine import import_optional
 from megatron.data.tokenizer import TokenizerError
 
 # Llama 3's file holds the ranks alone. These are Meta's: how text is cut before the ranks apply, and 256 special ids after the 128,000 ranks.
@@ -47,7 +47,7 @@ class TiktokenTokenizer:
                 "tokenizer_type TiktokenTokenizer needs vocab_file: the name of an encoding (cl100k_base) or the path of Llama 3's file"
             )
         try:
-            library: Any = importlib.import_module("tiktoken")
+            library: Any = import_optional("tiktoken")
         except ImportError:
             raise TokenizerError("tokenizer_type TiktokenTokenizer needs the package tiktoken: `pip install tiktoken`") from None
         self.vocab_size: int

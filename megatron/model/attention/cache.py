@@ -47,6 +47,6 @@ def build_cache(model: ModelConfig, batch: int, max_length: int, *, dtype: torch
     """Empty caches for one request, one a layer. Raises CacheError where the model has no position for `max_length` tokens."""
     if max_length > model.max_positions:
         raise CacheError(f"a cache of {max_length} positions: the model has at most {model.max_positions} (max_position_embeddings)")
-    shape = (batch, model.attended_kv_heads, max_length, model.head_dim)
+    shape = (batch, model.attended_kv_heads, max_length, model.head_width)
     keys_and_values = (torch.zeros(2, *shape, dtype=dtype, device=device) for _ in range(model.num_layers))
     return [LayerCache(keys_BHPd=pair[0], values_BHPd=pair[1]) for pair in keys_and_values]

@@ -55,8 +55,8 @@ def reason_against_flash(model: ModelConfig, device: torch.device, dtype: torch.
         return f"flash_attn computes in fp16 and bfloat16 only, and this model is in {str(dtype).removeprefix('torch.')}"
     if model.pos_emb == "rpe":
         return "flash_attn cannot add the biases of pos_emb: rpe"
-    if model.head_dim > MAX_HEAD_DIM:
-        return f"flash_attn takes heads of up to {MAX_HEAD_DIM} dimensions, and these have {model.head_dim}"
+    if model.head_width > MAX_HEAD_DIM:
+        return f"flash_attn takes heads of up to {MAX_HEAD_DIM} dimensions, and these have {model.head_width}"
     return _reason_against_package()
 
 

@@ -45,11 +45,10 @@ class SelfAttention(nn.Module):
 
     def __init__(self, model: ModelConfig, init: Initializer, *, index: int = 0, rpe: RelativePositions | None = None) -> None:
         super().__init__()
-        heads, d = model.num_attention_heads, model.head_dim
+        heads, d = model.num_attention_heads, model.head_width
         self.layout = HeadLayout(heads, model.kv_heads, d)
-        bias = model.use_bias_in_attn_linear
-        self.query_key_value = build_linear(model.hidden_size, (heads + 2 * model.kv_heads) * d, bias=bias, fill=init.into)
-        self.dense = build_linear(model.hidden_size, model.hidden_size, bias=bias, fill=init.out)
+        self.query_key_value = build_linear(model.hidden_size, (heads + 2 * model.kv_heads) * d, bias=model.has_qkv_bias, fill=init.into)
+        self.dense = build_linear(heads * d, model.hidden_size, bias=model.use_bias_in_attn_linear, fill=init.out)
         self.qk_layernorm = build_norm(model, heads, d) if model.use_qk_layernorm else None
         widths = model.qk_norm_widths
         self.q_norm = None if widths is None else build_norm(model, widths[0])

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.checkpoint.save import resolved_config_document
 from megatron.config.loader import LoadedConfig
 from megatron.config.logging import LoggingConfig
+from megatron.config.machine import is_installed
 from megatron.config.size import flops_per_token
 from megatron.monitor.comet import CometSink
 from megatron.monitor.console import ProgressDisplay
+from megatron.monitor.guarded import GuardedSink
 from megatron.monitor.jsonl import JsonlSink
 from megatron.monitor.sink import Sink, SinkUnavailable
 from megatron.monitor.tensorboard import TensorboardSink
 from megatron.monitor.wandb import WandbSink
 from megatron.training.callbacks.base import Callback
-from megatron.training.callbacks.checkpoint import CheckpointCallback
+from megatron.training.callbacks.checkpoint import CheckpointCallback, KeepGoodCallback
 from megatron.training.callbacks.communication import CommunicationCallback
 from megatron.training.callbacks.evaluate import EvaluateCallback
+from megatron.training.callbacks.labels import LabelsCallback
 from megatron.training.callbacks.log import FlopsPerToken, LogCallback
 from megatron.training.callbacks.noise_scale import NoiseScaleCallback
 from megatron.training.callbacks.norms import NormsCallback, measures
@@ -47,9 +50,12 @@ def build_callbacks(trainer: Trainer, loaded: LoadedConfig, sinks: Sequence[Sink
     callbacks += [
         *optional_callbacks(trainer, sinks),
         LogCallback(config.logging, sinks, display, flops_per_token=flops),
+        LabelsCallback(),
         WatchdogCallback(config.training.max_nonfinite_steps),
-        EvaluateCallback(config.training, trainer.plan.batch.accumulation, sinks),
     ]
+    if config.checkpoint.save is not None:
+        callbacks.append(KeepGoodCallback(config.checkpoint, Path(config.checkpoint.save)))
+    callbacks.append(EvaluateCallback(config.training, trainer.plan.batch.accumulation, sinks))
     if config.checkpoint.save is not None:
         documents = {**loaded.files, **resolved_config_document(config.flat())}
         layer_files = config.parallel.pipe_parallel_size > 0
@@ -82,25 +88,23 @@ def build_sinks(trainer: Trainer) -> list[Sink]:
     Raises SinkUnavailable when Weights & Biases or Comet refuses the run.
     """
     config, iteration, first = trainer.config, trainer.state.iteration, trainer.topology.is_first
-    sinks: list[Sink] = []
+    sinks: list[tuple[Sink, Path]] = []
     if config.logging.use_wandb and (first or config.logging.wandb_init_all_ranks):
-        sinks.append(WandbSink(config.logging, config.flat(), rank=trainer.topology.rank))
-    if not first:
-        return sinks
-    if (path := metrics_path(config.logging, config.checkpoint.save)) is not None:
-        sinks.append(JsonlSink(path, resume_from=iteration, final_evaluation_follows=trainer.finished))
-    if config.logging.tensorboard_dir is not None:
-        sinks.append(TensorboardSink(config.logging.tensorboard_dir, resume_from=iteration))
-    if config.logging.use_comet:
-        sinks.append(CometSink(config.logging, config.flat()))
-    return sinks
+        sinks.append((WandbSink(config.logging, config.flat(), rank=trainer.topology.rank), Path(os.environ.get("WANDB_DIR", "wandb"))))
+    if first and (path := metrics_path(config.logging, config.checkpoint.save)) is not None:
+        sinks.append((JsonlSink(path, resume_from=iteration, final_evaluation_follows=trainer.finished), path))
+    if first and (folder := config.logging.tensorboard_dir) is not None:
+        sinks.append((TensorboardSink(folder, resume_from=iteration), Path(folder)))
+    if first and config.logging.use_comet:
+        sinks.append((CometSink(config.logging, config.flat()), Path(os.environ.get("COMET_OFFLINE_DIRECTORY", ".cometml-runs"))))
+    return [GuardedSink(sink, place, trainer.failures) for sink, place in sinks]
 
 
 def check_sinks(logging: LoggingConfig) -> None:
     """Raises SinkUnavailable for a package that a sink needs and that is not installed: on every process alike, before anything long begins."""
     wanted = {"wandb": logging.use_wandb, "comet_ml": logging.use_comet, "tensorboard": logging.tensorboard_dir is not None}
     for package, key in (("wandb", "use_wandb: true"), ("comet_ml", "use_comet: true"), ("tensorboard", "tensorboard_dir")):
-        if wanted[package] and importlib.util.find_spec(package) is None:
+        if wanted[package] and not is_installed(package):
             raise SinkUnavailable(f"{key} needs the package '{package}': pip install {package}, or leave the key out")
 
 

@@ -1,4 +1,4 @@
-"""Validation every `eval_interval` steps, validation and test at the end."""
+"""Validation every `eval_interval` steps and at `extra_eval_iters`, validation and test at the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron.data.loader import TextDataset
 from megatron.monitor.log_line import evaluation_lines
 from megatron.monitor.sink import Sink
 from megatron.training.callbacks.base import Callback
-from megatron.training.evaluate import evaluate
+from megatron.training.evaluate import evaluate, evaluates_after, evaluations_until
 
 if TYPE_CHECKING:
     from megatron.training.step import StepMetrics
@@ -29,34 +29,47 @@ class EvaluateCallback(Callback):
     """
 
     def __init__(self, config: TrainingConfig, accumulation: int, sinks: Sequence[Sink]) -> None:
-        self.interval = config.eval_interval
+        self.config = config
         self.num_batches = config.eval_iters * accumulation
         self.sinks = sinks
 
+    def before_training(self, trainer: Trainer) -> None:
+        if not trainer.state.iteration and 0 in (self.config.extra_eval_iters or []):
+            self._evaluate(trainer, trainer.datasets.valid, "validation", "validation results at iteration 0", turn=0)
+
     def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        if trainer.state.iteration % self.interval == 0 and not trainer.finished:
-            title = f"validation results at iteration {trainer.state.iteration}"
-            self._evaluate(trainer, trainer.datasets.valid, "validation", title, turn=trainer.state.iteration // self.interval - 1)
+        iteration = trainer.state.iteration
+        if evaluates_after(self.config, iteration) and not trainer.finished:
+            title = f"validation results at iteration {iteration}"
+            self._evaluate(trainer, trainer.datasets.valid, "validation", title, turn=evaluations_until(self.config, iteration) - 1)
 
     def after_training(self, trainer: Trainer) -> None:
         if trainer.finished:
-            turn = trainer.state.iteration // self.interval
+            turn = evaluations_until(self.config, trainer.state.iteration)
             self._evaluate(trainer, trainer.datasets.valid, "validation", "validation results at the end of training for val data", turn=turn)
             self._evaluate(trainer, trainer.datasets.test, "test", "test results at the end of training for test data", turn=0)
 
     def _evaluate(self, trainer: Trainer, dataset: TextDataset | None, name: str, title: str, *, turn: int) -> None:
         if dataset is None or not self.num_batches:
             return
-        loss = evaluate(
+        found = evaluate(
             trainer.engine,
             dataset,
             trainer.topology,
-            first_batch=turn * self.num_batches,
-            num_batches=self.num_batches,
+            span=range(turn * self.num_batches, (turn + 1) * self.num_batches),
             masked_token=trainer.plan.masked_token,
+            per_token=self.config.calculate_per_token_loss,
         )
-        perplexity = math.exp(loss) if loss < MAX_EXPONENT else math.inf
-        for line in evaluation_lines(title, loss, perplexity).splitlines():
-            log.info("%s", line)
+        if found.loss is None:
+            log.warning("%s: in %d micro-batches no token counts in the loss, so there is none to report; raise eval_iters.", title, self.num_batches)
+            return
+        trainer.health.after_evaluation(name, found.loss, iteration=trainer.state.iteration)
+        losses = {name: (title, found.loss)} | {f"{name}/{corpus}": (f"{title} of {corpus}", loss) for corpus, loss in found.by_corpus.items()}
+        values: dict[str, float] = {}
+        for key, (heading, loss) in losses.items():
+            perplexity = math.exp(loss) if loss < MAX_EXPONENT else math.inf
+            for line in evaluation_lines(heading, loss, perplexity).splitlines():
+                log.info("%s", line)
+            values |= {f"{key}/lm_loss": loss, f"{key}/lm_loss_ppl": perplexity}
         for sink in self.sinks:
-            sink.write(trainer.state.iteration, {f"{name}/lm_loss": loss, f"{name}/lm_loss_ppl": perplexity})
+            sink.write(trainer.state.iteration, values)

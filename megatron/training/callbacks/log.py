@@ -60,17 +60,32 @@ class Window:
 
     @property
     def nonfinite(self) -> int:
-        return sum(not math.isfinite(m.lm_loss) for m in self.metrics)
+        return sum(not math.isfinite(m.lm_loss) for m in self.with_labels)
 
-    def mean_losses(self, names: Sequence[str]) -> dict[str, float]:
-        """Means by name over the steps that were taken (all of them when none was)."""
-        chosen = [m for m in self.metrics if m.applied] or self.metrics
+    @property
+    def with_labels(self) -> list[StepMetrics]:
+        """The steps in which something counted."""
+        return [m for m in self.metrics if not m.is_empty]
+
+    def mean_losses(self, names: Sequence[str], *, per_token: bool = True) -> dict[str, float]:
+        """Means by name over the steps that were taken (all of them when none was); empty where nothing counted in any of them.
+
+        Where predictions are left out, a step weighs in the mean of `lm_loss` by those that counted, unless `per_token` is False.
+        """
+        chosen = [m for m in self.metrics if m.applied] or self.with_labels
+        if not chosen:
+            return {}
         columns = zip(*((m.lm_loss, *m.aux_losses) for m in chosen), strict=True)
-        return {name: sum(values) / len(values) for name, values in zip(names, columns, strict=True)}
+        means = {name: sum(values) / len(values) for name, values in zip(names, columns, strict=True)}
+        counts = [m.labels.counted for m in chosen if m.labels is not None and per_token]
+        if counts:
+            means[names[0]] = sum(m.lm_loss * count for m, count in zip(chosen, counts, strict=True)) / sum(counts)
+        return means
 
     def router(self) -> RouterReport:
         """What the MoE layers said of themselves: losses and statistics averaged, loads summed over the steps."""
-        losses, experts, lores, statistics = (torch.stack(part) for part in zip(*(m.router for m in self.metrics), strict=True))
+        ran = self.with_labels or self.metrics
+        losses, experts, lores, statistics = (torch.stack(part) for part in zip(*(m.router for m in ran), strict=True))
         return RouterReport(losses.mean(0), experts.sum(0), lores.sum(0), statistics.mean(0))
 
 
@@ -103,7 +118,7 @@ class LogCallback(Callback):
             values |= self._interval_values(trainer)
         for sink in self.sinks:
             sink.write(iteration, values)
-        if self.display is not None:
+        if self.display is not None and not metrics.is_empty:
             speed = trainer.plan.tokens_per_step / self.window.seconds_per_step
             self.display.update(done=iteration, loss=metrics.lm_loss, tokens_per_second=speed, expert_load=metrics.router.expert_load_XE.tolist())
         if at_interval:
@@ -142,6 +157,8 @@ class LogCallback(Callback):
         return values | self._router_values(trainer)
 
     def _router_values(self, trainer: Trainer) -> dict[str, Value]:
+        if not self.window.with_labels:
+            return {}
         return router_values(self.window.router(), trainer.config.moe, trainer.config.model.num_layers)
 
     def _record(self, trainer: Trainer, metrics: StepMetrics) -> LogRecord:
@@ -156,7 +173,7 @@ class LogCallback(Callback):
             flops=self.flops_per_token.hardware * tokens_per_second,
             model_flops=self.flops_per_token.model * tokens_per_second,
             peak_flops=peak * 1e12 if peak else None,
-            losses=self.window.mean_losses(["lm_loss", *trainer.config.moe.moe_losses]),
+            losses=self.window.mean_losses(["lm_loss", *trainer.config.moe.moe_losses], per_token=trainer.config.training.calculate_per_token_loss),
             loss_scale=metrics.loss_scale,
             skipped=self.window.skipped,
             nonfinite=self.window.nonfinite,
@@ -173,9 +190,13 @@ class LogCallback(Callback):
 
 
 def step_values(metrics: StepMetrics, aux_names: Iterable[str]) -> dict[str, Value]:
-    """A step's numbers under NeoX's names, plus `train/grad_norm` and each auxiliary loss by its own name."""
-    values: dict[str, Value] = {"train/lm_loss": metrics.lm_loss, "train/learning_rate": metrics.learning_rate, "train/grad_norm": metrics.grad_norm}
-    values |= {f"train/{name}": value for name, value in zip(aux_names, metrics.aux_losses, strict=True)}
+    """A step's numbers under NeoX's names, plus `train/grad_norm` and each auxiliary loss by its own name; no losses where nothing counted."""
+    values: dict[str, Value] = {"train/learning_rate": metrics.learning_rate}
+    if not metrics.is_empty:
+        values = {"train/lm_loss": metrics.lm_loss} | values | {"train/grad_norm": metrics.grad_norm}
+        values |= {f"train/{name}": value for name, value in zip(aux_names, metrics.aux_losses, strict=True)}
+    if metrics.labels is not None:
+        values["train/labels"] = metrics.labels.counted
     if metrics.loss_scale is not None:
         values["train/loss_scale"] = metrics.loss_scale
     return values

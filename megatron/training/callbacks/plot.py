@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron.monitor.guarded import wrote
 from megatron.monitor.plot import NothingToDraw, plot_metrics
 from megatron.training.callbacks.base import Callback
 
@@ -26,8 +28,9 @@ class PlotCallback(Callback):
         if not trainer.topology.is_first:
             return
         try:
-            plot_metrics(self.metrics_file, self.picture, title=str(self.metrics_file.parent))
+            drawn = wrote(partial(plot_metrics, self.metrics_file, self.picture, title=str(self.metrics_file.parent)), self.picture, trainer.failures)
         except NothingToDraw as error:
             log.warning("No picture: %s.", error)
         else:
-            log.info("Losses and expert load by step: %s (numbers in %s)", self.picture, self.metrics_file)
+            if drawn:
+                log.info("Losses and expert load by step: %s (numbers in %s)", self.picture, self.metrics_file)

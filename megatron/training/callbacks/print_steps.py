@@ -27,6 +27,8 @@ class PrintStepsCallback(Callback):
         if trainer.state.iteration % self.interval:
             return
         seconds = sum(self._seconds) / len(self._seconds)
+        if metrics.is_empty:
+            return
         losses = {"loss": metrics.lm_loss, **dict(zip(trainer.config.moe.moe_losses, metrics.aux_losses, strict=True))}
         samples = trainer.plan.batch.global_ / seconds
         log.info("%s", progress_line(trainer.state.iteration, losses, seconds_per_step=seconds, samples_per_second=samples))

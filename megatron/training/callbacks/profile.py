@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 from contextlib import suppress
@@ -12,6 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron.config.logging import LoggingConfig
+from megatron.monitor.guarded import wrote
 from megatron.training.callbacks.base import Callback
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ class ProfileCallback(Callback):
         self._look(trainer)
 
     def after_training(self, trainer: Trainer) -> None:
-        self._stop()
+        self._stop(trainer)
 
     def close(self) -> None:
         """After a failure, with nothing written."""
@@ -55,7 +57,7 @@ class ProfileCallback(Callback):
 
     def _look(self, trainer: Trainer) -> None:
         if trainer.state.iteration == self.config.profile_step_stop:
-            self._stop()
+            self._stop(trainer)
         elif trainer.state.iteration == self.config.profile_step_start:
             self._start()
 
@@ -70,7 +72,7 @@ class ProfileCallback(Callback):
         if self.config.profile and self._on_gpu:
             torch.cuda.cudart().cudaProfilerStart()
 
-    def _stop(self) -> None:
+    def _stop(self, trainer: Trainer) -> None:
         if not self._running:
             return
         self._running = False
@@ -79,22 +81,37 @@ class ProfileCallback(Callback):
         if self._profile is not None:
             self._profile.stop()
         if self.config.profile and self._profile is not None:
-            file = self._file(self.config.trace_dir, ".pt.trace.json")
-            self._profile.export_chrome_trace(str(file))
-            log.info("Trace of the profiled steps: %s", file)
+            wrote(self._write_trace, self._file(self.config.trace_dir, ".pt.trace.json"), trainer.failures)
         if self.config.memory_profiling:
-            log.info("Memory of the profiled steps: %s", self._write_memory())
+            wrote(self._write_memory, Path(self.config.memory_profiling_path or self.config.trace_dir or "."), trainer.failures)
 
-    def _write_memory(self) -> Path:
+    def _write_trace(self) -> None:
+        """Raises OSError; PyTorch's writer says nothing when the disk is full, and leaves no file or one that is cut short."""
+        assert self._profile is not None
+        file = self._file(self.config.trace_dir, ".pt.trace.json")
+        self._profile.export_chrome_trace(str(file))
+        if not _is_whole(file):
+            raise OSError(errno.ENOSPC, "the trace could not be written whole", str(file))
+        log.info("Trace of the profiled steps: %s", file)
+
+    def _write_memory(self) -> None:
         directory = self.config.memory_profiling_path or self.config.trace_dir
         if self._profile is not None and not self._on_gpu:
             file = self._file(directory, ".memory.txt")
             file.write_text(self._profile.key_averages().table(sort_by="self_cpu_memory_usage", row_limit=-1))
-            return file
-        file = self._file(directory, ".memory.pickle")
-        torch.cuda.memory._dump_snapshot(str(file))
-        torch.cuda.memory._record_memory_history(enabled=None)
-        return file
+        else:
+            file = self._file(directory, ".memory.pickle")
+            torch.cuda.memory._dump_snapshot(str(file))
+            torch.cuda.memory._record_memory_history(enabled=None)
+        log.info("Memory of the profiled steps: %s", file)
 
     def _file(self, directory: str | None, ending: str) -> Path:
         return Path(directory or ".") / f"{self.name}{ending}"
+
+
+def _is_whole(trace: Path) -> bool:
+    if not trace.is_file():
+        return False
+    with trace.open("rb") as file:
+        file.seek(max(0, trace.stat().st_size - 16))
+        return file.read().rstrip().endswith(b"}")

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and `exit_interval`: finish the step, save, stop."""
+"""Ctrl-C, SIGTERM, `exit_interval` and a file that cannot be written: finish the step, save, stop."""
 
 from __future__ import annotations
 
@@ -18,10 +18,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+CANNOT_WRITE = 1000
+"""What the processes tell each other in place of a signal's number when one of them could not write a file."""
+FAILURE = 1
+"""Exit status after a failure to write."""
 
 
 class StopCallback(Callback):
-    """Turns a signal to any process into `trainer.stop_requested` on all of them, at the same step. A second Ctrl-C ends the process at once.
+    """Turns a signal to any process, or its failure to write, into `trainer.stop_requested` on all of them, at the same step.
+
+    A second Ctrl-C ends the process at once. A signal that the process was started to ignore (`nohup`, `&` in a script) stays ignored.
 
     It goes last after each step, so that nothing that takes time comes between its look at the signals and the next step.
     """
@@ -29,7 +35,8 @@ class StopCallback(Callback):
     def __init__(self, exit_interval: int | None) -> None:
         self.exit_interval = exit_interval
         self._received: signal.Signals | None = None
-        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._receive) for number in heard}
 
     def before_training(self, trainer: Trainer) -> None:
         self._look(trainer)
@@ -55,10 +62,12 @@ class StopCallback(Callback):
         self._received = signal.Signals(number)
 
     def _look(self, trainer: Trainer) -> None:
-        number = int(self._received or 0)
+        number = int(self._received or 0) or (CANNOT_WRITE if trainer.failures else 0)
         if trainer.topology.world_size > 1:
             flag = torch.tensor([number], device=trainer.engine.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             number = int(flag.item())
-        if number:
-            trainer.stop_requested = f"{signal.Signals(number).name} received"
+        if number == CANNOT_WRITE:
+            trainer.stop_requested, trainer.exit_status = "a file of the run cannot be written", FAILURE
+        elif number:
+            trainer.stop_requested, trainer.exit_status = f"{signal.Signals(number).name} received", 128 + number  # as shells have it

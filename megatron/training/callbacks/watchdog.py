@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.training.callbacks.base import Callback
+from megatron.training.health import TrainingDiverged, way_back
 
 if TYPE_CHECKING:
     from megatron.training.step import StepMetrics
     from megatron.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or the gradients were NaN or infinite for too many steps in a row; the message says what to go back to."""
 
 
 class WatchdogCallback(Callback):
@@ -26,7 +22,7 @@ class WatchdogCallback(Callback):
         self.limit = limit
 
     def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        if metrics.applied:
+        if metrics.applied or metrics.is_empty:
             return
         state = trainer.state
         log.warning(
@@ -37,9 +33,3 @@ class WatchdogCallback(Callback):
                 f"The loss or its gradients were NaN or infinite for {state.skipped_in_a_row} steps in a row (max_nonfinite_steps: {self.limit}), "
                 f"up to step {state.iteration}. {way_back(trainer.last_checkpoint)} Try a lower lr, a longer warmup or a smaller gradient_clipping."
             )
-
-
-def way_back(last_checkpoint: Path | None) -> str:
-    if last_checkpoint is None:
-        return "There is no checkpoint to go back to."
-    return f"The last good checkpoint is {last_checkpoint}."

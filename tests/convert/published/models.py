@@ -1,4 +1,4 @@
-"""Published models by their own config.json: true numbers of heads, experts, biases and ends; widths a 16th, layers and vocabulary cut.
+"""Published models by their own config.json: true numbers of heads, experts, biases and ends; widths a 16th (Code Llama: a 32nd), layers and vocabulary cut.
 
 Each names the versions of transformers to write it with: the first one that knows the class, and the newest of the 4 line.
 """
@@ -48,7 +48,7 @@ MODELS: Mapping[str, Published] = {
     ),
     "codellama-34b": Published(
         "LlamaForCausalLM",
-        {**BASE, "hidden_size": 512, "num_attention_heads": 64, "num_key_value_heads": 8, "intermediate_size": 1376}
+        {**BASE, "hidden_size": 256, "num_attention_heads": 64, "num_key_value_heads": 8, "intermediate_size": 688}
         | {"max_position_embeddings": 16384, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "tie_word_embeddings": False}
         | {"bos_token_id": 1, "eos_token_id": 2},
         ("4.33.3", LAST),

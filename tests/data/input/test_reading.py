@@ -126,7 +126,6 @@ def test_a_long_text_comes_in_parts_that_are_the_text(tmp_path: Path, monkeypatc
         ("a.jsonl", b"\n", Kind.EMPTY, "a.jsonl: no text in it"),
         ("a.json", b"", Kind.EMPTY, "a.json: no text in it"),
         ("a.json", b"[ ]", Kind.EMPTY, "a.json: no text in it"),
-        ("a.json", b'{\n  "text": "x"\n}', Kind.NOT_JSON, "a.json:1: not JSON (Expecting property name enclosed in double quotes at column 2)"),
         ("a.json", b'[{"text": "x"},\n {"text" "y"}]', Kind.NOT_JSON, "a.json:2: not JSON (Expecting ':' delimiter); the rest of"),
         ("a.json", b'[{"text": "x"}\n', Kind.NOT_JSON, "a.json:2: not JSON (the file ends where ']' is expected); the rest of"),
         ("a.json", b'[{"text": "x"},\n\n{"text": "y', Kind.NOT_JSON, "a.json:3: not JSON (Unterminated string starting at); the rest of"),
@@ -146,7 +145,7 @@ def test_broken_input_is_named(tmp_path: Path, name: str, content: bytes, kind: 
     texts = [document.text for document in read_documents(tmp_path / name, "text", problems.append)]
     assert problems[0].kind == kind
     assert str(problems[0]).replace(f"{tmp_path}/", "").startswith(problem)
-    assert len(problems) == 1 or content.startswith(b"{\n")
+    assert len(problems) == 1
     assert texts == (["x"] if content.startswith((b'{"text": "x"}', b'[{"text": "x"}')) else [])
 
 
@@ -384,7 +383,7 @@ READ_ALL = """
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.txt.gz"])
 def test_a_file_larger_than_the_memory_it_gets_is_streamed(tmp_path: Path, name: str) -> None:
-    line = json.dumps({"text": "word " * 2000}) + "\n"
+    line = ("word " * 2000 if name == "a.txt.gz" else json.dumps({"text": "word " * 2000})) + "\n"
     count = 12_000  # 120 MB
     with gzip.open(tmp_path / "all.gz", "wb", compresslevel=1) as file:
         for number in range(count):

@@ -111,7 +111,9 @@ def test_too_little_text_is_explained(numbered: Callable[..., Path]) -> None:
     with pytest.raises(
         DatasetError, match=r"text: 2 documents with 5 tokens in all are less than one sample of seq_length \+ 1 = 9 tokens; use more"
     ):
-        load_or_build(dataset, range(2), seq_length=8, num_samples=1, seed=1)
+        load_or_build(dataset, range(2), seq_length=8, num_samples=None, seed=1)
+    with pytest.raises(DatasetError, match="2 documents with 0 tokens in all"):
+        load_or_build(IndexedDataset(numbered([0, 0], "empty")), range(2), seq_length=8, num_samples=1, seed=1)
     with pytest.raises(DatasetError, match="no documents to draw samples from"):
         load_or_build(dataset, range(2, 2), seq_length=8, num_samples=1, seed=1)
 

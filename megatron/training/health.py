@@ -1,0 +1,65 @@
+"""What the losses of a run say about its weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron.training.step import StepMetrics
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradients were NaN or infinite for too many steps in a row, or at the end; the message says what to go back to."""
+
+
+@dataclass
+class Health:
+    """Kept by the trainer, the same on every process."""
+
+    skipped: str | None = None
+    """Why the last step changed nothing; None where it did, or fp16 only looks for its loss scale."""
+    evaluation: str | None = None
+    """Which of the last evaluations gave NaN or infinity; None: none did."""
+    weights: str | None = None
+    """What was wrong with the weights when they were last to be saved; None: nothing."""
+    losses_finite: bool = True
+    """Of every training step and evaluation since the last checkpoint."""
+    evaluated_at: int = -1
+    """The step of the evaluation in `evaluation`."""
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the weights as they stand are in doubt; None: they are not."""
+        return self.skipped or self.evaluation
+
+    def after_step(self, metrics: StepMetrics, *, iteration: int, in_a_row: int) -> None:
+        """Takes note of a training step; `in_a_row`: skipped ones up to this one."""
+        finite = math.isfinite(metrics.lm_loss)
+        self.losses_finite &= finite
+        searching = finite and metrics.loss_scale is not None
+        self.skipped = None
+        if not metrics.applied and not searching:
+            steps = f"step {iteration} changed" if in_a_row == 1 else f"the {in_a_row} steps up to {iteration} changed"
+            what = f"loss is {metrics.lm_loss}" if not finite else f"gradient norm is {metrics.grad_norm}"
+            self.skipped = f"{steps} nothing, because the {what}"
+
+    def after_evaluation(self, name: str, loss: float, *, iteration: int) -> None:
+        """Takes note of a loss on held-out data; `name`: validation or test. An evaluation of a later step that is finite clears it."""
+        if not math.isfinite(loss):
+            self.losses_finite, self.evaluated_at = False, iteration
+            self.evaluation = f"the {name} loss at step {iteration} is {loss}"
+        elif iteration > self.evaluated_at:
+            self.evaluation = None
+
+    def saved(self) -> None:
+        """A good checkpoint was written."""
+        self.losses_finite, self.weights = True, None
+
+
+def way_back(last_checkpoint: object | None) -> str:
+    """What to go back to; None: nothing."""
+    if last_checkpoint is None:
+        return "There is no checkpoint to go back to."
+    return f"The last good checkpoint is {last_checkpoint}."

@@ -1,0 +1,146 @@
+"""16-bit weights without ZeRO: the optimizer works on fp32 copies of them, and gradients are summed in fp32.
+
+DeepSpeed's own wrapper for this (0.19.8: FP16_UnfusedOptimizer) takes an optimizer step with gradients of zero while it is built, so that Adam counts
+one step too many and the weights decay once before the first; it sums micro-batches in 16 bits; and it divides fp16 gradients by a loss scale that
+`engine.backward` never multiplied the loss by. This class takes its place. What it saves is laid out as DeepSpeed's was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
+from torch import Tensor
+
+from megatron.checkpoint.errors import CheckpointError
+from megatron.training.optimizer import Skipping
+
+OPTIMIZER, MASTERS = "optimizer_state_dict", "fp32_groups"
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What a dynamic loss scale remembers."""
+
+
+class MasterWeights(DeepSpeedOptimizer):
+    """Around an optimizer over 16-bit weights, before its first step; `scaler` is DeepSpeed's loss scaler, one that does nothing for bfloat16.
+
+    `sum_in_fp32` False: micro-batches are summed in the weights' format, as DeepSpeed would.
+    """
+
+    def __init__(self, optimizer: Skipping, *, scaler: Any, sum_in_fp32: bool = True) -> None:
+        self.optimizer, self.loss_scaler, self.sum_in_fp32 = optimizer, scaler, sum_in_fp32
+        self.overflow, self._global_grad_norm = False, 0.0
+        groups = [list(group["params"]) for group in optimizer.param_groups]
+        self.fp32_groups = [[weight.detach().float().requires_grad_() for weight in group] for group in groups]
+        for group, masters in zip(optimizer.param_groups, self.fp32_groups, strict=True):
+            group["params"] = masters
+        self.weights = [weight for group in groups for weight in group]
+        self.masters = [master for group in self.fp32_groups for master in group]
+        self._place = {id(weight): place for place, weight in enumerate(self.weights)}
+        self._filled = [False] * len(self.weights)
+        """Whether the gradient of each weight holds this step's."""
+        if sum_in_fp32:
+            for weight, master in zip(self.weights, self.masters, strict=True):
+                master.grad = torch.zeros_like(master)
+                weight.register_post_accumulate_grad_hook(self._take_gradient)
+
+    def _take_gradient(self, weight: Tensor) -> None:
+        """Adds a micro-batch's gradient of one weight to the sum as soon as there is one, so that the 16-bit ones never lie side by side."""
+        place, gradient = self._place[id(weight)], weight.grad
+        total = self.masters[place].grad
+        assert total is not None
+        assert gradient is not None
+        if self._filled[place]:
+            total.add_(gradient)
+        else:
+            total.copy_(gradient)
+        self._filled[place], weight.grad = True, None
+
+    def get_grads_for_reduction(self) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+        """What the engine averages over processes (DeepSpeed's name), 0 for weights without a gradient."""
+        return [self._sum(place) for place in range(len(self.weights))], {}
+
+    def gradient(self, weight: Tensor) -> Tensor:
+        """The sum over micro-batches of the gradient of one of the model's weights, times the loss scale."""
+        return self._sum(self._place[id(weight)])
+
+    def _sum(self, place: int) -> Tensor:
+        weight, gradient = self.weights[place], self.masters[place].grad
+        if not self.sum_in_fp32:
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            return weight.grad
+        assert gradient is not None
+        if not self._filled[place]:
+            gradient.zero_()
+            self._filled[place] = True
+        return gradient
+
+    def step(self) -> None:
+        """Clips, updates the copies and rounds them into the weights; a gradient that is not finite changes nothing."""
+        for place, master in enumerate(self.masters):
+            master.grad = self._sum(place).float()
+        self.optimizer.loss_scale = self.cur_scale
+        self.optimizer.step()
+        self.overflow, self._global_grad_norm = self.optimizer.overflow, self.optimizer._global_grad_norm
+        self.loss_scaler.update_scale(self.overflow)
+        if not self.overflow:
+            with torch.no_grad():
+                torch._foreach_copy_(self.weights, self.masters)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets this step's gradients."""
+        self._filled = [False] * len(self.weights)
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            weight.grad = None
+            if not self.sum_in_fp32:
+                master.grad = None
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """The loss times the loss scale, for the backward pass."""
+        return loss if self.cur_scale == 1 else loss * self.cur_scale
+
+    @property
+    def cur_scale(self) -> float:
+        """The loss scale (DeepSpeed's name); 1 in bfloat16."""
+        return float(self.loss_scaler.loss_scale)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's, over the copies."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:
+        """The optimizer's."""
+        return self.optimizer.state
+
+    def refresh_fp32_params(self) -> None:
+        """Makes the copies anew from weights that were loaded alone."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.masters, self.weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As DeepSpeed's wrapper saved it."""
+        scaler = {name: getattr(self.loss_scaler, name) for name in SCALER if hasattr(self.loss_scaler, name)}
+        return {"dynamic_loss_scale": self.loss_scaler.dynamic, **scaler, OPTIMIZER: self.optimizer.state_dict(), MASTERS: self.fp32_groups}
+
+    def load_state_dict(self, stored: Mapping[str, Any], load_optimizer_states: bool = True) -> None:
+        """Takes what `state_dict` gave, or DeepSpeed's wrapper. Raises CheckpointError for another layout, before anything is changed."""
+        if any(key not in stored for key in (OPTIMIZER, MASTERS)) or shapes(stored[MASTERS]) != shapes(self.fp32_groups):
+            raise CheckpointError(
+                f"The optimizer's state in the checkpoint is not that of 16-bit weights at zero_optimization stage 0 (it has {', '.join(stored)}): "
+                "add `-o no_load_optim=true` to go on from the weights alone with a fresh optimizer."
+            )
+        if stored.get("dynamic_loss_scale") and self.loss_scaler.dynamic:
+            for name in SCALER:
+                setattr(self.loss_scaler, name, stored.get(name, getattr(self.loss_scaler, name)))
+        if load_optimizer_states:
+            self.optimizer.load_state_dict(stored[OPTIMIZER])
+        with torch.no_grad():
+            for own, there in zip(self.fp32_groups, stored[MASTERS], strict=True):
+                torch._foreach_copy_(own, list(there))
+
+
+def shapes(groups: list[list[Tensor]]) -> list[list[torch.Size]]:
+    return [[tensor.shape for tensor in group] for group in groups]

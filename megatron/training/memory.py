@@ -1,0 +1,60 @@
+"""Whether a model fits the memory, before any of it is taken: arithmetic on the configuration against what the device and the machine have."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from megatron.config.memory import Room, check_fits, machine_memory
+from megatron.config.neox import NeoXConfig
+from megatron.config.size import count_parameters, training_memory
+
+log = logging.getLogger(__name__)
+BYTES = {"fp32": 4, "fp16": 2, "bfloat16": 2}
+
+
+def check_training_fits(config: NeoXConfig, vocabulary: int, *, world_size: int) -> None:
+    """Raises NotEnoughMemory when weights and optimizer of the processes on this machine are more than it has; logs when they are more than is free.
+
+    Gradients and activations come on top: what fits here may still be too much.
+    """
+    parameters = count_parameters(config.model, config.moe, vocabulary).total_sum
+    stage = config.optimizer.zero_optimization.stage
+    averages, average_bytes = config.optimizer.averages
+    memory = training_memory(
+        parameters, config.precision, zero_stage=stage, data_parallel_size=world_size, averages=averages, average_bytes=average_bytes
+    )
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = here if os.environ.get("DS_ACCELERATOR") != "cuda" else -(-here // max(1, torch.cuda.device_count()))
+    _check(
+        (memory.weights + memory.optimizer) * processes,
+        what=f"Training {parameters:,} parameters in {config.precision} with ZeRO stage {stage} ({processes} process(es) here)",
+        advice="Take a smaller model, bfloat16 in place of fp32, or a higher zero_optimization.stage on more machines; `deepy.py --check` says more.",
+        device=torch.device(os.environ.get("DS_ACCELERATOR", "cpu")),
+    )
+
+
+def check_model_fits(config: NeoXConfig, vocabulary: int, device: torch.device) -> None:
+    """As `check_training_fits`, for a model that is only run."""
+    parameters = count_parameters(config.model, config.moe, vocabulary).total_sum
+    what, advice = f"A model of {parameters:,} parameters in {config.precision}", "Take a machine with more, or precision: bfloat16 in place of fp32."
+    _check(BYTES[config.precision] * parameters, what=what, advice=advice, device=device)
+
+
+def check_comparison_fits(config: NeoXConfig, vocabulary: int) -> None:
+    """As `check_training_fits`, for the comparison of logits at the end of a conversion: one model in float32 at a time, on the CPU."""
+    parameters = count_parameters(config.model, config.moe, vocabulary).total_sum
+    what = f"The comparison of the logits of {parameters:,} parameters in float32"
+    _check(4 * parameters, what=what, advice="Add --skip-check to convert without it.", device=torch.device("cpu"))
+
+
+def _check(needed: int, *, what: str, advice: str, device: torch.device) -> None:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        warning = check_fits(needed, Room(total, free), what=what, where="this GPU", advice=advice)
+    else:
+        warning = check_fits(needed, machine_memory(), what=what, where="this machine", advice=advice)
+    if warning is not None:
+        log.warning("%s", warning)

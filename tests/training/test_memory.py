@@ -1,0 +1,44 @@
+"""A model that cannot fit the machine is a sentence before any of it is made."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron.config.memory import NotEnoughMemory
+from megatron.testing.tiny import TINY_DENSE, tiny_config
+from megatron.training.memory import check_comparison_fits, check_training_fits
+from tests.training.runs import run_values, train_losses
+
+HUGE = {"hidden_size": 65536, "num_attention_heads": 64, "num_layers": 200}
+
+
+def test_training_is_refused_with_what_it_needs(corpus: Path, tmp_path: Path) -> None:
+    values = {
+        key: value for key, value in run_values(corpus, tmp_path / "run").items() if key in TINY_DENSE or not key.startswith(("moe_", "interm"))
+    }
+    expected = r"Training 10,3\d\d,\d{3},\d{3},\d{3} parameters in fp32 with ZeRO stage 0 \(1 process.* needs at least 11\d{4}\.\d GiB of memory"
+    with pytest.raises(NotEnoughMemory, match=expected):
+        train_losses({**values, **HUGE})
+
+
+def gib_needed(**values: object) -> float:
+    config = tiny_config({**TINY_DENSE, **HUGE, **values})
+    with pytest.raises(NotEnoughMemory) as raised:
+        check_training_fits(config, 512, world_size=4)
+    return float(re.search(r"at least ([\d.]+) GiB", str(raised.value))[1])  # type: ignore[index]
+
+
+def test_processes_of_this_machine_and_zero_stages_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = gib_needed()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert gib_needed() == pytest.approx(4 * one)
+    assert gib_needed(zero_optimization={"stage": 3}) == pytest.approx(one)
+    assert gib_needed(zero_optimization={"stage": 1}) == pytest.approx(4 * one * (4 + 8 / 4) / 12)
+
+
+def test_the_comparison_of_a_conversion_names_its_option() -> None:
+    with pytest.raises(NotEnoughMemory, match=r"in float32 needs at least .* Add --skip-check to convert without it\."):
+        check_comparison_fits(tiny_config({**TINY_DENSE, **HUGE}), 512)
