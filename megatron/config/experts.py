@@ -17,6 +17,8 @@ class ExpertOptions(RouterOptions):
     moe_ffn_hidden_size: PositiveInt | None = None
     """Hidden width F of one expert before segmentation (Megatron-LM's key). None: `ffn_hidden_size` or `intermediate_size` as it is, else
     4 * hidden_size rounded up to a multiple of 256 (NeoX)."""
+    moe_expert_bias: bool = False
+    """Biases on the experts' projections, as `use_bias_in_mlp` gives them to dense MLPs (Megatron's add_bias_linear, for the experts alone)."""
     kernel_backends: dict[str, str] = {}
     """Implementation to use for an operation, e.g. {grouped_gemm: reference}; operations that are not named use the fastest that runs here."""
 

@@ -12,7 +12,14 @@ from megatron.config.model import ModelConfig
 from megatron.config.routers import SigmoidOptions, TopKOptions, TopPOptions
 from megatron.config.section import NaturalInt, PositiveFloat, PositiveInt, Problem
 
-NEED_EXPERTS = ("moe_expert_type", "moe_expert_segments", "moe_use_residual", "moe_num_shared_experts", "moe_shared_expert_intermediate_size")
+NEED_EXPERTS = (
+    "moe_expert_type",
+    "moe_expert_segments",
+    "moe_expert_bias",
+    "moe_use_residual",
+    "moe_num_shared_experts",
+    "moe_shared_expert_intermediate_size",
+)
 """Keys that say something of MoE layers, where there must be one."""
 
 

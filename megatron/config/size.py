@@ -91,6 +91,7 @@ def flops_per_token(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int, 
     matrices = model.num_layers * _attention_matrices(model) + padded_vocab_size * model.hidden_size
     matrices += (model.num_layers - len(moe_layers)) * _mlp_matrices(model) + sum(_beside(model, layer, biases=False) for layer in moe_layers)
     matrices += sum(active[part] for part in ("experts", "lores", "routers"))
+    matrices -= sum(_active_experts(layer) * _expert_biases(model, layer) for layer in moe_layers)
     keys = model.seq_length if model.sliding_window_width is None else min(model.seq_length, model.sliding_window_width + 1)
     scores = 4 * keys * model.attention_width * model.num_layers
     return (2 * matrices + scores) * (4 if recompute else 3)
@@ -191,8 +192,15 @@ def _active_experts(moe: MoEConfig) -> int:
 def _expert(model: ModelConfig, moe: MoEConfig) -> int:
     width = moe.expert_width(model)
     if moe.moe_expert_type == "decomposed":
-        return _projections(model) * moe.decomposition_rank(model.hidden_size) * (model.hidden_size + width)
-    return _projections(model) * model.hidden_size * width
+        matrices = _projections(model) * moe.decomposition_rank(model.hidden_size) * (model.hidden_size + width)
+    else:
+        matrices = _projections(model) * model.hidden_size * width
+    return matrices + _expert_biases(model, moe)
+
+
+def _expert_biases(model: ModelConfig, moe: MoEConfig) -> int:
+    """Of one expert."""
+    return (_projections(model) - 1) * moe.expert_width(model) + model.hidden_size if moe.moe_expert_bias else 0
 
 
 def _lores(model: ModelConfig, moe: MoEConfig, *, active: bool) -> int:

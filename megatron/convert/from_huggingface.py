@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +21,11 @@ from megatron.config import config_from_dict
 from megatron.config.size import padded_vocab_size
 from megatron.convert.architecture import Architecture, Source
 from megatron.convert.architectures import ARCHITECTURES
+from megatron.convert.dropped import check_used, finite, head_name, untied_head
 from megatron.convert.errors import ConversionError
-from megatron.convert.logits import Compared, compare, our_logits, their_logits, tokens_to_compare
+from megatron.convert.json_files import read_json
+from megatron.convert.layouts import Arranged
+from megatron.convert.logits import LIMIT, Allowed, Compared, compare, our_logits, their_logits, tokens_to_compare
 from megatron.convert.mapping import Entry, to_ours
 from megatron.convert.opened import open_checkpoint
 from megatron.convert.shapes import Shapes, checked, model_shapes
@@ -28,6 +33,8 @@ from megatron.convert.staging import check_holds_no_run, checked_target, move_in
 from megatron.convert.tensor_files import StoredTensors
 from megatron.convert.to_huggingface import AUTO, PRECISIONS
 from megatron.convert.tokenizers import tokenizer_keys
+from megatron.convert.trust import foreign_code, own_class, refusal, without_code
+from megatron.convert.unread import check_general, unread_settings, without_unread
 from megatron.convert.upcycle import Upcycled, upcycle
 from megatron.data.locking import naming
 from megatron.data.progress import Reporter, Stage
@@ -36,8 +43,6 @@ from megatron.training.engine import DTYPES
 from megatron.training.memory import check_comparison_fits
 from megatron.training.setup import checkpoint_args
 
-BUFFERS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
-"""Endings of what older versions of transformers stored beside the weights."""
 CONFIG = "config.yml"
 CONFIG_HEAD = "# The model of"
 """How that file begins when an import wrote it."""
@@ -57,6 +62,8 @@ class Import:
     check: bool = True
     force: bool = False
     """Writes into a directory that is there already."""
+    trust_remote_code: bool = False
+    """Runs Python code that lies in `input_dir`, if its config.json asks for some, to compare the logits."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +74,9 @@ class Imported:
     config_file: Path
     class_name: str
     compared: Compared | None
-    """None where the comparison was not wanted, or the logits are not meant to be equal."""
+    """None where the comparison was not wanted."""
     notices: tuple[str, ...] = ()
+    is_upcycled: bool = False
 
 
 class Theirs(NamedTuple):
@@ -108,9 +116,15 @@ def import_model(request: Import, reporter: Reporter) -> Imported:
     target = checked_target(request.output_dir, force=request.force, to_do="write into")
     check_holds_no_run(target, CONFIG, CONFIG_HEAD)
     theirs = open_theirs(request.input_dir)
+    found = foreign_code(request.input_dir, theirs.architecture)
+    if found is not None and request.check and not request.trust_remote_code:
+        raise ConversionError(refusal(found, theirs.architecture))
     with naming(target.parent), staged_run(target) as stage:
         imported = _written(request, theirs, stage, reporter)
         move_into(stage, target, last=LATEST)
+    if found is not None and not request.check:
+        unrun = f"{found}. It did not run: the weights were read as those of {theirs.architecture.class_name}, and nothing was compared."
+        imported = replace(imported, notices=(unrun, *imported.notices))
     return imported
 
 
@@ -124,13 +138,23 @@ def _written(request: Import, theirs: Theirs, stage: Path, reporter: Reporter) -
     precision = precision_of(request, settings)
     keys |= {"precision": precision, "make_vocab_size_divisible_by": 1}
     source = Source(config_from_dict(keys), settings["vocab_size"])
+    notices = list(settings_notices(theirs))
+    if (head := untied_head(architecture, source, stored)) is not None:
+        keys["no_weight_tying"] = True
+        source = Source(config_from_dict(keys), source.vocabulary)
+        notices.append(
+            f"config.json says tie_word_embeddings, but {head} is not the embedding: the two are kept apart (no_weight_tying: true), "
+            "as transformers does."
+        )
     table = list(architecture.table(source))
+    arranged = Arranged(stored, table, source)
+    tied = None if source.config.model.no_weight_tying else head_name(architecture, source)
     later = later_layers(settings, stored)
-    check_used(table, stored, later, tied="lm_head.weight" if not source.config.model.no_weight_tying else None)
+    check_used(table, arranged, source, tied=tied, later=later)
     check_vocabulary(tokenizer, source.vocabulary, request.input_dir)
     keys["make_vocab_size_divisible_by"] = divisor(tokenizer, source.vocabulary)
     source = Source(config_from_dict(keys), source.vocabulary)
-    weights = converted(table, stored, model_shapes(source), DTYPES[precision])
+    weights = converted(table, arranged, model_shapes(source), DTYPES[precision])
     upcycled: Upcycled | None = None
     if request.upcycle is not None:
         upcycled = upcycle(source, request.upcycle, keys)
@@ -140,14 +164,15 @@ def _written(request: Import, theirs: Theirs, stage: Path, reporter: Reporter) -
     with reporter.stage("weights", None) as progress:
         path = save(request, stage, source, _counted(weights, progress), origin=architecture.name)
     (stage / CONFIG).write_text(config_text(request, keys))
-    exact = upcycled is None or upcycled.is_exact
-    compared = compare_logits(request, stage, source, tokenizer) if request.check and exact else None
+    limit = LIMIT if upcycled is None or upcycled.is_exact else math.inf
+    compared = compare_logits(request, theirs, stage, tokenizer, limit=limit) if request.check else None
     return Imported(
         request.output_dir / path.name,
         request.output_dir / CONFIG,
         architecture.class_name,
         compared,
-        (*later_notice(later, settings), *(upcycled.notices if upcycled is not None else ())),
+        (*notices, *later_notice(later, settings), *(upcycled.notices if upcycled is not None else ())),
+        is_upcycled=upcycled is not None,
     )
 
 
@@ -171,9 +196,20 @@ def read_settings(directory: Path) -> dict[str, Any]:
         return dict(given)
     settings = {key: value for key, value in given.items() if key not in ("model_type", "transformers_version", "architectures")}
     try:
-        return {**AutoConfig.for_model(model_type, **settings).to_dict(), "architectures": given.get("architectures")}
+        read, known = AutoConfig.for_model(model_type, **settings).to_dict(), AutoConfig.for_model(model_type).to_dict()
     except Exception as error:  # each class checks in its own way
         raise ConversionError(f"{file} is refused by transformers: {' '.join(str(error).split())}.") from error
+    check_general(read, known, file)
+    return {**without_unread(read, known), "architectures": given.get("architectures")}
+
+
+def settings_notices(theirs: Theirs) -> Iterator[str]:
+    """Sentences on settings of its config.json that its class does not read."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if (model_type := theirs.architecture.model_type) in CONFIG_MAPPING:
+        given = read_json(theirs.stored.directory / "config.json")
+        yield from unread_settings(given, AutoConfig.for_model(model_type).to_dict(), theirs.architecture.class_name)
 
 
 def architecture_of(settings: Mapping[str, Any]) -> Architecture:
@@ -222,14 +258,6 @@ def later_notice(later: list[str], settings: Mapping[str, Any]) -> Iterator[str]
         )
 
 
-def check_used(table: list[Entry], stored: StoredTensors, later: list[str], *, tied: str | None) -> None:
-    """Raises ConversionError for a weight of theirs that no entry reads and that is not `later`; `tied`: a copy of the embedding may be there."""
-    read = {name for entry in table for name in entry.theirs} | set(later)
-    left = [name for name in stored.names if name not in read and name != tied and not name.endswith(BUFFERS)]
-    if left:
-        raise ConversionError(f"{stored.directory} holds {left[0]}, which this model has no place for ({len(left)} such weights).")
-
-
 def check_vocabulary(tokenizer: Tokenizer | None, rows: int, directory: Path) -> None:
     """Raises ConversionError for a tokenizer (None: there is none) whose tokens the model has no rows for."""
     if tokenizer is not None and tokenizer.vocab_size > rows:
@@ -270,12 +298,27 @@ def config_text(request: Import, keys: Mapping[str, Any]) -> str:
     return head + yaml.safe_dump({**keys, "load": str(request.output_dir), "finetune": True}, sort_keys=False)
 
 
-def compare_logits(request: Import, stage: Path, source: Source, tokenizer: Tokenizer | None) -> Compared:
-    """The checkpoint that was written against Hugging Face's model. Raises ConversionError where they differ."""
-    texts = tokens_to_compare(source, tokenizer)
+def compare_logits(request: Import, theirs: Theirs, stage: Path, tokenizer: Tokenizer | None, *, limit: float) -> Compared:
+    """The checkpoint that was written against Hugging Face's model. Raises ConversionError where they differ by more than `limit`."""
     opened = open_checkpoint(stage)
-    theirs = their_logits(request.input_dir, texts, DTYPES[source.config.precision])
-    return compare(our_logits(opened.source, opened.weights.read, texts), theirs)
+    texts, dtype = tokens_to_compare(opened.source, tokenizer), DTYPES[opened.source.config.precision]
+    ours = our_logits(opened.source, opened.weights.read, texts)
+    allowed = Allowed(request.trust_remote_code, later_layers(theirs.settings, theirs.stored))
+    with loadable(theirs, trusted=request.trust_remote_code) as (folder, loader):
+        return compare(ours, their_logits(folder, texts, precision=dtype, loader=loader, allowed=allowed), limit=limit)
+
+
+@contextmanager
+def loadable(theirs: Theirs, *, trusted: bool) -> Iterator[tuple[Path, Any]]:
+    """The folder as transformers may load it, and the class that loads it: the folder itself with the code in it only where that is trusted."""
+    directory = theirs.stored.directory
+    if trusted and foreign_code(directory, theirs.architecture) is not None:
+        from transformers import AutoModelForCausalLM
+
+        yield directory, AutoModelForCausalLM
+        return
+    with without_code(theirs.stored) as folder:
+        yield folder, own_class(theirs.architecture)
 
 
 def described(imported: Imported) -> Iterator[str]:
@@ -283,13 +326,16 @@ def described(imported: Imported) -> Iterator[str]:
     yield from imported.notices
     yield f"{imported.path}: weights of {imported.class_name}; {imported.config_file}: the configuration that goes with them."
     if imported.compared is not None:
-        yield f"Compared with the original: {imported.compared}."
+        yield f"Compared with the {'dense model' if imported.is_upcycled else 'original'}: {imported.compared}."
+    if imported.compared is not None and imported.is_upcycled:
+        yield f"Upcycling: the largest relative difference of the logits is {imported.compared.relative:.1e} (of the dense model's largest logit)."
 
 
-def converted(table: list[Entry], stored: StoredTensors, shapes: Shapes, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Our weights, layer by layer. Raises ConversionError, also for shapes that the configuration does not ask for."""
+def converted(table: list[Entry], stored: Arranged, shapes: Shapes, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Our weights, layer by layer. Raises ConversionError, also for other shapes than the configuration asks for and numbers that are not finite."""
     for named in to_ours(in_order(table), stored.read):
-        yield named.name, checked(named.name, named.tensor, shapes).to(torch.float32 if named.exact else dtype)
+        tensor = checked(named.name, named.tensor, shapes)
+        yield named.name, finite(named.name, tensor, tensor.to(torch.float32 if named.exact else dtype))
 
 
 def _counted(weights: Iterator[tuple[str, Tensor]], progress: Stage) -> Iterator[tuple[str, Tensor]]:

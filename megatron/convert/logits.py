@@ -5,7 +5,8 @@ Shapes: B texts; S tokens; V rows of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from megatron.checkpoint.names import is_derived
 from megatron.convert.architecture import Source
 from megatron.convert.errors import ConversionError
+from megatron.convert.parts import Parts, first_difference, our_parts, recorded, their_parts
 from megatron.convert.tokenizers import SAMPLE
 from megatron.data.tokenizer import Tokenizer
 from megatron.model import build_model
@@ -24,8 +26,17 @@ LIMIT = 1e-4
 TOKENS = 64
 
 
-Logits = Callable[[torch.dtype], list[Tensor]]
-"""Logits [1, S, V] of each text, computed in a number format."""
+@dataclass
+class Logits:
+    """Logits [1, S, V] of each text, computed in a number format, and the outputs of the model's parts in the last computation."""
+
+    compute: Callable[[torch.dtype, Parts], list[Tensor]]
+    parts: Parts = field(default_factory=dict)
+
+    def __call__(self, dtype: torch.dtype) -> list[Tensor]:
+        """The logits."""
+        self.parts.clear()
+        return self.compute(dtype, self.parts)
 
 
 class Compared(NamedTuple):
@@ -34,6 +45,8 @@ class Compared(NamedTuple):
     difference: float
     texts: str
     exact: float | None = None
+    relative: float = 0.0
+    """`difference`, in float32, as a part of the largest logit of the original."""
 
     def __str__(self) -> str:
         rounding = "" if self.exact is None else f" ({self.exact:.1e} in float64: the rest is rounding)"
@@ -53,46 +66,50 @@ def tokens_to_compare(source: Source, tokenizer: Tokenizer | None) -> list[Tenso
 def our_logits(source: Source, read: Callable[[str], Tensor], texts: list[Tensor], precision: torch.dtype | None = None) -> Logits:
     """Of our model with the weights that `read` gives, rounded to `precision` first (None: as they are)."""
 
-    def run(dtype: torch.dtype) -> list[Tensor]:
+    def run(dtype: torch.dtype, parts: Parts) -> list[Tensor]:
         gpt = build_model(source.config.model, source.config.moe, source.vocabulary, seed=0, dtype=dtype).eval().requires_grad_(False)
         for name, tensor in gpt.state_dict().items():
             if not is_derived(name):
                 stored = read(name)
                 tensor.copy_(stored if precision is None or not stored.is_floating_point() else stored.to(precision))
-        return [_logits(gpt(text).logits_BSV) for text in texts]
+        with recorded(our_parts(gpt), parts):
+            return [_logits(gpt(text).logits_BSV) for text in texts]
 
-    return run
+    return Logits(run)
 
 
-def their_logits(directory: Path, texts: list[Tensor], precision: torch.dtype = torch.float32) -> Logits:
-    """Of the model that transformers makes of a directory, its weights rounded to `precision` first.
+class Allowed(NamedTuple):
+    """`trusted`: code that lies in the directory may run; `left_out`: weights that may lie there and take no part."""
+
+    trusted: bool = False
+    left_out: Collection[str] = ()
+
+
+def their_logits(directory: Path, texts: list[Tensor], *, precision: torch.dtype, loader: Any, allowed: Allowed) -> Logits:
+    """Of the model that `loader` (a class or auto class of transformers) makes of a directory, its weights rounded to `precision` first.
 
     The result raises ConversionError where a weight is missing, too many or of another shape.
     """
 
-    def run(dtype: torch.dtype) -> list[Tensor]:
-        from transformers import AutoModelForCausalLM
+    def run(dtype: torch.dtype, parts: Parts) -> list[Tensor]:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        loader: Any = AutoModelForCausalLM
         try:
-            model, report = loader.from_pretrained(directory, dtype=precision, trust_remote_code=True, output_loading_info=True)
+            model, report = loader.from_pretrained(directory, dtype=precision, trust_remote_code=allowed.trusted, output_loading_info=True)
         except Exception as error:  # each class refuses in its own way
             raise ConversionError(f"transformers cannot load the model to compare: {' '.join(str(error).split())}.") from error
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if names := sorted(name for name in map(str, report[kind]) if not _predicts_later_tokens(name, model.config)):
-                raise ConversionError(f"transformers loads the export with {kind.replace('_', ' ')}: {', '.join(names[:4])} ({len(names)} in all).")
-        with torch.no_grad():
-            return [_logits(model.eval().to(dtype)(text).logits) for text in texts]
+            if names := sorted(set(map(str, report[kind])) - set(allowed.left_out)):
+                raise ConversionError(f"transformers loads the model with {kind.replace('_', ' ')}: {', '.join(names[:4])} ({len(names)} in all).")
+        model = model.eval().to(dtype)
+        try:
+            with torch.no_grad(), recorded(their_parts(model), parts):
+                return [_logits(model(text, return_dict=True).logits) for text in texts]
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:  # settings that its class does not check
+            raise ConversionError(f"transformers loads the model to compare and cannot run it: {' '.join(str(error).split())}.") from error
 
-    return run
-
-
-def _predicts_later_tokens(name: str, config: Any) -> bool:
-    """Whether a weight is of a layer after the last one (num_nextn_predict_layers): transformers knows those of the published models alone."""
-    first, count = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", None) or 0
-    return name.startswith(tuple(f"model.layers.{layer}." for layer in range(first, first + count)))
+    return Logits(run)
 
 
 def compare(ours: Logits, theirs: Logits, *, limit: float = LIMIT) -> Compared:
@@ -102,7 +119,8 @@ def compare(ours: Logits, theirs: Logits, *, limit: float = LIMIT) -> Compared:
     """
     first = ours(torch.float32)
     second = theirs(torch.float32)
-    result = Compared(largest_difference(first, second), _texts(first))
+    difference, largest = largest_difference(first, second), max(logits.abs().max().item() for logits in second)
+    result = Compared(difference, _texts(first), relative=difference / largest if largest else difference)
     if all(any(bool(logits.isnan().any()) for logits in side) for side in (first, second)):
         raise ConversionError(f"The logits on {result.texts} are no numbers (NaN): the weights are damaged, or overflow.")
     if not result.difference <= limit:
@@ -110,9 +128,17 @@ def compare(ours: Logits, theirs: Logits, *, limit: float = LIMIT) -> Compared:
         if result.exact is None or not result.exact <= limit:
             raise ConversionError(
                 f"The converted model does not compute what the original does: largest difference of a logit {result.difference:.1e} on "
-                f"{result.texts} in float32, {result.exact:.1e} in float64, above the {limit:.0e} that rounding explains."
+                f"{result.texts} in float32, {result.exact:.1e} in float64, above the {limit:.0e} that rounding explains.{_where(ours, theirs)}"
             )
     return result
+
+
+def _where(ours: Logits, theirs: Logits) -> str:
+    """A sentence on the first part of the model that differs, after both have run."""
+    if not (ours.parts and theirs.parts):
+        return ""
+    part = first_difference(ours.parts, theirs.parts) or "the head"
+    return f" The first difference is in {part} (layers are counted from 0); what comes before it agrees."
 
 
 def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:

@@ -36,6 +36,16 @@ class StoredTensors:
         """All of them."""
         return list(self._files)
 
+    @property
+    def index(self) -> dict[str, str]:
+        """Each weight's file, relative to the directory."""
+        return dict(self._files)
+
+    @property
+    def index_name(self) -> str | None:
+        """What the index of several files is called. None: there is a single file, and no index."""
+        return next((name for name in (INDEX, OLD_INDEX) if (self.directory / name).is_file()), None)
+
     def read(self, name: str) -> Tensor:
         """A weight as it is stored."""
         file = self._files.get(name)
@@ -67,6 +77,8 @@ def _indexed(directory: Path, index: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConversionError(f"{index} is damaged: it does not say which file holds which weight ({error}).") from error
     for file in sorted(set(files.values())):
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise ConversionError(f"{index} names {file}, which is not inside the folder.")
         if not (directory / file).is_file():
             raise ConversionError(f"{directory / file} is missing: {index.name} names it.")
         _names_in(directory / file)

@@ -14,9 +14,10 @@ from megatron.config.data import DataConfig
 from megatron.convert.architecture import Architecture
 from megatron.convert.card import model_card
 from megatron.convert.choice import AUTO, choose_architecture, left_origin
+from megatron.convert.dropped import finite
 from megatron.convert.errors import ConversionError
 from megatron.convert.json_files import write_json
-from megatron.convert.logits import Compared, compare, our_logits, their_logits, tokens_to_compare
+from megatron.convert.logits import Allowed, Compared, compare, our_logits, their_logits, tokens_to_compare
 from megatron.convert.mapping import check_complete, to_theirs
 from megatron.convert.opened import EMBEDDING, Opened, open_checkpoint
 from megatron.convert.shapes import checked_read, model_shapes
@@ -51,6 +52,8 @@ class Export:
     check: bool = True
     force: bool = False
     """Replaces a directory that is there already."""
+    trust_remote_code: bool = False
+    """Imports the modules that the checkpoint's own configuration names under `plugins`."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def export_checkpoint(export: Export, reporter: Reporter) -> Exported:
     """
     target = checked_target(export.output_dir, force=export.force, to_do="replace", source=export.input_dir)
     check_written_by_export(target)
-    opened = open_checkpoint(export.input_dir, export.config_files)
+    opened = open_checkpoint(export.input_dir, export.config_files, trusted=export.trust_remote_code)
     architecture = choose_architecture(opened.source, export.architecture, opened.weights.read, opened.origin)
     left = left_origin(opened.origin, architecture, opened.source, opened.weights.read) if export.architecture == AUTO else None
     table = list(architecture.table(opened.source))
@@ -85,7 +88,7 @@ def export_checkpoint(export: Export, reporter: Reporter) -> Exported:
         with reporter.stage("weights", None) as progress:
             writer = write_weights(opened, architecture, export, stage, progress)
         write_settings(opened, architecture, special, stage, dtype_of(opened, export))
-        compared = compare_logits(opened, export, stage) if export.check else None
+        compared = compare_logits(opened, export, stage, architecture) if export.check else None
         (stage / "README.md").write_text(model_card(target.name, opened, architecture, str(compared) if compared is not None else None))
         write_record(stage)
         publish(stage, target)
@@ -111,11 +114,11 @@ def tokenizer_config(opened: Opened, export: Export) -> DataConfig:
 
 
 def write_weights(opened: Opened, architecture: Architecture, export: Export, directory: Path, progress: Stage) -> ShardWriter:
-    """Weight by weight, so that one layer and one shard are in memory."""
+    """Weight by weight, so that one layer and one shard are in memory. Raises ConversionError for numbers that are not finite."""
     dtype, writer = dtype_of(opened, export), ShardWriter(directory, export.shard_bytes)
     read = checked_read(opened.weights.read, model_shapes(opened.source))
     for named in to_theirs(architecture.table(opened.source), read):
-        tensor = named.tensor if named.exact else named.tensor.to(dtype)
+        tensor = finite(named.name, named.tensor, named.tensor if named.exact else named.tensor.to(dtype))
         writer.add(named.name, tensor)
         progress.advance(tensor.nbytes, 0)
     writer.close()
@@ -137,12 +140,15 @@ def write_settings(opened: Opened, architecture: Architecture, special: SpecialT
     write_json(directory / GENERATION, {**named, **kept_generation(opened.source.config.data)})
 
 
-def compare_logits(opened: Opened, export: Export, directory: Path) -> Compared:
+def compare_logits(opened: Opened, export: Export, directory: Path, architecture: Architecture) -> Compared:
     """Ours first, so that one model is in memory at a time. Raises ConversionError where they differ."""
     tokenizer = build_tokenizer(tokenizer_config(opened, export)) if export.save_tokenizer else None
     texts = tokens_to_compare(opened.source, tokenizer)
     ours = our_logits(opened.source, opened.weights.read, texts, dtype_of(opened, export))
-    return compare(ours, their_logits(directory, texts))
+    from transformers import AutoModelForCausalLM
+
+    allowed = Allowed(trusted=architecture.code is not None)  # this version's code, which was just written there
+    return compare(ours, their_logits(directory, texts, precision=torch.float32, loader=AutoModelForCausalLM, allowed=allowed))
 
 
 def described(exported: Exported, target: Path) -> Iterator[str]:

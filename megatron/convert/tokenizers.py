@@ -47,7 +47,7 @@ def save_tokenizer(data: DataConfig, directory: Path) -> SpecialTokens:
     _keep_companions(data, directory)
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(directory)
+    theirs = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     if theirs.encode(SAMPLE, add_special_tokens=False) != without_added(ours, ours.encode(SAMPLE), theirs):
         raise ConversionError(f"the exported tokenizer reads a text otherwise than {data.tokenizer_type} here does: {WITHOUT}.")
     return SpecialTokens(theirs.bos_token_id, ours.eod, theirs.pad_token_id)

@@ -109,6 +109,11 @@ def test_flops_of_a_sliding_window_are_of_the_keys_in_it(width: int, keys: int) 
     assert flops_per_token(full.model, full.moe, V) - flops_per_token(windowed.model, windowed.moe, V) == 3 * 4 * (S - keys) * D * L
 
 
+def test_flops_leave_out_biases_of_experts() -> None:
+    plain, biased = (config(moe_num_experts=4, moe_top_k=2, moe_router_type="topk", moe_expert_bias=bias) for bias in (False, True))
+    assert flops_per_token(plain.model, plain.moe, V) == flops_per_token(biased.model, biased.moe, V)
+
+
 def test_flops_count_active_experts_only() -> None:
     few, many = config(moe_num_experts=2), config(moe_num_experts=16)
     router = 6 * L * 14 * D
@@ -174,6 +179,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "experts": [
         {"moe_num_experts": 4, "moe_expert_type": "decomposed", **keys}
         for keys in ({}, {"moe_decomposition_rank": 24, "activation": "swiglu"}, {"moe_decomposition_fraction": 0.3, "moe_ffn_hidden_size": 96})
+    ],
+    "biases of experts": [
+        {**keys, "activation": activation, "moe_expert_bias": True, "moe_expert_segments": 2}
+        for keys in (MOE, STRUCTMOE, {"moe_num_experts": 4, "moe_expert_type": "decomposed"})
+        for activation in ("gelu", "swiglu")
     ],
     "LoREs": [
         {**STRUCTMOE, **keys}

@@ -86,7 +86,7 @@ def lively_model(config: NeoXConfig, *, seed: int = 5, dtype: torch.dtype = torc
     gpt = build_model(config.model, config.moe, VOCABULARY, seed=seed, dtype=dtype).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in gpt.state_dict().items():
-        if tensor.ndim == 1:
+        if tensor.ndim == 1 or name.endswith(".bias"):
             noise = 0.3 * torch.randn(tensor.shape, generator=generator)
             tensor.copy_(noise if name.endswith("bias") else 1 + noise)
     return gpt

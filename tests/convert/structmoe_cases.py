@@ -103,6 +103,19 @@ EXPERTS: dict[str, Changes] = {
     "segments": {**MOE, "moe_expert_segments": 2},
     "decomposed": {**MOE, "moe_expert_type": "decomposed"},
     "decomposed gated": {**GATED_MOE, "moe_expert_type": "decomposed", "moe_decomposition_rank": 8},
+    **{
+        f"biases {name}": {**keys, "moe_expert_bias": True}
+        for name, keys in {
+            "plain": MOE,
+            "gated": GATED_MOE,
+            "decomposed": {**MOE, "moe_expert_type": "decomposed"},
+            "decomposed gated": {**GATED_MOE, "moe_expert_type": "decomposed", "moe_decomposition_rank": 8},
+            "structmoe": STRUCTMOE,
+            "structmoe standalone": {**STRUCTMOE, "moe_lore_interaction": "standalone"},
+            "structmoe gated": {**STRUCTMOE, "moe_lore_interaction": "gated"},
+            **{f"structmoe swiglu {which}": {**GATED_STRUCTMOE, "moe_lore_projection": which} for which in ("up", "gate", "both")},
+        }.items()
+    },
     "structmoe": STRUCTMOE,
     "structmoe one lore": {**STRUCTMOE, "moe_lore_top_k": 1},
     "structmoe normalized": {**STRUCTMOE, "moe_lore_normalize": True},

@@ -35,7 +35,7 @@ def lively(gpt: GPT) -> None:
     """Random biases and norms, so that none of them is without effect."""
     generator = torch.Generator().manual_seed(7)
     for name, tensor in gpt.state_dict().items():
-        if (tensor.dim() == 1 and not is_derived(name)) or "norm" in name:
+        if (tensor.dim() == 1 and not is_derived(name)) or "norm" in name or name.endswith(".bias"):
             tensor.add_(torch.empty_like(tensor).normal_(0, 0.2, generator=generator))
 
 

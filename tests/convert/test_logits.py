@@ -14,7 +14,7 @@ from megatron.convert.logits import Logits, compare
 def model(in_float32: float, in_float64: float) -> Logits:
     """Logits that are everywhere the given number."""
     values = {torch.float32: in_float32, torch.float64: in_float64}
-    return lambda dtype: [torch.full((1, 4, 3), values[dtype], dtype=dtype), torch.full((1, 5, 3), values[dtype], dtype=dtype)]
+    return Logits(lambda dtype, _: [torch.full((1, length, 3), values[dtype], dtype=dtype) for length in (4, 5)])
 
 
 def test_close_in_float32_needs_no_more() -> None:

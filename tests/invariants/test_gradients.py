@@ -120,7 +120,8 @@ def moe_grid() -> list[dict[str, Any]]:
 @pytest.mark.parametrize("case", moe_grid(), ids=lambda case: "-".join(str(value) for value in case.values()))
 def test_every_router_with_every_kind_of_expert(case: dict[str, Any]) -> None:
     model = model_section(gpt_j_residual=case["residual"], use_bias_in_mlp=case["bias"], activation=case["activation"], **LONG)
-    moe = moe_section(moe_router_type=case["router"], moe_expert_type=case["experts"], moe_top_k=2, moe_num_lores=2, moe_losses=ALL_LOSSES)
+    kinds = {"moe_router_type": case["router"], "moe_expert_type": case["experts"], "moe_expert_bias": case["bias"]}
+    moe = moe_section(**kinds, moe_top_k=2, moe_num_lores=2, moe_losses=ALL_LOSSES)
     check_gradients(model, moe)
 
 

@@ -51,6 +51,24 @@ def test_every_kind_has_its_options_class() -> None:
     assert set(OPTIONS) == set(EXPERTS)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_biases_are_those_of_each_row_s_expert(activation: str) -> None:
+    experts = build("grouped", activation, moe_expert_bias=True)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in experts.named_parameters():
+        if name.endswith(".bias"):
+            assert not parameter.any()
+            parameter.data.normal_(generator=generator)
+    weights, act = {name: weight.view(E, -1, weight.shape[-1]) for name, weight in experts.mlp.named_parameters()}, activation_function(activation)
+
+    def row(e: int, x_D: Tensor) -> Tensor:
+        up_F = weights["w1"][e] @ x_D + weights["b1.bias"][e, 0]
+        h_F = act(weights["w3"][e] @ x_D + weights["b3.bias"][e, 0]) * up_F if activation == "swiglu" else act(up_F)
+        return h_F @ weights["w2"][e] + weights["b2.bias"][e, 0]
+
+    check(experts, row)
+
+
 @pytest.mark.parametrize("activation", ["gelu", "relu", "swiglu", "geglu"])
 def test_decomposed_experts(activation: str) -> None:
     experts = build("decomposed", activation, moe_decomposition_rank=6)

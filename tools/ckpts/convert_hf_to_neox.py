@@ -27,6 +27,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--precision", default="auto", choices=["auto", "fp16", "bf16", "fp32"], help="of the weights; default: the model's")
     parser.add_argument("--upcycle", type=Path, metavar="YAML", help="file with the moe_ keys that make experts of the model's dense MLPs")
     parser.add_argument("--skip-check", action="store_true", help="do not load the result and compare its logits")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that lies in the model's directory, to compare the logits")
     parser.add_argument("--force", action="store_true", help="write into a directory that is there; replaces an earlier import, no run")
     options = parser.parse_args(argv)
     if options.tp < 1 or options.pp < 0:
@@ -53,6 +54,7 @@ def main(argv: list[str]) -> int:
             upcycle=read_keys(options.upcycle) if options.upcycle else None,
             check=not options.skip_check,
             force=options.force,
+            trust_remote_code=options.trust_remote_code,
         )
         for line in described(import_model(request, build_reporter())):
             print(line)

@@ -41,6 +41,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--pad-token-id", type=int, help="written into config.json")
     parser.add_argument("--max-shard-size", type=size, default="1GB", help="of one file of weights; default: 1GB")
     parser.add_argument("--skip-check", action="store_true", help="do not load the result and compare its logits")
+    parser.add_argument("--trust-remote-code", action="store_true", help="import the plugins that the checkpoint's own configuration names")
     parser.add_argument("--force", action="store_true", help="replace what an earlier export has written there; nothing else")
     return parser.parse_args(argv)
 
@@ -67,6 +68,7 @@ def main(argv: list[str]) -> int:
             shard_bytes=options.max_shard_size,
             check=not options.skip_check,
             force=options.force,
+            trust_remote_code=options.trust_remote_code,
         )
         for line in described(export_checkpoint(export, build_reporter()), options.output_dir):
             print(line)

@@ -34,6 +34,7 @@ def get_args(input_args: list[str] | None = None) -> argparse.Namespace:
     labels.add_argument("--binary-reward", action="store_true", help="rewards are true or false (written as 1 and -1)")
     tokenizer = parser.add_argument_group("tokenizer")
     tokenizer.add_argument("--tokenizer-path", required=True, metavar="HF", help="folder, or name on the hub, of a tokenizer with a chat template")
+    tokenizer.add_argument("--trust-remote-code", action="store_true", help="run Python code that lies with the tokenizer, if it has some")
     tokenizer.add_argument("--ftfy", action="store_true", help="mend text with the package ftfy first")
     add_output_options(parser)
     arguments = parser.parse_args(input_args)
@@ -51,7 +52,7 @@ def main(input_args: list[str] | None = None) -> None:
     from megatron.data.progress import build_reporter
 
     options = common_options(values)
-    given = {name: values[name] for name in ("tokenizer_path", "generation_role", "only_last", "for_rm", "ftfy")}
+    given = {name: values[name] for name in ("tokenizer_path", "generation_role", "only_last", "for_rm", "ftfy", "trust_remote_code")}
     task = ChatTask(**given, mask=not values["no_mask"], rewards=values["reward_key"] is not None)
     job = chat_job(task, options.keys, values["reward_key"], binary_reward=values["binary_reward"])
     print("\n".join(preprocess(job, options, build_reporter()).lines()))

@@ -36,6 +36,7 @@ EXPERTS: Allowed = {
     "moe_router_type": {"topk"},
     "moe_router_topk_scaling_factor": {1.0},
     "moe_use_residual": {False},
+    "moe_expert_bias": {False},
     "moe_num_experts_by_layer": {None},
     "shared expert": {"none"},
     "dense layers": {"none"},

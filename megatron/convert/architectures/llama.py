@@ -164,6 +164,10 @@ def check_not_clipped(settings: Mapping[str, Any]) -> None:
 
 
 def check_no_window(settings: Mapping[str, Any]) -> None:
-    """Raises ConversionError where some layers have a window and others none."""
-    if settings.get("use_sliding_window"):
-        raise ConversionError("use_sliding_window: true cannot be represented: a window would be that of some layers only.")
+    """Raises ConversionError where a layer has a window that a text can exceed: which layers have one is no key here."""
+    kinds = set(settings.get("layer_types") or (["sliding_attention"] if settings.get("use_sliding_window") else []))
+    window = settings.get("sliding_window")
+    if kinds - {"full_attention", "sliding_attention"} or (kinds - {"full_attention"} and not window):
+        raise ConversionError(f"layer_types: {', '.join(sorted(kinds))} cannot be represented (with sliding_window {window}).")
+    if kinds - {"full_attention"} and window < settings["max_position_embeddings"]:
+        raise ConversionError(f"use_sliding_window: true cannot be represented: a window ({window} tokens) would be that of some layers only.")

@@ -41,7 +41,7 @@ class Mixtral(Llama):
             "num_local_experts": moe.num_experts,
             "num_experts_per_tok": moe.top_k,
             "router_aux_loss_coef": moe.moe_losses.get("load_balance", 0.0),
-            "router_jitter_noise": 0.0,
+            "router_jitter_noise": moe.moe_jitter_eps or 0.0,
         }
 
     def keys(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,6 +52,7 @@ class Mixtral(Llama):
             "moe_router_type": "topk",
             "moe_router_pre_softmax": False,
             "moe_normalize_top_k": True,
+            **({"moe_jitter_eps": settings["router_jitter_noise"]} if settings.get("router_jitter_noise") else {}),
         }
 
     def feed_forward(self, source: Source, layer: int, theirs: str) -> Iterator[Entry]:

@@ -19,6 +19,10 @@ SCALINGS = {
 """Kind of `rope_scaling` -> its numbers, the same there and here."""
 
 
+TURN_A_SHARE = ("gpt_neox", "glm4_moe")
+"""`model_type` of the classes that read `partial_rotary_factor`; the others turn all dimensions of a head whatever it says."""
+
+
 def decoder_settings(source: Source) -> dict[str, Any]:
     """The sizes of a decoder with rotary positions and (but for those without weights) RMS norms."""
     model = source.config.model
@@ -104,6 +108,12 @@ def rotary_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
     if base != int(base):
         raise ConversionError(f"rope_theta: {base} cannot be represented: rotary_emb_base is a whole number.")
     share = parameters.get("partial_rotary_factor", settings.get("partial_rotary_factor", settings.get("rotary_pct"))) or 1.0
+    if share != 1.0 and settings.get("model_type") not in TURN_A_SHARE:
+        if kind != "default":
+            raise ConversionError(
+                f"rope_parameters: partial_rotary_factor {share} with rope_type {kind} cannot be represented, nor run by transformers."
+            )
+        share = 1.0  # the class does not read it
     keys = {"pos_emb": "rotary", "rotary_emb_base": int(base), **({} if share == 1.0 else {"rotary_pct": share})}
     if kind in SCALINGS:
         keys["rope_scaling"] = {key: parameters[key] for key in ("rope_type", *SCALINGS[kind])}

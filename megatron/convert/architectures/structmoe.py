@@ -55,6 +55,7 @@ MODEL_NAMES = {
 }
 MOE_NAMES = {
     "moe_expert_type": "expert_type",
+    "moe_expert_bias": "expert_bias",
     "moe_router_type": "router_type",
     "moe_shared_expert_gate": "shared_expert_gate",
     "moe_use_residual": "residual_mlp",
@@ -307,6 +308,9 @@ def _experts_layer(model: ModelConfig, moe: MoEConfig, ours: str, theirs: str) -
         yield Entry(f"{ours}.router.balance.bias", (f"{theirs}.gate.e_score_correction_bias",), exact=True)
     for name, their_name, count in _expert_weights(model, moe):
         yield _stacked(f"{ours}.experts.{name}", f"{theirs}.experts.{their_name}", count)
+    for name in _matrices(model) if moe.moe_expert_bias else ():
+        bias = name.replace("w", "b")
+        yield Entry(f"{ours}.experts.mlp.{bias}.bias", (f"{theirs}.experts.{bias}",))
     beside = 0
     if width := moe.shared_width(model):
         yield from _mlp(model, f"{ours}.beside.0.mlp", f"{theirs}.beside.shared_expert.mlp", width)
@@ -319,10 +323,15 @@ def _experts_layer(model: ModelConfig, moe: MoEConfig, ours: str, theirs: str) -
             yield Entry(f"{ours}.beside.{beside}.coefficient.{part}", (f"{theirs}.beside.residual_mlp.coefficient.{part}",))
 
 
+def _matrices(model: ModelConfig) -> tuple[str, ...]:
+    """Those of an expert, by name."""
+    return ("w1", "w2", "w3") if model.is_gated else ("w1", "w2")
+
+
 def _expert_weights(model: ModelConfig, moe: MoEConfig) -> Iterator[tuple[str, str, tuple[int, int, int]]]:
     """(our name, their name, (matrices, rows, columns)) of everything that the experts have."""
     experts, width, expert_width = moe.num_experts, model.hidden_size, moe.expert_width(model)
-    matrices = ("w1", "w2", "w3") if model.is_gated else ("w1", "w2")
+    matrices = _matrices(model)
     if moe.moe_expert_type == "decomposed":
         rank = moe.decomposition_rank(width)
         thin, wide = (experts, rank, width), (experts, expert_width, rank)

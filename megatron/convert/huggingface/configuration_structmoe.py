@@ -49,7 +49,7 @@ class StructMoEConfig(PreTrainedConfig):
     qkv_bias: bool = False
     """On queries, keys and values, whatever `attention_bias` says."""
     mlp_bias: bool = True
-    """Of dense MLPs and shared experts; routed experts have none."""
+    """Of dense MLPs and shared experts; `expert_bias` is for routed ones."""
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     """On embeddings and on what attention and MLPs with biases add to the residual stream; as in GPT-NeoX, not on what others and experts add."""
@@ -84,6 +84,8 @@ class StructMoEConfig(PreTrainedConfig):
     moe_intermediate_size: int = 3072
     """Hidden width of one expert."""
     expert_type: str = "grouped"
+    expert_bias: bool = False
+    """Biases on the projections of routed experts."""
     router_type: str = "topk"
     num_experts_per_tok: int = 1
     """With expert_choice the mean; top_p chooses the number by itself."""

@@ -139,11 +139,37 @@ def exact_dtype(x: Tensor) -> torch.dtype:
 # ---------------------------------------------------------------- experts
 
 
-class StructMoEExperts(nn.Module):
-    """E MLPs without biases: act(x W1^T) W2."""
+EXPERT_BIASES = ("b1", "b2", "b3")
+"""Of up-projection, down-projection and gate."""
+
+
+class BiasedExperts(nn.Module):
+    """What experts with biases add to the rows of each projection; without `expert_bias` nothing (None)."""
+
+    b1: nn.Parameter | None
+    b2: nn.Parameter | None
+    b3: nn.Parameter | None
 
     def __init__(self, config: StructMoEConfig, num_experts: int) -> None:
         super().__init__()
+        into, out = (num_experts, config.moe_intermediate_size), (num_experts, config.hidden_size)
+        for name, shape in zip(EXPERT_BIASES, (into, out, into), strict=True):
+            present = config.expert_bias and (name != "b3" or config.is_gated)
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)) if present else None)
+
+    def biased(self, y_RN: Tensor, bias_EN: Tensor | None, ends_E: Tensor) -> Tensor:
+        """y plus the bias of each row's expert."""
+        if bias_EN is None:
+            return y_RN
+        rows_E = ends_E.diff(prepend=ends_E.new_zeros(1)).long()
+        return y_RN + bias_EN.to(y_RN.dtype).repeat_interleave(rows_E, dim=0, output_size=y_RN.shape[0])
+
+
+class StructMoEExperts(BiasedExperts):
+    """E MLPs: act(x W1^T) W2."""
+
+    def __init__(self, config: StructMoEConfig, num_experts: int) -> None:
+        super().__init__(config, num_experts)
         self.shape = (num_experts, config.moe_intermediate_size, config.hidden_size)
         self.w1 = nn.Parameter(torch.empty(self.shape))
         self.w2 = nn.Parameter(torch.empty(self.shape))
@@ -151,15 +177,15 @@ class StructMoEExperts(nn.Module):
 
     def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         """y_RD; the rows are sorted by expert, `ends_E` says where each expert's end."""
-        return grouped_mm(self.hidden(x_RD, ends_E), self.w2, ends_E)
+        return self.biased(grouped_mm(self.hidden(x_RD, ends_E), self.w2, ends_E), self.b2, ends_E)
 
     def hidden(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         """h_RF, activated."""
         return self.activation(self.up(x_RD, ends_E))
 
     def up(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """x W1^T."""
-        return grouped_linear(x_RD, self.w1, ends_E)
+        """x W1^T + b1."""
+        return self.biased(grouped_linear(x_RD, self.w1, ends_E), self.b1, ends_E)
 
 
 class GatedExperts(StructMoEExperts):
@@ -174,15 +200,15 @@ class GatedExperts(StructMoEExperts):
         return self.activation(self.gate(x_RD, ends_E)) * self.up(x_RD, ends_E)
 
     def gate(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """x W3^T."""
-        return grouped_linear(x_RD, self.w3, ends_E)
+        """x W3^T + b3."""
+        return self.biased(grouped_linear(x_RD, self.w3, ends_E), self.b3, ends_E)
 
 
-class DecomposedExperts(nn.Module):
+class DecomposedExperts(BiasedExperts):
     """Every matrix a product of two thin ones (CoSMoEs, equation 1): act(x L1^T R1^T) L2 R2."""
 
     def __init__(self, config: StructMoEConfig, num_experts: int) -> None:
-        super().__init__()
+        super().__init__(config, num_experts)
         self.thin = (num_experts, config.decomposition_rank, config.hidden_size)
         self.wide = (num_experts, config.moe_intermediate_size, config.decomposition_rank)
         self.w1_left, self.w1_right = nn.Parameter(torch.empty(self.thin)), nn.Parameter(torch.empty(self.wide))
@@ -191,15 +217,16 @@ class DecomposedExperts(nn.Module):
 
     def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         """y_RD."""
-        return grouped_mm(grouped_mm(self.hidden(x_RD, ends_E), self.w2_left, ends_E), self.w2_right, ends_E)
+        y_RD = grouped_mm(grouped_mm(self.hidden(x_RD, ends_E), self.w2_left, ends_E), self.w2_right, ends_E)
+        return self.biased(y_RD, self.b2, ends_E)
 
     def hidden(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         """h_RF, activated."""
         return self.activation(self.up(x_RD, ends_E))
 
     def up(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """x L1^T R1^T."""
-        return grouped_linear(grouped_linear(x_RD, self.w1_left, ends_E), self.w1_right, ends_E)
+        """x L1^T R1^T + b1."""
+        return self.biased(grouped_linear(grouped_linear(x_RD, self.w1_left, ends_E), self.w1_right, ends_E), self.b1, ends_E)
 
 
 class GatedDecomposedExperts(DecomposedExperts):
@@ -211,7 +238,7 @@ class GatedDecomposedExperts(DecomposedExperts):
 
     def hidden(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         """h_RF, gated."""
-        gate_RF = grouped_linear(grouped_linear(x_RD, self.w3_left, ends_E), self.w3_right, ends_E)
+        gate_RF = self.biased(grouped_linear(grouped_linear(x_RD, self.w3_left, ends_E), self.w3_right, ends_E), self.b3, ends_E)
         return self.activation(gate_RF) * self.up(x_RD, ends_E)
 
 

@@ -30,7 +30,7 @@ from .attention_structmoe import (
     rotary_angles,
 )
 from .configuration_structmoe import StructMoEConfig
-from .experts_structmoe import StructMoEMLP, build_mlp
+from .experts_structmoe import EXPERT_BIASES, StructMoEMLP, build_mlp
 from .moe_structmoe import StructMoERouter, StructMoESparseMoeBlock, auxiliary_loss
 
 # ---------------------------------------------------------------- layers
@@ -128,8 +128,11 @@ class StructMoEPreTrainedModel(PreTrainedModel):
         if isinstance(module, StructMoEScaleNorm):
             init.ones_(module.weight)
         elif type(module).__module__ in (StructMoEMLP.__module__, StructMoERouter.__module__):
-            for weight in module.parameters(recurse=False):
-                init.normal_(weight, mean=0.0, std=self.config.initializer_range)
+            for name, weight in module.named_parameters(recurse=False):
+                if name in EXPERT_BIASES:
+                    init.zeros_(weight)
+                else:
+                    init.normal_(weight, mean=0.0, std=self.config.initializer_range)
             for bias in module.buffers(recurse=False):
                 init.zeros_(bias)
 

@@ -50,6 +50,8 @@ class ChatTask:
     for_rm: bool = False
     ftfy: bool = False
     rewards: bool = False
+    trust_remote_code: bool = False
+    """Runs Python code of the tokenizer's folder, if its tokenizer_config.json asks for some."""
 
     def start(self) -> Callable[[Sequence[tuple[tuple[list[Turn], ...], list[float]]]], Encoded]:
         return ChatEncoder(self)
@@ -130,13 +132,19 @@ def fault_in(conversation: Any) -> str | None:
     return None
 
 
-def load_chat_tokenizer(path: str) -> Any:
-    """Of the transformers library. Raises TokenizerError, also when it has no chat template."""
+def load_chat_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
+    """Of the transformers library. Raises TokenizerError, also when it has no chat template, and when it needs code that is not trusted."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            file = Path(path) / "tokenizer_config.json"
+            raise TokenizerError(
+                f"--tokenizer-path {path}: {file if file.exists() else 'it'} names Python code of its own (auto_map), which does not run without "
+                "your consent. If you have read it and trust it, add --trust-remote-code."
+            ) from None
         where = "a folder without a tokenizer that transformers can read" if Path(path).is_dir() else "neither a folder nor a tokenizer on the hub"
         raise TokenizerError(f"--tokenizer-path {path} is {where} ({str(error).splitlines()[0]})") from None
     if not tokenizer.chat_template:
@@ -152,7 +160,7 @@ def load_chat_tokenizer(path: str) -> Any:
 class ChatEncoder:
     def __init__(self, task: ChatTask) -> None:
         self._task = task
-        self._tokenizer = load_chat_tokenizer(task.tokenizer_path)
+        self._tokenizer = load_chat_tokenizer(task.tokenizer_path, trust_remote_code=task.trust_remote_code)
         self._fix = load_ftfy() if task.ftfy else None
         self._end: list[int] = [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
         if task.for_rm and not self._end:

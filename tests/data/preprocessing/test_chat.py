@@ -84,6 +84,23 @@ def test_labels_are_where_turn_by_turn_rendering_puts_them(chat_model: Callable[
     assert dataset.dtype == np.dtype("<i4")
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_a_tokenizer_runs_only_where_it_is_trusted(trusted: bool, chat_model: Callable[..., Path], tmp_path: Path) -> None:
+    model, ran = chat_model(), tmp_path / "ran"
+    mine = "from transformers import PreTrainedTokenizerFast\nclass Mine(PreTrainedTokenizerFast): pass\n"
+    (model / "tokenization_mine.py").write_text(f"open({str(ran)!r}, 'w').close()\n{mine}")
+    file = model / "tokenizer_config.json"
+    changes = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "tokenization_mine.Mine"]}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    path = write(tmp_path, {"conversation": CHAT})
+    if trusted:
+        run(tmp_path, path, model, trust_remote_code=True)
+    else:
+        with pytest.raises(TokenizerError, match=r"tokenizer_config\.json names Python code .* add --trust-remote-code"):
+            run(tmp_path, path, model)
+    assert ran.exists() == trusted
+
+
 def spoken(model: Path, tokens: list[int], labels: list[int]) -> list[str]:
     """The labelled stretches, as text."""
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))

@@ -4,7 +4,8 @@ Shapes: R routed rows, sorted by expert; E experts; r rank; D model width; F exp
 
     M_nm = L_nr R_rm;  parameters r (n + m) instead of n m. The paper takes r as half the hidden size.
 On disk a factor is two-dimensional with the experts stacked, [E*r, D] for what reads the hidden state and [E*F, r] for what reads or makes the
-hidden layer. The second factor starts at a standard deviation of 1/sqrt(r), so that the product starts as a whole matrix would.
+hidden layer. Biases, where `moe_expert_bias` asks for them, are added after the second factor. The second factor starts at a standard deviation of
+1/sqrt(r), so that the product starts as a whole matrix would.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from megatron.kernels.grouped_gemm import grouped_gemm
 from megatron.model.activations import activation_function
 from megatron.model.initialization import Fill, Initializer, fill_each
+from megatron.model.moe.experts.bias import build_bias
 from megatron.model.moe.experts.grouped import GroupedExperts
 
 if TYPE_CHECKING:
@@ -37,15 +39,21 @@ class DecomposedMLP(nn.Module):
         width, expert_width = model.hidden_size, moe.expert_width(model)
         self.w1_left, self.w1_right = self._factor(self.rank, width, init.into), self._factor(expert_width, self.rank, thin)
         self.w2_left, self.w2_right = self._factor(expert_width, self.rank, thin), self._factor(self.rank, width, init.out)
+        self.b1 = build_bias(self.num_experts, expert_width, bias=moe.moe_expert_bias)
+        self.b2 = build_bias(self.num_experts, width, bias=moe.moe_expert_bias)
 
     def hidden(self, x_RD: Tensor, rows_E: Tensor) -> Tensor:
         """h_RF, activated."""
-        return self.activation(self._project(x_RD, (self.w1_left, self.w1_right), rows_E))
+        return self.activation(self.up(x_RD, rows_E))
+
+    def up(self, x_RD: Tensor, rows_E: Tensor) -> Tensor:
+        """x L1 R1 + b1."""
+        return self.b1(self._project(x_RD, (self.w1_left, self.w1_right), rows_E), rows_E)
 
     def down(self, h_RF: Tensor, rows_E: Tensor) -> Tensor:
         """y_RD."""
         u_Rr = grouped_gemm(h_RF, self._per_expert(self.w2_left), rows_E, backend=self.backend)
-        return grouped_gemm(u_Rr, self._per_expert(self.w2_right), rows_E, backend=self.backend)
+        return self.b2(grouped_gemm(u_Rr, self._per_expert(self.w2_right), rows_E, backend=self.backend), rows_E)
 
     def _project(self, x_RD: Tensor, factors: tuple[Tensor, Tensor], rows_E: Tensor) -> Tensor:
         for factor in factors:
@@ -68,11 +76,12 @@ class GatedDecomposedMLP(DecomposedMLP):
         super().__init__(model, moe, init)
         self.w3_left = self._factor(self.rank, model.hidden_size, init.into)
         self.w3_right = self._factor(moe.expert_width(model), self.rank, init.normal(1 / math.sqrt(self.rank)))
+        self.b3 = build_bias(self.num_experts, moe.expert_width(model), bias=moe.moe_expert_bias)
 
     def hidden(self, x_RD: Tensor, rows_E: Tensor) -> Tensor:
         """h_RF, gated."""
-        gate_RF = self._project(x_RD, (self.w3_left, self.w3_right), rows_E)
-        return self.activation(gate_RF) * self._project(x_RD, (self.w1_left, self.w1_right), rows_E)
+        gate_RF = self.b3(self._project(x_RD, (self.w3_left, self.w3_right), rows_E), rows_E)
+        return self.activation(gate_RF) * self.up(x_RD, rows_E)
 
 
 class DecomposedExperts(GroupedExperts):

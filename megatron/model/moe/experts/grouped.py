@@ -1,7 +1,7 @@
-"""Plain experts: E MLPs without biases, each for its own rows, as one grouped matrix product per projection.
+"""Plain experts: E MLPs, each for its own rows, as one grouped matrix product per projection. Biases where `moe_expert_bias` asks for them.
 
 Shapes: R routed rows, sorted by expert; E experts; D model width; F expert width. Weights lie on disk as NeoX has them, two-dimensional
-[E*F, D]: y = act(x W1^T) W2; gated, with W3 the gate's projection, y = (act(x W3^T) * x W1^T) W2.
+[E*F, D]: y = act(x W1^T) W2; gated, with W3 the gate's projection, y = (act(x W3^T) * x W1^T) W2. Biases are [E, F] and [E, D].
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megatron.kernels.grouped_gemm import grouped_gemm
 from megatron.model.activations import activation_function
 from megatron.model.initialization import Fill, Initializer, fill_each
+from megatron.model.moe.experts.bias import build_bias
 from megatron.model.moe.routing import LoreRouting
 
 if TYPE_CHECKING:
@@ -31,18 +32,20 @@ class ExpertMLP(nn.Module):
         self.activation = activation_function(model.hidden_function)
         self.w1 = self._matrix(init.into)
         self.w2 = self._matrix(init.out)
+        self.b1 = build_bias(self.num_experts, self.width, bias=moe.moe_expert_bias)
+        self.b2 = build_bias(self.num_experts, self.width_in, bias=moe.moe_expert_bias)
 
     def hidden(self, x_RD: Tensor, rows_E: Tensor) -> Tensor:
         """h_RF, activated."""
         return self.activation(self.up(x_RD, rows_E))
 
     def up(self, x_RD: Tensor, rows_E: Tensor) -> Tensor:
-        """x W1^T."""
-        return self._multiply(x_RD, self.w1, rows_E)
+        """x W1^T + b1."""
+        return self.b1(self._multiply(x_RD, self.w1, rows_E), rows_E)
 
     def down(self, h_RF: Tensor, rows_E: Tensor) -> Tensor:
-        """y_RD = h W2."""
-        return grouped_gemm(h_RF, self.per_expert(self.w2), rows_E, backend=self.backend)
+        """y_RD = h W2 + b2."""
+        return self.b2(grouped_gemm(h_RF, self.per_expert(self.w2), rows_E, backend=self.backend), rows_E)
 
     def per_expert(self, weight: Tensor) -> Tensor:
         """A weight as [E, F, D]."""
@@ -63,14 +66,15 @@ class GatedExpertMLP(ExpertMLP):
     def __init__(self, model: ModelConfig, moe: MoEConfig, init: Initializer) -> None:
         super().__init__(model, moe, init)
         self.w3 = self._matrix(init.into)
+        self.b3 = build_bias(self.num_experts, self.width, bias=moe.moe_expert_bias)
 
     def hidden(self, x_RD: Tensor, rows_E: Tensor) -> Tensor:
         """h_RF, gated."""
         return self.activation(self.gate(x_RD, rows_E)) * self.up(x_RD, rows_E)
 
     def gate(self, x_RD: Tensor, rows_E: Tensor) -> Tensor:
-        """x W3^T."""
-        return self._multiply(x_RD, self.w3, rows_E)
+        """x W3^T + b3."""
+        return self.b3(self._multiply(x_RD, self.w3, rows_E), rows_E)
 
 
 class GroupedExperts(nn.Module):

@@ -107,7 +107,11 @@ class StructMoEExperts(GroupedExperts):
 
     def compute(self, x_RD: Tensor, rows_E: Tensor, choice: LoreChoice) -> Tensor:
         """y_RD."""
-        return self.mlp.down(self.mlp.activation(self.entangled(x_RD, self.mlp.w1, self.lores.matrices(), choice)), rows_E)
+        return self.mlp.down(self.mlp.activation(self.entangled_up(x_RD, rows_E, choice)), rows_E)
+
+    def entangled_up(self, x_RD: Tensor, rows_E: Tensor, choice: LoreChoice) -> Tensor:
+        """x W1^T plus the chosen LoREs, equation 2, and the bias where there is one."""
+        return self.mlp.b1(self.entangled(x_RD, self.mlp.w1, self.lores.matrices(), choice), rows_E)
 
     def entangled(self, x_RD: Tensor, weight: Tensor, matrices: tuple[Tensor, Tensor], choice: LoreChoice) -> Tensor:
         """x W^T plus the chosen LoREs, equation 2."""
@@ -126,7 +130,7 @@ class UpEntangledGatedExperts(StructMoEExperts):
 
     def compute(self, x_RD: Tensor, rows_E: Tensor, choice: LoreChoice) -> Tensor:
         """y_RD."""
-        up_RF = self.entangled(x_RD, self.mlp.w1, self.lores.matrices(), choice)
+        up_RF = self.entangled_up(x_RD, rows_E, choice)
         return self.mlp.down(self.mlp.activation(self.mlp.gate(x_RD, rows_E)) * up_RF, rows_E)
 
 
@@ -135,7 +139,7 @@ class GateEntangledGatedExperts(StructMoEExperts):
 
     def compute(self, x_RD: Tensor, rows_E: Tensor, choice: LoreChoice) -> Tensor:
         """y_RD."""
-        gate_RF = self.entangled(x_RD, self.mlp.w3, self.lores.matrices(), choice)
+        gate_RF = self.mlp.b3(self.entangled(x_RD, self.mlp.w3, self.lores.matrices(), choice), rows_E)
         return self.mlp.down(self.mlp.activation(gate_RF) * self.mlp.up(x_RD, rows_E), rows_E)
 
 
@@ -148,8 +152,8 @@ class BothEntangledGatedExperts(StructMoEExperts):
 
     def compute(self, x_RD: Tensor, rows_E: Tensor, choice: LoreChoice) -> Tensor:
         """y_RD."""
-        up_RF = self.entangled(x_RD, self.mlp.w1, self.lores.matrices(), choice)
-        gate_RF = self.entangled(x_RD, self.mlp.w3, self.gate_lores.matrices(), choice)
+        up_RF = self.entangled_up(x_RD, rows_E, choice)
+        gate_RF = self.mlp.b3(self.entangled(x_RD, self.mlp.w3, self.gate_lores.matrices(), choice), rows_E)
         return self.mlp.down(self.mlp.activation(gate_RF) * up_RF, rows_E)
 
 
