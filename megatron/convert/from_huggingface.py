@@ -19,6 +19,7 @@ from megatron.config import config_from_dict
 from megatron.config.size import padded_vocab_size
 from megatron.convert.architecture import Architecture, Source
 from megatron.convert.architectures import ARCHITECTURES
+from megatron.convert.architectures.balance import import_notices
 from megatron.convert.errors import ConversionError
 from megatron.convert.logits import Compared, compare, our_logits, their_logits, tokens_to_compare
 from megatron.convert.mapping import Entry, to_ours
@@ -147,7 +148,7 @@ def _written(request: Import, theirs: Theirs, stage: Path, reporter: Reporter) -
         request.output_dir / CONFIG,
         architecture.class_name,
         compared,
-        (*later_notice(later, settings), *(upcycled.notices if upcycled is not None else ())),
+        (*later_notice(later, settings), *(upcycled.notices if upcycled is not None else import_notices(settings, source.config.moe))),
     )
 
 
