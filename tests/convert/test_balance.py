@@ -201,10 +201,11 @@ def test_what_an_import_says(tmp_path: Path) -> None:
     assert load_config([tmp_path / "run" / "config.yml"], ["moe_losses={}"]).config.moe.moe_losses == {}
     again = imported(tmp_path / "asked", "olmoe", 0.02, num_hidden_layers=2, num_experts_per_tok=2, output_router_logits=True)
     assert again.imported.notices == ()
-    without = imported(tmp_path / "zloss", "olmoe", 0.0, num_hidden_layers=2, num_experts_per_tok=2, router_z_loss_coef=0.001)
-    assert without.imported.notices == (
-        "config.json has router_z_loss_coef 0.001, which this model's class in transformers does not read: no such loss is added here either.",
-    )
+    no_balance = {"num_hidden_layers": 2, "num_experts_per_tok": 2, "router_z_loss_coef": 0.001, "output_router_logits": True}
+    for number in (0.0, 0.01):
+        assert imported(tmp_path / f"zloss{number}", "olmoe", number, **no_balance).imported.notices == (
+            "config.json has router_z_loss_coef 0.001, which this model's class in transformers does not read: no such loss is added here either.",
+        )
 
 
 # ---------------------------------------------------------------- exports

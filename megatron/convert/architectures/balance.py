@@ -14,7 +14,7 @@ from typing import Any
 from megatron.config.moe import MoEConfig
 from megatron.convert.architecture import Architecture, Source
 
-COEFFICIENT = "router_aux_loss_coef"
+COEFFICIENT, Z_COEFFICIENT = "router_aux_loss_coef", "router_z_loss_coef"
 JOINT = "joint_load_balance"
 BY_LAYER = ("load_balance", "sequence_load_balance", "global_load_balance")
 """Our balance losses that look at one layer at a time."""
@@ -56,14 +56,15 @@ def export_notices(source: Source, architecture: Architecture) -> Iterator[str]:
 
 def import_notices(settings: Mapping[str, Any], moe: MoEConfig) -> Iterator[str]:
     """What the losses of a config.json become, where a user should know of it."""
-    if JOINT in moe.moe_losses and settings.get(COEFFICIENT) and not settings.get("output_router_logits"):
+    if JOINT in moe.moe_losses and "moe_losses" not in settings and not settings.get("output_router_logits"):
         yield (
             f"Training adds the balance loss ({COEFFICIENT} {settings[COEFFICIENT]:g}, here moe_losses: {JOINT}). transformers adds the same one, "
             "but only with output_router_logits: true, which this config.json does not have. moe_losses: {} trains without it."
         )
-    for key in (COEFFICIENT, "router_z_loss_coef"):
+    for key in (COEFFICIENT, Z_COEFFICIENT):
         coefficient = settings.get(key)
-        if coefficient and not moe.moe_losses:
+        read = "moe_losses" in settings or (key == COEFFICIENT and JOINT in moe.moe_losses)
+        if coefficient and not read:
             yield f"config.json has {key} {coefficient}, which this model's class in transformers does not read: no such loss is added here either."
 
 
