@@ -56,9 +56,15 @@ OPERATOR_DECORATOR = re.compile(r"custom_op|register_(fake|kernel|autograd)")
 # Names that say where something was put instead of what it is.
 EMPTY_NAMES = re.compile(r"^(utils?|misc|helpers?|common|stuff|new_.*|.*_v\d|.*_new|.*_old)$")
 METHODS_MISTAKEN_FOR_FLAGS = {"eval", "train", "parameters", "is_initialized"}
-# Comments that belong in an issue tracker, and remarks about how the code came to be.
+# Comments that belong in an issue tracker, and remarks about how the code came to be: entries of a tracker, machines of one network, and paths of one
+# machine. A path from the root may only lead into a folder that every system has, or into one whose name says that it is not there.
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
-OUTSIDE_REFERENCE = re.compile(r"\bissues? #?\d|\bin this (issue|session)\b|(?<![\w.])/(work|tmp/w)/", re.IGNORECASE)
+TRACKER = re.compile(r"\bissues? #?\d|\bin this (issue|session)\b|/(issues|pull|merge_requests)/\d", re.IGNORECASE)
+MACHINE = re.compile(r"\b[\w-]+\.(internal|intranet|intra|corp|lan)\b", re.IGNORECASE)
+KNOWN_FOLDERS = ("bin", "dev", "etc", "opt", "proc", "sys", "usr", "var", "path/to", "nowhere", "no/such", "job/hostfile", "home/neox")
+PATH_OF_A_MACHINE = re.compile(rf"(?<![\w.:/~*}}\])$%<>\\-])/(?!({'|'.join(KNOWN_FOLDERS)})\b)[A-Za-z]\w*/[\w{{]")
+OUTSIDE_REFERENCES = (TRACKER, MACHINE, PATH_OF_A_MACHINE)
+TEXTS = ("*.md", "Makefile", "Dockerfile", "docs/*.md", "configs/**/*.md", "configs/**/*.yml", "requirements/*", "csrc/*.md")
 
 
 def breaches(root: Path) -> Iterator[str]:
@@ -76,6 +82,9 @@ def breaches(root: Path) -> Iterator[str]:
         yield from (f"{where}:{line}: {problem}" for line, problem in sorted(found))
         if EMPTY_NAMES.match(path.stem):
             yield f"{where}: the file name says nothing about what is inside"
+    for path in sorted(path for pattern in TEXTS for path in root.glob(pattern) if path.is_file()):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            yield from (f"{path.relative_to(root)}:{number}: {problem}" for problem in reference_problems(line))
 
 
 def python_files(root: Path) -> list[Path]:
@@ -110,8 +119,19 @@ def comment_problems(source: str) -> Iterator[tuple[int, str]]:
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and (match := UNFINISHED.search(token.string)):
             yield token.start[0], f"{match.group()} in a comment: do it or file it"
-        if token.type in (tokenize.COMMENT, tokenize.STRING) and (match := OUTSIDE_REFERENCE.search(token.string)):
-            yield token.start[0], f"{match.group()!r} means nothing to a reader of the code"
+        if token.type in TEXT_TOKENS:
+            yield from ((token.start[0], problem) for problem in reference_problems(token.string))
+
+
+TEXT_TOKENS = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
+"""From Python 3.12 on, an f-string is several tokens."""
+
+
+def reference_problems(text: str) -> Iterator[str]:
+    """What in a text points out of the repository."""
+    for pattern in OUTSIDE_REFERENCES:
+        if match := pattern.search(text):
+            yield f"{match.group()!r} means nothing to a reader of the code"
 
 
 # ---------------------------------------------------------------- constructs
@@ -214,6 +234,12 @@ WRONG_PROGRAMS = [
     ("megatron/model/a.py", "y = 1 if not model.eval else 2", "`model.eval` tests a method, not its result: always true"),
     ("megatron/model/a.py", "x = 1  # TO" + "DO: later", "TO" + "DO in a comment: do it or file it"),
     ("tools/a.py", '"""Comes later, in iss' + 'ue 7."""', "'iss" + "ue 7' means nothing to a reader of the code"),
+    ("tests/a.py", "# as in https://example.org/x/iss" + "ues/7", "'/iss" + "ues/7' means nothing to a reader of the code"),
+    ("tests/a.py", "host = 'node3." + "internal'", "'node3." + "internal' means nothing to a reader of the code"),
+    ("tests/a.py", "x = '/" + "home/somebody/data'", "'/" + "home/s' means nothing to a reader of the code"),
+    ("megatron/model/a.py", "# measured with /" + "scratch/run7/config.yml", "'/" + "scratch/r' means nothing to a reader of the code"),
+    ("tests/a.py", "x = f'{1} /" + "tmp/x/y'", "'/" + "tmp/x' means nothing to a reader of the code"),
+    ("docs/a.md", "Data lie in `/" + "mnt/data`.", "'/" + "mnt/d' means nothing to a reader of the code"),
     ("megatron/model/utils.py", "x = 1", "the file name says nothing about what is inside"),
     ("megatron/config/a.py", "import torch.nn", "layer 'config' imports torch"),
     ("megatron/config/a.py", "def f():\n    from numpy import array", "layer 'config' imports numpy"),
@@ -247,6 +273,11 @@ RIGHT_PROGRAMS = [
     ("megatron/kernels/a.py", f"@torch.library.custom_op('x::y', mutates_args=())\ndef f({SIX}, g): ..."),
     ("megatron/convert/huggingface/a.py", f"class C:\n    def forward(self, {SIX}, g): ..."),
     ("train.py", "print('a command line may talk')\nimport megatron.training"),
+    (
+        "tests/a.py",
+        "x = ['/proc/self/maps', '/nowhere/a', 'data/text/a.txt', 'http://127.0.0.1/a/b', f'{1}/a/b', '../shared/data', '~/a/b', 'and/or/not']",
+    ),
+    ("docs/a.md", "`PYTHON=/opt/python/bin/python3`, `megatron/model/gpt.py`, https://example.org/a/b"),
 ]
 
 

@@ -253,7 +253,10 @@ _NOT_BUILT: dict[str, Ignored | Refused] = {
     "clip_grad": Refused("it is worked out from gradient_clipping; write that", _is(1.0, 1)),
     "dynamic_loss_scale": Refused("it is worked out from fp16; write fp16: {enabled: true, loss_scale: 0}"),
     "lr": Refused("write optimizer: {type: Adam, params: {lr: ...}}"),
-    "moe_loss_coeff": Refused("upstream dropped it in 2025; write moe_losses: {load_balance: 0.01}"),
+    "moe_loss_coeff": Refused(
+        "upstream dropped it in 2025; write moe_losses: {load_balance: c}, where c is this number for moe_type deepspeed, and this number divided by "
+        "the number of layers with experts for moe_type megablocks (docs/moe.md compares the definitions)"
+    ),
     **_entries(Refused, _OLD_MOE, "moe_train_capacity_factor", "moe_eval_capacity_factor", "moe_min_capacity", "moe_token_dropping"),
     "create_moe_param_group": Refused("upstream dropped it in 2025; experts are in the optimizer's groups like all weights; remove it"),
     **_entries(

@@ -27,6 +27,7 @@ LOSSES: dict[str, Any] = {
     "load_balance": "megatron.model.moe.losses.load_balance:load_balance_loss",
     "sequence_load_balance": "megatron.model.moe.losses.load_balance:sequence_load_balance_loss",
     "global_load_balance": "megatron.model.moe.losses.load_balance:global_load_balance_loss",
+    "joint_load_balance": "megatron.model.moe.losses.load_balance:joint_load_balance_loss",
     "block_wise_selection": "megatron.model.moe.losses.block_wise_selection:block_wise_selection_loss",
     "lore_balance": "megatron.model.moe.losses.lore_balance:lore_balance_loss",
     "entropy": "megatron.model.moe.losses.entropy:router_entropy_loss",

@@ -45,7 +45,8 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
     moe_use_residual: bool = False
     """Residual MoE (DeepSpeed-MoE): a dense MLP beside the experts, the two mixed by a learned softmax of two weights per token."""
     moe_losses: dict[str, float] = {}
-    """Auxiliary losses and their coefficients, e.g. {load_balance: 0.01, z_loss: 0.001}; a loss that is not named is not computed."""
+    """Auxiliary losses and their coefficients, e.g. {load_balance: 0.01, z_loss: 0.001}; a loss that is not named is not computed. docs/moe.md says
+    what each is, and what other programs' coefficients are here."""
     moe_block_wise_temperature: PositiveFloat = 1.0
     """Temperature tau of the loss `block_wise_selection` (CoSMoEs, equation 2): router logits are multiplied by it."""
 
@@ -175,6 +176,8 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
             yield from _unknown_name(f"moe_losses.{name}", LOSSES, name)
             if coefficient < 0:
                 yield Problem((f"moe_losses.{name}",), "must be 0 or more")
+        if "joint_load_balance" in self.moe_losses and len(set(self.expert_counts)) > 1:
+            yield Problem(("moe_losses.joint_load_balance", "moe_num_experts_by_layer"), "needs the same number of experts in all layers")
         if "lore_balance" in self.moe_losses and not (self.moe_expert_type == "structmoe" and self.moe_lore_routed):
             yield Problem(("moe_losses.lore_balance", "moe_expert_type"), "needs moe_expert_type: structmoe with routed LoREs")
 

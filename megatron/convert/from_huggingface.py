@@ -21,6 +21,7 @@ from megatron.config import config_from_dict
 from megatron.config.size import padded_vocab_size
 from megatron.convert.architecture import Architecture, Source
 from megatron.convert.architectures import ARCHITECTURES
+from megatron.convert.architectures.balance import import_notices
 from megatron.convert.dropped import check_used, finite, head_name, untied_head
 from megatron.convert.errors import ConversionError
 from megatron.convert.json_files import read_json
@@ -171,7 +172,11 @@ def _written(request: Import, theirs: Theirs, stage: Path, reporter: Reporter) -
         request.output_dir / CONFIG,
         architecture.class_name,
         compared,
-        (*notices, *later_notice(later, settings), *(upcycled.notices if upcycled is not None else ())),
+        (
+            *notices,
+            *later_notice(later, settings),
+            *(upcycled.notices if upcycled is not None else import_notices(settings, source.config.moe)),
+        ),
         is_upcycled=upcycled is not None,
     )
 

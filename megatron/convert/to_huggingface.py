@@ -12,6 +12,7 @@ import torch
 
 from megatron.config.data import DataConfig
 from megatron.convert.architecture import Architecture
+from megatron.convert.architectures.balance import export_notices
 from megatron.convert.card import model_card
 from megatron.convert.choice import AUTO, choose_architecture, left_origin
 from megatron.convert.dropped import finite
@@ -92,7 +93,8 @@ def export_checkpoint(export: Export, reporter: Reporter) -> Exported:
         (stage / "README.md").write_text(model_card(target.name, opened, architecture, str(compared) if compared is not None else None))
         write_record(stage)
         publish(stage, target)
-    return Exported(architecture.class_name, writer.parameters, writer.total_bytes, compared, (*opened.weights.notices, *filter(None, [left])))
+    notices = (*opened.weights.notices, *filter(None, [left]), *export_notices(opened.source, architecture))
+    return Exported(architecture.class_name, writer.parameters, writer.total_bytes, compared, notices)
 
 
 def dtype_of(opened: Opened, export: Export) -> torch.dtype:

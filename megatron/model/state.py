@@ -38,6 +38,9 @@ class LayerState(NamedTuple):
     report: RouterReport
     earlier_load_XE: Tensor | None = None
     """int64: `expert_load_XE` of the step's earlier micro-batches, over all processes; None in the first and outside training."""
+    usage_2E: Tensor | None = None
+    """How often a token uses each expert, and each expert's mean probability (with gradient), summed over the MoE layers so far; None before the
+    first of them, and where no loss looks at all layers together."""
 
     @staticmethod
     def start(hidden_BSD: Tensor, *, widths: tuple[int, int, int, int], rows: int = 0, earlier_load_XE: Tensor | None = None) -> LayerState:

@@ -28,7 +28,7 @@ def router_values(report: RouterReport, moe: MoEConfig, num_layers: int) -> dict
     expert_replacement         ExRep: experts that the token before did not use, in percent (CoSMoEs, equations 4 and 5)
     experts_per_token          differs from K where a router chooses the number
     dropped_tokens             always 0: experts have no capacity limit
-    <loss>_by_layer            each auxiliary loss, unweighted
+    <loss>_by_layer            each auxiliary loss, unweighted; of `joint_load_balance`, which looks at all layers together, what each adds to it
     """
     if not len(report.expert_load_XE):
         return {}

@@ -16,7 +16,7 @@ from megatron.convert.huggingface import experts_structmoe
 from megatron.convert.huggingface.attention_structmoe import rotary_frequencies
 from megatron.convert.huggingface.configuration_structmoe import StructMoEConfig
 from megatron.convert.huggingface.modeling_structmoe import StructMoEForCausalLM, StructMoEModel
-from megatron.convert.huggingface.moe_structmoe import LOSSES
+from megatron.convert.huggingface.moe_structmoe import JOINT, LOSSES
 from tests.convert.structmoe_cases import CASES, MOE, SIGMOID
 from tests.convert.structmoe_model import VOCAB, pair, tokens
 
@@ -160,6 +160,7 @@ ALL_LOSSES = {
     "load_balance": 0.3,
     "sequence_load_balance": 0.5,
     "global_load_balance": 0.1,
+    "joint_load_balance": 0.7,
     "z_loss": 0.01,
     "entropy": 0.2,
     "block_wise_selection": 2.0,
@@ -170,7 +171,7 @@ ROUTINGS = {"topk": MOE, "sigmoid": SIGMOID, "top_p": {**MOE, "moe_router_type":
 @pytest.mark.parametrize("router", ROUTINGS)
 def test_auxiliary_losses_are_ours(router: str) -> None:
     """Each alone, and all with their coefficients as `aux_loss` and in the loss."""
-    assert ALL_LOSSES.keys() == LOSSES.keys()
+    assert ALL_LOSSES.keys() == {*LOSSES, JOINT}
     _, gpt, _, model = pair(**{**ROUTINGS[router], "moe_losses": ALL_LOSSES, "moe_block_wise_temperature": 0.5})
     expected_A = gpt(tokens()).aux_losses_A
     for name, value in zip(ALL_LOSSES, expected_A, strict=True):
@@ -208,7 +209,14 @@ def test_auxiliary_losses_are_in_the_loss_of_training() -> None:
 
 
 @pytest.mark.parametrize(
-    ("losses", "coefficient"), [({}, 0.0), ({"load_balance": 0.01, "z_loss": 0.001}, 0.01), ({"z_loss": 0.001}, 0.001), ({"load_balance": 0.0}, 1.0)]
+    ("losses", "coefficient"),
+    [
+        ({}, 0.0),
+        ({"load_balance": 0.01, "z_loss": 0.001}, 0.01),
+        ({"z_loss": 0.001}, 0.001),
+        ({"load_balance": 0.0}, 1.0),
+        ({"z_loss": 0.1, "joint_load_balance": 0.02}, 0.02),
+    ],
 )
 def test_trainers_find_the_coefficient_and_the_number_of_experts(losses: dict[str, float], coefficient: float) -> None:
     """TRL reads both, and adds load balance times the coefficient by itself."""

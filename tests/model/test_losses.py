@@ -59,6 +59,7 @@ DEFINITIONS: dict[str, Callable[[np.ndarray, list[list[int]], int], float]] = {
     "load_balance": lambda z, chosen, k: load_balance(z, chosen, range(T)),
     "sequence_load_balance": lambda z, chosen, k: sum(load_balance(z, chosen, range(b * S, (b + 1) * S)) for b in range(B)) / B,
     "global_load_balance": lambda z, chosen, k: load_balance(z, chosen, range(T)),
+    "joint_load_balance": lambda z, chosen, k: sum(map(len, chosen)) / T * load_balance(z, chosen, range(T)),
     "block_wise_selection": lambda z, chosen, k: block_wise(z, chosen, 1.0, k),
     "entropy": lambda z, chosen, k: -sum(p * np.log(p) for t in range(T) for p in p_of(z[t])) / T,
     "z_loss": lambda z, chosen, k: sum(np.log(sum(np.exp(z[t]))) ** 2 for t in range(T)) / T,
@@ -129,7 +130,7 @@ def test_the_global_loss_counts_earlier_micro_batches_and_other_processes() -> N
     assert got.item() == pytest.approx(E * float((share * routing.probability_TE.mean(0)).sum()))
 
 
-@pytest.mark.parametrize("name", ["load_balance", "sequence_load_balance", "global_load_balance"])
+@pytest.mark.parametrize("name", ["load_balance", "sequence_load_balance", "global_load_balance", "joint_load_balance"])
 def test_scores_that_do_not_sum_to_one_are_divided_by_their_sum(name: str) -> None:
     logit_TE = draw(T, E)
     routing = routing_of(logit_TE, 2)
@@ -137,7 +138,7 @@ def test_scores_that_do_not_sum_to_one_are_divided_by_their_sum(name: str) -> No
     torch.testing.assert_close(loss(name, scores), loss(name, routing))
 
 
-@pytest.mark.parametrize("name", ["load_balance", "sequence_load_balance", "global_load_balance", "block_wise_selection"])
+@pytest.mark.parametrize("name", ["load_balance", "sequence_load_balance", "global_load_balance", "joint_load_balance", "block_wise_selection"])
 def test_empty_places_are_no_choice(name: str) -> None:
     """Token t uses 1 + t % 2 experts."""
     logit_TE = draw(T, E)

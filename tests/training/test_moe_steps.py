@@ -125,6 +125,13 @@ def switch(chosen_TE: Tensor, probability_TE: Tensor, count_E: Tensor | None = N
     return len(count_E) * (count_E / count_E.sum() * probability_TE.mean(0)).sum()
 
 
+def joint_balance(routings: list[Routing]) -> Tensor:
+    """E * sum of F P, means over the tokens of all layers at once."""
+    chosen_te = torch.cat([chosen(routing) for routing in routings])
+    probability_te = torch.cat([routing.probability_TE / routing.probability_TE.sum(-1, keepdim=True) for routing in routings])
+    return chosen_te.shape[1] * (chosen_te.mean(0) * probability_te.mean(0)).sum()
+
+
 def block_wise(chosen_BSE: Tensor, logit_BSE: Tensor) -> Tensor:
     """CoSMoEs, equations 2 to 7; K is the mean number where tokens differ in it."""
     batch, length, _ = chosen_BSE.shape
@@ -176,7 +183,9 @@ def by_hand(values: Mapping[str, Any], taken: list[Taken]) -> tuple[dict[str, Te
             for name, value in losses_by_definition(routing, second, len(taken[process].texts[micro]), so_far).items():
                 loss = loss + COEFFICIENTS[name] * value
                 logged[name] += value.item() / len(micros)
-        total = total + loss / len(micros)
+        joint = joint_balance(routings)
+        logged["joint_load_balance"] += joint.item() / len(micros)
+        total = total + (loss + COEFFICIENTS["joint_load_balance"] * joint) / len(micros)
     total.backward()
     return {name: weight.detach() - RATE * weight.grad for name, weight in model.named_parameters() if weight.grad is not None}, logged
 

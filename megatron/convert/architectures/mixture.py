@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.convert.architecture import Source
 from megatron.convert.architectures import fit
+from megatron.convert.architectures.balance import balance_keys, balance_setting
 from megatron.convert.architectures.llama import Llama, check_no_window, check_not_clipped
 from megatron.convert.architectures.settings import (
     bias_keys,
@@ -40,7 +41,7 @@ class Mixtral(Llama):
             "sliding_window": window_setting(model),
             "num_local_experts": moe.num_experts,
             "num_experts_per_tok": moe.top_k,
-            "router_aux_loss_coef": moe.moe_losses.get("load_balance", 0.0),
+            "router_aux_loss_coef": balance_setting(source),
             "router_jitter_noise": moe.moe_jitter_eps or 0.0,
         }
 
@@ -49,6 +50,7 @@ class Mixtral(Llama):
             **decoder_keys(settings),
             **window_keys(settings),
             **expert_keys(settings, settings["num_local_experts"], settings["intermediate_size"]),
+            **balance_keys(settings),
             "moe_router_type": "topk",
             "moe_router_pre_softmax": False,
             "moe_normalize_top_k": True,
@@ -87,7 +89,7 @@ class Qwen3Moe(Llama):
             "norm_topk_prob": fit.router_kind(moe) == "topk normalized",
             "decoder_sparse_step": 1,
             "mlp_only_layers": sorted(set(range(model.num_layers)) - set(moe.moe_layer_numbers(model.num_layers))),
-            "router_aux_loss_coef": moe.moe_losses.get("load_balance", 0.0),
+            "router_aux_loss_coef": balance_setting(source),
         }
 
     def keys(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,6 +105,7 @@ class Qwen3Moe(Llama):
             raise ConversionError("the model has no layer with experts.")
         return {
             **expert_keys(settings, experts, settings["moe_intermediate_size"]),
+            **balance_keys(settings),
             **({"moe_layers": sparse} if len(sparse) < layers else {}),
             "moe_router_type": "topk",
             "moe_normalize_top_k": bool(settings.get("norm_topk_prob", False)),
@@ -246,10 +249,4 @@ class Glm4Moe(Llama):
 
 def expert_keys(settings: Mapping[str, Any], experts: int, width: int) -> dict[str, Any]:
     """Number, width and choice of plain experts."""
-    losses = {"load_balance": settings["router_aux_loss_coef"]} if settings.get("router_aux_loss_coef") else {}
-    return {
-        "moe_num_experts": experts,
-        "moe_top_k": settings["num_experts_per_tok"],
-        "moe_ffn_hidden_size": width,
-        **({"moe_losses": losses} if losses else {}),
-    }
+    return {"moe_num_experts": experts, "moe_top_k": settings["num_experts_per_tok"], "moe_ffn_hidden_size": width}

@@ -203,6 +203,7 @@ def _moe_keys(config: Any) -> dict[str, Any]:
         raise ConversionError(f"num_experts_by_layer: {config.num_experts_by_layer} cannot be represented: a layer has no expert or at least 2.")
     names = {**MOE_NAMES, **ROUTER_NAMES[config.router_type], **EXPERT_NAMES[config.expert_type]}
     keys = {ours: getattr(config, theirs) for ours, theirs in names.items()} | {
+        "moe_losses": _losses(config),
         "moe_layers": layers,
         "moe_num_experts": counts[0],
         "moe_top_k": None if config.router_type == "top_p" else config.num_experts_per_tok,
@@ -215,6 +216,13 @@ def _moe_keys(config: Any) -> dict[str, Any]:
     if "block_wise_selection" not in keys["moe_losses"]:
         del keys["moe_block_wise_temperature"]
     return {key: value for key, value in keys.items() if value is not None}
+
+
+def _losses(config: Any) -> dict[str, float]:
+    """`moe_losses` that add what the class adds: times what `router_aux_loss_coef` was changed by since the export."""
+    if config.router_aux_loss_coef == config.loss_unit or not config.moe_losses:
+        return dict(config.moe_losses)
+    return {name: coefficient * config.router_aux_loss_coef / config.loss_unit for name, coefficient in config.moe_losses.items()}
 
 
 def _scale_keys(scales: Sequence[float]) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class StructMoEConfig(PreTrainedConfig):
 
     output_router_logits: bool = False
     moe_losses: dict[str, float] = field(default_factory=dict)
-    """Auxiliary losses and their coefficients; `LOSSES` in moe_structmoe.py says which are computed."""
+    """Auxiliary losses and their coefficients; `LOSSES` and `JOINT` in moe_structmoe.py say which are computed."""
     moe_block_wise_temperature: float = 1.0
     """Of the loss block_wise_selection."""
     router_aux_loss_coef: float | None = None
@@ -171,11 +171,12 @@ class StructMoEConfig(PreTrainedConfig):
 
     @property
     def loss_unit(self) -> float:
-        """The coefficient that the others are measured by in `aux_loss`: that of load balance, else the first of `moe_losses`, else 1.
+        """The coefficient that the others are measured by in `aux_loss`: that of a balance loss, else the first of `moe_losses`, else 1.
 
-        So `aux_loss` and `router_aux_loss_coef` mean what they do in transformers' own models, whose only such loss is load balance.
+        So `aux_loss` and `router_aux_loss_coef` mean what they do in transformers' own models, whose only such loss is `joint_load_balance`.
         """
-        return self.moe_losses.get("load_balance") or next(filter(None, self.moe_losses.values()), 1.0)
+        balance = self.moe_losses.get("load_balance") or self.moe_losses.get("joint_load_balance")
+        return balance or next(filter(None, self.moe_losses.values()), 1.0)
 
     @property
     def is_gated(self) -> bool:

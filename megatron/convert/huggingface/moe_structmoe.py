@@ -294,16 +294,32 @@ LOSSES: dict[str, Callable[[Decision], Tensor]] = {
     "entropy": entropy_loss,
     "block_wise_selection": block_wise_selection_loss,
 }
-"""The auxiliary losses that are computed here: all but lore_balance."""
+"""The auxiliary losses of one layer that are computed here: all but lore_balance."""
+
+
+JOINT = "joint_load_balance"
+
+
+def joint_load_balance_loss(decisions: Sequence[Decision]) -> Tensor:
+    """E * sum_e F_e P_e: F_e how often a token uses expert e, P_e its probability; means over all layers' tokens (as in transformers' models)."""
+    uses, probabilities = [], []
+    for decision in decisions:
+        share_T = decision.counts_BS.flatten().to(decision.chosen_TE) / decision.counts_BS.sum().clamp(min=1)
+        uses.append((share_T @ decision.chosen_TE).to(decisions[0].logit_TE.device))
+        probabilities.append((share_T @ decision.probability_TE).to(decisions[0].logit_TE.device))
+    uses_E, probability_E = torch.stack(uses).mean(0), torch.stack(probabilities).mean(0)
+    return len(uses_E) * (uses_E * probability_E).sum()
 
 
 def auxiliary_loss(
     routers: Sequence[StructMoERouter], router_logits: Sequence[Tensor], counts_BS: Tensor, coefficients: Mapping[str, float]
 ) -> Tensor:
-    """The losses times their coefficients, summed over the layers; `counts_BS` is 0 for padding. Those that are not in `LOSSES` are left out."""
+    """The losses times their coefficients, summed over the layers; `counts_BS` is 0 for padding. One that is not computed here is left out."""
     total = counts_BS.new_zeros(())
-    for router, logit_TE in zip(routers, router_logits, strict=True):
-        decision = router.decision(logit_TE, counts_BS.to(logit_TE.device))
-        for name in coefficients.keys() & LOSSES.keys():
+    decisions = [router.decision(logit_TE, counts_BS.to(logit_TE.device)) for router, logit_TE in zip(routers, router_logits, strict=True)]
+    for name in coefficients.keys() & LOSSES.keys():
+        for decision in decisions:
             total = total + coefficients[name] * LOSSES[name](decision).to(total)
+    if JOINT in coefficients:
+        total = total + coefficients[JOINT] * joint_load_balance_loss(decisions).to(total)
     return total

@@ -14,6 +14,7 @@ from megatron.config.components import DISPATCHERS, EXPERTS, LOSSES, ROUTERS, re
 from megatron.model.initialization import Initializer
 from megatron.model.moe.losses.block_wise_selection import replacement_ratio
 from megatron.model.moe.losses.entropy import token_entropy
+from megatron.model.moe.losses.load_balance import expert_usage
 from megatron.model.moe.routing import AuxLoss, LossContext, Routing
 from megatron.model.moe.shared import build_beside
 from megatron.mpu.collectives import sum_over_data_parallel
@@ -35,6 +36,8 @@ class MoEOutput(NamedTuple):
     """int64: tokens sent to each LoRE; G = 0 where there are none."""
     statistics: Tensor
     """float32, detached, in the order of STATISTICS."""
+    usage_2E: Tensor | None
+    """`expert_usage` summed over the layers up to this one; None where no loss asks for it."""
 
 
 STATISTICS = ("router_entropy", "expert_replacement", "experts_per_token")
@@ -52,10 +55,21 @@ class MoELayer(nn.Module):
         self.beside = build_beside(model, moe, init)
         self.dispatcher = resolve_component(DISPATCHERS, "local")(moe)
         self.losses: list[AuxLoss] = [resolve_component(LOSSES, name) for name in moe.moe_losses]
-        self.context = LossContext(moe.num_experts, moe.top_k, sum_over_processes=sum_over_data_parallel, temperature=moe.moe_block_wise_temperature)
+        self.wants_usage = "joint_load_balance" in moe.moe_losses
+        self.context = LossContext(
+            moe.num_experts,
+            moe.top_k,
+            sum_over_processes=sum_over_data_parallel,
+            temperature=moe.moe_block_wise_temperature,
+            num_layers=len(moe.moe_layer_numbers(model.num_layers)),
+        )
 
-    def forward(self, x_BSD: Tensor, earlier_rows_E: Tensor | None = None) -> MoEOutput:
-        """Output, losses, loads, statistics; `earlier_rows_E` is the load of the step's earlier micro-batches, for losses over the global batch."""
+    def forward(self, x_BSD: Tensor, earlier_rows_E: Tensor | None = None, earlier_usage_2E: Tensor | None = None) -> MoEOutput:
+        """Output, losses, loads, statistics.
+
+        `earlier_rows_E` is the load of the step's earlier micro-batches, for losses over the global batch; `earlier_usage_2E` what the layer before
+        this one returned as `usage_2E`, for losses over all layers.
+        """
         x_TD = x_BSD.flatten(0, 1)
         routing = self.router(x_TD)._replace(batch_shape=tuple(x_BSD.shape[:2]))
         x_RD, plan = self.dispatcher.dispatch(x_TD, routing)
@@ -63,9 +77,20 @@ class MoELayer(nn.Module):
         y_TD = self.dispatcher.combine(y_RD, plan)
         for part in self.beside:
             y_TD = part(x_TD, y_TD)
-        context = self.context._replace(rows_E=plan.rows_E, lores=lores, earlier_rows_E=earlier_rows_E)
+        context = self.context._replace(rows_E=plan.rows_E, lores=lores, earlier_rows_E=earlier_rows_E, earlier_usage_2E=earlier_usage_2E)
         lore_load_G = plan.rows_E.new_zeros(0) if lores is None else lores.rows_G
-        return MoEOutput(y_TD.view(x_BSD.shape), self._auxiliary_losses(routing, context), plan.rows_E, lore_load_G, statistics(routing, context))
+        return MoEOutput(
+            y_TD.view(x_BSD.shape),
+            self._auxiliary_losses(routing, context),
+            plan.rows_E,
+            lore_load_G,
+            statistics(routing, context),
+            self._usage(routing, earlier_usage_2E) if self.wants_usage else None,
+        )
+
+    def _usage(self, routing: Routing, earlier_2E: Tensor | None) -> Tensor:
+        own_2E = expert_usage(routing, self.context.num_experts)
+        return own_2E if earlier_2E is None else own_2E + earlier_2E
 
     def _auxiliary_losses(self, routing: Routing, context: LossContext) -> Tensor:
         if not self.losses:

@@ -62,6 +62,10 @@ class LossContext(NamedTuple):
     """Adds up integer counts over the data-parallel processes."""
     temperature: float = 1.0
     """tau of block-wise expert selection."""
+    num_layers: int = 1
+    """Layers of the model that have experts."""
+    earlier_usage_2E: Tensor | None = None
+    """`expert_usage` summed over the layers before this one, for losses over all layers together; None in the first."""
 
 
 AuxLoss = Callable[[Routing, LossContext], Tensor]

@@ -198,14 +198,14 @@ def test_a_refetch_without_a_network_leaves_what_was_there(
 
 
 def test_neox_s_flags(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("DATA_DIR", "/scratch/data")
+    monkeypatch.setenv("DATA_DIR", "/nowhere/data")
     wanted = PrepareOptions(
         inputs=("enwik8",), directory="x", tokenizer_type="GPT2BPETokenizer", tokenizer_file="v.json", merge_file="m.txt", force_redownload=True
     )
     assert parse(["-t", "GPT2BPETokenizer", "-d", "x", "-v", "v.json", "-m", "m.txt", "-f", "enwik8"]) == wanted
     long = ["--tokenizer", "GPT2BPETokenizer", "--data-dir", "x", "--vocab-file", "v.json", "--merge-file", "m.txt", "--force-redownload", "enwik8"]
     assert parse(long) == wanted
-    assert parse([]).directory == "/scratch/data"
+    assert parse([]).directory == "/nowhere/data"
     assert parse(["c4", "--max-tokens", "1B", "--subset", "realnewslike"]).limits.numbers() == {"tokens": 10**9}
     with pytest.raises(SystemExit):
         parse(["c4", "--max-tokens", "many"])

@@ -1,6 +1,6 @@
-"""The load-balancing loss of Switch Transformers (Fedus et al., 2021, equations 4 to 6), over three spans of tokens.
+"""The load-balancing loss of Switch Transformers (Fedus et al., 2021, equations 4 to 6), over three spans of tokens, and over all layers together.
 
-Shapes: B batch; S sequence; T = B*S tokens; E experts; K experts per token.
+Shapes: B batch; S sequence; T = B*S tokens; E experts; K experts per token; X MoE layers.
 
     E * sum_e f_e P_e:  f_e the share of choices that expert e got (no gradient), P_e its mean probability.
 1 when both are uniform, E when all go to one expert. The probabilities of a token are divided by their sum where a router's do not sum to 1
@@ -44,6 +44,28 @@ def global_load_balance_loss(routing: Routing, context: LossContext) -> Tensor:
     if context.earlier_rows_E is not None:
         count_E = count_E + context.earlier_rows_E
     return context.num_experts * torch.dot(shares(count_E).to(routing.probability_TE.dtype), normalized(routing.probability_TE).mean(0))
+
+
+def joint_load_balance_loss(routing: Routing, context: LossContext) -> Tensor:
+    """What this layer adds to the loss of transformers' own models (`load_balancing_loss_func`), which has one sum for all layers:
+
+        E * sum_e F_e P_e:  F_e the mean over tokens and layers of how often a token uses expert e (no gradient), P_e its mean probability there.
+
+    K when both are uniform. The layers' shares add up to that sum: each one is the product up to its layer minus the product before it.
+    """
+    own_2E, earlier_2E = expert_usage(routing, context.num_experts), context.earlier_usage_2E
+    through_2E = own_2E if earlier_2E is None else own_2E + earlier_2E
+    added = torch.dot(*through_2E.unbind())
+    if earlier_2E is not None:
+        added = added - torch.dot(*earlier_2E.unbind())
+    return context.num_experts / context.num_layers**2 * added
+
+
+def expert_usage(routing: Routing, num_experts: int) -> Tensor:
+    """usage_2E: how often a token uses each expert, without gradient, and each expert's probability; means over the tokens."""
+    probability_TE = normalized(routing.probability_TE)
+    uses_E = choices(routing, num_experts).sum(0).double() / max(1, probability_TE.shape[0])
+    return torch.stack([uses_E.to(probability_TE.dtype), probability_TE.mean(0)])
 
 
 def choices(routing: Routing, num_experts: int) -> Tensor:
