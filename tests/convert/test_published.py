@@ -1,6 +1,6 @@
-"""Published models, as the first version of transformers 4 that knew them, the last one and today's wrote them: in, 3 steps of training, and out again.
+"""Published models as transformers wrote them (the first version 4 that knew them, the last one, today's): in, 3 steps of training, out again.
 
-Layers, widths and vocabulary are cut (`published/models.py`); heads, experts, biases and ends are the published ones. What versions 4 stored is recorded in
+Layers, widths and vocabulary are cut (`published/models.py`); heads, experts, biases and ends are the published ones. What versions 4 stored lies in
 `published/*.json`, written by those versions themselves (`published/make.py`).
 """
 
