@@ -1,4 +1,6 @@
-"""Published models by their own config.json: true numbers of heads, experts, biases and ends; widths a 16th (Code Llama: a 32nd), layers and vocabulary cut.
+"""Published models by their own config.json: true numbers of heads, experts, biases and ends; fewer layers, a small vocabulary, small widths.
+
+Widths are a 16th, of Code Llama a 32nd.
 
 Each names the versions of transformers to write it with: the first one that knows the class, and the newest of the 4 line.
 """
