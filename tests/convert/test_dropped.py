@@ -47,10 +47,11 @@ HEADS = [("Llama", "model.embed_tokens.weight", "lm_head.weight"), ("GPTNeoX", "
 
 
 @pytest.mark.parametrize("skip", [[], ["--skip-check"]])
-@pytest.mark.parametrize(("kind", "embedding", "head"), HEADS)
+@pytest.mark.parametrize("names", HEADS)
 def test_a_head_of_its_own_is_kept_whatever_config_json_says(
-    kind: str, embedding: str, head: str, skip: list[str], main: Callable[..., int], tmp_path: Path, capsys: Any, export: Callable[..., Exported]
+    names: tuple[str, str, str], skip: list[str], main: Callable[..., int], tmp_path: Path, capsys: Any, export: Callable[..., Exported]
 ) -> None:
+    kind, embedding, head = names
     weights = published(tmp_path / "theirs", kind, tie_word_embeddings=True)
     other = torch.randn(weights[embedding].shape, generator=torch.Generator().manual_seed(1))
     rewrite(tmp_path / "theirs", {**weights, head: other})
@@ -110,11 +111,12 @@ def test_stored_buffers_are_those_of_the_configuration(
     assert sentence is None or f"{name} {sentence}" in (error := capsys.readouterr().err) or sentence in error
 
 
-@pytest.mark.parametrize(("precision", "large", "fits"), [("fp16", 1e5, False), ("fp16", 6e4, True), ("bf16", 3.4e38, False), ("bf16", 3e38, True)])
+@pytest.mark.parametrize("case", [("fp16", 1e5, False), ("fp16", 6e4, True), ("bf16", 3.4e38, False), ("bf16", 3e38, True)])
 def test_numbers_too_large_for_the_precision_are_an_error(
-    precision: str, large: float, fits: bool, main: Callable[..., int], tool: Callable[[str], ModuleType], tmp_path: Path, capsys: Any
+    case: tuple[str, float, bool], main: Callable[..., int], tool: Callable[[str], ModuleType], tmp_path: Path, capsys: Any
 ) -> None:
     """In both directions, also where the logits are not compared."""
+    precision, large, fits = case
     weights = published(tmp_path / "theirs", "Llama")
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = large
     rewrite(tmp_path / "theirs", weights)
