@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from megatron.config.size import padded_vocab_size
 from megatron.convert.architecture import Architecture, Source
 from megatron.convert.architectures import ARCHITECTURES
 from megatron.convert.errors import ConversionError
+from megatron.convert.imported_tokenizer import Fitting, ImportedTokenizer, import_tokenizer
 from megatron.convert.logits import Compared, compare, our_logits, their_logits, tokens_to_compare
 from megatron.convert.mapping import Entry, to_ours
 from megatron.convert.opened import open_checkpoint
@@ -27,11 +28,11 @@ from megatron.convert.shapes import Shapes, checked, model_shapes
 from megatron.convert.staging import check_holds_no_run, checked_target, move_into, staged_run
 from megatron.convert.tensor_files import StoredTensors
 from megatron.convert.to_huggingface import AUTO, PRECISIONS
-from megatron.convert.tokenizers import tokenizer_keys
 from megatron.convert.upcycle import Upcycled, upcycle
+from megatron.convert.vocabulary import with_new_rows
 from megatron.data.locking import naming
 from megatron.data.progress import Reporter, Stage
-from megatron.data.tokenizer import Tokenizer, load_tokenizer
+from megatron.data.tokenizer import Tokenizer
 from megatron.training.engine import DTYPES
 from megatron.training.memory import check_comparison_fits
 from megatron.training.setup import checkpoint_args
@@ -55,6 +56,8 @@ class Import:
     stages: int = 0
     upcycle: Mapping[str, Any] | None = None
     check: bool = True
+    fitting: Fitting = Fitting()  # noqa: RUF009 -- it has no state that changes
+    """What is to be done about tokens without rows."""
     force: bool = False
     """Writes into a directory that is there already."""
 
@@ -116,21 +119,18 @@ def import_model(request: Import, reporter: Reporter) -> Imported:
 
 def _written(request: Import, theirs: Theirs, stage: Path, reporter: Reporter) -> Imported:
     architecture, settings, stored = theirs
-    tokens = tokenizer_keys(request.input_dir, stage)
-    tokenizer = load_tokenizer(tokens["tokenizer_type"], request.input_dir / tokens["vocab_file"]) if tokens else None
-    if tokens:
-        tokens["vocab_file"] = str(request.output_dir / tokens["vocab_file"])
-    keys: dict[str, Any] = {**theirs.keys(), **(tokens or {"tokenizer_type": "CharLevelTokenizer"})}
+    rows, fitting = settings["vocab_size"], replace(request.fitting, multiple=request.tensor_parallel)
+    tokens = import_tokenizer(request.input_dir, stage, request.output_dir, rows=rows, fitting=fitting)
+    keys: dict[str, Any] = {**theirs.keys(), **tokens.keys}
     precision = precision_of(request, settings)
     keys |= {"precision": precision, "make_vocab_size_divisible_by": 1}
-    source = Source(config_from_dict(keys), settings["vocab_size"])
+    source = Source(config_from_dict(keys), rows)
     table = list(architecture.table(source))
     later = later_layers(settings, stored)
     check_used(table, stored, later, tied="lm_head.weight" if not source.config.model.no_weight_tying else None)
-    check_vocabulary(tokenizer, source.vocabulary, request.input_dir)
-    keys["make_vocab_size_divisible_by"] = divisor(tokenizer, source.vocabulary)
-    source = Source(config_from_dict(keys), source.vocabulary)
-    weights = converted(table, stored, model_shapes(source), DTYPES[precision])
+    weights = with_new_rows(converted(table, stored, model_shapes(source), DTYPES[precision]), tokens.rows)
+    keys["make_vocab_size_divisible_by"] = divisor(tokens.tokenizer, tokens.total(rows))
+    source = Source(config_from_dict(keys), tokens.total(rows))
     upcycled: Upcycled | None = None
     if request.upcycle is not None:
         upcycled = upcycle(source, request.upcycle, keys)
@@ -141,13 +141,13 @@ def _written(request: Import, theirs: Theirs, stage: Path, reporter: Reporter) -
         path = save(request, stage, source, _counted(weights, progress), origin=architecture.name)
     (stage / CONFIG).write_text(config_text(request, keys))
     exact = upcycled is None or upcycled.is_exact
-    compared = compare_logits(request, stage, source, tokenizer) if request.check and exact else None
+    compared = compare_logits(request, stage, source, tokens) if request.check and exact else None
     return Imported(
         request.output_dir / path.name,
         request.output_dir / CONFIG,
         architecture.class_name,
         compared,
-        (*later_notice(later, settings), *(upcycled.notices if upcycled is not None else ())),
+        (*tokens.notices, *later_notice(later, settings), *(upcycled.notices if upcycled is not None else ())),
     )
 
 
@@ -230,14 +230,8 @@ def check_used(table: list[Entry], stored: StoredTensors, later: list[str], *, t
         raise ConversionError(f"{stored.directory} holds {left[0]}, which this model has no place for ({len(left)} such weights).")
 
 
-def check_vocabulary(tokenizer: Tokenizer | None, rows: int, directory: Path) -> None:
-    """Raises ConversionError for a tokenizer (None: there is none) whose tokens the model has no rows for."""
-    if tokenizer is not None and tokenizer.vocab_size > rows:
-        raise ConversionError(f"{directory}: its tokenizer has {tokenizer.vocab_size} tokens and the model {rows}: they are of different models.")
-
-
 def divisor(tokenizer: Tokenizer | None, rows: int) -> int:
-    """`make_vocab_size_divisible_by` that pads the tokenizer's vocabulary to as many rows as the model has."""
+    """`make_vocab_size_divisible_by` that pads the tokenizer's vocabulary to as many rows as the model has. `tokenizer` None: each is a token."""
     if tokenizer is None:
         return next(size for size in (128, 64, 8, 1) if rows % size == 0)
     for size in (128, 64, 32, 16, 8, 256, 512, 1024, 1):
@@ -270,12 +264,16 @@ def config_text(request: Import, keys: Mapping[str, Any]) -> str:
     return head + yaml.safe_dump({**keys, "load": str(request.output_dir), "finetune": True}, sort_keys=False)
 
 
-def compare_logits(request: Import, stage: Path, source: Source, tokenizer: Tokenizer | None) -> Compared:
-    """The checkpoint that was written against Hugging Face's model. Raises ConversionError where they differ."""
-    texts = tokens_to_compare(source, tokenizer)
+def compare_logits(request: Import, stage: Path, source: Source, tokens: ImportedTokenizer) -> Compared:
+    """The checkpoint that was written against Hugging Face's model, on the rows that both have. Raises ConversionError where they differ."""
+    known = source.vocabulary if tokens.rows is None else tokens.rows.first
+    texts = tokens_to_compare(replace(source, vocabulary=known), tokens.tokenizer)
     opened = open_checkpoint(stage)
     theirs = their_logits(request.input_dir, texts, DTYPES[source.config.precision])
-    return compare(our_logits(opened.source, opened.weights.read, texts), theirs)
+    ours = our_logits(opened.source, opened.weights.read, texts)
+    if tokens.rows is None:
+        return compare(ours, theirs)
+    return compare(lambda dtype: [logits[..., :known] for logits in ours(dtype)], lambda dtype: [logits[..., :known] for logits in theirs(dtype)])
 
 
 def described(imported: Imported) -> Iterator[str]:

@@ -45,7 +45,7 @@ def tokens_to_compare(source: Source, tokenizer: Tokenizer | None) -> list[Tenso
     length = min(TOKENS, source.config.model.seq_length)
     limit = source.vocabulary if tokenizer is None else min(source.vocabulary, tokenizer.vocab_size)
     texts = [torch.randint(limit, (1, length), generator=torch.Generator().manual_seed(0))]
-    if tokenizer is not None and (ids := tokenizer.encode(SAMPLE)[:length]):
+    if tokenizer is not None and (ids := [token for token in tokenizer.encode(SAMPLE) if token < limit][:length]):
         texts.insert(0, torch.tensor([ids]))
     return texts
 
