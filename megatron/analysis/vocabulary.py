@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron.config.data import DataConfig
-from megatron.data.tokenizer import TokenizerError, build_tokenizer
+from megatron.data.tokenizer import NULL, TokenizerError, build_tokenizer
 
 # The shipped files: "# Parameters: N with a vocabulary of V (X's 50,257 tokens, padded)".
 _STATED = re.compile(r"^# Parameters: .* with a vocabulary of [\d,]+ \(.+'s ([\d,]+) tokens", re.MULTILINE)
@@ -22,7 +22,7 @@ class Vocabulary(NamedTuple):
 
 def vocabulary(data: DataConfig) -> Vocabulary:
     """The number of tokens that the configured tokenizer has; its file need not exist yet, and nothing is downloaded."""
-    if data.tokenizer_type != "CharLevelTokenizer":
+    if data.tokenizer_type not in ("CharLevelTokenizer", NULL):
         if data.vocab_file is None:
             return Vocabulary(None, "vocab_file is not given")
         if not Path(data.vocab_file).exists():

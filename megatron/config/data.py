@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from megatron.config.section import NaturalInt, NonNegativeFloat, Problem, Section
+from megatron.config.section import NaturalInt, NonNegativeFloat, PositiveInt, Problem, Section
 from megatron.config.split import parse_split
 
 SUBSETS = ("train", "valid", "test")
@@ -54,16 +54,21 @@ class DataConfig(Section):
     """Let no token attend to another document of its sequence."""
     reset_position_ids: bool = False
     """Let positions begin again at 0 with each document of a sequence."""
-    tokenizer_type: Literal["GPT2BPETokenizer", "HFTokenizer", "HFGPT2Tokenizer", "SPMTokenizer", "CharLevelTokenizer", "TiktokenTokenizer"] = (
-        "GPT2BPETokenizer"
-    )
+    tokenizer_type: Literal[
+        "GPT2BPETokenizer", "HFTokenizer", "HFGPT2Tokenizer", "SPMTokenizer", "CharLevelTokenizer", "TiktokenTokenizer", "NullTokenizer"
+    ] = "GPT2BPETokenizer"
     """GPT2BPETokenizer reads vocab.json and merges.txt, HFTokenizer a tokenizer.json, HFGPT2Tokenizer a folder or a name on the Hugging Face hub,
     SPMTokenizer a SentencePiece model (Llama 2, Mistral), TiktokenTokenizer Llama 3's tokenizer.model or an encoding's name; CharLevelTokenizer uses
-    bytes."""
+    bytes. NullTokenizer stands for data that is tokenized already and needs `vocab_size`; it reads no text."""
     vocab_file: str | None = None
     """The tokenizer's file, see `tokenizer_type`. None: for tokenizers without one."""
     merge_file: str | None = None
     """merges.txt of GPT2BPETokenizer. None: for the other tokenizers."""
+    vocab_size: PositiveInt | None = None
+    """Number of tokens, for NullTokenizer alone. None: the tokenizer says how many it has."""
+    generation_config: str | None = None
+    """Hugging Face's generation_config.json of the model: generate.py stops at each id of its `eos_token_id`, and exports carry it. None: the file of
+    that name beside `vocab_file`, if there is one."""
     num_workers: NaturalInt = 2
     """Processes that load data ahead; 0 loads in the training process."""
     use_shared_fs: bool = True
@@ -82,6 +87,8 @@ class DataConfig(Section):
         elif given and len(given) < len(SUBSETS):
             missing = ", ".join(key for key in paths if key not in given)
             yield Problem((given[0],), f"needs the other *_data_paths as well; missing: {missing}")
+        if (self.tokenizer_type == "NullTokenizer") != (self.vocab_size is not None):
+            yield Problem(("tokenizer_type", "vocab_size"), "NullTokenizer needs vocab_size, and no other tokenizer takes it: they know their size")
         for name in SUBSETS:
             yield from self._weight_problems(name)
         yield from self._label_problems()

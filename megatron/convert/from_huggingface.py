@@ -24,22 +24,23 @@ from megatron.convert.architectures import ARCHITECTURES
 from megatron.convert.architectures.balance import import_notices
 from megatron.convert.dropped import check_used, finite, head_name, untied_head
 from megatron.convert.errors import ConversionError
+from megatron.convert.imported_tokenizer import Fitting, ImportedTokenizer, import_tokenizer
 from megatron.convert.json_files import read_json
 from megatron.convert.layouts import Arranged
-from megatron.convert.logits import LIMIT, Allowed, Compared, compare, our_logits, their_logits, tokens_to_compare
+from megatron.convert.logits import LIMIT, Allowed, Compared, compare, first_rows, our_logits, their_logits, tokens_to_compare
 from megatron.convert.mapping import Entry, to_ours
 from megatron.convert.opened import open_checkpoint
 from megatron.convert.shapes import Shapes, checked, model_shapes
 from megatron.convert.staging import check_holds_no_run, checked_target, move_into, staged_run
 from megatron.convert.tensor_files import StoredTensors
 from megatron.convert.to_huggingface import AUTO, PRECISIONS
-from megatron.convert.tokenizers import tokenizer_keys
 from megatron.convert.trust import foreign_code, own_class, refusal, without_code
 from megatron.convert.unread import check_general, unread_settings, without_unread
 from megatron.convert.upcycle import Upcycled, upcycle
+from megatron.convert.vocabulary import with_new_rows
 from megatron.data.locking import naming
 from megatron.data.progress import Reporter, Stage
-from megatron.data.tokenizer import Tokenizer, load_tokenizer
+from megatron.data.tokenizer import Tokenizer
 from megatron.training.engine import DTYPES
 from megatron.training.memory import check_comparison_fits
 from megatron.training.setup import checkpoint_args
@@ -61,6 +62,8 @@ class Import:
     stages: int = 0
     upcycle: Mapping[str, Any] | None = None
     check: bool = True
+    fitting: Fitting = Fitting()  # noqa: RUF009 -- it has no state that changes
+    """What is to be done about tokens without rows."""
     force: bool = False
     """Writes into a directory that is there already."""
     trust_remote_code: bool = False
@@ -131,14 +134,12 @@ def import_model(request: Import, reporter: Reporter) -> Imported:
 
 def _written(request: Import, theirs: Theirs, stage: Path, reporter: Reporter) -> Imported:
     architecture, settings, stored = theirs
-    tokens = tokenizer_keys(request.input_dir, stage)
-    tokenizer = load_tokenizer(tokens["tokenizer_type"], request.input_dir / tokens["vocab_file"]) if tokens else None
-    if tokens:
-        tokens["vocab_file"] = str(request.output_dir / tokens["vocab_file"])
-    keys: dict[str, Any] = {**theirs.keys(), **(tokens or {"tokenizer_type": "CharLevelTokenizer"})}
+    rows, fitting = settings["vocab_size"], replace(request.fitting, multiple=request.tensor_parallel)
+    tokens = import_tokenizer(request.input_dir, stage, request.output_dir, rows=rows, fitting=fitting)
+    keys: dict[str, Any] = {**theirs.keys(), **tokens.keys}
     precision = precision_of(request, settings)
     keys |= {"precision": precision, "make_vocab_size_divisible_by": 1}
-    source = Source(config_from_dict(keys), settings["vocab_size"])
+    source = Source(config_from_dict(keys), rows)
     notices = list(settings_notices(theirs))
     if (head := untied_head(architecture, source, stored)) is not None:
         keys["no_weight_tying"] = True
@@ -152,10 +153,9 @@ def _written(request: Import, theirs: Theirs, stage: Path, reporter: Reporter) -
     tied = None if source.config.model.no_weight_tying else head_name(architecture, source)
     later = later_layers(settings, stored)
     check_used(table, arranged, source, tied=tied, later=later)
-    check_vocabulary(tokenizer, source.vocabulary, request.input_dir)
-    keys["make_vocab_size_divisible_by"] = divisor(tokenizer, source.vocabulary)
-    source = Source(config_from_dict(keys), source.vocabulary)
-    weights = converted(table, arranged, model_shapes(source), DTYPES[precision])
+    weights = with_new_rows(converted(table, arranged, model_shapes(source), DTYPES[precision]), tokens.rows)
+    keys["make_vocab_size_divisible_by"] = divisor(tokens.tokenizer, tokens.total(rows))
+    source = Source(config_from_dict(keys), tokens.total(rows))
     upcycled: Upcycled | None = None
     if request.upcycle is not None:
         upcycled = upcycle(source, request.upcycle, keys)
@@ -166,13 +166,14 @@ def _written(request: Import, theirs: Theirs, stage: Path, reporter: Reporter) -
         path = save(request, stage, source, _counted(weights, progress), origin=architecture.name)
     (stage / CONFIG).write_text(config_text(request, keys))
     limit = LIMIT if upcycled is None or upcycled.is_exact else math.inf
-    compared = compare_logits(request, theirs, stage, tokenizer, limit=limit) if request.check else None
+    compared = compare_logits(request, theirs, stage, tokens, limit=limit) if request.check else None
     return Imported(
         request.output_dir / path.name,
         request.output_dir / CONFIG,
         architecture.class_name,
         compared,
         (
+            *tokens.notices,
             *notices,
             *later_notice(later, settings),
             *(upcycled.notices if upcycled is not None else import_notices(settings, source.config.moe)),
@@ -263,14 +264,8 @@ def later_notice(later: list[str], settings: Mapping[str, Any]) -> Iterator[str]
         )
 
 
-def check_vocabulary(tokenizer: Tokenizer | None, rows: int, directory: Path) -> None:
-    """Raises ConversionError for a tokenizer (None: there is none) whose tokens the model has no rows for."""
-    if tokenizer is not None and tokenizer.vocab_size > rows:
-        raise ConversionError(f"{directory}: its tokenizer has {tokenizer.vocab_size} tokens and the model {rows}: they are of different models.")
-
-
 def divisor(tokenizer: Tokenizer | None, rows: int) -> int:
-    """`make_vocab_size_divisible_by` that pads the tokenizer's vocabulary to as many rows as the model has."""
+    """`make_vocab_size_divisible_by` that pads the tokenizer's vocabulary to as many rows as the model has. `tokenizer` None: each is a token."""
     if tokenizer is None:
         return next(size for size in (128, 64, 8, 1) if rows % size == 0)
     for size in (128, 64, 32, 16, 8, 256, 512, 1024, 1):
@@ -303,14 +298,18 @@ def config_text(request: Import, keys: Mapping[str, Any]) -> str:
     return head + yaml.safe_dump({**keys, "load": str(request.output_dir), "finetune": True}, sort_keys=False)
 
 
-def compare_logits(request: Import, theirs: Theirs, stage: Path, tokenizer: Tokenizer | None, *, limit: float) -> Compared:
-    """The checkpoint that was written against Hugging Face's model. Raises ConversionError where they differ by more than `limit`."""
+def compare_logits(request: Import, theirs: Theirs, stage: Path, tokens: ImportedTokenizer, *, limit: float) -> Compared:
+    """The checkpoint that was written against Hugging Face's model, on the rows that both have. Raises ConversionError where they differ by more than
+    `limit`.
+    """
     opened = open_checkpoint(stage)
-    texts, dtype = tokens_to_compare(opened.source, tokenizer), DTYPES[opened.source.config.precision]
+    known = opened.source.vocabulary if tokens.rows is None else tokens.rows.first
+    texts, dtype = tokens_to_compare(replace(opened.source, vocabulary=known), tokens.tokenizer), DTYPES[opened.source.config.precision]
     ours = our_logits(opened.source, opened.weights.read, texts)
     allowed = Allowed(request.trust_remote_code, later_layers(theirs.settings, theirs.stored))
     with loadable(theirs, trusted=request.trust_remote_code) as (folder, loader):
-        return compare(ours, their_logits(folder, texts, precision=dtype, loader=loader, allowed=allowed), limit=limit)
+        both = ours, their_logits(folder, texts, precision=dtype, loader=loader, allowed=allowed)
+        return compare(*(both if tokens.rows is None else (first_rows(logits, known) for logits in both)), limit=limit)
 
 
 @contextmanager

@@ -39,6 +39,11 @@ class Logits:
         return self.compute(dtype, self.parts)
 
 
+def first_rows(logits: Logits, count: int) -> Logits:
+    """Of the first `count` rows of the vocabulary alone."""
+    return Logits(lambda dtype, parts: [logits_BSV[..., :count] for logits_BSV in logits.compute(dtype, parts)])
+
+
 class Compared(NamedTuple):
     """`difference`: the largest of any logit, in float32; `texts`: on what; `exact`: the same in float64, None where float32 was enough."""
 
@@ -58,7 +63,7 @@ def tokens_to_compare(source: Source, tokenizer: Tokenizer | None) -> list[Tenso
     length = min(TOKENS, source.config.model.seq_length)
     limit = source.vocabulary if tokenizer is None else min(source.vocabulary, tokenizer.vocab_size)
     texts = [torch.randint(limit, (1, length), generator=torch.Generator().manual_seed(0))]
-    if tokenizer is not None and (ids := tokenizer.encode(SAMPLE)[:length]):
+    if tokenizer is not None and (ids := [token for token in tokenizer.encode(SAMPLE) if token < limit][:length]):
         texts.insert(0, torch.tensor([ids]))
     return texts
 

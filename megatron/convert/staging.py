@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from megatron.checkpoint import layout
 from megatron.convert.errors import ConversionError
@@ -37,7 +37,7 @@ def checked_target(target: Path, *, force: bool, to_do: str, source: Path | None
 
 def write_record(stage: Path) -> None:
     """The names of what an export wrote, so that `--force` replaces that and nothing else."""
-    write_json(stage / RECORD, {"written_by": WRITER, "files": sorted(path.name for path in stage.iterdir() if path.name != LOCK)})
+    write_json(stage / RECORD, {"written_by": WRITER, "files": sorted(name for name in _contents(stage) if name != LOCK)})
 
 
 def check_written_by_export(target: Path) -> None:
@@ -46,7 +46,16 @@ def check_written_by_export(target: Path) -> None:
         return
     record = read_json(target / RECORD)
     ours = {RECORD, *record.get("files", ())} if record.get("written_by") == WRITER else set()
-    _refuse_foreign(target, (path.name for path in target.iterdir() if path.name not in ours or path.is_dir()), WRITER)
+    parents = {str(parent) for name in ours for parent in PurePath(name).parents}
+    foreign = (name for name in _contents(target, folders=True) if name not in ours and name not in parents)
+    _refuse_foreign(target, foreign, WRITER)
+
+
+def _contents(folder: Path, *, folders: bool = False) -> Iterator[str]:
+    """The names of the files in a folder and in those below it, from there on; with `folders` the names of those too."""
+    for path in folder.rglob("*"):
+        if folders or not path.is_dir():
+            yield path.relative_to(folder).as_posix()
 
 
 def check_holds_no_run(target: Path, config: str, head: str) -> None:

@@ -24,11 +24,12 @@ from megatron.convert.opened import EMBEDDING, Opened, open_checkpoint
 from megatron.convert.shapes import checked_read, model_shapes
 from megatron.convert.staging import check_written_by_export, checked_target, write_record
 from megatron.convert.tensor_files import ShardWriter
-from megatron.convert.tokenizers import GENERATION, SpecialTokens, kept_generation, save_tokenizer
+from megatron.convert.tokenizers import SpecialTokens, check_tokenizer, kept_generation, save_tokenizer, stated_tokens
 from megatron.data.locking import naming
 from megatron.data.progress import Reporter, Stage
 from megatron.data.staging import publish, staging_folder
-from megatron.data.tokenizer import build_tokenizer
+from megatron.data.tokenizer import NULL, build_tokenizer
+from megatron.data.tokenizer.companions import GENERATION
 from megatron.training.engine import DTYPES
 from megatron.training.memory import check_comparison_fits
 
@@ -84,17 +85,26 @@ def export_checkpoint(export: Export, reporter: Reporter) -> Exported:
     if export.check:
         check_comparison_fits(opened.source.config, opened.source.vocabulary)
     with naming(target.parent), staging_folder(target) as stage:
-        special = save_tokenizer(tokenizer_config(opened, export), stage) if export.save_tokenizer else SpecialTokens(None, None, None)
+        data = tokenizer_config(opened, export)
+        special = save_tokenizer(data, stage) if export.save_tokenizer else stated_tokens(data)
         special = special._replace(pad=special.pad if export.pad_token_id is None else export.pad_token_id)
         with reporter.stage("weights", None) as progress:
             writer = write_weights(opened, architecture, export, stage, progress)
         write_settings(opened, architecture, special, stage, dtype_of(opened, export))
+        notice = tokenizer_notice(data, stage) if export.save_tokenizer else None
         compared = compare_logits(opened, export, stage, architecture) if export.check else None
         (stage / "README.md").write_text(model_card(target.name, opened, architecture, str(compared) if compared is not None else None))
         write_record(stage)
         publish(stage, target)
-    notices = (*opened.weights.notices, *filter(None, [left]), *export_notices(opened.source, architecture))
+    notices = (*opened.weights.notices, *filter(None, [left, notice]), *export_notices(opened.source, architecture))
     return Exported(architecture.class_name, writer.parameters, writer.total_bytes, compared, notices)
+
+
+def tokenizer_notice(data: DataConfig, stage: Path) -> str | None:
+    """What a user should know about the exported tokenizer. None: nothing. Raises ConversionError for one that reads text otherwise than ours."""
+    if data.tokenizer_type == NULL:
+        return "The export has no tokenizer: the model was imported without one (tokenizer_type NullTokenizer)."
+    return check_tokenizer(data, stage)
 
 
 def dtype_of(opened: Opened, export: Export) -> torch.dtype:
@@ -144,7 +154,8 @@ def write_settings(opened: Opened, architecture: Architecture, special: SpecialT
 
 def compare_logits(opened: Opened, export: Export, directory: Path, architecture: Architecture) -> Compared:
     """Ours first, so that one model is in memory at a time. Raises ConversionError where they differ."""
-    tokenizer = build_tokenizer(tokenizer_config(opened, export)) if export.save_tokenizer else None
+    data = tokenizer_config(opened, export)
+    tokenizer = build_tokenizer(data) if export.save_tokenizer and data.tokenizer_type != NULL else None
     texts = tokens_to_compare(opened.source, tokenizer)
     ours = our_logits(opened.source, opened.weights.read, texts, dtype_of(opened, export))
     from transformers import AutoModelForCausalLM

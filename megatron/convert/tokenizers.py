@@ -1,4 +1,4 @@
-"""A tokenizer of ours as Hugging Face's, and the other way round."""
+"""A tokenizer of ours as Hugging Face's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 from megatron.config.data import DataConfig
 from megatron.convert.errors import ConversionError
 from megatron.convert.json_files import read_json, write_json
-from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.convert.sentence_pieces import UNKNOWN, as_tokenizer, read_piece_model
+from megatron.data.tokenizer import NULL, Tokenizer, build_tokenizer
+from megatron.data.tokenizer.companions import CONFIG, GENERATION, TOKEN_IDS, copy_companions, folder_of, token_text
 from megatron.data.tokenizer.huggingface import RustTokenizer
 
 SAMPLE = (
@@ -20,37 +22,99 @@ SAMPLE = (
     "Wir sind's: 1,863 Menschen — naïve œuvres, 東京!\n"
 )
 """Lincoln at Gettysburg, 1863, and some characters of other kinds: the text on which tokenizers and models are compared."""
-CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
-CARRIED = ("chat_template.jinja",)
-"""Files that go along unchanged."""
-TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
-KEPT = (*TOKENS, "additional_special_tokens", "extra_special_tokens", "chat_template", "model_max_length", "padding_side", "truncation_side")
-"""Entries of tokenizer_config.json that go along, unless an export says otherwise itself."""
 WITHOUT = "add --no_save_tokenizer to export the weights alone"
+FAST = "PreTrainedTokenizerFast"
+"""The class of transformers that takes a tokenizer.json as it is."""
+NAMED = ("bos", "eos", "pad")
 
 
 class SpecialTokens(NamedTuple):
-    """Ids for config.json; None where there is no such token."""
+    """Ids for config.json, one or several each; None where there is no such token."""
 
-    bos: int | None
-    eos: int | None
-    pad: int | None
+    bos: int | list[int] | None = None
+    eos: int | list[int] | None = None
+    pad: int | list[int] | None = None
 
 
 def save_tokenizer(data: DataConfig, directory: Path) -> SpecialTokens:
-    """Writes the tokenizer's files and compares what it reads in SAMPLE with ours. Raises TokenizerError, and ConversionError for one that
-    Hugging Face has no form for."""
+    """Writes the tokenizer's files with what lies beside ours: settings, named tokens, chat templates. Nothing for a NullTokenizer.
+
+    `check_tokenizer` compares it once config.json is there too. Raises TokenizerError, and ConversionError for one that Hugging Face has no form for.
+    """
     ours = build_tokenizer(data)
+    if data.tokenizer_type == NULL:
+        return special_tokens(data, ours, {})
     if data.tokenizer_type not in WRITERS:
         raise ConversionError(f"tokenizer_type {data.tokenizer_type} has no form of Hugging Face's: {WITHOUT}.")
-    WRITERS[data.tokenizer_type](ours, data, directory)
-    _keep_companions(data, directory)
-    from transformers import AutoTokenizer
+    settings = WRITERS[data.tokenizer_type](ours, data, directory)
+    folder = folder_of(data)
+    stored = read_json(folder / CONFIG) if folder is not None else {}
+    if folder is not None:
+        copy_companions(folder, directory)
+        (directory / TOKEN_IDS).unlink(missing_ok=True)
+    if stored and folder is not None and (folder / TOKEN_IDS).is_file():
+        settings = {}  # an import goes back as it came
+    settings |= {key: value for key, value in stored.items() if key != "auto_map"}  # its code does not go along
+    write_json(directory / CONFIG, settings)
+    return special_tokens(data, ours, settings)
 
-    theirs = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    if theirs.encode(SAMPLE, add_special_tokens=False) != without_added(ours, ours.encode(SAMPLE), theirs):
-        raise ConversionError(f"the exported tokenizer reads a text otherwise than {data.tokenizer_type} here does: {WITHOUT}.")
-    return SpecialTokens(theirs.bos_token_id, ours.eod, theirs.pad_token_id)
+
+def stated_tokens(data: DataConfig) -> SpecialTokens:
+    """The ids that config.json of the imported model has; none where the model was not imported."""
+    folder = folder_of(data)
+    stated = read_json(folder / TOKEN_IDS) if folder is not None else {}
+    return SpecialTokens(**{kind: stated.get(f"{kind}_token_id") for kind in NAMED})
+
+
+def special_tokens(data: DataConfig, ours: Tokenizer, settings: dict[str, Any]) -> SpecialTokens:
+    """What config.json is to say: the ids of the model that was imported, else those of the tokens that `settings` (tokenizer_config.json) names.
+    A tokenizer of ours without such settings ends a text where it ends a document."""
+    found: dict[str, Any] = stated_tokens(data)._asdict()
+    for kind in NAMED:
+        text = token_text(settings.get(f"{kind}_token"))
+        if found[kind] is None and text is not None:
+            found[kind] = ours.token_to_id(text)
+    if found["eos"] is None:
+        found["eos"] = ours.eod
+    return SpecialTokens(**found)
+
+
+def check_tokenizer(data: DataConfig, directory: Path) -> str | None:
+    """Compares what transformers reads in SAMPLE, and its special tokens, with ours. Where the class that tokenizer_config.json names reads it
+    otherwise, the class that takes tokenizer.json as it is replaces it, and a sentence says so, also where that changes nothing. None: all is well.
+
+    Raises ConversionError when that one reads otherwise too.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    ours = build_tokenizer(data)
+    if reads_alike(ours, directory, AutoTokenizer):
+        return None
+    settings = read_json(directory / CONFIG)
+    named = settings.get("tokenizer_class")
+    if named != FAST:
+        write_json(directory / CONFIG, {**settings, "tokenizer_class": FAST})
+        if reads_alike(ours, directory, AutoTokenizer):
+            return f"tokenizer_config.json names the class {FAST}: {named or 'the class of the model'} of this transformers reads text otherwise."
+        write_json(directory / CONFIG, settings)
+    if reads_alike(ours, directory, PreTrainedTokenizerFast):
+        return (
+            "transformers' AutoTokenizer takes the tokenizer class of the model's type for this export, whatever its files say, and that class reads "
+            "text otherwise than the model was trained with. Load the tokenizer with transformers.PreTrainedTokenizerFast.from_pretrained(...)."
+        )
+    raise ConversionError(f"the exported tokenizer reads a text otherwise than {data.tokenizer_type} here does: {WITHOUT}.")
+
+
+def reads_alike(ours: Tokenizer, directory: Path, loader: Any) -> bool:
+    """Whether what `loader`, a class of transformers, loads from `directory` reads SAMPLE as ours does, and has the same special tokens."""
+    try:
+        theirs = loader.from_pretrained(directory, trust_remote_code=False)
+        read = theirs.encode(SAMPLE, add_special_tokens=False, verbose=False)
+    except Exception:  # each class refuses in its own way
+        return False
+    if isinstance(ours, RustTokenizer) and any(theirs.convert_tokens_to_ids(name) != number for name, number in ours.added_tokens().items()):
+        return False
+    return bool(read == without_added(ours, ours.encode(SAMPLE), theirs))
 
 
 def without_added(ours: Tokenizer, ids: list[int], theirs: Any) -> list[int]:
@@ -62,69 +126,41 @@ def without_added(ours: Tokenizer, ids: list[int], theirs: Any) -> list[int]:
     return ids[: len(ids) - len(around)] if around and ids[-len(around) :] == around else ids
 
 
-def _keep_companions(data: DataConfig, directory: Path) -> None:
-    """What lies beside our tokenizer's file and says how a model uses it: chat template, named tokens, sides."""
-    if data.vocab_file is None:
-        return
-    given = Path(data.vocab_file)
-    folder = given if given.is_dir() else given.parent
-    for name in CARRIED:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, directory / name)
-    settings, stored = read_json(directory / CONFIG), read_json(folder / CONFIG)
-    write_json(directory / CONFIG, {**{key: stored[key] for key in KEPT if stored.get(key)}, **settings})
-
-
 def kept_generation(data: DataConfig) -> dict[str, Any]:
     """How an imported model generates, from beside its tokenizer; empty where nothing says it."""
-    given = Path(data.vocab_file or "")
-    settings = read_json((given if given.is_dir() else given.parent) / GENERATION) if data.vocab_file else {}
+    folder = folder_of(data)
+    settings = read_json(folder / GENERATION) if folder is not None else {}
     return {key: value for key, value in settings.items() if key != "transformers_version" and value is not None}
 
 
-def _write_fast(ours: Tokenizer, data: DataConfig, directory: Path) -> None:
-    """What the tokenizers library runs, with the settings that lie beside its file, if any."""
+def _write_fast(ours: Tokenizer, data: DataConfig, directory: Path) -> dict[str, Any]:
+    """What the tokenizers library runs: the file itself where there is one. Returns the settings where none lie beside it."""
     assert isinstance(ours, RustTokenizer)
-    settings: dict[str, Any] = {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
+    given = Path(str(data.vocab_file))
+    file = given / "tokenizer.json" if given.is_dir() else given
+    if data.tokenizer_type == "HFTokenizer" and file.is_file():
+        shutil.copyfile(file, directory / "tokenizer.json")
+    else:
+        ours.save(directory / "tokenizer.json")
+    settings: dict[str, Any] = {"clean_up_tokenization_spaces": False, "tokenizer_class": FAST}
     if ours.eod is not None:
-        settings["eos_token"] = ours._tokenizer.id_to_token(ours.eod)
-    ours._tokenizer.save(str(directory / "tokenizer.json"))
-    write_json(directory / CONFIG, settings)
+        settings["eos_token"] = ours.entry(ours.eod)
+    return settings
 
 
-def _write_sentence_pieces(ours: Tokenizer, data: DataConfig, directory: Path) -> None:
-    """A Llama tokenizer made from the SentencePiece model, which lies beside it."""
-    from tokenizers import decoders, normalizers
-    from transformers import LlamaTokenizer
-    from transformers.convert_slow_tokenizer import LlamaConverter  # noqa: F401 -- what `from_pretrained` needs of the package `sentencepiece`
-
-    shutil.copyfile(str(data.vocab_file), directory / "tokenizer.model")
-    write_json(directory / CONFIG, {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"})
-    converted = LlamaTokenizer.from_pretrained(directory)
-    converted.save_pretrained(directory)
-    rules = converted.backend_tokenizer  # that class drops a first space and never joins spaces across words; the library does neither
-    rules.model = _merging_by_score(ours)
-    rules.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    rules.pre_tokenizer = None
-    rules.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    rules.save(str(directory / "tokenizer.json"))
-    write_json(directory / CONFIG, {**read_json(directory / CONFIG), "tokenizer_class": "PreTrainedTokenizerFast"})
+def _write_sentence_pieces(ours: Tokenizer, data: DataConfig, directory: Path) -> dict[str, Any]:
+    """The pieces as a tokenizer.json; the SentencePiece model lies beside it."""
+    file = Path(str(data.vocab_file))
+    model = read_piece_model(file)
+    shutil.copyfile(file, directory / "tokenizer.model")
+    as_tokenizer(model, str(file)).save(str(directory / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": next(iter(model.named(UNKNOWN)), None)}
+    held = {piece.text for piece in model.pieces}
+    settings = {"clean_up_tokenization_spaces": False, "tokenizer_class": FAST}
+    return settings | {key: name for key, name in names.items() if name in held}
 
 
-def _merging_by_score(ours: Any) -> Any:
-    """The pieces as a BPE that joins first what scores highest, as the library does."""
-    from tokenizers import models
-
-    processor = ours._processor
-    pieces = {processor.id_to_piece(number): number for number in range(ours.vocab_size)}
-    splits = [(piece[:place], piece[place:], number) for piece, number in pieces.items() for place in range(1, len(piece))]
-    known = [(left, right, number) for left, right, number in splits if left in pieces and right in pieces]
-    known.sort(key=lambda split: (-processor.get_score(split[2]), pieces[split[0]], pieces[split[1]]))
-    merges = [(left, right) for left, right, _ in known]
-    return models.BPE(vocab=pieces, merges=merges, unk_token=processor.id_to_piece(processor.unk_id()), fuse_unk=True, byte_fallback=True)
-
-
-def _write_tiktoken(ours: Tokenizer, data: DataConfig, directory: Path) -> None:
+def _write_tiktoken(ours: Tokenizer, data: DataConfig, directory: Path) -> dict[str, Any]:
     """Llama 3's ranks as a byte-level BPE."""
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -137,24 +173,14 @@ def _write_tiktoken(ours: Tokenizer, data: DataConfig, directory: Path) -> None:
     converted = TikTokenConverter(str(data.vocab_file), pattern=LLAMA3_PATTERN, extra_special_tokens=special).converted()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=converted, bos_token=special[0], eos_token=special[1])
     tokenizer.save_pretrained(directory)
+    return read_json(directory / CONFIG)
 
 
-WRITERS: dict[str, Callable[[Tokenizer, DataConfig, Path], None]] = {
+WRITERS: dict[str, Callable[[Tokenizer, DataConfig, Path], dict[str, Any]]] = {
     "HFTokenizer": _write_fast,
     "GPT2BPETokenizer": _write_fast,
     "HFGPT2Tokenizer": _write_fast,
     "SPMTokenizer": _write_sentence_pieces,
     "TiktokenTokenizer": _write_tiktoken,
 }
-"""Our type -> how its files are written."""
-
-
-def tokenizer_keys(directory: Path, target: Path) -> dict[str, str]:
-    """Copies the tokenizer of a directory of Hugging Face's into `target` and returns the keys that name it; empty where there is none."""
-    for name, kind in (("tokenizer.json", "HFTokenizer"), ("tokenizer.model", "SPMTokenizer")):
-        if (directory / name).is_file():
-            for file in (name, CONFIG, GENERATION, *CARRIED):
-                if (directory / file).is_file():
-                    shutil.copyfile(directory / file, target / file)
-            return {"tokenizer_type": kind, "vocab_file": name}
-    return {}
+"""Our type -> what writes its files and returns tokenizer_config.json for one that has none beside it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,8 +45,8 @@ def staging_folder(target: Path) -> Iterator[Path]:
 
 def publish(stage: Path, target: Path) -> None:
     """Give the filled folder its name; a folder that has it goes."""
-    for path in stage.iterdir():
-        if path.name != LOCK:  # closing it here would free it
+    for path in stage.rglob("*"):
+        if path.name != LOCK and path.is_file():  # closing it here would free it
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     (stage / LOCK).unlink()
@@ -74,7 +75,9 @@ def old_folder(target: Path) -> Path:
 
 def clear(stage: Path) -> None:
     for path in stage.iterdir():
-        if path.name != LOCK:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
             path.unlink()
 
 

@@ -5,6 +5,7 @@ Shapes: S tokens of one call; V vocabulary
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron.data.tokenizer.lost import LossFinder, lost_text
 from megatron.inference.errors import InferenceError
 from megatron.inference.model import ReadyModel
 from megatron.inference.sampling import Sampling, choose_token
 from megatron.model.attention import LayerCache, build_cache
 
+log = logging.getLogger(__name__)
 INCOMPLETE = "\ufffd"  # what bytes decode to that do not end a character
 
 
@@ -25,7 +28,7 @@ INCOMPLETE = "\ufffd"  # what bytes decode to that do not end a character
 class Continuation:
     """What came of one prompt, under NeoX's names.
 
-    length: tokens generated, without the end-of-document token; finished: whether the model ended the text itself; message: why there is less text
+    length: tokens generated, without the token that ended it; finished: whether the model ended the text itself; message: why there is less text
     than asked for, or None.
     """
 
@@ -54,7 +57,7 @@ def complete(
     tokens = encode_prompt(ready, prompt)
     text, finished, length = TextStream(ready), False, 0
     for token in generate_tokens(ready, tokens, sampling=sampling, maximum_tokens=maximum_tokens, generator=generator):
-        finished = token == ready.tokenizer.eod
+        finished = token in ready.stop_tokens
         if finished:
             break
         length += 1
@@ -71,6 +74,10 @@ def complete(
 def encode_prompt(ready: ReadyModel, prompt: str) -> list[int]:
     """The prompt's tokens; the end-of-document token for an empty one. Raises InferenceError when the tokenizer has none."""
     tokens = ready.tokenizer.encode(prompt)
+    if lost := LossFinder(ready.tokenizer).find(prompt, tokens):
+        if not tokens:
+            raise InferenceError(f"The tokenizer has no tokens for the prompt {prompt!r}: write it in characters that it knows.")
+        log.warning("The tokenizer has no tokens for %s of the prompt: the model does not see them.", lost_text(lost))
     if tokens:
         return tokens
     if ready.tokenizer.eod is None:
@@ -81,7 +88,7 @@ def encode_prompt(ready: ReadyModel, prompt: str) -> list[int]:
 def generate_tokens(
     ready: ReadyModel, prompt: Sequence[int], *, sampling: Sampling, maximum_tokens: int, generator: torch.Generator
 ) -> Iterator[int]:
-    """Yields at most `maximum_tokens` tokens that follow `prompt`, up to and including the end-of-document token; prompt and answer together never
+    """Yields at most `maximum_tokens` tokens that follow `prompt`, up to and including a stop token; prompt and answer together never
     exceed the context. Each new token costs one position of work: keys and values of the others are in a cache that lives as long as this iterator.
     """
     total = min(len(prompt) + maximum_tokens, ready.context_length)
@@ -92,7 +99,7 @@ def generate_tokens(
     for _ in range(total - len(prompt)):
         token = choose_token(next_logits(ready, new, cache), sampling, generator)
         yield token
-        if token == ready.tokenizer.eod:
+        if token in ready.stop_tokens:
             return
         new = [token]
 

@@ -25,6 +25,7 @@ from megatron.data.input.opening import begin
 from megatron.data.input.reading import read_documents
 from megatron.data.input.recognise import compression_taken, container_taken, form_taken
 from megatron.data.progress import Reporter
+from megatron.data.tokenizer.lost import lost_text
 from megatron.inference.errors import InferenceError
 from megatron.inference.model import ReadyModel, load_ready_model
 from megatron.inference.prompts import read_text
@@ -47,7 +48,11 @@ def evaluate(config: NeoXConfig, console: Console, reporter: Reporter) -> Path:
     first = "a uniform guess" if ready.tokenizer.eod is None else "predicted from the end-of-document token"
     log.info("Loss in nats per token. Bits per byte: -log2 p of all tokens, the first one %s, over the bytes of the text in UTF-8.", first)
     for name in (name for name, score in scores.items() if not score.exact):
-        log.warning("%s: the tokenizer does not give this text back as it was, so its bits per byte leave something out.", name)
+        if scores[name].lost:
+            what = f"has no tokens for {lost_text(scores[name].lost)} of this text"
+        else:
+            what = "does not give this text back as it was"
+        log.warning("%s: the tokenizer %s, so its bits per byte leave something out.", name, what)
     path = write_results(results_path(config.evaluation.eval_results_prefix), results(ready, scores, stride))
     log.info("Results written to %s.", path)
     return path
@@ -112,6 +117,7 @@ def results(ready: ReadyModel, scores: Mapping[str, TextScore], stride: int) -> 
             "perplexity": score.perplexity,
             "bits_per_byte": score.bits_per_byte,
             "exact": score.exact,
+            **({"lost_characters": sum(len(piece) * times for piece, times in score.lost.items())} if score.lost else {}),
         }
         for name, score in scores.items()
     }

@@ -20,6 +20,8 @@ from megatron.config.model import ModelConfig
 from megatron.config.neox import NeoXConfig
 from megatron.config.section import ConfigError
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.data.tokenizer.companions import folder_of
+from megatron.data.tokenizer.eod import find_stop_tokens
 from megatron.model import GPT, build_model, choose_attention
 from megatron.training.engine import DTYPES
 from megatron.training.memory import check_model_fits
@@ -41,6 +43,13 @@ class ReadyModel:
     device: torch.device
     path: Path
     iteration: int | None
+    ends: tuple[int, ...] = ()
+    """Ids that end an answer besides the end-of-document token, as the settings beside the tokenizer name them."""
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """At each of these an answer is over."""
+        return frozenset((*self.ends, *([] if self.tokenizer.eod is None else [self.tokenizer.eod])))
 
     @property
     def context_length(self) -> int:
@@ -86,7 +95,8 @@ def load_ready_model(config: NeoXConfig) -> ReadyModel:
     gpt.eval().requires_grad_(False)
     if config.checkpoint.checkpoint_validation_with_forward_pass:
         log.info("%s", _compare_logits(config, gpt, path, weights.client_state.get(forward_check.KEY)))
-    return ReadyModel(gpt, tokenizer, config.model, device, path, weights.client_state.get("iteration"))
+    stops = find_stop_tokens(tokenizer.token_to_id, folder_of(config.data), tokenizer.eod)
+    return ReadyModel(gpt, tokenizer, config.model, device, path, weights.client_state.get("iteration"), stops)
 
 
 def _compare_logits(config: NeoXConfig, gpt: GPT, path: Path, stored: Any) -> str:

@@ -38,9 +38,10 @@ def split_prompts(text: str, prompt_end: str) -> list[str]:
 
 
 def read_text(path: Path, key: str) -> str:
-    """The text of a UTF-8 file, every byte as it is. Raises InferenceError, which names the `key` that named the file."""
+    """The text of a UTF-8 file, every byte as it is, but without a byte order mark at its start. Raises InferenceError, which names the `key` that
+    named the file."""
     try:
-        return path.read_bytes().decode()
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InferenceError(f"{key}: {path} {what_is_no_text(error)}; convert it first.") from error
     except OSError as error:

@@ -11,13 +11,15 @@ over its whole padded vocabulary.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron.data.tokenizer.lost import LossFinder, lost_text
 from megatron.inference.errors import InferenceError
 from megatron.inference.model import ReadyModel
 
@@ -37,12 +39,14 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class TextScore:
-    """Sums over a text. nats: -log p(text) under the model; exact: whether the tokens stand for the text and nothing else."""
+    """Sums over a text. nats: -log p(text) under the model; exact: whether the tokens stand for the text and nothing else; lost: pieces of the text
+    that no token stands for, and how often they come up."""
 
     tokens: int
     bytes: int
     nats: float
     exact: bool
+    lost: Counter[str] = field(default_factory=Counter)
 
     @property
     def loss(self) -> float:
@@ -66,10 +70,12 @@ def score_text(ready: ReadyModel, text: str, *, stride: int, progress: Progress 
     Raises InferenceError for a text without tokens.
     """
     tokens = ready.tokenizer.encode(text)
+    lost = LossFinder(ready.tokenizer).find(text, tokens)
     if not tokens:
-        raise InferenceError("The text holds no tokens: there is nothing to predict.")
+        what = f"The tokenizer has no tokens for {lost_text(lost)} of the text" if lost else "The text holds no tokens"
+        raise InferenceError(f"{what}: there is nothing to predict.")
     loss_N = score_tokens(ready, tokens, stride=stride, progress=progress)
-    return TextScore(len(tokens), len(text.encode()), float(loss_N.double().sum()), ready.tokenizer.decode(tokens) == text)
+    return TextScore(len(tokens), len(text.encode()), float(loss_N.double().sum()), ready.tokenizer.decode(tokens) == text, lost)
 
 
 def score_tokens(ready: ReadyModel, tokens: Sequence[int], *, stride: int, progress: Progress | None = None) -> Tensor:

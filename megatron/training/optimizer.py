@@ -128,7 +128,10 @@ def _fused_adam(name: str) -> Any:
 def _adam_8bit(config: OptimizerConfig, device_type: str) -> Choice:
     """Dettmers et al., 2022: the averages in blocks of 8-bit numbers; weight decay is decoupled."""
     if not is_installed("bitsandbytes"):
-        raise OptimizerUnavailable("Adam8bit (use_bnb_optimizer: true) needs the package 'bitsandbytes': pip install bitsandbytes, or use Adam")
+        raise OptimizerUnavailable(
+            "Adam8bit (use_bnb_optimizer: true) needs the package 'bitsandbytes': pip install bitsandbytes, or use Adam "
+            "(the version: requirements/requirements-bitsandbytes.txt)"
+        )
     return importlib.import_module("bitsandbytes.optim").Adam8bit, config.optimizer_settings
 
 

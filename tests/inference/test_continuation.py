@@ -108,6 +108,36 @@ def test_the_end_of_document_token_ends_the_text(ready: ReadyModel) -> None:
     assert sample.text == model.tokenizer.decode(free[: free.index(stop)])
 
 
+def test_every_end_of_the_model_ends_the_text(ready: ReadyModel) -> None:
+    """As generation_config.json names them: the end of a turn beside the end of a document."""
+    endless = replace(ready, tokenizer=NoEndTokenizer())
+    free = generate(endless, PROMPT, 20)
+    other, last = free[3], free[9]
+    stops = replace(ready, ends=(last, other))
+    first = min(free.index(other), free.index(last))
+    assert generate(stops, PROMPT, 20) == free[: first + 1]
+    sample = complete(stops, "Hello", sampling=GREEDY, maximum_tokens=20, generator=sample_generator(0, 0))
+    assert (sample.finished, sample.length, sample.message) == (True, first, None)
+
+
+class NoZTokenizer(CharLevelTokenizer):
+    """Drops every z."""
+
+    def loses(self, character: str) -> bool:
+        return character == "z"
+
+    def encode(self, text: str) -> list[int]:
+        return super().encode(text.replace("z", ""))
+
+
+def test_what_a_prompt_loses_is_said(ready: ReadyModel, caplog: pytest.LogCaptureFixture) -> None:
+    lossy = replace(ready, tokenizer=NoZTokenizer())
+    assert encode_prompt(lossy, "lazy") == [*b"lay"]
+    assert "The tokenizer has no tokens for 1 character ('z' 1 time) of the prompt: the model does not see them." in caplog.text
+    with pytest.raises(InferenceError, match="The tokenizer has no tokens for the prompt 'zz': write it in characters that it knows"):
+        encode_prompt(lossy, "zz")
+
+
 def test_a_text_cut_off_at_maximum_tokens_is_not_finished(ready: ReadyModel) -> None:
     sample = complete(replace(ready, tokenizer=NoEndTokenizer()), "Hello", sampling=GREEDY, maximum_tokens=3, generator=sample_generator(0, 0))
     assert (sample.context, sample.length, sample.finished, sample.message) == ("Hello", 3, False, None)

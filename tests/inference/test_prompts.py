@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron.inference.errors import InferenceError
-from megatron.inference.prompts import choose_source, read_prompts, split_prompts, typed_prompts
+from megatron.inference.prompts import choose_source, read_prompts, read_text, split_prompts, typed_prompts
 from tests.inference.conftest import lively_config
 
 
@@ -94,3 +94,11 @@ def test_bytes_that_are_no_text_are_a_sentence(encoding: str, repository: Path) 
     assert done.returncode == 1
     assert done.stderr.startswith(b"Standard input is not UTF-8 text")
     assert done.stderr.endswith(b"give UTF-8 text, or name a file with -i FILE.\n")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    """Windows' editors begin files with one; prompts and scored texts pass over it, and keep one elsewhere."""
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbffirst\r\nsecond\r\n")
+    assert read_prompts(tmp_path / "prompts.txt", "\n") == ["first", "second"]
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbfa\xef\xbb\xbfb")
+    assert read_text(tmp_path / "text.txt", "eval_text_files") == "a\ufeffb"

@@ -15,18 +15,23 @@ from tests.training.runs import losses_of, run_values, train_losses
 
 
 @pytest.mark.parametrize(
-    ("logging", "sentence"),
+    ("logging", "sentence", "file"),
     [
-        (LoggingConfig(use_wandb=True), "use_wandb: true needs the package 'wandb': pip install wandb, or leave the key out"),
-        (LoggingConfig(use_comet=True), "use_comet: true needs the package 'comet_ml': pip install comet_ml, or leave the key out"),
-        (LoggingConfig(tensorboard_dir="tb"), "tensorboard_dir needs the package 'tensorboard': pip install tensorboard, or leave the key out"),
+        (LoggingConfig(use_wandb=True), "use_wandb: true needs the package 'wandb': pip install wandb, or leave the key out", "wandb"),
+        (LoggingConfig(use_comet=True), "use_comet: true needs the package 'comet_ml': pip install comet_ml, or leave the key out", "comet"),
+        (
+            LoggingConfig(tensorboard_dir="tb"),
+            "tensorboard_dir needs the package 'tensorboard': pip install tensorboard, or leave the key",
+            "tensorboard",
+        ),
     ],
 )
-def test_a_missing_package_is_a_sentence(monkeypatch: pytest.MonkeyPatch, logging: LoggingConfig, sentence: str) -> None:
+def test_a_missing_package_is_a_sentence(monkeypatch: pytest.MonkeyPatch, logging: LoggingConfig, sentence: str, file: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SinkUnavailable) as raised:
         check_sinks(logging)
-    assert str(raised.value) == sentence
+    assert str(raised.value).startswith(sentence)
+    assert str(raised.value).endswith(f"(the version: requirements/requirements-{file}.txt)")
 
 
 def test_a_run_with_every_sink(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

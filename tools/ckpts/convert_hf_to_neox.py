@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.script import exit_status
 
+CHOICES = ("add", "drop")
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write a Hugging Face model as a checkpoint, and check that it computes the same.")
@@ -26,6 +28,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--pp", type=int, default=0, help="pipe_parallel_size: with 1 or more a file for each layer; default: 0")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp16", "bf16", "fp32"], help="of the weights; default: the model's")
     parser.add_argument("--upcycle", type=Path, metavar="YAML", help="file with the moe_ keys that make experts of the model's dense MLPs")
+    parser.add_argument("--extra-tokens", choices=CHOICES, help="entries of the tokenizer that the model has no rows for: get rows, or leave it")
+    parser.add_argument(
+        "--add-tokens", nargs="+", default=[], metavar="TOKEN", help="special tokens to add; their rows start as the mean of the others"
+    )
     parser.add_argument("--skip-check", action="store_true", help="do not load the result and compare its logits")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that lies in the model's directory, to compare the logits")
     parser.add_argument("--force", action="store_true", help="write into a directory that is there; replaces an earlier import, no run")
@@ -43,6 +49,7 @@ def main(argv: list[str]) -> int:
 
         choose_accelerator()
         from megatron.convert.from_huggingface import Import, described, import_model, read_keys
+        from megatron.convert.imported_tokenizer import Fitting
         from megatron.data.progress import build_reporter
 
         request = Import(
@@ -53,6 +60,7 @@ def main(argv: list[str]) -> int:
             stages=options.pp,
             upcycle=read_keys(options.upcycle) if options.upcycle else None,
             check=not options.skip_check,
+            fitting=Fitting(options.extra_tokens, tuple(options.add_tokens)),
             force=options.force,
             trust_remote_code=options.trust_remote_code,
         )

@@ -107,8 +107,9 @@ class HubStream:
 def datasets_for(path: str) -> Any:
     return import_optional(
         "datasets",
-        f"{path} is read through the package datasets (`pip install datasets`). Without it, download the corpus's files (jsonl, parquet, compressed "
-        "or not) and give them as input: python prepare_data.py FOLDER --name NAME",
+        f"{path} is read through the package datasets (`pip install datasets`, its version is in "
+        "requirements/requirements-corpora.txt). Without it, download the corpus's files (jsonl, parquet, compressed or not) and give "
+        "them as input: python prepare_data.py FOLDER --name NAME",
     )
 
 

@@ -60,4 +60,5 @@ def naming_arrow_damage(place: Callable[[], str]) -> Iterator[None]:
 
 
 def pyarrow_for(name: str) -> Any:
-    return import_optional("pyarrow.parquet", f"{name}: reading .parquet files needs the package pyarrow (`pip install pyarrow`)")
+    sentence = f"{name}: reading .parquet files needs the package pyarrow (`pip install pyarrow`), version: requirements/requirements-corpora.txt"
+    return import_optional("pyarrow.parquet", sentence)

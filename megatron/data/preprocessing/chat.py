@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,12 @@ import numpy as np
 from megatron.data.indexed import DatasetError
 from megatron.data.input.bad_input import Kind, OnProblem, Problem
 from megatron.data.input.reading import Record, name_of_type
-from megatron.data.preprocessing.encode import IGNORED, Encoded, Unusable, column, load_ftfy
+from megatron.data.preprocessing.encode import IGNORED, Encoded, Unusable, column, find_lost, load_ftfy
 from megatron.data.preprocessing.preprocess import Output
 from megatron.data.tokenizer import TokenizerError
+from megatron.data.tokenizer.eod import choose_end
+from megatron.data.tokenizer.huggingface import RustTokenizer
+from megatron.data.tokenizer.lost import LossFinder
 
 Turn = dict[str, Any]
 LABEL_DTYPE = np.dtype("<i4")
@@ -39,7 +43,7 @@ class ChatTask:
     """Records, each (conversations, one a key; rewards), to columns: of every key its tokens, its labels unless `mask` is off, and its rewards where
     `rewards` is on.
 
-    A label is the token where `generation_role` speaks (`only_last`: in the last turn only), else IGNORED; the end-of-sequence token that closes a
+    A label is the token where `generation_role` speaks (`only_last`: in the last turn only), else IGNORED; the end-of-document token that closes a
     conversation is labelled like the token before it. `for_rm`: that token alone is labelled.
     """
 
@@ -157,13 +161,22 @@ def load_chat_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
+def document_end(tokenizer: Any) -> int | None:
+    """The token that ends a document, which in a chat model is not its `eos_token`, which ends a turn. None: the tokenizer has neither."""
+    vocabulary = tokenizer.get_vocab()
+    template = tokenizer.chat_template
+    return choose_end(vocabulary.get, tokenizer.eos_token, template if isinstance(template, str) else "\n".join(map(str, template.values())))
+
+
 class ChatEncoder:
     def __init__(self, task: ChatTask) -> None:
         self._task = task
         self._tokenizer = load_chat_tokenizer(task.tokenizer_path, trust_remote_code=task.trust_remote_code)
         self._fix = load_ftfy() if task.ftfy else None
-        self._end: list[int] = [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
-        if task.for_rm and not self._end:
+        self._finder = LossFinder(RustTokenizer(self._tokenizer.backend_tokenizer, Path(task.tokenizer_path)))
+        self._turn_end: int | None = self._tokenizer.eos_token_id
+        self._end = document_end(self._tokenizer) if self._turn_end is not None else None
+        if task.for_rm and self._end is None:
             raise TokenizerError(
                 f"--for-rm labels the end-of-sequence token, and {task.tokenizer_path} has none (eos_token in tokenizer_config.json)"
             )
@@ -179,12 +192,15 @@ class ChatEncoder:
         unused = {row for row, _, _ in unusable}
         rewards = [[] if row in unused else values for row, (_, values) in enumerate(batch)]
         columns = []
+        lost: dict[int, Counter[str]] = {}
         for of_key in zip(*written, strict=True):
             tokens, labels = self._encode(of_key)
+            for row, pieces in find_lost(self._finder, [[conversation.text for conversation in of_key]], [tokens]):
+                lost.setdefault(row, Counter()).update(pieces)
             columns.append(column(tokens, LABEL_DTYPE))
             columns += [column(labels, LABEL_DTYPE)] if self._task.mask else []
             columns += [column(rewards, REWARD_DTYPE)] if self._task.rewards else []
-        return Encoded(columns, unusable)
+        return Encoded(columns, unusable, sorted(lost.items()))
 
     def _encode(self, conversations: Sequence[Written]) -> tuple[list[list[int]], list[list[int]]]:
         """Tokens and labels. A token belongs to the range of text that it ends in."""
@@ -195,11 +211,22 @@ class ChatEncoder:
             spoken_T = np.zeros(len(ids), bool)
             for start, end in written.spoken:
                 spoken_T |= (ends_T > start) & (ends_T <= end)
-            close = self._end if written.text else []
-            closed = close if self._task.for_rm or spoken_T[-1:].any() else [IGNORED] * len(close)
+            close = self._close(ids) if written.text else []
             tokens.append([*ids, *close])
-            labels.append([*np.where(spoken_T, ids, IGNORED).tolist(), *closed])
+            if self._task.for_rm:
+                labels.append([IGNORED] * (len(tokens[-1]) - 1) + tokens[-1][-1:])
+            else:
+                closed = close if spoken_T[-1:].any() else [IGNORED] * len(close)
+                labels.append([*np.where(spoken_T, ids, IGNORED).tolist(), *closed])
         return tokens, labels
+
+    def _close(self, ids: Sequence[int]) -> list[int]:
+        """What comes after a conversation: the end of a document, unless the template wrote it; before it the token that ends a turn, where the
+        template never writes that one and so nothing else would teach it."""
+        if self._end is None or (ids and ids[-1] == self._end):
+            return []
+        turn = [] if self._turn_end is None or self._turn_end == self._end or self._turn_end in ids else [self._turn_end]
+        return [*turn, self._end]
 
     def _written(self, conversation: list[Turn]) -> Written:
         if self._fix is not None:

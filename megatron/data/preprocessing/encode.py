@@ -5,6 +5,7 @@ Shapes: N documents of a batch, T tokens of all of them
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -16,6 +17,7 @@ from megatron.data.indexed import token_dtype
 from megatron.data.input.bad_input import Kind
 from megatron.data.optional import import_optional
 from megatron.data.tokenizer import Tokenizer, end_of_document, load_tokenizer
+from megatron.data.tokenizer.lost import LossFinder
 
 BATCH_BYTES = 1 << 18
 IGNORED = -100
@@ -40,8 +42,11 @@ class Unusable(NamedTuple):
 
 
 class Encoded(NamedTuple):
+    """`lost`: of each document (its row) of which the tokenizer cannot give something back, the pieces and how often they come up."""
+
     columns: list[Column]
     unusable: list[Unusable]
+    lost: Sequence[tuple[int, Counter[str]]] = ()
 
 
 def column(documents: Sequence[Sequence[float]], dtype: np.dtype[Any]) -> Column:
@@ -89,11 +94,12 @@ class TextTask:
     def start(self) -> Callable[[Sequence[tuple[str, ...]]], Encoded]:
         tokenizer, fix = self.load(), load_ftfy() if self.ftfy else None
         end = [end_of_document(tokenizer, "--append-eod")] if self.append_eod else []
-        dtype = self.dtype(tokenizer)
+        dtype, finder = self.dtype(tokenizer), LossFinder(tokenizer)
 
         def encode(batch: Sequence[tuple[str, ...]]) -> Encoded:
             keys = [[fix(text) for text in texts] if fix else texts for texts in zip(*batch, strict=True)]
             encoded = [tokenizer.encode_batch(texts) for texts in keys]
+            lost = find_lost(finder, keys, encoded)
             unusable = [Unusable(row, Kind.BLANK, "no tokens in it") for row, ids in enumerate(zip(*encoded, strict=True)) if not all(ids)]
             for row, _, _ in unusable:
                 for documents in encoded:
@@ -102,9 +108,19 @@ class TextTask:
                 for ids in chain.from_iterable(encoded):
                     ids += end if ids else ()
             columns = [column(documents, dtype) for documents in encoded]
-            return Encoded([*columns, *(masked(text, self.mask_before) for text in columns if self.mask_before)], unusable)
+            return Encoded([*columns, *(masked(text, self.mask_before) for text in columns if self.mask_before)], unusable, lost)
 
         return encode
+
+
+def find_lost(finder: LossFinder, texts: Sequence[Sequence[str]], ids: Sequence[Sequence[Sequence[int]]]) -> list[tuple[int, Counter[str]]]:
+    """(row, what is lost of it) of a batch; `texts` and their `ids` are lists of a document each, for each key."""
+    lost: dict[int, Counter[str]] = {}
+    for of_key, ids_of_key in zip(texts, ids, strict=True):
+        for row, (text, tokens) in enumerate(zip(of_key, ids_of_key, strict=True)):
+            if pieces := finder.find(text, tokens):
+                lost.setdefault(row, Counter()).update(pieces)
+    return sorted(lost.items())
 
 
 def masked(text: Column, pattern: tuple[int, ...]) -> Column:
@@ -125,6 +141,6 @@ def masked(text: Column, pattern: tuple[int, ...]) -> Column:
 
 def load_ftfy() -> Callable[[str], str]:
     """ftfy.fix_text. Raises DatasetError when the package is not installed."""
-    library = import_optional("ftfy", "--ftfy needs the package ftfy: `pip install ftfy`")
+    library = import_optional("ftfy", "--ftfy needs the package ftfy: `pip install ftfy` (pinned in requirements/requirements-ftfy.txt)")
     fix: Callable[[str], str] = library.fix_text
     return fix

@@ -29,6 +29,7 @@ from megatron.data.split import SPLITS
 from megatron.data.staging import LOCK, check_replaceable, followed, publish, staging_folder
 from megatron.data.tokenizer import Tokenizer
 from megatron.data.tokenizer.keep import keep_tokenizer
+from megatron.data.tokenizer.lost import Losses
 
 FORMAT = 4  # raise it when the same input and settings give other files
 INDEX_MAPS = "index_maps"
@@ -158,6 +159,7 @@ class Preparation:
         self.reporter = reporter
         self.stage = stage
         self.bad_input = BadInput(options.on_error)
+        self.losses = Losses(options.on_error)
         self.tokenizer_files: dict[str, str] = {}
         self.count = 0
 
@@ -175,7 +177,7 @@ class Preparation:
         splits = {split: asdict(totals[split]) for split in prefixes if split in totals}
         used = {"tokenizer_type": self.options.tokenizer_type, "tokenizer_files": self.tokenizer_files, "vocab_size": tokenizer.vocab_size}
         facts = {**used, "splits": splits, "prefixes": {split: prefixes[split] for split in splits}, "files": files}
-        return {**facts, "left_out": dict(self.bad_input.counts)}, self.bad_input.summary()
+        return {**facts, "left_out": dict(self.bad_input.counts)}, [*self.losses.summary(), *self.bad_input.summary()]
 
     def survey(self, tokenizer: Tokenizer | None) -> Survey:
         """Reads all that is taken of the corpus once, fetching what is not there yet. `tokenizer` None: there is none yet to count tokens with."""
@@ -233,11 +235,16 @@ class Preparation:
     def tokenise(self, parts: Parts, dtype: np.dtype[Any], total: int, prefixes: dict[str, str]) -> dict[str, Totals]:
         """A text without tokens is left out."""
         outputs: dict[str, SplitOutput] = {}
+        done = 0
         batched = (([(text,) for _, text in batch], batch) for batch in batches(self.pieces(parts), lambda piece: len(piece[1])))
         encoding = map_in_order(self.task(), batched, self.options.workers or default_workers(total))
         with closing(encoding), ExitStack() as files, self.reporter.stage("tokenising", total) as stage:
             for encoded, batch in encoding:
                 (column,) = encoded.columns
+                for row, lost in encoded.lost:
+                    if batch[row][0] != RECENT:  # its text is part of the training text too
+                        self.losses.note(f"text {done + row + 1:,} ({batch[row][0]})", lost)
+                done += len(batch)
                 texts_T = np.split(column.tokens_T, np.cumsum(column.sizes_N)[:-1])
                 for (split, text), text_T in zip(batch, texts_T, strict=True):
                     if split not in outputs:
@@ -246,6 +253,8 @@ class Preparation:
                     size = outputs[split].add(text, text_T)
                     if split != RECENT:
                         stage.advance(size, tokens=len(text_T))
+        if "train" not in outputs or not outputs["train"].totals.tokens:
+            raise DatasetError("\n".join(["the tokenizer has no token for any of the training text", *self.losses.summary()]))
         return {split: output.totals for split, output in outputs.items()}
 
 

@@ -20,6 +20,7 @@ from megatron.data.preprocessing.workers import Task, map_in_order
 from megatron.data.progress import Reporter, Stage
 from megatron.data.staging import publish_files, staging_folder
 from megatron.data.tokenizer import TokenizerError
+from megatron.data.tokenizer.lost import Losses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,7 @@ def text_job(task: TextTask, keys: tuple[str, ...]) -> TextJob:
 def preprocess(job: Job, options: PreprocessOptions, reporter: Reporter) -> Summary:
     """Raises DatasetError, TokenizerError or WorkerError with a sentence for the user; then nothing was written."""
     check(options)
-    bad_input = BadInput(options.on_error)
+    bad_input, losses = BadInput(options.on_error), Losses(options.on_error)
     files = find_files(options.inputs, bad_input)
     meter, prefix, summary = Meter.of(files), Path(options.output_prefix), Summary()
     total = (meter.total or None) if options.num_docs is None else options.num_docs
@@ -121,6 +122,8 @@ def preprocess(job: Job, options: PreprocessOptions, reporter: Reporter) -> Summ
             writers = [open_output(stack, folder / f"{prefix.name}_{output.name}_document", output) for output in job.outputs]
             progress = Progress(stage, meter, options)
             for encoded, (batch, position) in encoding:
+                for row, pieces in encoded.lost:
+                    losses.note(batch[row].origin, pieces)
                 for row, kind, what in encoded.unusable:
                     bad_input(Problem(kind, batch[row].origin, what))
                 for writer, column in zip(writers, encoded.columns, strict=True):
@@ -131,9 +134,10 @@ def preprocess(job: Job, options: PreprocessOptions, reporter: Reporter) -> Summ
                 progress.advance(batch, tokens, position)
             progress.show()
             if not summary.documents:
-                raise DatasetError("\n".join(["no text in the input", *bad_input.summary()]))
+                none = "the tokenizer has no token for any of the text in the input" if losses.documents else "no text in the input"
+                raise DatasetError("\n".join([none, *losses.summary(), *bad_input.summary()]))
         summary.prefixes = [Path(f"{prefix}_{output.name}_document") for output in job.outputs]
-        summary.left_out = bad_input.summary()
+        summary.left_out = [*losses.summary(), *bad_input.summary()]
         publish_files(folder, prefix.parent)
     return summary
 

@@ -20,6 +20,8 @@ _CLASSES = {
     "TiktokenTokenizer": ("tiktoken_ranks", "TiktokenTokenizer"),
 }
 TYPES = tuple(_CLASSES)
+NULL = "NullTokenizer"
+"""The type of a configuration whose data is tokenized already; no text can be read with it."""
 
 
 class TokenizerError(ValueError):
@@ -37,6 +39,19 @@ class Tokenizer(Protocol):
     def eod(self) -> int | None:
         """The id that ends a document; None when the vocabulary has none (`end_of_document` raises then)."""
 
+    def token_to_id(self, token: str) -> int | None:
+        """The id of an entry, special ones included. None: there is no such entry."""
+
+    @property
+    def unknown(self) -> int | None:
+        """The id that stands for what the vocabulary has not; None when there is none."""
+
+    def loses(self, character: str) -> bool:
+        """Whether no token stands for a character, so that it is left out; what becomes `unknown` is not meant."""
+
+    def unknown_pieces(self, text: str) -> list[str]:
+        """The pieces of a text that become `unknown`, each as often as it does."""
+
     def encode(self, text: str) -> list[int]: ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -47,7 +62,11 @@ class Tokenizer(Protocol):
 
 
 def build_tokenizer(data: DataConfig) -> Tokenizer:
-    """The tokenizer of a config (`tokenizer_type`, `vocab_file`, `merge_file`). Raises TokenizerError."""
+    """The tokenizer of a config (`tokenizer_type`, `vocab_file`, `merge_file`, `vocab_size`). Raises TokenizerError."""
+    if data.tokenizer_type == NULL:
+        from megatron.data.tokenizer.null import NullTokenizer
+
+        return NullTokenizer(data.vocab_size)
     return load_tokenizer(data.tokenizer_type, data.vocab_file, data.merge_file)
 
 

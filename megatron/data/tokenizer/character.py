@@ -11,8 +11,18 @@ class CharLevelTokenizer:
 
     vocab_size = 512
     eod = 0
+    unknown = None
 
     def __init__(self, vocab_file: str | Path | None = None, merge_file: str | Path | None = None) -> None: ...
+
+    def token_to_id(self, token: str) -> int | None:
+        return None
+
+    def loses(self, character: str) -> bool:
+        return False
+
+    def unknown_pieces(self, text: str) -> list[str]:
+        return []
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

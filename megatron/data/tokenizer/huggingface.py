@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from megatron.data.tokenizer import TokenizerError
 from megatron.data.tokenizer.eod import find_end_of_document
+
+INCOMPLETE = "\ufffd"
+"""What bytes decode to that do not make a character."""
 
 
 class RustTokenizer:
@@ -23,19 +28,90 @@ class RustTokenizer:
         self._tokenizer = tokenizer
         ids = tokenizer.get_vocab(with_added_tokens=True).values()
         self.vocab_size: int = max(len(ids), max(ids, default=0) + 1)  # ids may have gaps
+        if not tokenizer.get_vocab(with_added_tokens=False):
+            raise TokenizerError(
+                f"vocab_file: the vocabulary is empty: the tokenizer in {folder} has no entries, so that no text could be read with it"
+            )
+        self.unknown: int | None = unknown_token(tokenizer)
+        self._by_character = isinstance(tokenizer.model, models.BPE | models.Unigram)  # the other models know a word whole or not at all
+        self._unknown: dict[str, bool] = {}
         self.eod: int | None = find_end_of_document(tokenizer.token_to_id, folder)
 
+    def token_to_id(self, token: str) -> int | None:
+        number: int | None = self._tokenizer.token_to_id(token)
+        return number
+
+    def entry(self, number: int) -> str | None:
+        """The text of an entry. None: there is none with this id."""
+        text: str | None = self._tokenizer.id_to_token(number)
+        return text
+
+    def added_tokens(self) -> dict[str, int]:
+        """The entries that text is searched for before it is cut, special ones among them, with their ids."""
+        return {token.content: number for number, token in self._tokenizer.get_added_tokens_decoder().items()}
+
+    def save(self, path: Path) -> None:
+        """Writes a tokenizer.json."""
+        self._tokenizer.save(str(path))
+
+    def loses(self, character: str) -> bool:
+        library = self._tokenizer
+        ids = self.encode_alone(character)
+        if ids:
+            return self.unknown not in ids and character != INCOMPLETE and INCOMPLETE in library.decode(ids)  # some of its bytes are left out
+        normal = character if library.normalizer is None else library.normalizer.normalize_str(character)
+        pieces = [normal] if library.pre_tokenizer is None else [piece for piece, _ in library.pre_tokenizer.pre_tokenize_str(normal)]
+        return bool(normal) and (bool(normal.strip()) if not pieces else any(piece.strip() for piece in pieces))
+
+    def encode_alone(self, text: str) -> list[int]:
+        """Without what the file's own template adds."""
+        with _explained():
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def unknown_pieces(self, text: str) -> list[str]:
+        if self._by_character and (characters := [character for character in set(text) if self._is_unknown(character)]):
+            return [character for character in characters for _ in range(text.count(character))]
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        pieces = [text[start:end] for number, (start, end) in zip(encoding.ids, encoding.offsets, strict=True) if number == self.unknown]
+        return [piece for piece in pieces if piece != self.entry(self.unknown or 0)]
+
+    def _is_unknown(self, character: str) -> bool:
+        if character not in self._unknown:
+            self._unknown[character] = self.unknown in self.encode_alone(character)
+        return self._unknown[character]
+
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text).ids
+        with _explained():
+            ids: list[int] = self._tokenizer.encode(text).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """On the library's own threads (TOKENIZERS_PARALLELISM=false: on this one)."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+        with _explained():
+            return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(ids))
         return text
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What the library says of a text that it cannot encode, as a TokenizerError."""
+    try:
+        yield
+    except Exception as error:  # the library raises plain Exception
+        raise TokenizerError(f"vocab_file: the tokenizer cannot encode a text ({error}): its file lacks something") from None
+
+
+def unknown_token(tokenizer: Tokenizer) -> int | None:
+    """The id of the token for what the vocabulary has not. None: there is none."""
+    if isinstance(tokenizer.model, models.Unigram):
+        number: int | None = json.loads(tokenizer.to_str())["model"]["unk_id"]
+        return number
+    text = getattr(tokenizer.model, "unk_token", None)
+    return None if text is None else tokenizer.token_to_id(text)
 
 
 class HFTokenizer(RustTokenizer):

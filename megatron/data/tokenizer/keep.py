@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from megatron.data.tokenizer.eod import CONFIG
+from megatron.data.tokenizer.companions import copy_companions
 
 KEPT_NAMES = {
     "HFTokenizer": {"vocab_file": "tokenizer.json"},
@@ -16,8 +16,8 @@ KEPT_NAMES = {
 
 
 def keep_tokenizer(tokenizer_type: str, given: dict[str, str | None], folder: Path) -> dict[str, str]:
-    """Copies the files of the config keys `given` into `folder`, a tokenizer_config.json beside the vocabulary included. Returns the keys with the
-    names of the copies; what is no file (a folder, a name on a hub) stays as it was given, and keys without a value go."""
+    """Copies the files of the config keys `given` into `folder`, with what lies beside the vocabulary (settings, chat template). Returns the keys
+    with the names of the copies; what is no file (a folder, a name on a hub) stays as it was given, and keys without a value go."""
     kept = {}
     for key, value in given.items():
         if value is None:
@@ -27,6 +27,6 @@ def keep_tokenizer(tokenizer_type: str, given: dict[str, str | None], folder: Pa
         if name is not None and Path(value).is_file():
             shutil.copyfile(value, folder / name)
             kept[key] = name
-            if key == "vocab_file" and (config := Path(value).parent / CONFIG).is_file():
-                shutil.copyfile(config, folder / CONFIG)
+            if key == "vocab_file":
+                copy_companions(Path(value).parent, folder, templates=False)
     return kept

@@ -24,9 +24,31 @@ class SPMTokenizer:
             raise TokenizerError("tokenizer_type SPMTokenizer needs vocab_file: the path of a SentencePiece model (tokenizer.model)")
         self._processor = read_model(Path(vocab_file))
         self.vocab_size: int = self._processor.get_piece_size()
+        unknown: int = self._processor.unk_id()
+        self._unknown: dict[str, bool] = {}
+        self.unknown: int | None = unknown if unknown >= 0 else None
         named, end = self._processor.piece_to_id(END_OF_TEXT), self._processor.eos_id()
         candidates = (number for number in (named, end) if number not in (-1, self._processor.unk_id()))
         self.eod: int | None = next(candidates, None)
+
+    def token_to_id(self, token: str) -> int | None:
+        number: int = self._processor.piece_to_id(token)
+        return number if self._processor.id_to_piece(number) == token else None
+
+    def loses(self, character: str) -> bool:
+        return False  # it becomes `unknown`
+
+    def unknown_pieces(self, text: str) -> list[str]:
+        characters = [character for character in set(text) if self._is_unknown(character)]
+        if characters:
+            return [character for character in characters for _ in range(text.count(character))]
+        pieces = zip(self.encode(text), self._processor.encode(text, out_type=str), strict=True)  # the library's own objects need protobuf
+        return [piece.replace("\u2581", " ") for number, piece in pieces if number == self.unknown]
+
+    def _is_unknown(self, character: str) -> bool:
+        if character not in self._unknown:
+            self._unknown[character] = self.unknown in self.encode(character)
+        return self._unknown[character]
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text, out_type=int)

@@ -49,7 +49,10 @@ class TiktokenTokenizer:
         try:
             library: Any = import_optional("tiktoken")
         except ImportError:
-            raise TokenizerError("tokenizer_type TiktokenTokenizer needs the package tiktoken: `pip install tiktoken`") from None
+            raise TokenizerError(
+                "tokenizer_type TiktokenTokenizer needs the package tiktoken: `pip install tiktoken` (see requirements/requirements-tiktoken.txt)"
+            ) from None
+        self.unknown = None  # every byte is a token
         self.vocab_size: int
         self.eod: int | None
         if Path(vocab_file).is_file():
@@ -65,6 +68,19 @@ class TiktokenTokenizer:
             special = self._encoding.special_tokens_set
             self.vocab_size = self._encoding.n_vocab
             self.eod = self._encoding.eot_token if "<|endoftext|>" in special else None
+
+    def token_to_id(self, token: str) -> int | None:
+        try:
+            number: int = self._encoding.encode_single_token(token)
+        except KeyError:
+            return None
+        return number
+
+    def loses(self, character: str) -> bool:
+        return False
+
+    def unknown_pieces(self, text: str) -> list[str]:
+        return []
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []

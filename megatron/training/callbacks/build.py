@@ -103,9 +103,11 @@ def build_sinks(trainer: Trainer) -> list[Sink]:
 def check_sinks(logging: LoggingConfig) -> None:
     """Raises SinkUnavailable for a package that a sink needs and that is not installed: on every process alike, before anything long begins."""
     wanted = {"wandb": logging.use_wandb, "comet_ml": logging.use_comet, "tensorboard": logging.tensorboard_dir is not None}
+    files = {"wandb": "wandb", "comet_ml": "comet", "tensorboard": "tensorboard"}
     for package, key in (("wandb", "use_wandb: true"), ("comet_ml", "use_comet: true"), ("tensorboard", "tensorboard_dir")):
         if wanted[package] and not is_installed(package):
-            raise SinkUnavailable(f"{key} needs the package '{package}': pip install {package}, or leave the key out")
+            pinned = f"the version: requirements/requirements-{files[package]}.txt"
+            raise SinkUnavailable(f"{key} needs the package '{package}': pip install {package}, or leave the key out ({pinned})")
 
 
 def metrics_path(logging: LoggingConfig, save: str | None) -> Path | None:

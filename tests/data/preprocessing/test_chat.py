@@ -227,3 +227,30 @@ def test_ftfy_and_workers(chat_model: Callable[..., Path], tmp_path: Path) -> No
     run(tmp_path, path, chat_model(), ftfy=True, workers=2)
     first, second = documents(tmp_path / "out_conversation_document")
     assert first == second
+
+
+CLOSED = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "end"),
+    [
+        (CHATML, "<|im_end|>", ["<|im_end|>", "\n", "<|endoftext|>"]),  # the template ends the turn, the document has an end of its own
+        (PLAIN, "<|im_end|>", ["\n", "<|im_end|>", "<|endoftext|>"]),  # nothing else would teach the end of a turn
+        (PLAIN, "<|endoftext|>", ["\n", "<|endoftext|>"]),
+        (CLOSED, "<|endoftext|>", ["s", "<|endoftext|>"]),  # the template has ended the document already
+    ],
+)
+@pytest.mark.parametrize("for_rm", [False, True])
+def test_turns_and_documents_end_with_tokens_of_their_own(
+    template: str, eos: str, end: list[str], for_rm: bool, chat_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = chat_model(template, eos)
+    run(tmp_path, write(tmp_path, {"conversation": CHAT}), model, for_rm=for_rm)
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    (tokens,), (labels,) = (documents(tmp_path / f"out_conversation{kind}_document") for kind in ("", "_label"))
+    assert [
+        tokenizer.decode([int(token)], skip_special_tokens=False)[-len(text) :] for token, text in zip(tokens[-len(end) :], end, strict=True)
+    ] == end
+    assert labels[-1] == tokens[-1]
+    assert for_rm == (set(labels[:-1]) == {-100})

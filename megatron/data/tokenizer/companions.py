@@ -1,0 +1,92 @@
+"""What lies beside a tokenizer's file and says how a model uses it: Hugging Face's settings, named tokens, chat templates, ids that end a text."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron.config.data import DataConfig
+
+CONFIG, SPECIAL_TOKENS, ADDED_TOKENS = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+GENERATION = "generation_config.json"
+TOKEN_IDS = "token_ids.json"
+"""The ids of bos, eos and pad as config.json of an imported model has them. Ours: there is no config.json beside our tokenizers."""
+TEMPLATES = "additional_chat_templates"
+"""A folder of further chat templates."""
+TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
+FILES = (CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, GENERATION, TOKEN_IDS, "chat_template.jinja", "chat_template.json")
+
+
+def copy_companions(folder: Path, target: Path, *, templates: bool = True) -> None:
+    """Copies what there is of FILES in `folder`, and of TEMPLATES where `templates` is on."""
+    if folder.resolve() == target.resolve():
+        return
+    for name in FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+    if templates and (folder / TEMPLATES).is_dir():
+        shutil.copytree(folder / TEMPLATES, target / TEMPLATES, dirs_exist_ok=True)
+
+
+def folder_of(data: DataConfig) -> Path | None:
+    """Where the companions of a configured tokenizer lie: beside `generation_config` if given, else beside `vocab_file` (or in it, if it is
+    a folder). None: nothing names a place."""
+    if data.generation_config is not None:
+        return Path(data.generation_config).parent
+    if data.vocab_file is None:
+        return None
+    given = Path(data.vocab_file)
+    return given if given.is_dir() else given.parent
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """A file of settings by their names; empty where there is none, or where it is something else."""
+    content: Any = None
+    with contextlib.suppress(OSError, ValueError):  # a file that is not JSON belongs to something else
+        content = json.loads(file.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
+
+
+def named_token(folder: Path, name: str) -> str | None:
+    """The text of `eos_token` and its like, written as a string or as a dictionary: of tokenizer_config.json, else of special_tokens_map.json, where
+    older versions of transformers wrote it. None: neither names it."""
+    for file in (CONFIG, SPECIAL_TOKENS):
+        value = token_text(read_settings(folder / file).get(name))
+        if value is not None:
+            return value
+    return None
+
+
+def token_text(value: Any) -> str | None:
+    """The text of a token in a settings file. None: it is none."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) and value else None
+
+
+def chat_templates(folder: Path) -> str:
+    """All chat templates in `folder`, as one text."""
+    stored = read_settings(folder / CONFIG).get("chat_template")
+    texts = [stored] if isinstance(stored, str) else [str(item.get("template")) for item in stored or () if isinstance(item, dict)]
+    files = [folder / "chat_template.jinja", *sorted((folder / TEMPLATES).glob("*.jinja"))]
+    for file in files:
+        with contextlib.suppress(OSError, ValueError):
+            texts.append(file.read_text(encoding="utf-8"))
+    return "\n".join(texts)
+
+
+def id_list(value: Any) -> list[int]:
+    """Token ids of a setting that holds one, a list of them, or nothing."""
+    values = value if isinstance(value, list) else [value]
+    return [number for number in values if isinstance(number, int) and not isinstance(number, bool) and number >= 0]
+
+
+def stated_ends(folder: Path) -> list[int]:
+    """The ids at which the model of `folder` stops, in the order of its files: generation_config.json, then config.json as TOKEN_IDS keeps it."""
+    stated: list[Mapping[str, Any]] = [read_settings(folder / GENERATION), read_settings(folder / TOKEN_IDS)]
+    ids = [number for settings in stated for number in id_list(settings.get("eos_token_id"))]
+    return list(dict.fromkeys(ids))
