@@ -74,7 +74,7 @@ def test_a_failure_of_the_disk_names_the_disk(error: OSError, capsys: pytest.Cap
 
 def test_another_process_that_ended_is_no_bug_of_this_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "2")
-    words = "[/x/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:16276: Connection reset by peer. This is typically ..."
+    words = "[third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:16276: Connection reset by peer. This is typically ..."
     assert failing(RuntimeError(words)) == 1
     assert capsys.readouterr().err == "[process 2] The connection to another process of this run was lost: that process has ended.\n"
 

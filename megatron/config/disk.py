@@ -46,7 +46,7 @@ def sentence(error: OSError, path: Path | str | None = None) -> str:
 
 
 def disk(path: Path | str) -> str:
-    """`disk /mnt/data, 1.5 GiB free`: the mount point of the nearest folder that exists, and the room for this user."""
+    """`disk MOUNT-POINT, 1.5 GiB free`: the mount point of the nearest folder that exists, and the room for this user."""
     place = existing(Path(path))
     try:
         free = shutil.disk_usage(place).free
