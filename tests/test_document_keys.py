@@ -19,7 +19,10 @@ YAML_BLOCK = re.compile(r"^ *```yaml\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 SHOWN = re.compile(r"`([a-z][a-z0-9_]*)((?:\.[a-z0-9_]+)*): ([^`\n]+)`")
 MODEL = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32, "max_position_embeddings": 32, "load": "runs/a"}
 EXPERTS = {"moe_num_experts": 4, "moe_top_k": 2, "moe_router_type": "topk"}
+SHARED = {"moe_num_shared_experts": 1}
 LORES = {"moe_expert_type": "structmoe", "moe_num_lores": 4, "moe_lore_rank": 2, "activation": "swiglu"}
+FORMULA = re.compile(r"\b[A-Za-z]\b")
+"""A letter that stands for a number: the value shows a form, such as `moe_expert_segments: m`."""
 REFUSED = {"data_impl: cached", "train_iters: 1e5", "moe_losses: {name: coefficient}"}
 """What a document names as refused, or shows the form of."""
 PLUGIN = "my_router"
@@ -28,7 +31,7 @@ PLUGIN = "my_router"
 def fits(keys: dict[str, Any]) -> str | None:
     """None when a model, a mixture of experts or a StructMoE takes the keys, else why the last does not."""
     reason = ""
-    for base in (MODEL, {**MODEL, **EXPERTS}, {**MODEL, **EXPERTS, **LORES}):
+    for base in (MODEL, {**MODEL, **EXPERTS}, {**MODEL, **EXPERTS, **SHARED}, {**MODEL, **EXPERTS, **LORES}):
         try:
             config_from_dict({**base, **keys})
         except ConfigError as error:
@@ -42,7 +45,7 @@ def shown_in(text: str) -> list[tuple[str, dict[str, Any]]]:
     """(as it is written, the keys that it gives) of every `key: value` whose key is one of ours."""
     found = []
     for key, inner, value in SHOWN.findall(text):
-        if key in OWNER and (shown := f"{key}{inner}: {value}") not in REFUSED:
+        if key in OWNER and (shown := f"{key}{inner}: {value}") not in REFUSED and FORMULA.search(value) is None:
             content = yaml.safe_load(value)
             for part in reversed(inner.split(".")[1:]):
                 content = {part: content}
