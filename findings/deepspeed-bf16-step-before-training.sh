@@ -6,7 +6,7 @@
 set -euo pipefail
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0 numpy==2.4.6 setuptools==84.2.1 deepspeed==0.19.8
+"$work/venv/bin/pip" install -qq --disable-pip-version-check torch==2.13.0 numpy==2.4.6 setuptools==84.2.1 deepspeed==0.19.8 2>/dev/null
 cat > "$work/run.py" <<'PYTHON'
 import deepspeed
 import torch
