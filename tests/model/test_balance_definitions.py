@@ -131,7 +131,7 @@ HERE = re.compile(r"`(\w+): ([cXLK0-9 /*()]+)`")
 @pytest.fixture(scope="module")
 def rows(repository: Path) -> dict[str, tuple[str, str]]:
     """Program and number -> (our loss, its coefficient as an expression), as docs/moe.md says."""
-    section = (repository / "docs" / "moe.md").read_text().split("### What other programs' coefficients are here")[1].split("\n## ")[0]
+    section = (repository / "docs" / "moe.md").read_text().split("### Balance coefficients of other programs")[1].split("\n## ")[0]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("| ")][1:]
     found = {}
     for name, _, here in cells:
