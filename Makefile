@@ -74,7 +74,7 @@ check: setup ## formatting, lint, types and code shape
 	@$(python) -m pytest -q tests/test_code_shape.py
 
 .PHONY: format
-format: setup ## format the code and mend what the linter can mend
+format: setup ## format the code and fix what the linter can fix
 	@$(python) -m ruff format .
 	@$(python) -m ruff check --fix .
 
