@@ -1,7 +1,7 @@
 # Two images from one file:
 #   docker build --target cpu  -t structmoe-neox:cpu  .      any machine
 #   docker build --target cuda -t structmoe-neox:cuda .      machines with NVIDIA GPUs (run with --gpus all)
-# TORCH_INDEX_URL names the wheel index that torch comes from, where the package index's own build is not the wanted one.
+# TORCH_INDEX_URL names another package index for torch. Use it if your default index does not have the build that you want.
 
 # ---------------------------------------------------------------- a CPU image
 FROM python:3.11-slim AS cpu
