@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron.checkpoint.manifest import read_manifest
 from megatron.checkpoint.weights import read_config
+from megatron.config.messages import show
 from megatron.config.model import ModelConfig
 from megatron.config.moe import MoEConfig
 from megatron.config.section import ConfigError
@@ -54,9 +55,9 @@ def check_architecture(path: Path, flat_config: Mapping[str, Any], *, finetune: 
     keys = [key for section in (ModelConfig, MoEConfig) for key in section.model_fields if key not in FREE_KEYS]
     theirs = {key: _meaning({**flat_config, **stored}, key) for key in keys if key in stored}
     different = {
-        key: f"'{key}' = {flat_config[key]!r}: the model in {path} was trained with {value!r}"
+        key: f"'{key}' = {show(flat_config[key])}: the model in {path} was trained with {show(value)}"
         for key, value in theirs.items()
-        if value != _meaning(flat_config, key)
+        if value != _meaning(flat_config, key) and not stored[key] is flat_config[key] is None  # else another key is what differs
     }
     free = free_positions(flat_config["pos_emb"], finetune=finetune)
     moved = [key for key in different if key in free]

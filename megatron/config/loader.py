@@ -45,11 +45,13 @@ def load_config(paths: Sequence[Path | str], overrides: Sequence[str] = (), conf
     """
     problems: list[str] = []
     files: dict[str, str] = {}
+    paths_by_name: dict[str, Path] = {}
     sources: list[Source] = []
     for path in (find_file(name, conf_dir) for name in paths):
         if path.name in files:
-            problems.append(f"{path}: a second file named '{path.name}'; they are saved side by side in checkpoints, so rename one")
+            problems.append(_named_twice(path, paths_by_name[path.name]))
             continue
+        paths_by_name[path.name] = path
         text = read_text(path, problems)
         files[path.name] = text or ""
         sources.append(Source(damaged=True) if text is None else parse(text, str(path), problems))
@@ -57,6 +59,12 @@ def load_config(paths: Sequence[Path | str], overrides: Sequence[str] = (), conf
     resolve_names(source, problems)
     apply_overrides(source, overrides, RENAMED, problems)
     return replace(_build(source, problems), files=files, overrides=tuple(overrides))
+
+
+def _named_twice(path: Path, first: Path) -> str:
+    if path.resolve() == first.resolve():
+        return f"{path}: this file is given twice; name it once"
+    return f"{path}: a second file named '{path.name}'; they are saved side by side in checkpoints, so rename one"
 
 
 def load_values(values: Mapping[str, Any]) -> LoadedConfig:

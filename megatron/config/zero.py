@@ -87,7 +87,7 @@ def deepspeed_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unknown(key: str) -> str:
-    return "" if key in ZERO_KEYS else f"DeepSpeed has no such setting{did_you_mean(key, ZERO_KEYS)}"
+    return "" if key in ZERO_KEYS else f"DeepSpeed has no such setting{did_you_mean(key, ('stage', *ZERO_KEYS))}"
 
 
 def _wrong_value(key: str, value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,10 +35,18 @@ KEY_FLAGS = {
     "--sample_output_file": "sample_output_file",
     "--autotuning": "autotuning_run",
 }
+_REFUSED = ("--eval_tasks", "--autotuning")
+"""Flags that are read so that the refusal of their key can say what to do; --help does not offer them."""
 _SHORT = {"--hostfile": "-H", "--sample_input_file": "-i"}
 HOME = Path(__file__).resolve().parents[2]
 """Where deepy.py and the other scripts lie."""
 _CONFIGURATIONS = (".yml", ".yaml", ".json")
+_WORK = {
+    "train": "Train a model",
+    "eval": "Measure the loss of a trained model: on its validation and test data, or on the texts that eval_text_files names",
+    "generate": "Let a trained model write text; the key text_gen_type says after which prompts",
+}
+"""What each script does, for its --help."""
 _USAGE_STATUS = 2
 _PLAIN_WIDTH = 140  # of the summary when it goes to a file or pipe
 
@@ -109,6 +118,7 @@ def read_deepy_arguments(argv: Sequence[str]) -> Request:
 
 def _deepy_parser() -> argparse.ArgumentParser:
     parser = _parser("deepy.py", "SCRIPT CONFIG [CONFIG ...]")
+    parser.description = "Read the configuration, check it, and start SCRIPT with it, on as many processes as the configuration and the machine say."
     parser.add_argument("--check", action="store_true", help="show the resolved configuration, sizes, memory and FLOPs, and stop")
     return parser
 
@@ -119,7 +129,9 @@ def config_from_argv(argv: Sequence[str]) -> LoadedConfig:
     Mistakes are printed as sentences and end the process with status 2. The environment says afterwards which process this is (LaunchError where it
     cannot). `--local_rank` and `--deepspeed_config`, which launchers add, are accepted.
     """
-    parser = _parser(Path(sys.argv[0]).name or "train.py", "CONFIG [CONFIG ...]")
+    program = Path(sys.argv[0]).name or "train.py"
+    parser = _parser(program, "CONFIG [CONFIG ...]")
+    parser.description = f"{_WORK.get(Path(program).stem, 'Read the configuration and work with it')}. This is one process; deepy.py starts several."
     for flag in ("--local_rank", "--local-rank", "--deepspeed_config"):
         parser.add_argument(flag, help=argparse.SUPPRESS)
     parser.add_argument("--megatron_config", help=argparse.SUPPRESS)
@@ -135,20 +147,22 @@ def config_from_argv(argv: Sequence[str]) -> LoadedConfig:
 
 def _parser(program: str, positionals: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program, allow_abbrev=False, usage=f"{program} {positionals} [-d DIR] [-o key=value ...]")
-    parser.add_argument("words", nargs="*", help="YAML files; .yml may be left out")
+    script = "the script (train.py, eval.py or generate.py), then its " if positionals.startswith("SCRIPT") else ""
+    parser.add_argument("words", nargs="*", metavar=positionals, help=f"{script}YAML files; .yml may be left out")
     parser.add_argument("-d", "--conf_dir", type=Path, help="directory of the YAML files")
     wins = "wins over the files; key.inner=value too (for generate.py also NeoX's -o FILE, the same as --sample_output_file)"
     parser.add_argument("-o", "--override", nargs="+", action="append", default=[], metavar="key=value", help=wins)
     for flag, key in KEY_FLAGS.items():
         names = [_SHORT[flag], flag] if flag in _SHORT else [flag]
-        parser.add_argument(
-            *names, dest=f"key_{key}", metavar="VALUE", nargs="+" if key == "eval_tasks" else None, help=f"the same as -o {key}=VALUE"
-        )
+        said = argparse.SUPPRESS if flag in _REFUSED else f"the same as -o {key}=VALUE"
+        parser.add_argument(*names, dest=f"key_{key}", metavar="VALUE", nargs="+" if key == "eval_tasks" else None, help=said)
     return parser
 
 
 def _take_apart(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Request:
-    arguments = parser.parse_intermixed_args(list(argv))
+    arguments, unknown = parser.parse_known_intermixed_args(list(argv))
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_as_override(unknown[0], argv)}")
     # `-o a=1 b.yml`: argparse hands everything up to the next option to -o; what is no assignment is a file.
     words = [*arguments.words, *(word for _, *rest in arguments.override for word in rest if "=" not in word)]
     script = Path(words[0] if words and parser.prog == "deepy.py" else parser.prog).stem
@@ -165,6 +179,17 @@ def _take_apart(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Request
         overrides.append("text_gen_type=input-file")  # whoever names prompts wants them, whatever text_generation.yml says
     check, transported = getattr(arguments, "check", False), getattr(arguments, "megatron_config", None)
     return Request(tuple(words), arguments.conf_dir, tuple(overrides), check, transported)
+
+
+def _as_override(flag: str, argv: Sequence[str]) -> str:
+    """How to give a key that was written like a flag (`--train_iters 5`, `--train-iters=5`); empty where the flag is no key."""
+    name, _, value = flag.lstrip("-").partition("=")
+    key = canonical(name)
+    if not flag.startswith("--") or key not in OWNER:
+        return ""
+    following = argv[argv.index(flag) + 1 :]
+    value = value or next((word for word in following[:1] if not word.startswith("-")), "VALUE")
+    return f"; {key} is a key of the configuration: write {shlex.join(['-o', f'{key}={value}'])}"
 
 
 def load_request(request: Request, names: Sequence[str]) -> LoadedConfig:

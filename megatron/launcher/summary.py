@@ -80,7 +80,10 @@ def _work(config: NeoXConfig, processes: int, words: Vocabulary) -> Table:
         batch = None
     if batch is not None:
         tokens = batch.global_ * config.model.seq_length
-        table.add_row("sequences per step", f"{batch.global_:,} = {batch.micro} x {batch.accumulation} accumulation x {processes} processes")
+        table.add_row(
+            "sequences per step",
+            f"{batch.global_:,} = {batch.micro} x {batch.accumulation} accumulation x {processes} {'process' if processes == 1 else 'processes'}",
+        )
         table.add_row("tokens per step", f"{tokens:,}")
         table.add_row("FLOPs per step", f"{tokens * flops:.3e}")
         if config.training.train_iters is not None:

@@ -76,3 +76,12 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ConfigError) as caught:
         load_config(["a/x", "b/x"])
     assert caught.value.problems == ["b/x.yml: a second file named 'x.yml'; they are saved side by side in checkpoints, so rename one"]
+
+
+def test_one_file_given_twice_is_no_second_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.yml").write_text("".join(f"{key}: {value}\n" for key, value in BASE.items()))
+    with pytest.raises(ConfigError) as caught:
+        load_config(["a/x", "a/../a/x.yml"])
+    assert caught.value.problems == ["a/../a/x.yml: this file is given twice; name it once"]

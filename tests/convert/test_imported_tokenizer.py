@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,8 @@ from tokenizers import AddedToken, Tokenizer
 from megatron.config import load_config
 from megatron.convert.errors import ConversionError
 from megatron.convert.sentence_pieces import as_tokenizer, read_piece_model
-from megatron.convert.tokenizers import SAMPLE
-from megatron.data.tokenizer import TokenizerError, build_tokenizer
+from megatron.convert.tokenizers import SAMPLE, reads_alike
+from megatron.data.tokenizer import TokenizerError, build_tokenizer, load_tokenizer
 from megatron.inference.model import load_ready_model
 from tests.convert.models import VOCABULARY
 
@@ -47,6 +48,21 @@ def save_model(directory: Path, *, tied: bool = False, rows: int = VOCABULARY) -
 
 def change(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**(json.loads(file.read_text()) if file.is_file() else {}), **changes}))
+
+
+def test_a_model_of_our_own_class_raises_no_warning_of_transformers(tmp_path: Path, tokenizer_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers 5 warns of a type that it does not have ("can yield errors") where it reads the tokenizer beside."""
+    change(tmp_path / "config.json", model_type="structmoe_neox", architectures=["StructMoEForCausalLM"])
+    change(tmp_path / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    shutil.copy(tokenizer_file, tmp_path / "tokenizer.json")
+    ours = load_tokenizer("HFTokenizer", tokenizer_file)
+    log = logging.getLogger("transformers")
+    log.addHandler(caplog.handler)
+    try:
+        assert reads_alike(ours, tmp_path, transformers.AutoTokenizer)
+    finally:
+        log.removeHandler(caplog.handler)
+    assert caplog.text == ""
 
 
 @pytest.fixture

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron.config.aliases import TABLE, Refused
+from megatron.launcher.command_line import KEY_FLAGS, read_deepy_arguments
+
 CONFIG = """num_layers: 2
 hidden_size: 64
 num_attention_heads: 4
@@ -191,6 +194,34 @@ def test_deepy_without_anything_says_how_to_call_it(folder: Path) -> None:
     assert done.returncode == 2
     assert "name a script and its configuration files, such as: deepy.py train.py -d configs quickstart.yml" in done.stderr
     assert run(folder, "deepy.py", "--help").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("--train_iters", "5"), "--train_iters 5; train_iters is a key of the configuration: write -o train_iters=5"),
+        (("--train-iters=5",), "--train-iters=5; train_iters is a key of the configuration: write -o train_iters=5"),
+        (("--finetune", "-d", "."), "--finetune; finetune is a key of the configuration: write -o finetune=VALUE"),
+        (("--no-such-key", "5"), "--no-such-key 5"),
+    ],
+)
+def test_a_key_that_is_written_as_a_flag_gets_the_override_that_says_it(
+    words: tuple[str, ...], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        read_deepy_arguments(["train.py", "small.yml", *words])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f"deepy.py: error: unrecognized arguments: {hint}\n")
+
+
+def test_help_says_what_the_words_are_and_offers_nothing_that_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read_deepy_arguments(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "SCRIPT CONFIG [CONFIG ...] the script (train.py, eval.py or generate.py), then its YAML files" in shown
+    for flag, key in KEY_FLAGS.items():
+        refused = isinstance(TABLE.get(key), Refused)
+        assert (f"{flag} VALUE" not in shown) == refused, flag
 
 
 def test_check_shows_what_will_happen_and_runs_nothing(folder: Path) -> None:

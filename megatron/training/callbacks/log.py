@@ -206,7 +206,8 @@ def memory_sizes(device: torch.device) -> dict[str, int]:
     """Bytes, by upstream's names on a GPU; elsewhere what the process has in memory and has had at most."""
     if device.type != "cuda":
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return {"resident": psutil.Process().memory_info().rss, "max resident": most}
+        now = psutil.Process().memory_info().rss
+        return {"resident": now, "max resident": max(now, most)}  # Linux counts the two apart, and its maximum may lag behind
     return {
         "allocated": torch.cuda.memory_allocated(),
         "max allocated": torch.cuda.max_memory_allocated(),
