@@ -33,4 +33,4 @@ class PlotCallback(Callback):
             log.warning("No picture: %s.", error)
         else:
             if drawn:
-                log.info("Losses and expert load by step: %s (numbers in %s)", self.picture, self.metrics_file)
+                log.info("Picture of the run, step by step: %s (the numbers: %s)", self.picture, self.metrics_file)
