@@ -41,7 +41,7 @@ _SHORT = {"--hostfile": "-H", "--sample_input_file": "-i"}
 HOME = Path(__file__).resolve().parents[2]
 """Where deepy.py and the other scripts lie."""
 _CONFIGURATIONS = (".yml", ".yaml", ".json")
-_WORK = {
+_SCRIPTS = {
     "train": "Train a model",
     "eval": "Measure the loss of a trained model: on its validation and test data, or on the texts that eval_text_files names",
     "generate": "Let a trained model write text; the key text_gen_type says after which prompts",
@@ -131,7 +131,7 @@ def config_from_argv(argv: Sequence[str]) -> LoadedConfig:
     """
     program = Path(sys.argv[0]).name or "train.py"
     parser = _parser(program, "CONFIG [CONFIG ...]")
-    parser.description = f"{_WORK.get(Path(program).stem, 'Read the configuration and work with it')}. This is one process; deepy.py starts several."
+    parser.description = f"{_SCRIPTS.get(Path(program).stem, 'Read the configuration and work with it')}. This is one process; deepy.py starts several."
     for flag in ("--local_rank", "--local-rank", "--deepspeed_config"):
         parser.add_argument(flag, help=argparse.SUPPRESS)
     parser.add_argument("--megatron_config", help=argparse.SUPPRESS)
