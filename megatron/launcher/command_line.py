@@ -131,7 +131,9 @@ def config_from_argv(argv: Sequence[str]) -> LoadedConfig:
     """
     program = Path(sys.argv[0]).name or "train.py"
     parser = _parser(program, "CONFIG [CONFIG ...]")
-    parser.description = f"{_SCRIPTS.get(Path(program).stem, 'Read the configuration and work with it')}. This is one process; deepy.py starts several."
+    parser.description = (
+        f"{_SCRIPTS.get(Path(program).stem, 'Read the configuration and work with it')}. This is one process; deepy.py starts several."
+    )
     for flag in ("--local_rank", "--local-rank", "--deepspeed_config"):
         parser.add_argument(flag, help=argparse.SUPPRESS)
     parser.add_argument("--megatron_config", help=argparse.SUPPRESS)
