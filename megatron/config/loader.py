@@ -24,7 +24,7 @@ from megatron.config.source import Source, apply_overrides, canonical, find_file
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A configuration with what it was made of.
+    """A configuration, and what it was made from.
 
     files: file name -> text, as written; overrides: the `key=value` given on the command line; notices: sentences about keys without effect;
     without_section: the keys as they were written that no section has (other names, keys without effect).
@@ -48,7 +48,7 @@ def load_config(paths: Sequence[Path | str], overrides: Sequence[str] = (), conf
     sources: list[Source] = []
     for path in (find_file(name, conf_dir) for name in paths):
         if path.name in files:
-            problems.append(f"{path}: a second file named '{path.name}'; they are saved side by side in checkpoints, so rename one")
+            problems.append(f"{path}: another file is also named '{path.name}'; checkpoints save all files in one folder, so rename one of them")
             continue
         text = read_text(path, problems)
         files[path.name] = text or ""

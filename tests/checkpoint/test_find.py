@@ -64,7 +64,7 @@ def test_missing_directory(tmp_path: Path) -> None:
         find_checkpoint(tmp_path / "nowhere" / "deep")
     make_checkpoint(tmp_path / "first run", 3)
     make_checkpoint(tmp_path / "second", 3)
-    with says(f"{tmp_path} is there. There are checkpoints in first run, second below it: name one of these.", NoCheckpointError):
+    with says(f"{tmp_path} is there. There are checkpoints in these directories below it: first run, second. Give one of them.", NoCheckpointError):
         find_checkpoint(tmp_path / "nowhere")
 
 
@@ -73,7 +73,7 @@ def test_empty_directory(tmp_path: Path) -> None:
         find_checkpoint(tmp_path)
     for number in range(15):
         (tmp_path / f"file{number:02d}").touch()
-    with says("holds no checkpoint at all, so not that of iteration 3 either. It holds: file00, file01,", NoCheckpointError):
+    with says("holds no checkpoint, so it does not hold the one of iteration 3. It holds: file00, file01,", NoCheckpointError):
         find_checkpoint(tmp_path, 3)
     with says("file11 and 3 more.", NoCheckpointError):
         find_checkpoint(tmp_path)
@@ -105,7 +105,7 @@ def test_long_lists_are_shortened(tmp_path: Path) -> None:
 def test_latest_names_a_missing_one(run: Path) -> None:
     shutil.rmtree(run / "global_step100")
     with says(
-        "names global_step100, which is missing. The newest whole checkpoint is that of iteration 10: to go on from it, add `-o iteration=10`."
+        "names global_step100, which is missing. The newest undamaged checkpoint is that of iteration 10. To continue from it, add `-o iteration=10`."
     ):
         find_checkpoint(run)
 
@@ -113,7 +113,7 @@ def test_latest_names_a_missing_one(run: Path) -> None:
 @pytest.mark.parametrize("content", ["", "../elsewhere", "/etc", "\x00"])
 def test_latest_names_nothing_here(run: Path, content: str) -> None:
     (run / "latest").write_text(content)
-    with says(f"holds {content!r}, which names no directory beside it. The newest whole checkpoint is that of iteration 100"):
+    with says(f"holds {content!r}, which is not the name of a directory beside it. The newest whole checkpoint is that of iteration 100"):
         find_checkpoint(run)
 
 

@@ -113,8 +113,8 @@ def test_copies_that_drifted_apart_are_averaged_and_said() -> None:
     merged = merge_shards(shards, parallel_residual=False)
     assert merged.state["sequential.2.input_layernorm.weight"].tolist() == [1.0, 1.125]
     assert merged.notices == (
-        "1 weights that every tensor-parallel process has a copy of differ between them (by up to 0.25, in sequential.2.input_layernorm.weight): "
-        "their mean was taken.",
+        "1 weights have a copy in every tensor-parallel process, and the copies differ (by up to 0.25, in sequential.2.input_layernorm.weight): "
+        "the mean of the copies is used.",
     )
 
 

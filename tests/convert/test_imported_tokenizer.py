@@ -181,7 +181,7 @@ def test_two_files_of_gpt2s_are_read(chat: Path, main: Callable[..., int], tmp_p
     original = Tokenizer.from_file(str(chat / "tokenizer.json"))
     split_file(chat)
     assert main("--model_path", chat, "--output_dir", tmp_path / "run") == 0
-    assert "has no tokenizer.json: one is made of its vocab.json and merges.txt." in capsys.readouterr().out
+    assert "has no tokenizer.json; it is made from vocab.json and merges.txt." in capsys.readouterr().out
     made = build_tokenizer(load_config([tmp_path / "run" / "config.yml"]).config.data)
     text = SAMPLE + "<|im_start|>x<|im_end|>"
     assert made.encode(text) == original.encode(text).ids
@@ -191,7 +191,7 @@ def test_without_a_tokenizer_nobody_chooses_one(chat: Path, main: Callable[..., 
     (chat / "tokenizer.json").unlink()
     (chat / "tekken.json").write_text("{}")
     assert main("--model_path", chat, "--output_dir", tmp_path / "run") == 0
-    assert "holds no tokenizer that is read here (there is tekken.json, which is not read)" in capsys.readouterr().out
+    assert "holds no tokenizer that is read here (it holds tekken.json, which cannot be read)" in capsys.readouterr().out
     keys = yaml.safe_load((tmp_path / "run" / "config.yml").read_text())
     assert (keys["tokenizer_type"], keys["vocab_size"], "vocab_file" in keys) == ("NullTokenizer", VOCABULARY, False)
     tokenizer = build_tokenizer(load_config([tmp_path / "run" / "config.yml"]).config.data)

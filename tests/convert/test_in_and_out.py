@@ -124,7 +124,7 @@ def test_a_trained_weight_that_the_class_lacks_is_named(tmp_path: Path, export: 
     assert exported.class_name == "LlamaForCausalLM"
     first, *weights, last = exported.notices[0].split("\n")
     assert first == "This model was imported as Qwen2ForCausalLM and is written as LlamaForCausalLM, because Qwen2ForCausalLM cannot hold:"
-    lacking = "attention.dense.bias is not zero, and the other architecture has no such weight"
+    lacking = "attention.dense.bias is not zero, but the other architecture has no such weight"
     assert weights == [f"  sequential.{layer}.{lacking}" for layer in range(2, 6)]
     assert last == "  and 2 more"
     for name, tensor in gpt.state_dict().items():
@@ -138,8 +138,8 @@ def test_a_trained_weight_that_the_class_lacks_is_named(tmp_path: Path, export: 
 @pytest.mark.parametrize(
     ("name", "settings", "sentence"),
     [
-        ("Pythia", {"head_dim": 16}, "head_dim: 16 cannot be read: GPTNeoXForCausalLM divides hidden_size (64) among its 8 heads."),
-        ("OLMoE", {"head_dim": 4}, "head_dim: 4 cannot be read: OlmoeForCausalLM divides hidden_size (64) among its 8 heads."),
+        ("Pythia", {"head_dim": 16}, "head_dim: 16 cannot be read, because GPTNeoXForCausalLM divides hidden_size (64) among its 8 heads."),
+        ("OLMoE", {"head_dim": 4}, "head_dim: 4 cannot be read, because OlmoeForCausalLM divides hidden_size (64) among its 8 heads."),
     ],
 )
 def test_classes_that_have_no_heads_of_their_own_width(name: str, settings: dict[str, Any], sentence: str, tmp_path: Path) -> None:

@@ -105,14 +105,14 @@ def a_link(directory: Path, mark: str) -> None:
 
 
 REFUSED: dict[str, tuple[str, Change, str]] = {
-    "auto_map": ("llama", modeling, "config.json names Python code of its own for the model (auto_map: configuration_mine.MineConfig)"),
+    "auto_map": ("llama", modeling, "config.json names Python code for the model (auto_map: configuration_mine.MineConfig)"),
     "configuration alone": ("llama", configuration, "(auto_map: configuration_mine.MineConfig)"),
     "another repository": ("llama", of_another_repository, "(auto_map: someone/else--modeling_mine.Mine)"),
     "no mapping": ("llama", no_mapping, "(auto_map: modeling_mine.Mine)"),
-    "one byte": ("structmoe", one_byte, f"{CODE[0].name} is not the code of that name which this version writes"),
-    "further import": ("structmoe", further_import, "experts_structmoe.py is not the code of that name which this version writes"),
+    "one byte": ("structmoe", one_byte, f"{CODE[0].name} differs from the file of that name that this version writes"),
+    "further import": ("structmoe", further_import, "experts_structmoe.py differs from the file of that name that this version writes"),
     "another class": ("structmoe", own_code_elsewhere, "(auto_map: configuration_structmoe.StructMoEConfig)"),
-    "a link": ("structmoe", a_link, "moe_structmoe.py is not the code of that name which this version writes"),
+    "a link": ("structmoe", a_link, "moe_structmoe.py differs from the file of that name that this version writes"),
 }
 
 

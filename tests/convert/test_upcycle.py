@@ -133,16 +133,16 @@ def test_the_difference_is_said_where_there_is_one(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"moe_expert_bias": False}, "sequential.2.mlp.linear1.bias is not zero, and these experts have no biases: set moe_expert_bias to true."),
+        ({"moe_expert_bias": False}, "sequential.2.mlp.linear1.bias is not zero, but these experts have no biases: set moe_expert_bias to true."),
         (
             {"moe_shared_expert_intermediate_size": 16},
-            "the shared expert has 16 hidden units and an expert 48, and the MLP that they are cut from has 48: set moe_ffn_hidden_size to 32, or",
+            "the shared expert has 16 hidden units and an expert 48, but the MLP that they are made from has 48: set moe_ffn_hidden_size to 32, or",
         ),
         (
             {"moe_num_shared_experts": 1, "moe_expert_segments": 2},
-            "an expert 48, and the MLP that they are cut from has 48: set moe_ffn_hidden_size to 32",
+            "an expert 48, but the MLP that they are made from has 48: set moe_ffn_hidden_size to 32",
         ),
-        ({"moe_num_shared_experts": 3, "moe_expert_segments": 4}, "48 cannot be cut into 7 equal parts"),
+        ({"moe_num_shared_experts": 3, "moe_expert_segments": 4}, "48 cannot be divided into 7 equal parts"),
         ({"moe_shared_expert_intermediate_size": 64}, "give it at most the 48 hidden units of the MLP, or moe_shared_expert_intermediate_size to 48"),
         ({"moe_router_type": "expert_choice"}, "moe_router_type expert_choice: some tokens would have no expert"),
     ],

@@ -102,7 +102,7 @@ def test_without_a_configuration_inside_the_shapes_and_arguments_are_compared(ch
     """A checkpoint of GPT-NeoX itself has no resolved.json."""
     (Path(checkpoint["load"]) / "global_step2" / "configs" / "resolved.json").unlink()
     assert load(checkpoint).iteration == 2
-    with pytest.raises(CheckpointError, match="num_attention_heads is 4 there and 8 here"):
+    with pytest.raises(CheckpointError, match="num_attention_heads is 4 in the checkpoint and 8 in this run"):
         load(checkpoint, num_attention_heads=8)
     with pytest.raises(CheckpointError, match="is a checkpoint of another shape"):
         load(checkpoint, moe_lore_rank=4)

@@ -99,7 +99,7 @@ def test_a_run_of_upstream_goes_on_with_its_optimizer(
     losses = train_losses(dense(corpus, tmp_path / "ours", load=str(tmp_path / "theirs")))
     assert losses == expected[4:]
     output = capsys.readouterr().out
-    assert "Written by another program, without checksums: its files are taken as they are." in output
+    assert "Written by another program, without checksums: its files cannot be checked for damage." in output
     assert "step 4 of 8" in output
 
 
@@ -177,12 +177,12 @@ def test_an_optimizer_of_other_groups_is_refused(corpus: Path, tmp_path: Path, s
     values = dense(corpus, tmp_path / "ours", load=str(tmp_path / "theirs"))
     missing = content["optimizer"]["state"][3].pop("exp_avg_sq")
     torch.save(content, path / "mp_rank_00_model_states.pt")
-    with pytest.raises(CheckpointError, match=r"its entry 3 is not Adam's two averages of a weight of shape .*no_load_optim=true"):
+    with pytest.raises(CheckpointError, match=r"its entry 3 does not hold Adam's two averages for a weight of shape .*no_load_optim=true"):
         train_losses(values)
     content["optimizer"]["state"][3]["exp_avg_sq"] = missing
     content["optimizer"]["param_groups"].pop()
     torch.save(content, path / "mp_rank_00_model_states.pt")
-    with pytest.raises(CheckpointError, match="it holds other groups of weights than Adam has here"):
+    with pytest.raises(CheckpointError, match="its groups of weights differ from those of Adam in this run"):
         train_losses(values)
 
 

@@ -57,7 +57,7 @@ def test_a_schedule_whose_past_would_change_says_what_to_set(keys: dict[str, Any
     with pytest.raises(ConfigError) as raised:
         followed(keys, at=at)
     (problem,) = raised.value.problems
-    assert "lr_decay_iters is 1000 steps there and 3000 steps here" in problem
+    assert "lr_decay_iters is 1000 steps in the checkpoint and 3000 steps in this run" in problem
     assert (
         "Only its length differs, which follows train_iters: with this one, the steps taken so far would have had other learning rates. " in problem
     )
