@@ -185,7 +185,7 @@ def test_bytes_that_flip_are_noticed(saved: Saved, tmp_path: Path) -> None:
     file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
     try:
         with pytest.raises(
-            CheckpointError, match=r"mp_rank_00_model_states.pt is damaged: expected SHA-256 .*newest whole checkpoint is that of iteration 6"
+            CheckpointError, match=r"mp_rank_00_model_states.pt is damaged: expected SHA-256 .*newest undamaged checkpoint is that of iteration 6"
         ):
             find_checkpoint(source.parent, 3)
     finally:

@@ -135,14 +135,14 @@ def test_a_missing_file_is_named(tmp_path: Path, missing: str, stages: int, says
     parts = shards(weights(), 2)
     path = write_layers(tmp_path, parts, content, stages=stages) if stages else write_sequential(tmp_path, parts, content)
     (path / missing).unlink()
-    with pytest.raises(CheckpointError, match=rf"is not whole: {missing} missing\. It was saved with model_parallel_size 2"):
+    with pytest.raises(CheckpointError, match=rf"is incomplete: {missing} missing\. It was saved with model_parallel_size 2"):
         load_model_weights(tmp_path)
 
 
 def test_a_whole_layer_that_is_missing_is_named(tmp_path: Path) -> None:
     path = write_layers(tmp_path, shards(weights(), 1), head(7, ARGS))
     (path / "layer_03-model_00-model_states.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"is not whole: layer_03-model_00-model_states\.pt missing"):
+    with pytest.raises(CheckpointError, match=r"is incomplete: layer_03-model_00-model_states\.pt missing"):
         load_model_weights(tmp_path)
 
 
@@ -156,7 +156,7 @@ def test_parts_that_do_not_fit_are_named_with_their_path(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [([1], " does not hold weights by their names"), ({1: torch.ones(1)}, " does not hold"), ({"a": 1}, ": a is a int, no tensor")],
+    [([1], " does not hold a dictionary of weights"), ({1: torch.ones(1)}, " does not hold"), ({"a": 1}, ": a is a int, no tensor")],
 )
 @pytest.mark.parametrize("layers", [True, False])
 def test_something_else_in_the_place_of_weights(tmp_path: Path, content: Any, message: str, layers: bool) -> None:
@@ -178,7 +178,7 @@ def test_entries_of_transformer_engine_without_tensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("iteration", ["seven", -1, 1.5, None])
 def test_an_iteration_that_is_none(tmp_path: Path, iteration: Any) -> None:
     write_sequential(tmp_path, shards(weights(), 1), {**head(7, ARGS), "iteration": iteration})
-    with pytest.raises(CheckpointError, match=f"its iteration is {iteration!r}, which is no number of steps"):
+    with pytest.raises(CheckpointError, match=f"its iteration is {iteration!r}, which is not a number of steps"):
         load_model_weights(next(path for path in tmp_path.iterdir() if path.is_dir()))
 
 
@@ -230,7 +230,7 @@ def test_zero_3_on_tensor_parallel_processes_is_refused(tmp_path: Path) -> None:
 
 def test_a_later_layout_of_ours_is_refused(tmp_path: Path) -> None:
     path = write_sequential(tmp_path, shards(weights(), 1), head(7, ARGS, gqa_layout="k,q,v"))
-    with pytest.raises(CheckpointError, match="laid out as 'k,q,v'; this version knows 'q,k,v': load it with the version that wrote it"):
+    with pytest.raises(CheckpointError, match="in the order 'k,q,v', but this version knows only 'q,k,v': load it with the version that wrote it"):
         load_model_weights(path)
 
 
@@ -239,9 +239,9 @@ def test_a_later_layout_of_ours_is_refused(tmp_path: Path) -> None:
     [
         (1, 0, {}, 0, "holds no optimizer state (it was saved with no_save_optim, or converted)"),
         (1, 0, {"optimizer": {}}, 0, "holds no optimizer state"),
-        (2, 0, {"optimizer": {"state": {}}}, 0, "was saved by 2 processes that shared the model"),
-        (2, 2, {"optimizer": {"state": {}}}, 0, "was saved by 4 processes that shared the model"),
-        (1, 0, {"optimizer": {"state": {}}}, 1, "written by another program with zero_optimization stage 0; its optimizer state is read only where"),
+        (2, 0, {"optimizer": {"state": {}}}, 0, "was saved by 2 processes that divided the model"),
+        (2, 2, {"optimizer": {"state": {}}}, 0, "was saved by 4 processes that divided the model"),
+        (1, 0, {"optimizer": {"state": {}}}, 1, "written by another program with zero_optimization stage 0; its optimizer state can be read only if"),
     ],
 )
 def test_optimizer_states_that_cannot_be_read(

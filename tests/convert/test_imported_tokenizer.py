@@ -133,7 +133,7 @@ def test_a_larger_tokenizer_gets_rows_or_is_cut(
             assert torch.allclose(after[name][VOCABULARY:], before[name].mean(0).expand(rows - VOCABULARY, -1), atol=1e-6)
         assert transformers.AutoTokenizer.from_pretrained(tmp_path / f"back{tp}").pad_token_id == VOCABULARY + 1
     assert main("--model_path", larger, "--output_dir", tmp_path / "cut", "--extra-tokens", "drop") == 0
-    assert "('<X2>', '<X3>', '<X4>'): they are left out." in capsys.readouterr().out
+    assert "('<X2>', '<X3>', '<X4>'): they are removed from the tokenizer." in capsys.readouterr().out
     export(tmp_path / "cut", tmp_path / "cut-back")
     cut = load_file(tmp_path / "cut-back" / "model.safetensors")
     assert all(torch.equal(tensor, before[name]) for name, tensor in cut.items())
@@ -239,7 +239,7 @@ def test_sentence_pieces_as_a_tokenizer_json(kind: str, options: str, tmp_path: 
 
 def test_a_damaged_sentence_piece_model_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "m.model").write_bytes(b"\x0a\xff\xff\x0f\x01nothing")
-    with pytest.raises(ConversionError, match=r"m\.model is damaged: it is no SentencePiece model"):
+    with pytest.raises(ConversionError, match=r"m\.model is not a SentencePiece model"):
         read_piece_model(tmp_path / "m.model")
 
 

@@ -50,7 +50,7 @@ def test_two_of_them(run: Path, tmp_path: Path, main: Callable[..., int], capsys
     gpt = lively_model(config)
     save_model(tmp_path / "same", config, gpt)
     assert main(run, tmp_path / "same") == 0
-    assert capsys.readouterr().out == "The same weights, bit for bit.\n"
+    assert capsys.readouterr().out == "The weights are the same, bit for bit.\n"
     gpt.state_dict()["sequential.2.input_layernorm.scale"][3] += 0.5
     save_model(tmp_path / "other", config, gpt)
     assert main(run, tmp_path / "other") == 1
@@ -73,4 +73,4 @@ def test_models_of_hugging_face_s(
     assert main(tmp_path / "hf", tmp_path / "half") == 1
     assert "model.norm.weight: float32 and bfloat16, " in capsys.readouterr().out
     assert main(tmp_path / "nowhere") == 1
-    assert "nowhere is no directory" in capsys.readouterr().err
+    assert "nowhere is not a directory" in capsys.readouterr().err

@@ -115,7 +115,7 @@ def test_a_component_of_a_plugin_is_an_obstacle(key: str, sentence: str) -> None
     [
         (
             {"num_experts_by_layer": [1, 4], "num_hidden_layers": 2},
-            r"num_experts_by_layer: \[1, 4\] cannot be represented: a layer has no expert or at least 2\.",
+            r"num_experts_by_layer: \[1, 4\] cannot be represented: a layer must have 0 experts, or 2 or more\.",
         ),
         (
             {"position_bias_scale": [1.0, 1.0, 3.0], "num_hidden_layers": 3},

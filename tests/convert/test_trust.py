@@ -141,7 +141,7 @@ def test_code_of_a_folder_is_refused(
     assert not ran.exists()
     assert not (tmp_path / "run").exists()
     assert main("--model_path", folder, "--output_dir", tmp_path / "run", "--skip-check") == 0
-    assert "It did not run: the weights were read as those of " in capsys.readouterr().out
+    assert "This code did not run. The weights were read as those of " in capsys.readouterr().out
     assert not ran.exists()
 
 
@@ -220,4 +220,4 @@ def test_plugins_of_a_checkpoint_are_imported_only_where_it_is_trusted(
     status = tool("tools/ckpts/convert_neox_to_hf.py").main([str(word) for word in words])
     assert (status, (tmp_path / "ran").exists()) == ((0, True) if trusted else (1, False))
     if not trusted:
-        assert f"names plugins ({module}), whose code would run here. If you trust who" in capsys.readouterr().err
+        assert f"names plugins ({module}). Their code would run here. If you trust the person who" in capsys.readouterr().err

@@ -111,7 +111,7 @@ def test_upcycling_changes_no_logit(
     assert relative(printed) < 1e-5
     assert "differ from the dense model's" not in printed
     assert "moe_losses names no loss" not in printed
-    assert ("the experts start without effect" in printed) == ("whole" in shape or shape in ("later layers", "qwen2-moe"))
+    assert ("The other experts start without effect" in printed) == ("whole" in shape or shape in ("later layers", "qwen2-moe"))
     weights = load_model_weights(tmp_path / "run").state_dict
     biased = {key for key in weights if re.fullmatch(r".*\.experts\.mlp\.b\d\.bias", key)}
     layers = sum(key.endswith("router.layer.weight") for key in weights)
@@ -126,7 +126,7 @@ def test_the_difference_is_said_where_there_is_one(
     assert main("--model_path", dense("pythia"), "--output_dir", tmp_path / "run", "--upcycle", moe) == 0
     printed = capsys.readouterr().out
     assert 1e-3 < relative(printed) < 10
-    assert "the logits differ from the dense model's." in printed
+    assert "The logits therefore differ from the dense model's." in printed
     assert "moe_losses names no loss that balances the load" in printed
 
 

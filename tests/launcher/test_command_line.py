@@ -219,7 +219,7 @@ def test_check_shows_what_will_happen_and_runs_nothing(folder: Path) -> None:
     shown = {" ".join(line.split()) for line in done.stdout.splitlines()}
     assert "vocabulary 3, padded to 128" in shown
     assert "embedding 8,192 8,192" in shown
-    length = "the number of steps to train, or of times to go through the data"
+    length = "the number of training steps, or the number of passes through the data"
     assert f"cannot train yet: 'train_iters' or 'train_epochs' must be given: {length}" in " ".join(done.stdout.split())
     assert "fp16" not in done.stdout
     assert "note: training in fp16 needs a GPU" in run(folder, *words, "-o", "precision=fp16").stdout

@@ -88,7 +88,7 @@ def test_a_finished_run_is_made_longer(corpus: Path, tmp_path: Path, capsys: Any
     assert len(train_losses({**values, "train_iters": 6})) == 6
     assert losses_of(tmp_path / "run" / "metrics.jsonl", "train/learning_rate")[2:] == [1e-2] * 4
     said = capsys.readouterr().out
-    assert "was to be trained for 4 steps in all, this run for 6." in said
+    assert "belongs to a training of 4 steps; this run has 6." in said
     assert "The learning-rate schedule is now one over 6 steps, where it was one over 4; until here both are the same." in said
 
 
