@@ -128,13 +128,13 @@ def test_neox_s_flags_become_keys(folder: Path, words: tuple[str, ...], override
         ),
         (
             ("deepy.py", "configs/small.yml", "other.yml"),
-            "deepy.py: configs/small.yml is a configuration file, and the script is missing: name it first (train.py, eval.py or generate.py), "
-            "as in train.py configs/small.yml other.yml\n",
+            "deepy.py: configs/small.yml is a configuration file, but the script is missing: write the script first (train.py, eval.py or generate.py), "
+            "such as train.py configs/small.yml other.yml\n",
         ),
         (
             ("deepy.py", "small", "-d", "configs"),
-            "deepy.py: small is a configuration file, and the script is missing: name it first (train.py, eval.py or generate.py), "
-            "as in train.py small\n",
+            "deepy.py: small is a configuration file, but the script is missing: write the script first (train.py, eval.py or generate.py), "
+            "such as train.py small\n",
         ),
         (
             ("worker.py",),
