@@ -128,7 +128,8 @@ def test_neox_s_flags_become_keys(folder: Path, words: tuple[str, ...], override
         ),
         (
             ("deepy.py", "configs/small.yml", "other.yml"),
-            "deepy.py: configs/small.yml is a configuration file, but the script is missing: write the script first (train.py, eval.py or generate.py), "
+            "deepy.py: configs/small.yml is a configuration file, but the script is missing: write the script first (train.py, eval.py or "
+            "generate.py), "
             "such as train.py configs/small.yml other.yml\n",
         ),
         (
