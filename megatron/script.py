@@ -10,7 +10,7 @@ from collections.abc import Callable
 CONFIGURATION_STATUS = 2
 FAILURE_STATUS = 1
 INTERRUPTED_STATUS = 130
-OUT_OF_MEMORY = "The memory is not enough: take a smaller model, a smaller micro-batch or a shorter seq_length"
+OUT_OF_MEMORY = "There is not enough memory: use a smaller model, a smaller micro-batch or a shorter seq_length"
 NO_MEMORY = re.compile(r"((?:you t|T)ried to allocate [\d.]+ \w+)")
 """What PyTorch says when the system, or a GPU, has no memory left."""
 LOST = re.compile(r"gloo.*Connection (?:reset|closed) by peer", re.DOTALL)
@@ -45,7 +45,7 @@ def exit_status(work: Callable[[], int | None]) -> int:
             sys.stderr.write(f"{_speaker()}{OUT_OF_MEMORY} ({refused[1]}).\n")
             return FAILURE_STATUS
         if isinstance(error, RuntimeError) and LOST.search(str(error)):
-            sys.stderr.write(f"{_speaker()}The connection to another process of this run was lost: that process has ended.\n")
+            sys.stderr.write(f"{_speaker()}The connection to another process of this run was lost, because that process has ended.\n")
             return FAILURE_STATUS
         if type(error).__module__.split(".")[0] != "megatron":
             raise

@@ -151,7 +151,7 @@ class TestLoading:
             ),
             (
                 lambda file: NeoXArgs(**MODEL, batch_size=5),
-                "'batch_size' = 5 is not supported: it is another word for train_micro_batch_size_per_gpu; write that",
+                "'batch_size' = 5 is not supported: it is another name of train_micro_batch_size_per_gpu; write that name",
             ),
             (lambda file: NeoXArgs(**MODEL).update_value("num_layer", 3), "unknown key 'num_layer'; did you mean 'num_layers'?"),
             (lambda file: NeoXArgs(**MODEL).get_deepspeed_main_args(), "'user_script' must be given: the script that the processes run"),
@@ -162,7 +162,7 @@ class TestLoading:
             ),
             (
                 lambda file: NeoXArgs.consume_neox_args(input_args=["--megatron_config", "e30="]),
-                "--megatron_config is not what deepy.py writes; start the script with deepy.py, or give it YAML files",
+                "the value of --megatron_config was not written by deepy.py; start the script with deepy.py, or give it YAML files",
             ),
         ],
     )  # fmt: skip

@@ -33,7 +33,7 @@ def test_success_is_0() -> None:
         (DatasetError("a.bin is missing"), 1, "a.bin is missing\n"),
         (OSError(errno.EACCES, os.strerror(errno.EACCES), "metrics.jsonl"), 1, "metrics.jsonl: Permission denied.\n"),
         (OSError("[Errno of nobody]"), 1, "The system: [Errno of nobody].\n"),
-        (MemoryError(), 1, "The memory is not enough: take a smaller model, a smaller micro-batch or a shorter seq_length.\n"),
+        (MemoryError(), 1, "There is not enough memory: use a smaller model, a smaller micro-batch or a shorter seq_length.\n"),
         (KeyboardInterrupt(), 130, "\nInterrupted.\n"),
     ],
 )
@@ -76,7 +76,7 @@ def test_another_process_that_ended_is_no_bug_of_this_one(monkeypatch: pytest.Mo
     monkeypatch.setenv("RANK", "2")
     words = "[/nowhere/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:16276: Connection reset by peer. This is typically ..."
     assert failing(RuntimeError(words)) == 1
-    assert capsys.readouterr().err == "[process 2] The connection to another process of this run was lost: that process has ended.\n"
+    assert capsys.readouterr().err == "[process 2] The connection to another process of this run was lost, because that process has ended.\n"
 
 
 def test_memory_that_pytorch_does_not_get_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,6 +85,6 @@ def test_memory_that_pytorch_does_not_get_is_a_sentence(capsys: pytest.CaptureFi
     assert exit_status(lambda: torch.empty(1 << 60, dtype=torch.uint8).numel()) == 1
     error = capsys.readouterr().err
     assert error.startswith(
-        "The memory is not enough: take a smaller model, a smaller micro-batch or a shorter seq_length (you tried to allocate 1152"
+        "There is not enough memory: use a smaller model, a smaller micro-batch or a shorter seq_length (you tried to allocate 1152"
     )
     assert error.count("\n") == 1

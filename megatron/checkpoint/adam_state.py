@@ -36,16 +36,16 @@ def check_adam_state(path: Path, stored: Any, own_groups: list[dict[str, Any]]) 
         or not isinstance(stored.get("state"), dict)
         or [len(group["params"]) for group in groups] != [len(group["params"]) for group in own_groups]
     ):
-        raise _refusal(path, "it holds other groups of weights than Adam has here")
+        raise _refusal(path, "its groups of weights differ from those of Adam in this run")
     weights = [weight for group in own_groups for weight in group["params"]]
     for index, weight in zip((index for group in groups for index in group["params"]), weights, strict=True):
         entry = stored["state"].get(index, {})
         if any(name not in entry or entry[name].shape != weight.shape for name in AVERAGES):
-            raise _refusal(path, f"its entry {index} is not Adam's two averages of a weight of shape {list(weight.shape)}")
+            raise _refusal(path, f"its entry {index} does not hold Adam's two averages for a weight of shape {list(weight.shape)}")
 
 
 def _refusal(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"The optimizer's state in {path}, which another program wrote, cannot be read: {reason}. Add `-o no_load_optim=true` to go on from the "
-        "weights alone with a fresh optimizer."
+        f"The optimizer's state in {path}, which another program wrote, cannot be read: {reason}. Add `-o no_load_optim=true` to continue from the "
+        "weights with a new optimizer state."
     )

@@ -96,8 +96,9 @@ def batch_change(path: Path, batch: Batch) -> str | None:
     if before is None or before.global_ == batch.global_:
         return None
     return (
-        f"{path} was trained with {before.global_} sequences a step, this run takes {batch.global_}: the schedule goes on by steps, "
-        "the data by the sequences that were read."
+        f"{path} was trained with {before.global_} sequences in each step; this run uses {batch.global_}. The learning-rate schedule "
+        "continues from the step number, "
+        "and the data from the number of sequences already read."
     )
 
 
@@ -109,14 +110,14 @@ def length_change(path: Path, train_iters: int) -> str | None:
     if before is None or before == train_iters:
         return None
     return (
-        f"{path} was to be trained for {before:,} steps in all, this run for {train_iters:,}. The order of the training samples is drawn for all "
-        "steps at once: a run that reads its data more than once goes on in another order."
+        f"{path} belongs to a training of {before:,} steps; this run has {train_iters:,}. The order of the training samples is chosen for all "
+        "steps at once. If the run reads its data more than once, the order changes."
     )
 
 
 def _advice(key: str, pos_emb: str, *, finetune: bool) -> str:
     if key == LENGTH_KEY and pos_emb == WITH_A_TABLE:
-        return f" (pos_emb: {pos_emb} has a row of weights for each position: their number cannot change)"
+        return f" (pos_emb: {pos_emb} has a row of weights for each position, so their number cannot change)"
     return "; finetune: true may change it" if key in POSITION_KEYS and not finetune else ""
 
 

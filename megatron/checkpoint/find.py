@@ -1,4 +1,5 @@
-"""Which checkpoint to load: through `latest` or by step, checked byte for byte, or an error that says what is there instead."""
+"""Which checkpoint to load: the one that `latest` names, or the one of a given step. Every file is checked byte for byte. If it cannot be loaded,
+the error says what is there instead."""
 
 from __future__ import annotations
 
@@ -22,10 +23,11 @@ def find_checkpoint(directory: Path | str, iteration: int | None = None) -> Path
     if (nowhere := broken_link(directory)) is not None:
         raise CheckpointError(f"{nowhere}.")
     if not directory.is_dir():
-        raise NoCheckpointError(f"{directory} does not exist: there is no checkpoint to load. {_neighbours(directory)}")
+        raise NoCheckpointError(f"{directory} does not exist, so there is no checkpoint to load. {_neighbours(directory)}")
     if layout.looks_like_checkpoint(directory):
         raise CheckpointError(
-            f"{directory} is a checkpoint itself: name the directory that holds it, {directory.parent}, and add `-o iteration=N` to choose one."
+            f"{directory} is a checkpoint itself. Give the directory that holds it, {directory.parent}, and add `-o iteration=N` to "
+            "choose a checkpoint."
         )
     steps = layout.iterations_in(directory)
     if iteration is not None:
@@ -41,7 +43,7 @@ def find_checkpoint(directory: Path | str, iteration: int | None = None) -> Path
         )
     newest = newest_whole(directory, steps)
     if newest is None:
-        raise CheckpointError(f"No checkpoint in {directory} is whole: {_problem(layout.path_of(directory, steps[-1]))}")
+        raise CheckpointError(f"Every checkpoint in {directory} is damaged or incomplete: {_problem(layout.path_of(directory, steps[-1]))}")
     return layout.path_of(directory, newest)
 
 
@@ -61,7 +63,7 @@ def newest_whole(directory: Path, steps: list[int]) -> int | None:
 def _find_step(directory: Path, iteration: int, steps: list[int]) -> Path:
     if not steps:
         raise NoCheckpointError(
-            f"{directory} holds no checkpoint at all, so not that of iteration {iteration} either. {_unfinished(directory)}{_entries(directory)}"
+            f"{directory} holds no checkpoint, so it does not hold the one of iteration {iteration}. {_unfinished(directory)}{_entries(directory)}"
         )
     if iteration not in steps:
         raise CheckpointError(f"{directory} holds no checkpoint of iteration {iteration}. It holds: {_listed(steps)}.")
@@ -77,13 +79,13 @@ def _find_latest(directory: Path, latest: Path, steps: list[int]) -> Path:
     step = layout.iteration_of(name)
     path = layout.path_of(directory, step) if step is not None else directory / name
     if not name or not name.isprintable() or Path(name).name != name:
-        raise CheckpointError(f"{latest} holds {name[:80]!r}, which names no directory beside it. {_offer(directory, steps)}")
+        raise CheckpointError(f"{latest} holds {name[:80]!r}, which is not the name of a directory beside it. {_offer(directory, steps)}")
     if not path.is_dir():
         raise CheckpointError(f"{latest} names {name}, which is missing. {_unfinished(directory)}{_offer(directory, steps)}")
     problem = _problem(path)
     if problem:
         raise CheckpointError(
-            f"{latest} names {name}, which is not whole: {problem} {_offer(directory, [other for other in steps if other != step])}"
+            f"{latest} names {name}, which is damaged or incomplete: {problem} {_offer(directory, [other for other in steps if other != step])}"
         )
     return path
 
@@ -91,7 +93,7 @@ def _find_latest(directory: Path, latest: Path, steps: list[int]) -> Path:
 def _problem(path: Path) -> str:
     """What is wrong with the files of a checkpoint, the first two problems in full; empty when it is whole."""
     if not layout.looks_like_checkpoint(path):
-        problems = damage(path) or [f"{path} is unfinished: it holds no model weights (mp_rank_00_model_states.pt)."]
+        problems = damage(path) or [f"{path} is incomplete: it holds no model weights (mp_rank_00_model_states.pt)."]
     else:
         problems = damage(path)
     more = f" {len(problems) - 2} more files are damaged." if len(problems) > 2 else ""
@@ -101,8 +103,8 @@ def _problem(path: Path) -> str:
 def _offer(directory: Path, steps: list[int]) -> str:
     newest = newest_whole(directory, steps)
     if newest is None:
-        return f"There is no other whole checkpoint in {directory}."
-    return f"The newest whole checkpoint is that of iteration {newest}: to go on from it, add `-o iteration={newest}`."
+        return f"{directory} holds no other undamaged checkpoint."
+    return f"The newest undamaged checkpoint is that of iteration {newest}. To continue from it, add `-o iteration={newest}`."
 
 
 def _unfinished(directory: Path) -> str:
@@ -117,14 +119,14 @@ def _entries(directory: Path) -> str:
     entries = sorted(entry for entry in directory.iterdir() if not entry.name.startswith("."))
     runs = [entry.name for entry in entries if entry.is_dir() and ((entry / layout.LATEST).is_file() or layout.iterations_in(entry))]
     if runs:
-        return f"There are checkpoints in {_shortened(runs)} below it: name one of these."
+        return f"There are checkpoints in these directories below it: {_shortened(runs)}. Give one of them."
     return f"It holds: {_shortened([entry.name for entry in entries])}." if entries else "It is empty."
 
 
 def _neighbours(directory: Path) -> str:
     """Where the path ends to exist, and what is there."""
     parent = next(parent for parent in directory.absolute().parents if parent.is_dir())
-    return f"{parent} is there. {_entries(parent)}"
+    return f"{parent} exists. {_entries(parent)}"
 
 
 def _shortened(names: list[str]) -> str:

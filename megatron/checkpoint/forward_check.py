@@ -40,7 +40,7 @@ def check_validation_logits(path: Path, stored: Any, run: Callable[[Tensor], Ten
     the difference is larger than rounding makes it.
     """
     if not isinstance(stored, Tensor) or stored.ndim != 2 or not stored.numel():
-        return f"{path} holds no logits to check the model against: it was saved without checkpoint_validation_with_forward_pass."
+        return f"{path} holds no logits, so the model cannot be checked. It was saved without checkpoint_validation_with_forward_pass."
     rows, columns = min(stored.shape[0], positions), min(stored.shape[1], vocabulary)
     computed = validation_logits(run, positions=rows, vocabulary=vocabulary)[:, :columns]
     expected = stored[:rows, :columns].float()
@@ -48,8 +48,8 @@ def check_validation_logits(path: Path, stored: Any, run: Callable[[Tensor], Ten
     allowed = TOLERANCE[dtype] * largest
     if not difference <= allowed:
         raise CheckpointError(
-            f"{path}: the loaded model does not compute what the saved one did. Its logits differ by up to {difference:.3g} (allowed: {allowed:.3g}, "
-            f"the largest is {largest:.3g}). Load it with the configuration it was trained with ({path / 'configs'}), or leave out "
+            f"{path}: the loaded model does not give the logits of the saved model. They differ by up to {difference:.3g} (allowed: {allowed:.3g}, "
+            f"the largest is {largest:.3g}). Load it with the configuration of its training ({path / 'configs'}), or remove "
             "checkpoint_validation_with_forward_pass."
         )
     return f"{path}: the loaded model's logits agree with the saved ones (largest difference {difference:.2g}, largest logit {largest:.2g})."

@@ -45,7 +45,7 @@ def todays_order(shards: Sequence[Mapping[str, Tensor]], *, heads: int, layout: 
         return Ordered([dict(shard) for shard in shards], None)
     for shard, name, (queries, keys, _) in grouped:
         if queries % heads or keys % heads:
-            raise CheckpointError(f"{name} of shape {list(shard[name].shape)} cannot be the projection of {heads} query heads.")
+            raise CheckpointError(f"{name} of shape {list(shard[name].shape)} cannot be the query/key/value projection of {heads} query heads.")
     chosen, reason = (layout, "gqa_layout says so") if layout != "auto" else _look([(s[n], z) for s, n, z in grouped if s[n].ndim == 2], heads)
     if chosen == "q,k,v":
         return Ordered([dict(shard) for shard in shards], f"{READ} as all queries, all keys, all values: {reason}.")
@@ -64,7 +64,7 @@ def _look(weights: list[tuple[Tensor, list[int]]], heads: int) -> tuple[str, str
         return "per_head", shares
     if now >= clear and now >= CLEAR_RATIO * then:
         return "q,k,v", shares
-    return "q,k,v", f"the weights do not tell ({shares}); should the model make no sense, load it with `-o gqa_layout=per_head`"
+    return "q,k,v", f"the weights do not show the order ({shares}); if the text of the model makes no sense, load it with `-o gqa_layout=per_head`"
 
 
 def _share_between_kinds(rows_RD: Tensor, sizes: list[int]) -> float:

@@ -32,7 +32,7 @@ __all__ = [
 
 MAX_LISTED = 4
 PADDING_ARGS = frozenset({"make_vocab_size_divisible_by", "padded_vocab_size", "model_parallel_size"})
-WEIGHTS_ALONE = "add `-o no_load_optim=true` to go on from the weights alone with a fresh optimizer"
+WEIGHTS_ALONE = "add `-o no_load_optim=true` to continue from the weights with a new optimizer state"
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def _checked(engine: Any, path: Path, expected: Expected, *, load_optimizer: boo
     if load_optimizer:
         check_precision(path, loaded.state_dict, engine)
         if loaded.vocabulary_changed:
-            raise CheckpointError(f"{path}: its optimizer's state cannot follow a vocabulary that is padded differently: {WEIGHTS_ALONE}.")
+            raise CheckpointError(f"{path}: its vocabulary is padded differently, so its optimizer's state does not fit: {WEIGHTS_ALONE}.")
         if not stored.is_own:
             check_adam_state(path, stored.head["optimizer"], engine.optimizer.param_groups)
     return Checked(stored, loaded.state_dict, loaded.notices)
@@ -105,28 +105,30 @@ def check_args(path: Path, stored: Mapping[str, Any], expected: Mapping[str, Any
     Args not stored are not compared, nor those that only say how the vocabulary is padded or on how many processes the model lay.
     """
     different = [
-        f"{key} is {stored[key]!r} there and {value!r} here"
+        f"{key} is {stored[key]!r} in the checkpoint and {value!r} in this run"
         for key, value in expected.items()
         if key in stored and key not in PADDING_ARGS and stored[key] != value
     ]
     if different:
-        raise CheckpointError(f"{path} is a checkpoint of another model: {'; '.join(different)}. Load it with the configuration it was trained with.")
+        raise CheckpointError(f"{path} is a checkpoint of another model: {'; '.join(different)}. Load it with the configuration of its training.")
 
 
 def check_shapes(path: Path, stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raises CheckpointError naming the first weights that differ in shape or exist on one side only; what is derived is not compared."""
     stored, expected = ({name: shape for name, shape in shapes.items() if not is_derived(name)} for shapes in (stored, expected))
     different = [
-        f"{name} is {list(stored[name])} there and {list(shape)} here" for name, shape in expected.items() if stored.get(name, shape) != shape
+        f"{name} is {list(stored[name])} in the checkpoint and {list(shape)} in this run"
+        for name, shape in expected.items()
+        if stored.get(name, shape) != shape
     ]
-    missing = [f"{name} {list(shape)} is not there" for name, shape in expected.items() if name not in stored]
-    extra = [f"{name} {list(shape)} is there but not in the model" for name, shape in stored.items() if name not in expected]
+    missing = [f"{name} {list(shape)} is missing in the checkpoint" for name, shape in expected.items() if name not in stored]
+    extra = [f"{name} {list(shape)} is in the checkpoint but not in the model" for name, shape in stored.items() if name not in expected]
     problems = different + missing + extra
     if problems:
         more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
         raise CheckpointError(
-            f"{path} is a checkpoint of another shape: {'; '.join(problems[:MAX_LISTED])}{more}. "
-            f"Load it with the configuration it was trained with ({path / layout.CONFIGS})."
+            f"{path} is a checkpoint of a model with other weights: {'; '.join(problems[:MAX_LISTED])}{more}. "
+            f"Load it with the configuration of its training ({path / layout.CONFIGS})."
         )
 
 
@@ -140,18 +142,19 @@ def check_optimizer(stored: StoredCheckpoint, zero_stage: int, world_size: int) 
     if len(stored.shards) > 1 or len(stored.model_files) > 1:
         count = max(len(stored.shards), len(stored.model_files))
         raise CheckpointError(
-            f"{stored.path} was saved by {count} processes that shared the model, whose optimizer state cannot be read: {WEIGHTS_ALONE}."
+            f"{stored.path} was saved by {count} processes that divided the model. Such an optimizer state cannot be read: {WEIGHTS_ALONE}."
         )
     saved_stage = stored.zero_stage()
     if not stored.is_own and (saved_stage or zero_stage):
         raise CheckpointError(
-            f"{stored.path} was written by another program with zero_optimization stage {saved_stage}; its optimizer state is read only where both "
+            f"{stored.path} was written by another program with zero_optimization stage {saved_stage}; its optimizer state can be read only if both "
             f"it and this run ({zero_stage}) use stage 0: {WEIGHTS_ALONE}."
         )
     if saved_stage != zero_stage and {saved_stage, zero_stage} != {1, 2}:
         raise CheckpointError(
-            f"{stored.path} was saved with zero_optimization stage {saved_stage}, this run uses stage {zero_stage}, and its optimizer state is "
-            f"laid out differently: set stage {saved_stage}, or {WEIGHTS_ALONE}."
+            f"{stored.path} was saved with zero_optimization stage {saved_stage}, but this run uses stage {zero_stage}. The optimizer "
+            "states of the two stages have "
+            f"different forms: set stage {saved_stage}, or {WEIGHTS_ALONE}."
         )
     if zero_stage > 0 and stored.world_size != world_size:
         raise CheckpointError(
@@ -168,7 +171,7 @@ def check_precision(path: Path, weights: Mapping[str, Tensor], engine: Any) -> N
     )
     if floating != here:
         raise CheckpointError(
-            f"{path} was trained in {' and '.join(sorted(floating))}, this run uses {' and '.join(sorted(here))}: set the same `precision`, "
+            f"{path} was trained in {' and '.join(sorted(floating))}, but this run uses {' and '.join(sorted(here))}: set the same `precision`, "
             f"or {WEIGHTS_ALONE}."
         )
 
@@ -182,8 +185,9 @@ def _random_state(stored: StoredCheckpoint) -> dict[str, Any] | None:
     file = stored.path / layout.random_state_file(ranks.rank())
     if not file.exists():
         raise CheckpointError(
-            f"{stored.path} holds no random state for process {ranks.rank()} ({file.name} is missing): it was saved by fewer processes or with "
-            "no_save_rng. Add `-o no_load_rng=true` to go on with fresh random states."
+            f"{stored.path} holds no random state for process {ranks.rank()} ({file.name} is missing). The checkpoint was saved by fewer "
+            "processes or with "
+            "no_save_rng. Add `-o no_load_rng=true` to continue with new random states."
         )
     return read_file(file, mmap=False)
 

@@ -63,7 +63,9 @@ class RunLock:
     def _refusal(self, error: OSError, holder: bytes) -> str:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             why = disk.explained(error, self.directory)
-            return f"Cannot lock {self.directory / layout.LOCK}: {why}. Set `save` to a disk that has room and supports file locks."
+            return (
+                f"Cannot lock {self.directory / layout.LOCK}: {why}. Set `save` to a directory on a disk that has free space and supports file locks."
+            )
         try:
             facts = json.loads(holder)
             who = f"process {facts['pid']} on {facts['host']}, started {facts['started']}"

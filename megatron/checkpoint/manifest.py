@@ -114,7 +114,7 @@ def read_manifest(path: Path) -> Manifest | None:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{file} is damaged ({type(error).__name__}: {error}): nothing says any more which files belong to this checkpoint."
+            f"{file} is damaged ({type(error).__name__}: {error}): it must list the files of this checkpoint. Load another checkpoint."
         ) from error
     return Manifest(files, content)
 

@@ -57,7 +57,7 @@ def modern_names(stored: Mapping[str, Tensor]) -> Named:
                 translated[f"{old.strip('.')} -> {new.strip('.')}"] = None
                 name = name.replace(old, new)
         if name in state:
-            raise CheckpointError(f"{stored_name} and {name} are both there: only one of them can be the weight.")
+            raise CheckpointError(f"the checkpoint holds both {stored_name} and {name}, but only one of them can be the weight.")
         state[name] = tensor
     packed = _pack_gates(state)
     if packed is not state:
@@ -73,13 +73,13 @@ def _pack_gates(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         partner = name.replace(GATE, UP) if GATE in name else name.replace(UP, GATE)
         if partner != name and partner not in state:
-            raise CheckpointError(f"{name} is there without {partner}: a gated MLP has both.")
+            raise CheckpointError(f"the checkpoint holds {name} but not {partner}; a gated MLP has both.")
         if UP in name:
             continue
         if GATE not in name:
             packed[name] = tensor
         elif (target := name.replace(GATE, PACKED)) in state:
-            raise CheckpointError(f"{name} and {target} are both there: only one of them can be the weight.")
+            raise CheckpointError(f"the checkpoint holds both {name} and {target}, but only one of them can be the weight.")
         else:
             packed[target] = torch.cat([state[partner], tensor])
     return packed

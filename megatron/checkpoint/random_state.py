@@ -30,7 +30,7 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     missing = [key for key in KEYS if key not in state]
     if missing:
         raise CheckpointError(
-            f"The checkpoint holds no random state ({', '.join(missing)} missing): it was saved with no_save_rng. Load it with no_load_rng."
+            f"The checkpoint holds no random state ({', '.join(missing)} missing), because it was saved with no_save_rng. Load it with no_load_rng."
         )
     try:
         version, internal, gauss = state["random_rng_state"]

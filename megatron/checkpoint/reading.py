@@ -63,13 +63,13 @@ def read_file(file: Path, *, mmap: bool, classes: list[Any] | None = None) -> An
         raise CheckpointError(f"{file} is missing.") from error
     except OSError as error:
         if error.errno is None:
-            raise CheckpointError(f"{file} cannot be read: it is damaged or no file of PyTorch's ({error}).") from error
+            raise CheckpointError(f"{file} cannot be read: it is damaged, or not a PyTorch file ({error}).") from error
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if any(words in reason for words in NO_MEMORY):
             raise CheckpointError(f"{file} cannot be read: there is not enough memory for it ({reason[:200]}).") from error
-        raise CheckpointError(f"{file} cannot be read: it is damaged or no file of PyTorch's ({reason[:200]}).") from error
+        raise CheckpointError(f"{file} cannot be read: it is damaged, or not a PyTorch file ({reason[:200]}).") from error
 
 
 def _refusal(file: Path, error: Exception, allowed: list[Any]) -> str:
@@ -82,7 +82,8 @@ def _refusal(file: Path, error: Exception, allowed: list[Any]) -> str:
     lines = [" ".join(line.split()) for line in str(error).splitlines()]
     stopped = next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), " ".join(lines))
     return (
-        f"{file} is refused: it holds something other than tensors, numbers, text and lists, which could run code when read "
-        f"({', '.join(unknown[:MAX_NAMED]) or stopped[:300]}). If you trust whoever wrote it, take that out in the program that wrote it: "
+        f"{file} is refused: it holds objects other than tensors, numbers, text and lists. Reading them could run code "
+        f"({', '.join(unknown[:MAX_NAMED]) or stopped[:300]}). If you trust the person who wrote it, remove these objects with the "
+        "program that wrote it: "
         "`state = torch.load(file, weights_only=False)`, delete the entry that holds it, `torch.save(state, file)`."
     )

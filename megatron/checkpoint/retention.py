@@ -25,11 +25,14 @@ def is_save_iteration(iteration: int, factor: float | None, scale: str = "linear
         return False
     if scale == "linear":
         if factor <= 0:
-            raise ValueError(f"checkpoint_factor = {factor}: must be above 0 (checkpoint_scale linear saves every checkpoint_factor iterations).")
+            raise ValueError(
+                f"checkpoint_factor = {factor}: must be above 0 (with checkpoint_scale linear, a checkpoint is saved every "
+                "checkpoint_factor iterations)."
+            )
         return iteration % factor == 0
     if scale == "log":
         if factor <= 1:
-            raise ValueError(f"checkpoint_factor = {factor}: must be above 1 (checkpoint_scale log saves at its powers).")
+            raise ValueError(f"checkpoint_factor = {factor}: must be above 1 (with checkpoint_scale log, a checkpoint is saved at its powers).")
         nearest = round(math.log(iteration) / math.log(factor))
         # The smallest power that reaches `iteration` decides; a logarithm's rounding may miss it by one.
         power = next(k for k in range(max(nearest - 1, 0), nearest + 3) if factor**k >= iteration)

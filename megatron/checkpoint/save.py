@@ -100,7 +100,7 @@ def prepare(directory: Path) -> None:
         staging.mkdir()
     except OSError as error:
         why = broken_link(directory) or disk.sentence(error, directory)
-        raise CheckpointError(f"Could not save into {directory}: {why}. Nothing was changed; is the directory writable?") from error
+        raise CheckpointError(f"Could not save into {directory}: {why}. Nothing was changed. Check that you may write to the directory.") from error
 
 
 def _write_rank_files(engine: Any, staged: Path, state: dict[str, Any], contents: Contents) -> tuple[dict[str, FileRecord], str | None]:
@@ -155,8 +155,8 @@ def _put_in_place(directory: Path, staged: Path, iteration: int) -> None:
 
 def _explain(directory: Path, iteration: int, reason: str) -> str:
     return (
-        f"Could not save {directory / layout.tag(iteration)}: {reason.rstrip('.')}. What was written of it has been removed; "
-        f"the checkpoints that were there and `{layout.LATEST}` are as before. Free space or choose another `save`, then start again."
+        f"Could not save {directory / layout.tag(iteration)}: {reason.rstrip('.')}. The incomplete files have been removed; "
+        f"the earlier checkpoints and `{layout.LATEST}` have not changed. Free space, or set `save` to another directory, then start again."
     )
 
 

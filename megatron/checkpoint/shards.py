@@ -49,7 +49,7 @@ def query_key_value_parts(state: State, name: str) -> list[int]:
     keys, odd = divmod(rows - queries, 2)
     if odd or not 0 < keys < queries:
         raise CheckpointError(
-            f"{name} has {rows} rows and attention.dense {queries} inputs: that is neither query, key and value of {queries} each nor "
+            f"{name} has {rows} rows and attention.dense {queries} inputs. This is neither query, key and value of {queries} rows each nor "
             "grouped-query attention."
         )
     return [queries, keys, keys]
@@ -59,7 +59,9 @@ def linear1_parts(state: State, name: str) -> list[int]:
     """One part without a gate, [up ; gate] with one."""
     rows, width = state[name].shape[0], _inputs_of_neighbour(state, name, "linear2.weight")
     if rows not in (width, 2 * width):
-        raise CheckpointError(f"{name} has {rows} rows and linear2 {width} inputs: it must have as many, or twice as many with a gate.")
+        raise CheckpointError(
+            f"{name} has {rows} rows and linear2 {width} inputs. It must have as many rows as linear2 has inputs, or twice as many with a gate."
+        )
     return [width] * (rows // width)
 
 
@@ -86,7 +88,7 @@ def rule_for(name: str) -> Rule:
     for rule in RULES:
         if re.search(f"(?:{rule.ending})$", name):
             return rule
-    raise CheckpointError(f"{name}: no rule says how this weight is cut up among tensor-parallel processes.")
+    raise CheckpointError(f"{name}: this program does not know how tensor-parallel processes divide this weight.")
 
 
 def merge_shards(shards: Sequence[State], *, parallel_residual: bool) -> Merged:
@@ -132,7 +134,7 @@ def split_state(state: State, count: int, *, parallel_residual: bool) -> list[di
 def _cut(rule: Rule, dim: int, name: str, state: State, count: int) -> list[Tensor]:
     sizes = _sizes(rule, dim, name, state)
     if any(size % count for size in sizes):
-        raise CheckpointError(f"{name} of shape {list(state[name].shape)} cannot be cut into {count} equal pieces along dimension {dim}.")
+        raise CheckpointError(f"{name} of shape {list(state[name].shape)} cannot be divided into {count} equal parts along dimension {dim}.")
     chunks = [part.chunk(count, dim) for part in state[name].split(sizes, dim)]
     return [torch.cat(pieces, dim) for pieces in zip(*chunks, strict=True)]
 
@@ -140,7 +142,7 @@ def _cut(rule: Rule, dim: int, name: str, state: State, count: int) -> list[Tens
 def _sizes(rule: Rule, dim: int, name: str, state: State) -> list[int]:
     shape = list(state[name].shape)
     if len(shape) <= dim:
-        raise CheckpointError(f"{name} of shape {shape} has no dimension {dim} along which it could be cut up.")
+        raise CheckpointError(f"{name} of shape {shape} has no dimension {dim}, along which it must be divided.")
     return [shape[dim]] if rule.parts is None else rule.parts(state, name)
 
 
@@ -148,7 +150,7 @@ def _inputs_of_neighbour(state: State, name: str, neighbour: str) -> int:
     """Columns of a weight of the same module: x.attention.dense.weight for x.attention.query_key_value.bias."""
     other = ".".join([*name.split(".")[:-2], neighbour])
     if other not in state or state[other].ndim != 2:
-        raise CheckpointError(f"{name} is there without the matrix {other}, whose shape says how it is cut up.")
+        raise CheckpointError(f"{name} cannot be divided, because the checkpoint does not hold {other}, whose shape is needed for that.")
     return state[other].shape[1]
 
 
@@ -164,7 +166,9 @@ def _agreed(name: str, copies: Sequence[Tensor]) -> tuple[Tensor, float]:
 def _check_flat(name: str, tensor: Tensor) -> None:
     """GPT-NeoX's norms on queries and keys take all heads of a process together, so that the model depends on how many there are."""
     if "norm." in name and tensor.ndim > 1:
-        raise CheckpointError(f"{name} of shape {list(tensor.shape)} normalises over all heads of a process: it can be neither merged nor cut.")
+        raise CheckpointError(
+            f"{name} of shape {list(tensor.shape)} normalises over all heads of a process, so it can be neither merged nor divided."
+        )
 
 
 def _drift_notice(apart: Mapping[str, float]) -> tuple[str, ...]:
@@ -172,15 +176,15 @@ def _drift_notice(apart: Mapping[str, float]) -> tuple[str, ...]:
         return ()
     furthest = max(apart, key=lambda name: apart[name])
     return (
-        f"{len(apart)} weights that every tensor-parallel process has a copy of differ between them (by up to {apart[furthest]:.2g}, in {furthest}): "
-        "their mean was taken.",
+        f"{len(apart)} weights have a copy in every tensor-parallel process, and the copies differ (by up to {apart[furthest]:.2g}, in {furthest}): "
+        "the mean of the copies is used.",
     )
 
 
 def _check_alike(shards: Sequence[State]) -> None:
     for rank, shard in enumerate(shards):
         if different := sorted(set(shard) ^ set(shards[0])):
-            raise CheckpointError(f"tensor-parallel ranks 0 and {rank} do not hold the same weights: {different[0]} is on one of them only.")
+            raise CheckpointError(f"tensor-parallel ranks 0 and {rank} do not hold the same weights: only one of them holds {different[0]}.")
     for name in shards[0]:
         shapes = [list(shard[name].shape) for shard in shards]
         if any(shape != shapes[0] for shape in shapes):

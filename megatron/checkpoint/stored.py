@@ -1,4 +1,4 @@
-"""What lies in a checkpoint's directory: which files belong together, what they say about themselves, and whether all of them are there."""
+"""The content of a checkpoint's directory: which files belong together, what they say about themselves, and whether all of them are there."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class StoredCheckpoint:
         if "total_iters" in state:
             state.setdefault("iteration", state["total_iters"])
         if "iteration" in state and not _is_count(state["iteration"]):
-            raise CheckpointError(f"{self.path}: its iteration is {state['iteration']!r}, which is no number of steps.")
+            raise CheckpointError(f"{self.path}: its iteration is {state['iteration']!r}, which is not a number of steps.")
         if "args" in state and not isinstance(state["args"], dict):
             state["args"] = dict(vars(state["args"])) if hasattr(state["args"], "__dict__") else {}
         return state
@@ -89,7 +89,7 @@ class StoredCheckpoint:
         content = read_file(self.optimizer_files[0], mmap=True)
         state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
         if not isinstance(state, dict):
-            raise CheckpointError(f"{self.optimizer_files[0]} holds no state of an optimizer of ZeRO's (no 'optimizer_state_dict').")
+            raise CheckpointError(f"{self.optimizer_files[0]} holds no ZeRO optimizer state (no entry 'optimizer_state_dict').")
         stage = state.get("zero_stage")
         values = getattr(stage, "values", [1])  # the stage is an enumeration of DeepSpeed's, read as a stand-in; its BF16 optimizer names none
         return int(values[0])
@@ -102,7 +102,7 @@ def inspect_checkpoint(path: Path) -> StoredCheckpoint:
     if zero3 := layout.matching_files(path, layout.ZERO3_MODEL_FILE_PATTERN):
         if any("mp_rank_00" not in file.name for file in zero3):
             raise CheckpointError(
-                f"{path} was saved with ZeRO 3 and model_parallel_size above 1 ({zero3[-1].name}): such checkpoints cannot be put together."
+                f"{path} was saved with ZeRO 3 and model_parallel_size above 1 ({zero3[-1].name}). This program cannot read such checkpoints."
             )
         model = _read_model(zero3[0])
         return StoredCheckpoint(path, _head(model), (model["module"],), is_zero3=True, is_layered=False)
@@ -120,7 +120,7 @@ def check_known_layout(stored: StoredCheckpoint) -> None:
     written = stored.head.get(layout.GQA_LAYOUT_KEY, layout.GQA_LAYOUT)
     if written != layout.GQA_LAYOUT:
         raise CheckpointError(
-            f"{stored.path} says that its query/key/value rows are laid out as {written!r}; this version knows {layout.GQA_LAYOUT!r}: load it with "
+            f"{stored.path} has its query/key/value rows in the order {written!r}, but this version knows only {layout.GQA_LAYOUT!r}: load it with "
             "the version that wrote it."
         )
 
@@ -130,7 +130,7 @@ def _layered(path: Path) -> StoredCheckpoint:
     heads = layout.matching_files(path, layout.MODEL_FILE_PATTERN)
     head = read_file(heads[0], mmap=True) if heads else {}
     if not isinstance(head, dict):
-        raise CheckpointError(f"{heads[0]} holds a {type(head).__name__}: it is no checkpoint of GPT-NeoX's layout.")
+        raise CheckpointError(f"{heads[0]} holds a {type(head).__name__}: it is not a checkpoint in GPT-NeoX's layout.")
     ranks_by_layer: dict[int, set[int]] = defaultdict(set)
     for file in layout.matching_files(path, layout.LAYER_FILE_PATTERN):
         layer, rank = _numbers(file)
@@ -155,17 +155,17 @@ def _layers_of_rank(path: Path, layers: list[int], rank: int) -> dict[str, torch
 def _read_model(file: Path) -> dict[str, Any]:
     model = read_file(file, mmap=True)
     if not isinstance(model, dict) or not isinstance(model.get("module"), dict):
-        raise CheckpointError(f"{file} holds no weights (no 'module' entry): it is no checkpoint of GPT-NeoX's layout.")
+        raise CheckpointError(f"{file} holds no weights (no 'module' entry): it is not a checkpoint in GPT-NeoX's layout.")
     return {**model, "module": _weights(file, model["module"])}
 
 
 def _weights(file: Path, content: Any) -> dict[str, torch.Tensor]:
     """Tensors by name; Transformer Engine's entries without a tensor are left out."""
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise CheckpointError(f"{file} does not hold weights by their names.")
+        raise CheckpointError(f"{file} does not hold a dictionary of weights.")
     weights = {name: tensor for name, tensor in content.items() if not name.endswith("_extra_state")}
     if wrong := next((name for name, tensor in weights.items() if not isinstance(tensor, torch.Tensor)), None):
-        raise CheckpointError(f"{file}: {wrong} is a {type(weights[wrong]).__name__}, no tensor.")
+        raise CheckpointError(f"{file}: {wrong} is a {type(weights[wrong]).__name__}, not a tensor.")
     return weights
 
 
@@ -202,7 +202,7 @@ def _check_all_there(path: Path, expected: list[str], present: set[str], count: 
     if missing:
         more = f" and {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
         raise CheckpointError(
-            f"{path} is not whole: {', '.join(missing[:MAX_LISTED])}{more} missing. It was saved with model_parallel_size {count}: copy all of its "
+            f"{path} is incomplete: {', '.join(missing[:MAX_LISTED])}{more} missing. It was saved with model_parallel_size {count}: copy all of its "
             "files."
         )
 

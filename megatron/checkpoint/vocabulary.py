@@ -39,14 +39,14 @@ def fit_vocabulary(state: Mapping[str, Tensor], *, rows: int, vocab_size: int, a
         stored_rows = table.shape[0]
         if not _is_padding(stored_rows, vocab_size, args):
             raise CheckpointError(
-                f"{name} has {stored_rows:,} rows, but the tokenizer has {vocab_size:,} entries, padded to {rows:,}: the model was trained with "
-                "another tokenizer; set tokenizer_type and vocab_file to that one."
+                f"{name} has {stored_rows:,} rows, but the tokenizer has {vocab_size:,} entries, padded to {rows:,}. The model was trained with "
+                "another tokenizer. Set tokenizer_type and vocab_file to that tokenizer."
             )
         fitted[name] = table[:rows] if stored_rows > rows else torch.cat([table, table.new_zeros(rows - stored_rows, *table.shape[1:])])
     if not stored_rows:
         return Fitted(fitted, None)
     change = f"{stored_rows - rows} padding rows are left out" if stored_rows > rows else f"{rows - stored_rows} padding rows of zeros are added"
-    return Fitted(fitted, f"Its vocabulary has {stored_rows:,} rows, here it has {rows:,} for {vocab_size:,} tokens: {change}.")
+    return Fitted(fitted, f"The checkpoint's vocabulary has {stored_rows:,} rows; this run has {rows:,} rows for {vocab_size:,} tokens: {change}.")
 
 
 def _is_padding(stored_rows: int, vocab_size: int, args: Mapping[str, Any]) -> bool:

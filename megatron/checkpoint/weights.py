@@ -91,10 +91,10 @@ def notices_on(stored: StoredCheckpoint, named: list[Named], ordered: Ordered) -
     """What a user should know of how the weights were read."""
     notices = [*_name_notices(named[0]), *filter(None, [ordered.notice])]
     if len(named) > 1:
-        notices.insert(0, f"Saved with model_parallel_size {len(named)}: its parts are put together.")
+        notices.insert(0, f"Saved with model_parallel_size {len(named)}: the parts of its weights are joined.")
     if not has_checksums(stored.path):
         why = "Its manifest is missing" if stored.is_own else "Written by another program, without checksums"
-        notices.insert(0, f"{why}: its files are taken as they are.")
+        notices.insert(0, f"{why}: its files cannot be checked for damage.")
     return notices
 
 
@@ -109,9 +109,9 @@ def in_todays_order(stored: StoredCheckpoint, named: list[Named], expected: Expe
 def _name_notices(named: Named) -> list[str]:
     notices = []
     if named.translated:
-        notices.append(f"Names of an older GPT-NeoX are read as today's: {'; '.join(named.translated)}.")
+        notices.append(f"Names of weights from an older GPT-NeoX are translated: {'; '.join(named.translated)}.")
     if named.left_out:
-        notices.append(f"Left out, because it follows from the configuration: {', '.join(named.left_out)}.")
+        notices.append(f"Not read, because the configuration gives it: {', '.join(named.left_out)}.")
     return notices
 
 

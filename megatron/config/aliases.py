@@ -1,4 +1,5 @@
-"""NeoX keys that no section has: other names, keys without effect here, keys whose behaviour is not built. One table, one sentence for each."""
+"""NeoX keys that no section has: other names, keys without effect here, and keys whose feature is not part of this version. Each has one sentence
+that says so."""
 
 from __future__ import annotations
 
@@ -32,9 +33,12 @@ OFF_AT_ZERO = frozenset({"moe_lora_aux_loss_coeff"})
 IMPLIED: tuple[tuple[str, str, str], ...] = (("moe_lora_experts", "moe_expert_type", "structmoe"),)
 # Keys whose default is not NeoX's, on purpose -> NeoX's default, and why.
 OTHER_DEFAULTS: dict[str, tuple[Any, str]] = {
-    "gradient_accumulation_steps": (1, "left out, it is worked out from train_batch_size and train_micro_batch_size_per_gpu, as NeoX's manual says"),
-    "distributed_backend": ("nccl", "nccl where there are GPUs, gloo where there are none"),
-    "seq_length": (None, "it has to be given: NeoX starts without it and fails later"),
+    "gradient_accumulation_steps": (
+        1,
+        "if it is not given, it is computed from train_batch_size and train_micro_batch_size_per_gpu, as NeoX's manual says",
+    ),
+    "distributed_backend": ("nccl", "nccl on a machine with GPUs, gloo without GPUs"),
+    "seq_length": (None, "it must be given; NeoX starts without it and fails later"),
 }
 
 Judgement = Callable[[Any], bool]
@@ -90,18 +94,18 @@ def _always(value: Any) -> bool:
     return True
 
 
-_FUSION = "attention and activations use PyTorch's own fused operations where there are any"
+_FUSION = "attention and activations use PyTorch's fused operations if they exist"
 _ONE_PROCESS_MODEL = "the model is not divided over processes in this version"
-_DERIVED = "it is worked out from other keys; remove it"
-_DERIVED_ZERO = "it is worked out from zero_optimization; write it there, such as zero_optimization: {stage: 1, reduce_bucket_size: 500000000}"
-_DERIVED_PROCESS = "every process finds it in its environment; set num_gpus, or global_num_gpus with several machines"
+_DERIVED = "it is computed from other keys; remove it"
+_DERIVED_ZERO = "it is part of zero_optimization; write it there, such as zero_optimization: {stage: 1, reduce_bucket_size: 500000000}"
+_DERIVED_PROCESS = "every process reads it from its environment; write num_gpus, or global_num_gpus for several machines"
 _POST_TRAINING = "only pre-training (train_impl: normal) is part of this version; remove it"
 _MUP = "muP is not part of this version; remove it"
-_DEEPSPEED = "this DeepSpeed feature is not connected; remove it"
+_DEEPSPEED = "this DeepSpeed feature is not part of this version; remove it"
 _TRANSFORMER_ENGINE = "Transformer Engine is not used; remove it"
 _OTHER_BLOCKS = "only transformer layers are part of this version; remove it"
-_PARALLEL = "the batch is divided over processes (data parallelism, ZeRO) in this version; remove it"
-_OLD_MOE = "upstream dropped it in 2025, and here no token is ever dropped; remove it"
+_PARALLEL = "in this version processes divide the batch (data parallelism, ZeRO), not the sequence; remove it"
+_OLD_MOE = "NeoX removed it in 2025, and here no token is ever dropped; remove it"
 _REMOVED_BY_DEEPSPEED = "DeepSpeed has removed it"
 
 
@@ -172,18 +176,20 @@ _WITHOUT_EFFECT: dict[str, Ignored | Refused] = {
     ),
     "deepspeed_activation_checkpointing": Ignored("PyTorch's activation checkpointing is used", _is(True, False)),
     "checkpoint_in_cpu": Ignored("recomputed layers keep their inputs on the device"),
-    "recompute": Ignored("generation uses its key/value cache, which belongs to one request and gives the same texts"),
-    "sparse_gradients": Ignored(f"{_REMOVED_BY_DEEPSPEED}; the gradients of embeddings are dense, which is the same sum"),
-    "attention_softmax_in_fp32": Ignored("the softmax of attention keeps fp32 sums in every precision"),
-    "fp16_lm_cross_entropy": Ignored("the loss is computed in fp32 a few tokens at a time, which takes less memory than fp16 logits of all of them"),
+    "recompute": Ignored("generation always uses a key/value cache; the texts are the same"),
+    "sparse_gradients": Ignored(f"{_REMOVED_BY_DEEPSPEED}; the gradients of embeddings are dense and have the same values"),
+    "attention_softmax_in_fp32": Ignored("the softmax of attention is summed in fp32 in every precision"),
+    "fp16_lm_cross_entropy": Ignored(
+        "the loss is computed in fp32 for a few tokens at a time; this needs less memory than fp16 logits of all tokens"
+    ),
     "use_cpu_initialization": Ignored("weights are initialised the same way on every device"),
     "deepspeed": Ignored("DeepSpeed is always used", _is(True)),
-    **_entries(Ignored, "upstream does not read it either", *_DEAD_UPSTREAM, unless=_always),
-    **_entries(Ignored, "write it inside the fp16 dictionary, as upstream requires too", "hysteresis", "loss_scale_window", unless=_is()),
-    "min_scale": Ignored("write fp16: {min_loss_scale: ...}, as upstream requires too", _is()),
-    "git_hash": Ignored("it is found at the start of a run", _always),
+    **_entries(Ignored, "NeoX does not read it either", *_DEAD_UPSTREAM, unless=_always),
+    **_entries(Ignored, "write it inside the fp16 dictionary, as NeoX requires too", "hysteresis", "loss_scale_window", unless=_is()),
+    "min_scale": Ignored("write fp16: {min_loss_scale: ...}, as NeoX requires too", _is()),
+    "git_hash": Ignored("the run finds it at its start", _always),
     **_entries(Ignored, "it belongs to a feature that is off", *_OF_FEATURES_THAT_ARE_OFF, unless=_always),
-    "zero_allow_untested_optimizer": Ignored("DeepSpeed is always told to take the optimizer that it is given", _is(True)),
+    "zero_allow_untested_optimizer": Ignored("DeepSpeed is always told to accept the optimizer", _is(True)),
 }
 
 _NOT_BUILT: dict[str, Ignored | Refused] = {
@@ -203,7 +209,9 @@ _NOT_BUILT: dict[str, Ignored | Refused] = {
     "serve_model_weights": Refused(_POST_TRAINING),
     "sequence_parallel": Refused(_PARALLEL),
     "label_data_paths": Refused("write train_label_data_paths, valid_label_data_paths and test_label_data_paths"),
-    "inter_document_attention_masking": Refused("write reset_attention_mask: true, and reset_position_ids: true where positions shall begin again"),
+    "inter_document_attention_masking": Refused(
+        "write reset_attention_mask: true; for positions that start again at each document write reset_position_ids: true too"
+    ),
     **_entries(Refused, _POST_TRAINING, "train_reward_data_paths", "valid_reward_data_paths"),
     **_entries(Refused, _POST_TRAINING, "test_reward_data_paths", "dpo_reference_free", "reinforce_leave_one_out", "precompute_model_name"),
     **_entries(
@@ -213,25 +221,25 @@ _NOT_BUILT: dict[str, Ignored | Refused] = {
     ),
     "train_impl": Refused(_POST_TRAINING, _is("normal")),
     "dataset_impl": Refused(_POST_TRAINING, _is("gpt2")),
-    "z_loss": Refused("it is the reward model's; for the router write moe_losses: {z_loss: ...}", _is(0.0, 0)),
+    "z_loss": Refused("it is a setting of the reward model; for the router write moe_losses: {z_loss: ...}", _is(0.0, 0)),
     "s3_path": Refused("checkpoints are written to a file system; remove it"),
     "loss_scale": Refused("write fp16: {loss_scale: ...}"),
     "char_level_ppl": Refused("eval.py reports bits per byte; remove it"),
     **_entries(Refused, _MUP, "use_mup", "coord_check", "save_base_shapes", "base_shapes_file"),
-    "scheduler": Refused("the schedule is the training loop's own; write lr_decay_style, lr_decay_iters, warmup and min_lr"),
+    "scheduler": Refused("the training loop has its own schedule; write lr_decay_style, lr_decay_iters, warmup and min_lr"),
     "amp": Refused(f"{_REMOVED_BY_DEEPSPEED}; write precision: bfloat16 or precision: fp16"),
-    "curriculum_learning": Refused(f"{_REMOVED_BY_DEEPSPEED}, and sequences have one length throughout; remove it"),
-    "elasticity": Refused(f"{_REMOVED_BY_DEEPSPEED}; write train_batch_size, and runs with other numbers of processes keep it"),
+    "curriculum_learning": Refused(f"{_REMOVED_BY_DEEPSPEED}, and all sequences have the same length; remove it"),
+    "elasticity": Refused(f"{_REMOVED_BY_DEEPSPEED}; write train_batch_size, which stays the same for any number of processes"),
     "compression_training": Refused(f"{_REMOVED_BY_DEEPSPEED}; remove it"),
     **_entries(
         Refused, "the search for settings needs DeepSpeed's own training loop; remove it", "autotuning", "autotuning_run", "autotuning_config"
     ),
     "activation_checkpointing": Refused("PyTorch's activation checkpointing is used; write checkpoint_activations: true and checkpoint_num_layers"),
-    "data_efficiency": Refused("data comes from train_data_paths in the order of its index maps, not from DeepSpeed's sampler; remove it"),
-    "checkpoint": Refused("checkpoints are written and checked by save, load and their keys, not by DeepSpeed alone; remove it"),
+    "data_efficiency": Refused("the order of the data comes from its index maps, not from DeepSpeed's sampler; remove it"),
+    "checkpoint": Refused("this program writes and checks checkpoints itself; use save, load and the other checkpoint keys, and remove it"),
     "deepspeed_mpi": Refused("write launcher: openmpi and force_multi: true"),
     "return_logits": Refused("generate.py writes text, not logits; remove it"),
-    "eval_tasks": Refused("lm-eval tasks are not part of this version; write eval_text_files, and eval.py measures text files"),
+    "eval_tasks": Refused("lm-eval tasks are not part of this version; write eval_text_files to measure text files with eval.py"),
     **_entries(Refused, _DERIVED_PROCESS, "world_size", "local_rank", "rank"),
     **_entries(
         Refused,
@@ -243,37 +251,37 @@ _NOT_BUILT: dict[str, Ignored | Refused] = {
         "zero_allgather_bucket_size",
     ),
     **_entries(Refused, _DERIVED, "comet_experiment", "curriculum_seqlen", "config_files", unless=_is(0)),
-    "is_pipe_parallel": Refused("it is worked out from pipe_parallel_size; write that"),
-    "padded_vocab_size": Refused("it is worked out from the tokenizer and make_vocab_size_divisible_by; write that"),
-    "optimizer_type": Refused("it is worked out from optimizer; write optimizer: {type: Adam}", _is("adam")),
+    "is_pipe_parallel": Refused("it is computed from pipe_parallel_size; write pipe_parallel_size"),
+    "padded_vocab_size": Refused("it is computed from the tokenizer and make_vocab_size_divisible_by; write make_vocab_size_divisible_by"),
+    "optimizer_type": Refused("it is computed from optimizer; write optimizer: {type: Adam}", _is("adam")),
     "user_script": Refused("it is the first word of deepy.py's command line; remove it"),
     "do_train": Refused("train.py trains for train_iters steps; remove it"),
-    **_entries(Refused, "evaluation is set with eval_interval and eval_iters, where 0 turns it off; remove it", "do_valid", "do_test"),
-    "batch_size": Refused("it is another word for train_micro_batch_size_per_gpu; write that"),
-    "clip_grad": Refused("it is worked out from gradient_clipping; write that", _is(1.0, 1)),
-    "dynamic_loss_scale": Refused("it is worked out from fp16; write fp16: {enabled: true, loss_scale: 0}"),
+    **_entries(Refused, "eval_interval and eval_iters control evaluation, and eval_iters: 0 turns it off; remove it", "do_valid", "do_test"),
+    "batch_size": Refused("it is another name of train_micro_batch_size_per_gpu; write that name"),
+    "clip_grad": Refused("it is computed from gradient_clipping; write gradient_clipping", _is(1.0, 1)),
+    "dynamic_loss_scale": Refused("it is computed from fp16; write fp16: {enabled: true, loss_scale: 0}"),
     "lr": Refused("write optimizer: {type: Adam, params: {lr: ...}}"),
     "moe_loss_coeff": Refused(
-        "upstream dropped it in 2025; write moe_losses: {load_balance: c}, where c is this number for moe_type deepspeed, and this number divided by "
-        "the number of layers with experts for moe_type megablocks (docs/moe.md compares the definitions)"
+        "NeoX removed it in 2025; write moe_losses: {load_balance: c}; for moe_type deepspeed c is this number, "
+        "for moe_type megablocks this number divided by the number of layers with experts (docs/moe.md compares the definitions)"
     ),
     **_entries(Refused, _OLD_MOE, "moe_train_capacity_factor", "moe_eval_capacity_factor", "moe_min_capacity", "moe_token_dropping"),
-    "create_moe_param_group": Refused("upstream dropped it in 2025; experts are in the optimizer's groups like all weights; remove it"),
+    "create_moe_param_group": Refused("NeoX removed it in 2025; the optimizer treats experts as all other weights; remove it"),
     **_entries(
         Refused,
-        "upstream dropped it in 2025; every process has all experts in this version; remove it",
+        "NeoX removed it in 2025; every process has all experts in this version; remove it",
         "moe_expert_parallel_size",
         "enable_expert_tensor_parallelism",
         unless=_is(False, 0, 1),
     ),
     "moe_type": Refused(
-        "upstream dropped it in 2025; experts are always dropless (megablocks' way); write moe_expert_type for their kind", _is("megablocks")
+        "NeoX removed it in 2025; experts never drop tokens (as in megablocks); write moe_expert_type to choose the kind of expert", _is("megablocks")
     ),
-    "moe_glu": Refused("upstream dropped it in 2025; write a gated activation, such as activation: swiglu"),
-    "use_tutel": Refused("upstream dropped it in 2025; write kernel_backends to choose an implementation; remove it"),
-    "mlp_type": Refused("upstream dropped it in 2024; write activation: swiglu, and ffn_hidden_size for the width", _is("regular")),
-    "warmup_iters": Refused("write warmup: the share of lr_decay_iters, such as 0.01"),
-    "decay_lr_to": Refused("write min_lr: the learning rate at the end itself, not its share of lr"),
+    "moe_glu": Refused("NeoX removed it in 2025; write a gated activation, such as activation: swiglu"),
+    "use_tutel": Refused("NeoX removed it in 2025; remove it, and write kernel_backends to choose an implementation"),
+    "mlp_type": Refused("NeoX removed it in 2024; write activation: swiglu, and ffn_hidden_size for the width", _is("regular")),
+    "warmup_iters": Refused("write warmup, the share of lr_decay_iters, such as 0.01"),
+    "decay_lr_to": Refused("write min_lr, the learning rate at the end (decay_lr_to is its share of lr)"),
     "attention_type": Refused("write attention_config, such as [[[flash], all]]"),
 }
 

@@ -11,9 +11,9 @@ from megatron.config.section import Problem
 KINDS = ("global", "flash")
 # What else GPT-NeoX knows, and why it is not here.
 REFUSED = {
-    "local": "local attention is not part of this version; sliding_window_width does the same for all layers",
+    "local": "local attention is not part of this version; sliding_window_width limits attention in all layers",
     **dict.fromkeys(("sparse_fixed", "sparse_variable", "bigbird", "bslongformer"), "sparse attention is not part of this version"),
-    **dict.fromkeys(("gmlp", "amlp"), "gated MLPs instead of attention are not part of this version"),
+    **dict.fromkeys(("gmlp", "amlp"), "gated MLPs in place of attention are not part of this version"),
     **dict.fromkeys(("mamba", "rwkv"), "only transformer layers are part of this version"),
 }
 
@@ -49,7 +49,7 @@ def _form_problem(config: Sequence[Any]) -> str | None:
         if not _is_pattern(item):
             return f'{show(item)} must be [[names], repetitions], such as [["global", "flash"], 6] or [["flash"], "all"]'
     if len(config) > 1 and any(times == "all" for _, times in config):
-        return '"all" fills every layer, so it must stand alone'
+        return '"all" fills every layer, so no other entry may stand beside it'
     return None
 
 
@@ -66,11 +66,11 @@ def _name_problem(config: Sequence[Any]) -> str | None:
     wrong = next((name for name in names if name not in KINDS), None)
     if wrong is None:
         return None
-    return f"{REFUSED.get(wrong, f'{show(wrong)} is no kind of attention')}; use {' or '.join(KINDS)}"
+    return f"{REFUSED.get(wrong, f'{show(wrong)} is not a kind of attention')}; use {' or '.join(KINDS)}"
 
 
 def _length_problem(config: Sequence[Any], num_layers: int) -> str | None:
     length = sum(1 if isinstance(item, str) else len(item[0]) * _times(item, num_layers) for item in config)
     if length == num_layers:
         return None
-    return f"names {length} layers, and num_layers is {num_layers}" if length else f"has more names than there are layers ({num_layers})"
+    return f"names {length} layers, but num_layers is {num_layers}" if length else f"has more names than num_layers ({num_layers})"

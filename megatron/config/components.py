@@ -1,4 +1,5 @@
-"""The component registries: four plain dictionaries from the name in the YAML to a class, or to "package.module:Class", imported on first use.
+"""The component registries. Each is a plain dictionary: the key is the name in the YAML, and the value is a class or "package.module:Class". Such
+a class is imported when it is first used.
 
 Adding a component is one line, from inside or outside the package: `ROUTERS["toy"] = ToyRouter`.
 """
@@ -36,7 +37,7 @@ LOSSES: dict[str, Any] = {
 
 
 class UnknownComponent(ValueError):
-    """A name that no registry entry has; the message lists the known ones and the nearest."""
+    """A name that is not in the registry. The message lists the known names and suggests the nearest one."""
 
 
 def resolve_component(registry: Mapping[str, Any], name: str) -> Any:

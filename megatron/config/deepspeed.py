@@ -1,6 +1,6 @@
-"""What is passed on to DeepSpeed as it is: profilers, monitors, and how gradients are averaged.
+"""Settings that are passed on to DeepSpeed: profilers, monitors, and how gradients are averaged.
 
-Batch sizes, precision, ZeRO and the optimizer are keys of their own; DeepSpeed hears of them through megatron.config.deepspeed_json.
+Batch sizes, precision, ZeRO and the optimizer have their own keys; megatron.config.deepspeed_json passes them on to DeepSpeed.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class CommsLogger(Section):
 
 class FileMonitor(Section):
     enabled: bool = False
-    """Whether it is on."""
+    """Whether this monitor is on."""
     output_path: str = ""
     """Directory that it writes to."""
     job_name: str = "DeepSpeedJobName"
@@ -122,7 +122,7 @@ class FileMonitor(Section):
 
 class WandbMonitor(Section):
     enabled: bool = False
-    """Whether it is on."""
+    """Whether this monitor is on."""
     group: str | None = None
     """Group of runs. None: none."""
     team: str | None = None
@@ -133,11 +133,12 @@ class WandbMonitor(Section):
 
 class DeepSpeedConfig(Section):
     prescale_gradients: bool = False
-    """Divide gradients by the number of processes before they are summed instead of after. From ZeRO stage 1 on it needs reduce_scatter: false."""
+    """Divide gradients by the number of processes before they are summed, not after. From ZeRO stage 1 on it needs reduce_scatter: false."""
     gradient_predivide_factor: PositiveFloat = 1.0
-    """Divide gradients by this before they are summed, by the rest after. From ZeRO stage 1 on it needs reduce_scatter: false."""
+    """Divide gradients by this factor before they are summed, and by the remaining factor after. From ZeRO stage 1 on it needs reduce_scatter:
+    false."""
     communication_data_type: Literal["fp32", "fp16", "bf16"] | None = None
-    """Number format in which processes sum gradients. None: fp32 with `fp32_allreduce`, else that of the weights."""
+    """Number format in which processes sum gradients. None: fp32 if `fp32_allreduce` is true, otherwise the format of the weights."""
     dump_state: bool = False
     """Print the state of DeepSpeed's engine at the start."""
     flops_profiler: FlopsProfiler | None = None
@@ -145,13 +146,14 @@ class DeepSpeedConfig(Section):
     comms_logger: CommsLogger | None = None
     """DeepSpeed's timing of its collective operations, with a table at the end of training. None: off."""
     csv_monitor: FileMonitor | None = None
-    """DeepSpeed's own CSV files (learning rate, loss scale, timers); the run's numbers are in `metrics_file`. None: off."""
+    """DeepSpeed's own CSV files (learning rate, loss scale, timers). The numbers of the run are in `metrics_file`. None: off."""
     tensorboard: FileMonitor | None = None
-    """The same for TensorBoard; the run's own numbers go to `tensorboard_dir`. None: off."""
+    """DeepSpeed's own TensorBoard files. The numbers of the run go to `tensorboard_dir`. None: off."""
     wandb: WandbMonitor | None = None
-    """The same for Weights & Biases; the run's own numbers go there with `use_wandb`, and only one of the two can be on. None: off."""
+    """DeepSpeed's own log to Weights & Biases. The numbers of the run go there with `use_wandb`. Only one of the two can be on. None: off."""
     deepspeed_extra_args: dict[str, Any] = {}
-    """Further settings of DeepSpeed: log_level, memory_breakdown, timers, comet, disable_python_gc. Those that are keys themselves count as those."""
+    """Additional settings of DeepSpeed: log_level, memory_breakdown, timers, comet, disable_python_gc. A setting that is also a key on this page
+    acts as that key."""
 
     def settings(self) -> dict[str, Any]:
         """The part of DeepSpeed's JSON that this section is: what was given, under DeepSpeed's names."""
@@ -182,7 +184,7 @@ def _extra_problem(key: str, value: Any) -> str:
         words = {dict: "a dictionary", bool: "true or false", str: "text"}
         return "" if isinstance(value, PASSED_ON[key]) else f"must be {words[PASSED_ON[key]]}"
     if key in NOT_CONNECTED:
-        return "" if value in (None, False, {}) else "this part of DeepSpeed is not connected; remove it"
+        return "" if value in (None, False, {}) else "this version does not pass this setting on to DeepSpeed; remove it"
     known = sorted(NEOX_KEYS | NOT_CONNECTED | set(PASSED_ON))
     return f"DeepSpeed has no such setting{did_you_mean(key, known)}; passed on: {', '.join(sorted(PASSED_ON))}"
 
@@ -195,4 +197,4 @@ def gradient_problems(deepspeed: DeepSpeedConfig, stage: int, *, reduce_scatter:
             message = f"needs zero_optimization.reduce_scatter: false from ZeRO stage 1 on (stage is {stage})"
             yield Problem((key, "zero_optimization.reduce_scatter"), message)
     if fp32_allreduce and deepspeed.communication_data_type not in (None, "fp32"):
-        yield Problem(("communication_data_type", "fp32_allreduce"), "contradicts fp32_allreduce: true; drop one of the two")
+        yield Problem(("communication_data_type", "fp32_allreduce"), "contradicts fp32_allreduce: true; remove one of the two")

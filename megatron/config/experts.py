@@ -1,4 +1,4 @@
-"""Options of the kinds of expert: one class a kind, mixed into the moe section, so that the YAML stays flat and a kind sees its own keys."""
+"""Options of the kinds of expert. Each kind has a class with its own keys. The moe section inherits from all of them, so that the YAML stays flat."""
 
 from __future__ import annotations
 
@@ -15,34 +15,39 @@ class ExpertOptions(RouterOptions):
     """What every kind of expert knows."""
 
     moe_ffn_hidden_size: PositiveInt | None = None
-    """Hidden width F of one expert before segmentation (Megatron-LM's key). None: `ffn_hidden_size` or `intermediate_size` as it is, else
-    4 * hidden_size rounded up to a multiple of 256 (NeoX)."""
+    """Hidden width of one expert, before `moe_expert_segments` divides it (Megatron-LM's key). None: `ffn_hidden_size` or `intermediate_size` as
+    given. If neither is given: 4 * hidden_size, rounded up to a multiple of 256 (NeoX)."""
     moe_expert_bias: bool = False
-    """Biases on the experts' projections, as `use_bias_in_mlp` gives them to dense MLPs (Megatron's add_bias_linear, for the experts alone)."""
+    """Whether the projections of the experts have biases (Megatron-LM's add_bias_linear, for experts only). For dense MLPs see `use_bias_in_mlp`."""
     kernel_backends: dict[str, str] = {}
-    """Implementation to use for an operation, e.g. {grouped_gemm: reference}; operations that are not named use the fastest that runs here."""
+    """Implementation of each operation, for example {grouped_gemm: reference}. An operation that is not named uses the fastest implementation that
+    runs on this machine."""
 
 
 class LoreOptions(ExpertOptions):
     """`structmoe`: low-rank experts (LoREs) inside every expert."""
 
     moe_num_lores: PositiveInt = 8
-    """StructMoE: low-rank experts (LoREs) inside each expert, M."""
+    """StructMoE: number of low-rank experts (LoREs) inside each expert."""
     moe_lore_top_k: PositiveInt = 1
-    """StructMoE: LoREs that each token uses, l; at most `moe_num_lores`."""
+    """StructMoE: number of LoREs for each token. It must be at most `moe_num_lores`."""
     moe_lore_rank: PositiveInt = 64
-    """StructMoE: rank of one LoRE, Q; at most the larger width of the matrix that it adds to (without LoRE routers M * Q is)."""
+    """StructMoE: rank of one LoRE. It must be at most the larger width of the matrix that the LoRE is added to. With `moe_lore_routed: false` this
+    limit holds for moe_num_lores * moe_lore_rank."""
     moe_lore_normalize: bool = False
-    """StructMoE: divide the weights of the chosen LoREs by their sum."""
+    """StructMoE: whether the weights of the chosen LoREs are divided by their sum."""
     moe_lore_init: Literal["layer", "zero"] = "layer"
-    """StructMoE: initial second factor of a LoRE: like the layer's own weights, or zero (the LoRE starts without effect)."""
+    """StructMoE: initial values of the second factor of a LoRE. layer: like the layer's own weights. zero: zeros, so that the LoRE has no effect
+    at the start."""
     moe_lore_routed: bool = True
-    """StructMoE: false is the paper's ablation without LoRE routers: one LoRE of rank M * Q in each expert, always on."""
+    """StructMoE. True: a router chooses the LoREs of each token. False: the paper's ablation without LoRE routers. Each expert then has one LoRE
+    of rank moe_num_lores * moe_lore_rank, and it is always on."""
     moe_lore_interaction: Literal["entangled", "standalone", "gated"] = "entangled"
-    """StructMoE: what LoREs add to. entangled: the up-projection, before the activation (equation 2); standalone: the expert's output (the paper's
-    ablation); gated: they multiply the activated hidden layer."""
+    """StructMoE: what the LoREs change. entangled: they are added to the up-projection, before the activation (equation 2). standalone: they are
+    added to the expert's output (the paper's ablation). gated: the activated hidden layer is multiplied by them."""
     moe_lore_projection: Literal["up", "gate", "both"] = "up"
-    """StructMoE with a gated activation: the projection that entangled LoREs add to; `both` has LoREs for each, chosen together."""
+    """StructMoE with a gated activation and entangled LoREs: the projection that the LoREs are added to. both: each projection has its own LoREs,
+    and they are chosen together."""
 
     @property
     def lore_rank(self) -> int:
@@ -53,16 +58,18 @@ class LoreOptions(ExpertOptions):
         if self.moe_lore_top_k > self.moe_num_lores:
             yield Problem(("moe_lore_top_k", "moe_num_lores"), f"must be at most moe_num_lores ({self.moe_num_lores})")
         if self.moe_lore_projection != "up" and self.moe_lore_interaction != "entangled":
-            yield Problem(("moe_lore_projection", "moe_lore_interaction"), "needs moe_lore_interaction: entangled; other LoREs add to no projection")
+            yield Problem(
+                ("moe_lore_projection", "moe_lore_interaction"), "needs moe_lore_interaction: entangled; other LoREs are not added to a projection"
+            )
 
 
 class DecomposedOptions(ExpertOptions):
     """`decomposed`: CoSMoEs' weight-decomposed experts."""
 
     moe_decomposition_rank: PositiveInt | None = None
-    """decomposed: rank r of the two factors of each matrix. None: `moe_decomposition_fraction` of hidden_size."""
+    """Experts of type decomposed: rank of the two factors of each matrix. None: `moe_decomposition_fraction` of hidden_size."""
     moe_decomposition_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """decomposed: r as a share of hidden_size, where `moe_decomposition_rank` does not say it."""
+    """Experts of type decomposed: rank as a share of hidden_size. It is used when `moe_decomposition_rank` is not given."""
 
     def decomposition_rank(self, hidden_size: int) -> int:
         """r."""

@@ -1,4 +1,4 @@
-"""What generate.py samples and how."""
+"""How generate.py writes text."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ class InferenceConfig(Section):
     text_gen_type: Literal["input-file", "interactive", "unconditional"] | None = None
     """Where prompts come from. None: `input-file` when `sample_input_file` is given, else `interactive` on a terminal, else `unconditional`."""
     temperature: NonNegativeFloat = 0.0
-    """Logits are divided by this; 0 takes the most likely token always, whatever top_k and top_p say."""
+    """Logits are divided by this. 0: always take the most likely token; top_k and top_p then have no effect."""
     top_p: Fraction = 0.0
-    """Sample from the smallest set of tokens with at least this probability; 0 is off."""
+    """Sample from the smallest set of tokens whose probabilities sum to at least this. 0: off."""
     top_k: NaturalInt = 0
-    """Sample from this many most likely tokens; 0 is off."""
+    """Sample from this many most likely tokens. 0: off."""
     maximum_tokens: PositiveInt = 64
-    """Longest continuation."""
+    """Largest number of tokens in one continuation."""
     num_samples: PositiveInt = 1
-    """Continuations (unconditional: texts) per prompt."""
+    """Number of continuations for each prompt. With `unconditional`: number of texts."""
     prompt_end: str = "\n"
-    """What ends a prompt in the input file and in interactive use."""
+    """Text that ends a prompt in the input file and in interactive use."""
     sample_input_file: str | None = None
-    """File with prompts. None: there is none."""
+    """File with prompts. None: no file."""
     sample_output_file: str = "samples.txt"
     """File that gets one JSON object per sample."""
     sample_seed: Seed | None = None

@@ -1,4 +1,4 @@
-"""How many processes run where. Keys that only several machines need go to DeepSpeed's launcher as they are."""
+"""How many processes run, and on which machines. Keys for several machines are passed on to DeepSpeed's launcher."""
 
 from __future__ import annotations
 
@@ -12,38 +12,40 @@ from megatron.config.section import PositiveInt, Problem, Section
 
 class LauncherConfig(Section):
     num_gpus: PositiveInt | None = None
-    """Processes on this machine, one per GPU, or sharing the cores without GPUs (`num_processes` is the same). None: every GPU, or one process."""
+    """Number of processes on this machine (`num_processes` is the same key). With GPUs, each process uses one GPU. Without GPUs, the processes
+    share the cores. None: one process for each GPU, or one process."""
     global_num_gpus: PositiveInt | None = None
-    """Processes over all machines; has to agree with the hostfile, where there is one. None: counted."""
+    """Number of processes on all machines. It must agree with the hostfile, if there is one. None: the launcher counts them."""
     hostfile: str | None = None
-    """File with `host slots=N` lines, read by DeepSpeed. None: the one that DLTS_HOSTFILE names, else /job/hostfile; without it this machine."""
+    """File with `host slots=N` lines, read by DeepSpeed. None: the file that the environment variable DLTS_HOSTFILE names, else /job/hostfile. If
+    there is no hostfile, only this machine is used."""
     include: str | None = None
-    """Hosts and slots to use, DeepSpeed's syntax. None: all."""
+    """Hosts and slots to use, in DeepSpeed's syntax. None: all."""
     exclude: str | None = None
-    """Hosts and slots to leave out, DeepSpeed's syntax. None: none."""
+    """Hosts and slots to leave out, in DeepSpeed's syntax. None: none."""
     num_nodes: Annotated[int, Field(ge=-1)] = -1
-    """Machines to use from the hostfile, the first ones; -1 is all. Not together with include or exclude."""
+    """Number of machines to use: the first ones in the hostfile. -1: all. It cannot be given together with `include` or `exclude`."""
     master_port: Annotated[int, Field(ge=1, le=65535)] = 29500
-    """Port on which processes meet; on one machine a free one is taken when it is busy."""
+    """Port on which the processes meet. On one machine, a free port is taken when this one is busy."""
     master_addr: str | None = None
-    """Address on which processes meet. None: found by the launcher."""
+    """Address at which the processes meet. None: the launcher finds it."""
     launcher: Literal["pdsh", "openmpi", "mvapich", "slurm"] = "pdsh"
-    """DeepSpeed's way to start processes on several machines."""
+    """Program that starts processes on several machines, as DeepSpeed names it."""
     deepspeed_slurm: bool = False
     """The same as `launcher: slurm`."""
     force_multi: bool = False
     """Use the launcher for several machines even with one host."""
     no_ssh_check: bool = False
-    """Do not try to reach the hosts through ssh before starting."""
+    """Do not test the ssh connection to the hosts before the start."""
     comment: str | None = None
     """Comment for the cluster's scheduler. None: none."""
     account: str | None = None
     """Account for the cluster's scheduler. None: none."""
     plugins: list[str] = []
-    """Python modules to import first: they register routers, experts and losses."""
+    """Python modules to import first. They register routers, experts and losses."""
     threads_per_process: PositiveInt | None = None
-    """CPU threads of each process. None: the cores shared out evenly."""
+    """Number of CPU threads of each process. None: the cores are divided evenly."""
 
     def check(self) -> Iterator[Problem]:
         if self.include is not None and self.exclude is not None:
-            yield Problem(("exclude", "include"), "give only one of include and exclude")
+            yield Problem(("exclude", "include"), "cannot be combined with include; give only one of the two")

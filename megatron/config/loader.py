@@ -24,7 +24,7 @@ from megatron.config.source import Source, apply_overrides, canonical, find_file
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A configuration with what it was made of.
+    """A configuration, and what it was made from.
 
     files: file name -> text, as written; overrides: the `key=value` given on the command line; notices: sentences about keys without effect;
     without_section: the keys as they were written that no section has (other names, keys without effect).
@@ -64,7 +64,7 @@ def load_config(paths: Sequence[Path | str], overrides: Sequence[str] = (), conf
 def _named_twice(path: Path, first: Path) -> str:
     if path.resolve() == first.resolve():
         return f"{path}: this file is given twice; name it once"
-    return f"{path}: a second file named '{path.name}'; they are saved side by side in checkpoints, so rename one"
+    return f"{path}: another file is also named '{path.name}'; checkpoints save all files in one folder, so rename one of them"
 
 
 def load_values(values: Mapping[str, Any]) -> LoadedConfig:

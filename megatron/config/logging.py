@@ -1,4 +1,4 @@
-"""Where numbers go."""
+"""Which numbers are recorded, and where."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class LoggingConfig(Section):
     log_interval: PositiveInt = 100
     """Steps between log lines."""
     metrics_file: str | None = None
-    """File that gets one JSON object for every step. None: metrics.jsonl in `save`, when that is given."""
+    """File with one JSON object for every step. None: metrics.jsonl in `save`, if `save` is given."""
     plot_file: str | None = None
-    """Picture of loss and expert load, drawn at the end. None: training.png in `save`, when that is given."""
+    """Picture of loss and expert load, drawn at the end. None: training.png in `save`, if `save` is given."""
     tensorboard_dir: str | None = None
     """Directory for TensorBoard. None: off."""
     log_dir: str | None = None
-    """Directory for copies of standard output and standard error: two files a process, named by host and rank, which are appended to. None: off."""
+    """Directory for copies of standard output and standard error. Each process appends to two files, which are named by host and rank. None: off."""
     use_wandb: bool | None = None
-    """Log to Weights & Biases. None is off: it is on only when asked for."""
+    """Log to Weights & Biases. None: off."""
     wandb_project: str = "neox"
     """Weights & Biases: project."""
     wandb_group: str | None = None
@@ -34,9 +34,9 @@ class LoggingConfig(Section):
     wandb_host: str = "https://api.wandb.ai"
     """Weights & Biases: server."""
     wandb_init_all_ranks: bool = False
-    """Weights & Biases: one run for each process instead of one in all."""
+    """Weights & Biases. True: one run for each process. False: one run for all processes."""
     use_comet: bool | None = None
-    """Log to Comet. None is off: it is on only when asked for."""
+    """Log to Comet. None: off."""
     comet_workspace: str | None = None
     """Comet: workspace. None: the account's default."""
     comet_project: str | None = None
@@ -46,39 +46,41 @@ class LoggingConfig(Section):
     comet_tags: list[str] | None = None
     """Comet: tags of this run. None: none."""
     comet_others: dict[str, Any] | None = None
-    """Comet: further entries of this run. None: none."""
+    """Comet: additional entries of this run. None: none."""
     peak_theoretical_tflops: PositiveFloat | None = None
-    """The device's peak, for MFU and HFU (the share of it that the model needs and that the hardware does) in the log. None: not reported."""
+    """Peak of the device in TFLOPS. The log then reports MFU (the share of the peak that the model needs) and HFU (the share that the hardware
+    does). None: not reported."""
     steps_per_print: NaturalInt = 10
     """Steps between DeepSpeed's short progress lines; 0 turns them off."""
     wall_clock_breakdown: bool = False
-    """Let DeepSpeed time forward, backward, all-reduce and step, and print it for every micro-batch."""
+    """Let DeepSpeed measure the time of forward, backward, all-reduce and step, and print it for every micro-batch."""
     log_grad_norm: bool = False
-    """Record the norm of every parameter's gradient at every step (`gradient_norms/*`), whatever ZeRO divides."""
+    """Record the norm of every parameter's gradient at every step (`gradient_norms/*`), at every ZeRO stage."""
     log_param_norm: bool = False
     """Record the norm of every parameter after every step (`parameter_norms/*`)."""
     log_grad_pct_zeros: bool = False
-    """Record how many per cent of every parameter's gradient are zero, at every step (`pct_grad_zeros/*`)."""
+    """Record the percentage of zeros in every parameter's gradient at every step (`pct_grad_zeros/*`)."""
     log_optimizer_states: bool = False
     """Record the norms of the optimizer's averages for every group of parameters at every step (`optimizer_state_norms/*`)."""
     log_gradient_noise_scale: bool = False
-    """Record the gradient noise scale (McCandlish et al., 2018), a batch size that is worth its compute, as `train/noise_scale`."""
+    """Record the gradient noise scale (McCandlish et al., 2018) as `train/noise_scale`. It estimates the batch size above which more compute
+    brings little."""
     gradient_noise_scale_n_batches: Annotated[int, Field(ge=2)] = 5
-    """Batches that are averaged for one measurement of the noise scale."""
+    """Number of batches in one measurement of the noise scale."""
     gradient_noise_scale_cpu_offload: bool = False
-    """Keep the sum of those batches' gradients in the CPU's memory."""
+    """Keep the sum of these batches' gradients in CPU memory."""
     profile: bool = False
-    """Record a trace of some steps with PyTorch's profiler, into `tensorboard_dir`, or `log_dir` without one."""
+    """Record a trace of some steps with PyTorch's profiler. It is written to `tensorboard_dir`, or to `log_dir` if `tensorboard_dir` is not given."""
     profile_step_start: NaturalInt = 10
-    """The profile begins after this step."""
+    """The recording starts after this step."""
     profile_step_stop: PositiveInt = 12
-    """The profile ends with this step."""
+    """The recording ends with this step."""
     memory_profiling: bool = False
-    """Record who allocated memory between profile_step_start and profile_step_stop: CUDA's memory snapshot, on a CPU a table of operators."""
+    """Record memory allocations between profile_step_start and profile_step_stop. On CUDA: a memory snapshot. On a CPU: a table of operators."""
     memory_profiling_path: str | None = None
-    """Directory for it. None: `tensorboard_dir`, or `log_dir` without one."""
+    """Directory for the memory profile. None: `tensorboard_dir`, or `log_dir` if `tensorboard_dir` is not given."""
     progress: Literal["auto", "rich", "plain"] = "auto"
-    """Progress display: rich on a terminal and plain lines otherwise, or always the one named."""
+    """Progress display. auto: rich on a terminal, plain lines otherwise."""
 
     @property
     def trace_dir(self) -> str | None:

@@ -22,7 +22,7 @@ def import_optional(package: str) -> Any:
     """The package as a module. Raises ImportError when it is not installed, also where a mere folder of that name is found in its place."""
     module = importlib.import_module(package)
     if hasattr(module, "__path__") and getattr(module, "__file__", None) is None:
-        raise ModuleNotFoundError(f"{package} is a folder and no package", name=package)
+        raise ModuleNotFoundError(f"{package} is a folder, not a package", name=package)
     return module
 
 

@@ -37,16 +37,16 @@ def machine_memory(root: Path = Path("/")) -> Room | None:
 def check_fits(needed: int, room: Room | None, *, what: str, where: str, advice: str) -> str | None:
     """Raises NotEnoughMemory when `needed` bytes are more than there ever are. A sentence for the log when they are only more than is free now.
 
-    `room` None: not known, nothing is checked. `what` needs, `where` has: "Training needs at least 20.0 GiB of memory, and this machine has ...".
+    `room` None: not known, nothing is checked. `what` needs, `where` has: "Training needs at least 20.0 GiB of memory, but this machine has ...".
     """
     if room is None or needed <= room.free:
         return None
     numbers = (
-        f"{what} needs at least {needed / GIB:.1f} GiB of memory, and {where} has {room.total / GIB:.1f} GiB, {room.free / GIB:.1f} GiB of it free"
+        f"{what} needs at least {needed / GIB:.1f} GiB of memory, but {where} has {room.total / GIB:.1f} GiB, {room.free / GIB:.1f} GiB of it free"
     )
     if needed > room.total:
         raise NotEnoughMemory(f"{numbers}. {advice}")
-    return f"{numbers} now: it may end for lack of memory. {advice}"
+    return f"{numbers} now. The process may end for lack of memory. {advice}"
 
 
 def _container_limits(root: Path) -> Iterator[tuple[int, int]]:

@@ -35,106 +35,113 @@ class ModelConfig(Section):
     num_layers: PositiveInt
     """Number of transformer layers."""
     hidden_size: PositiveInt
-    """Width of the residual stream."""
+    """Number of features that the model keeps for each token (the hidden size)."""
     num_attention_heads: PositiveInt
-    """Query heads; must divide `hidden_size`, unless `head_dim` is given."""
+    """Number of attention heads (query heads). It must divide `hidden_size`, unless `head_dim` is given."""
     num_kv_heads: PositiveInt | None = None
-    """Key/value heads (grouped-query attention); must divide `num_attention_heads`. None: one per query head."""
+    """Number of key/value heads (grouped-query attention). It must divide `num_attention_heads`. None: each query head has its own key/value head."""
     head_dim: PositiveInt | None = None
-    """Dimensions of one attention head, as in Hugging Face's config.json (Megatron-LM's `kv_channels`). None: hidden_size / num_attention_heads.
+    """Dimension of one attention head, as in Hugging Face's config.json (`kv_channels` in Megatron-LM). None: hidden_size / num_attention_heads.
     NeoX has no such key."""
     seq_length: PositiveInt
-    """Tokens in one training sequence; at most `max_position_embeddings`."""
+    """Number of tokens in one training sequence. It must be at most `max_position_embeddings`."""
     max_position_embeddings: PositiveInt
-    """Longest sequence the positions can express; the number of rows of a learned position table."""
+    """Number of tokens in the longest sequence that the model can read. A learned position table has this many rows."""
     ffn_hidden_size: PositiveInt | None = None
-    """Hidden width of MLPs and experts as it is, gated or not (Megatron-LM's meaning). None: `intermediate_size` and its rule decide."""
+    """Hidden width of MLPs and experts. It is used as given, with a gated activation too (as in Megatron-LM). None: `intermediate_size` decides."""
     intermediate_size: PositiveInt | None = None
-    """MLP size. Dense MLP: the width, or for gated activations 3 times the width (NeoX's rule). Experts: the width as is. None: 4 * hidden_size."""
+    """Size of the MLP, by NeoX's rule. Dense MLP: it is the hidden width; with a gated activation it is 3 times the hidden width. Experts: it is
+    the hidden width. None: 4 * hidden_size."""
     expansion_factor: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """`intermediate_size` as a multiple of hidden_size. None: 4, or whatever `intermediate_size` or `ffn_hidden_size` say."""
+    """`intermediate_size` as a multiple of hidden_size. None: 4, unless `intermediate_size` or `ffn_hidden_size` is given."""
     mlp_multiple_of: PositiveInt = 1
-    """The width of a dense MLP is rounded up to a multiple of this; `ffn_hidden_size` has to be one."""
+    """The width of a dense MLP is rounded up to a multiple of this. `ffn_hidden_size` is not rounded: it must be a multiple of this."""
     norm: Norm = "layernorm"
-    """Normalisation before attention, before the MLP and before the output head. scalenorm divides by the length and has one weight in all;
-    non_parametric_layernorm has none."""
+    """Kind of norm before attention, before the MLP and before the output head. scalenorm divides by the length of the vector and has a single
+    weight. non_parametric_layernorm has no weights."""
     layernorm_epsilon: PositiveFloat = 1e-5
     """Added to the variance in layernorm and non_parametric_layernorm."""
     rms_norm_epsilon: PositiveFloat = 1e-8
     """Added to the mean square in rmsnorm."""
     scalenorm_epsilon: PositiveFloat = 1e-8
-    """The least length that scalenorm divides by."""
+    """Smallest length that scalenorm divides by."""
     use_bias_in_norms: bool = True
-    """Biases in layernorm (the other norms have none). NeoX does not read this key: its layernorm models always have biases."""
+    """Whether layernorm has biases. The other norms have none. NeoX does not read this key: its layernorm models always have biases."""
     use_qk_layernorm: bool = False
-    """A norm (of the kind of `norm`), the same for queries and keys, with a weight for every query head and dimension; layernorm takes its mean over
-    all heads, the others over each. Grouped key/value heads are repeated for it, as in NeoX, which takes the memory of a model without groups."""
+    """Apply one norm (of the kind that `norm` names) to queries and to keys. It has one weight for each query head and dimension. layernorm takes
+    its mean over all heads; the other norms take it over each head. As in NeoX, grouped key/value heads are repeated before the norm. The model
+    then needs as much memory as one without groups."""
     qk_norm_per_head: bool = False
-    """A norm (of the kind of `norm`) over the dimensions of each head for queries, and another for keys, as in Qwen 3. NeoX has no such key."""
+    """Apply a norm (of the kind that `norm` names) to each query head, and another norm to each key head, as in Qwen 3. NeoX has no such key."""
     qk_norm_all_heads: bool = False
-    """A norm (of the kind of `norm`) over all heads of the queries together, and another over those of the keys, as in OLMoE and OLMo 2. NeoX has no
-    such key."""
+    """Apply a norm (of the kind that `norm` names) to all query heads together, and another norm to all key heads together, as in OLMoE and OLMo
+    2. NeoX has no such key."""
     pos_emb: Literal["learned", "rotary", "sinusoidal", "rpe", "alibi", "none"] = "learned"
-    """Positions: added to the embeddings (a learned table, sinusoidal waves), turning queries and keys (rotary), added to attention scores
-    (rpe, T5's table for distances; alibi, slopes over distances), or none."""
+    """How the model knows positions. learned: a trained table is added to the embeddings. sinusoidal: fixed waves are added to the embeddings.
+    rotary: queries and keys are rotated. rpe: T5's trained table of distances is added to the attention scores. alibi: distances times a slope are
+    added to the attention scores. none: the model has no positions."""
     rotary_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of each head's dimensions that rotary positions turn; the number of dimensions must come out even."""
+    """Share of each head's dimensions that rotary positions rotate. The resulting number of dimensions must be even."""
     rotary_emb_base: PositiveInt = 10000
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
     """Scaled rotary frequencies, as in Hugging Face's config.json: {rope_type: llama3, factor, low_freq_factor, high_freq_factor,
     original_max_position_embeddings}, or {rope_type: linear, factor}. None: not scaled. NeoX has no such key."""
     rotary_save_freqs_buffer: bool = False
-    """Write the rotary frequencies into checkpoints, for a NeoX that expects them there; they are never read."""
+    """Write the rotary frequencies into checkpoints, because some NeoX versions expect them there. This program never reads them."""
     rpe_num_buckets: Annotated[int, Field(ge=2)] = 32
-    """Buckets of distances of rpe positions: half of them hold one distance each, the others widen."""
+    """Number of distance buckets of `pos_emb: rpe`. The first half hold one distance each. The others hold ranges of distances, and the ranges
+    grow."""
     rpe_max_distance: PositiveInt = 128
-    """Distance from which on all share the last bucket of rpe positions; more than half of `rpe_num_buckets`."""
+    """With `pos_emb: rpe`, all distances from this one on share the last bucket. It must be more than half of `rpe_num_buckets`."""
     opt_pos_emb_offset: NaturalInt = 0
-    """Row of a learned table that position 0 has (OPT: 2); the rows before it are not used."""
+    """Row of the learned position table that position 0 uses (2 in OPT). The rows before it are not used."""
     sliding_window_width: PositiveInt | None = None
-    """A token attends to itself and to this many tokens before it (Hugging Face's sliding_window is one more). None: to all before it."""
+    """Number of earlier tokens that a token attends to, besides itself. Hugging Face's sliding_window is this number plus 1. None: all earlier
+    tokens."""
     attention_config: list[Any] | None = None
-    """How each layer attends, as a list of names or of [[names], repetitions or "all"]: global (PyTorch's SDPA) or flash (flash_attn where it is
-    installed and can run, else SDPA); both compute the same. None: global everywhere."""
+    """Kind of attention in each layer: a list of names, or a list of [[names], repetitions or "all"]. global: PyTorch's SDPA. flash: the package
+    flash_attn where it is installed and can run, otherwise SDPA. Both compute the same. None: global in every layer."""
     apply_query_key_layer_scaling: bool = False
-    """NeoX divides scores by the layer's number and multiplies them by it inside the softmax, against overflow in fp16, which needs nothing here.
-    What remains of it: alibi and rpe biases of global layers, added in between, are multiplied by that number."""
+    """NeoX divides attention scores by the layer's number and multiplies them by it inside the softmax, against overflow in fp16. Here fp16 needs
+    no such step. One effect remains: in layers with global attention, the biases of alibi and rpe are multiplied by the layer's number."""
     no_weight_tying: bool = False
     """True: the output head has its own weights. False: it uses the word embeddings."""
     make_vocab_size_divisible_by: PositiveInt = 128
-    """The vocabulary is padded up to a multiple of this (in NeoX, of this times model_parallel_size)."""
+    """The size of the vocabulary is rounded up to a multiple of this. NeoX rounds up to a multiple of this times model_parallel_size."""
     activation: Activation = "gelu"
-    """Activation of MLPs and experts; geglu, reglu, swiglu, glu (sigmoid) and bilinear (none) are gated (two input projections). swish is silu."""
+    """Activation function of MLPs and experts. geglu, reglu, swiglu, glu and bilinear are gated: they have two input projections. The gate of glu
+    is a sigmoid. The gate of bilinear has no activation function. swish is the same as silu."""
     bias_gelu_fusion: bool = False
-    """True: `gelu` is the tanh approximation, as in NeoX's fused kernel; no effect on other activations. False: the exact one."""
+    """True: `gelu` is the tanh approximation, as in NeoX's fused kernel. False: `gelu` is exact. The key has no effect on other activations."""
     gpt_j_residual: bool = False
-    """True: attention and MLP read the same residual stream and are added together (parallel residual)."""
+    """True: attention and MLP read the same hidden state, and both results are added to it (parallel residual). False: attention comes first, then
+    the MLP."""
     gpt_j_tied: bool = False
-    """With `gpt_j_residual`: one norm serves attention and MLP. The second norm's weights are there, as in NeoX, and unused."""
+    """With `gpt_j_residual: true`: attention and MLP share one norm. As in NeoX, the weights of the second norm exist but are not used."""
     reordered_norm: bool = False
-    """True: x + norm(attention(x)), then x + norm(mlp(x)), as in OLMo 2: the norms are on what attention and MLP add, not on what they read. NeoX has
-    no such key."""
+    """True: x + norm(attention(x)), then x + norm(mlp(x)), as in OLMo 2. The norms are applied to the outputs of attention and MLP, not to their
+    inputs. NeoX has no such key."""
     use_bias_in_attn_linear: bool = True
-    """Biases on the query/key/value and output projections of attention."""
+    """Whether all projections of attention have biases: query/key/value and output."""
     add_qkv_bias: bool = False
-    """Biases on the query/key/value projections alone, as in Qwen 2 and GLM-4.5 (Megatron-Core's key); needs `use_bias_in_attn_linear: false`. NeoX
-    has no such key."""
+    """Whether the query/key/value projections alone have biases, as in Qwen 2 and GLM-4.5. It needs `use_bias_in_attn_linear: false`.
+    Megatron-Core has this key too; NeoX has no such key."""
     use_bias_in_mlp: bool = True
-    """Biases on the two projections of dense MLPs (experts never have biases)."""
+    """Whether the two projections of dense MLPs have biases. For experts see `moe_expert_bias`."""
     attention_dropout: Fraction = 0.0
     """Dropout probability on attention weights."""
     hidden_dropout: Fraction = 0.0
-    """Dropout probability on embeddings and on what attention and MLP add to the residual stream; as in NeoX, none after experts and after MLPs
-    without biases."""
+    """Dropout probability on the embeddings and on the outputs of attention and MLP. As in NeoX, the outputs of experts and of MLPs without biases
+    have no dropout."""
     init_method: InitMethod = "normal"
-    """Initialisation of input projections, embeddings and the output head."""
+    """Initialisation of the input projections, the embeddings and the output head."""
     output_layer_init_method: InitMethod = "scaled_normal"
-    """Initialisation of the projections that write to the residual stream."""
+    """Initialisation of the output projections of attention, MLPs and experts."""
     init_method_std: PositiveFloat = 0.02
-    """Standard deviation of `normal` and, before scaling, of the scaled normals."""
+    """Standard deviation of `normal`. The scaled normals multiply it by a scale."""
     precision: Literal["fp32", "fp16", "bfloat16"] | None = None
-    """Number format of weights and activations. None: as the `fp16`/`bf16` dictionaries say, fp32 without them."""
+    """Number format of weights and activations. None: the format of the enabled dictionary, `fp16` or `bf16`; fp32 if there is none."""
 
     @property
     def head_width(self) -> int:
@@ -214,7 +221,7 @@ class ModelConfig(Section):
 
     @property
     def mlp_width(self) -> int:
-        """Hidden width F of a dense MLP: `ffn_hidden_size`, or NeoX's sizing, with the gated case's two projections agreeing (upstream's differ by
+        """Hidden width F of a dense MLP: `ffn_hidden_size`, or NeoX's sizing, with the gated case's two projections agreeing (NeoX's differ by
         one for some sizes).
         """
         if self.ffn_hidden_size is not None:
@@ -228,13 +235,10 @@ class ModelConfig(Section):
     def check(self) -> Iterator[Problem]:
         heads = self.num_attention_heads
         if self.head_dim is None and self.hidden_size % heads:
-            message = f"must divide hidden_size ({self.hidden_size}), or head_dim must say how many dimensions a head has"
+            message = f"must divide hidden_size ({self.hidden_size}); if it does not, give head_dim, the dimension of one head"
             yield Problem(("num_attention_heads", "hidden_size", "head_dim"), message)
         elif self.pos_emb == "rotary" and (self.rotary_dim < 2 or self.rotary_dim % 2):
-            message = (
-                "must turn an even number of dimensions, at least 2, of each head's "
-                f"{self.head_width}; {self.rotary_pct} of them is {self.rotary_dim}"
-            )
+            message = f"must rotate an even number of dimensions, at least 2, of each head's {self.head_width}; this value rotates {self.rotary_dim}"
             sizes = ("hidden_size", "num_attention_heads") if self.head_dim is None else ("head_dim",)
             yield Problem(("rotary_pct", *sizes), message)
         if heads % self.kv_heads:
@@ -244,7 +248,8 @@ class ModelConfig(Section):
             yield Problem(("seq_length", "max_position_embeddings"), message)
         if self.add_qkv_bias and self.use_bias_in_attn_linear:
             message = (
-                "puts biases on queries, keys and values alone; write use_bias_in_attn_linear: false, or leave add_qkv_bias out for biases on both"
+                "puts biases on the query/key/value projections only; write use_bias_in_attn_linear: false too, "
+                "or remove add_qkv_bias to have biases on all projections"
             )
             yield Problem(("add_qkv_bias", "use_bias_in_attn_linear"), message)
         yield from self._width_problems()
@@ -252,30 +257,30 @@ class ModelConfig(Section):
         yield from attention_problems(self.attention_config, self.num_layers)
         norms = [key for key in QK_NORM_KEYS if getattr(self, key)]
         if len(norms) > 1:
-            yield Problem((norms[1], norms[0]), f"does not go with {norms[0]}; keep one of them")
+            yield Problem((norms[1], norms[0]), f"cannot be combined with {norms[0]}; keep one of them")
         if self.gpt_j_tied and not self.gpt_j_residual:
-            yield Problem(("gpt_j_tied", "gpt_j_residual"), "needs gpt_j_residual: true; otherwise the two norms read different things")
+            yield Problem(("gpt_j_tied", "gpt_j_residual"), "needs gpt_j_residual: true, because only then attention and MLP read the same input")
         if self.reordered_norm and self.gpt_j_residual:
-            yield Problem(("reordered_norm", "gpt_j_residual"), "does not go with gpt_j_residual; keep one of them")
+            yield Problem(("reordered_norm", "gpt_j_residual"), "cannot be combined with gpt_j_residual; keep one of them")
 
     def _position_problems(self) -> Iterator[Problem]:
         if self.opt_pos_emb_offset and self.pos_emb != "learned":
-            yield Problem(("opt_pos_emb_offset", "pos_emb"), f"is for pos_emb: learned; {self.pos_emb} positions have no table to start later in")
+            yield Problem(("opt_pos_emb_offset", "pos_emb"), f"is for pos_emb: learned; pos_emb: {self.pos_emb} has no position table")
         elif self.seq_length <= self.max_position_embeddings < self.seq_length + self.opt_pos_emb_offset:
             message = f"leaves {max(0, self.max_positions)} of {self.max_position_embeddings} rows, fewer than seq_length ({self.seq_length})"
             yield Problem(("opt_pos_emb_offset", "max_position_embeddings", "seq_length"), message)
         if self.rope_scaling is not None:
             yield from rope_problems(self.rope_scaling, self.pos_emb)
         if self.pos_emb == "sinusoidal" and self.hidden_size % 2:
-            yield Problem(("hidden_size", "pos_emb"), "must be even for sinusoidal positions, which are pairs of sine and cosine")
+            yield Problem(("hidden_size", "pos_emb"), "must be even with pos_emb: sinusoidal, because each position has pairs of sine and cosine")
         if self.pos_emb == "rpe" and self.rpe_max_distance <= self.rpe_num_buckets // 2:
             yield Problem(("rpe_max_distance", "rpe_num_buckets"), f"must be more than half of rpe_num_buckets ({self.rpe_num_buckets})")
 
     def _width_problems(self) -> Iterator[Problem]:
         given = tuple(key for key in WIDTH_KEYS if getattr(self, key) is not None)
         if len(given) > 1:
-            yield Problem(given, f"says how wide the MLP is, and so does {' and '.join(given[1:])}; keep one of them")
+            yield Problem(given, f"sets the width of the MLP, and {' and '.join(given[1:])} sets it too; keep one of them")
         elif self.ffn_hidden_size is not None and self.ffn_hidden_size % self.mlp_multiple_of:
             yield Problem(("ffn_hidden_size", "mlp_multiple_of"), f"must be a multiple of mlp_multiple_of ({self.mlp_multiple_of})")
         elif self.mlp_width < 1 or self.mlp_size == 0:
-            yield Problem(given or ("hidden_size",), "leaves an MLP of width 0")
+            yield Problem(given or ("hidden_size",), "makes an MLP of width 0; give a larger number")

@@ -1,4 +1,5 @@
-"""Mixture of experts: how many, in which layers, which router, kind of expert and losses. Names are those of `megatron.config.components`."""
+"""Mixture of experts: the number of experts, the layers that have them, the router, the kind of expert and the losses.
+`megatron.config.components` lists the names that can be used."""
 
 from __future__ import annotations
 
@@ -25,28 +26,31 @@ NEED_EXPERTS = (
 
 class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, TopKOptions):
     moe_num_experts_by_layer: list[PositiveInt] | None = None
-    """Each MoE layer's own number of experts, first to last (PR-MoE). None: `moe_num_experts` in all of them."""
+    """Number of experts in each MoE layer, from the first MoE layer to the last (PR-MoE). None: every MoE layer has `moe_num_experts`."""
     moe_expert_interval: PositiveInt = 1
-    """Layer i has experts when i is a multiple of this (layer 0 always), counted from the first layer that may have them."""
+    """Distance between MoE layers. The first layer after `moe_first_k_dense_layers` has experts, and then every layer at this distance."""
     moe_first_k_dense_layers: NaturalInt = 0
-    """The first k layers are dense, whatever their number (DeepSeek's first_k_dense_replace)."""
+    """The first k layers are dense (first_k_dense_replace in DeepSeek)."""
     moe_layers: list[NaturalInt] | None = None
-    """The layers that have experts, by number from 0, instead of a rule. None: by `moe_first_k_dense_layers` and `moe_expert_interval`."""
+    """Numbers of the layers that have experts; the first layer is 0. None: `moe_first_k_dense_layers` and `moe_expert_interval` decide."""
     moe_router_type: str = "sinkhorn"
     """Name of the router that chooses experts."""
     moe_expert_type: str = "grouped"
-    """Name of the kind of expert: grouped (MLPs), structmoe (MLPs with routed low-rank experts inside), decomposed (MLPs of low-rank matrices)."""
+    """Kind of expert. grouped: MLPs. structmoe: MLPs with routed low-rank experts (LoREs) inside. decomposed: MLPs whose matrices are products of
+    two low-rank matrices."""
     moe_num_shared_experts: NaturalInt = 0
-    """Experts that every token uses beside its chosen ones: one MLP of this many times the expert width (DeepSeekMoE)."""
+    """Number of shared experts. Every token uses them in addition to its chosen experts. They are one MLP of this many times the expert width
+    (DeepSeekMoE)."""
     moe_shared_expert_intermediate_size: PositiveInt | None = None
-    """True hidden width of the shared expert, gated or not (Qwen-MoE). None: `moe_num_shared_experts` decides."""
+    """Hidden width of the shared expert. It is used as given, with a gated activation too (Qwen-MoE). None: `moe_num_shared_experts` decides."""
     moe_shared_expert_gate: bool = False
-    """Multiply the shared expert's output by sigmoid(x w) (Qwen-MoE)."""
+    """Multiply the shared expert's output by sigmoid(x w), where x is the token's hidden state and w is trained (Qwen-MoE)."""
     moe_use_residual: bool = False
-    """Residual MoE (DeepSpeed-MoE): a dense MLP beside the experts, the two mixed by a learned softmax of two weights per token."""
+    """Residual MoE (DeepSpeed-MoE): each MoE layer also has a dense MLP. A trained softmax gives each token two weights, which mix the MLP's
+    output with the experts' output."""
     moe_losses: dict[str, float] = {}
-    """Auxiliary losses and their coefficients, e.g. {load_balance: 0.01, z_loss: 0.001}; a loss that is not named is not computed. docs/moe.md says
-    what each is, and what other programs' coefficients are here."""
+    """Auxiliary losses and their coefficients, for example {load_balance: 0.01, z_loss: 0.001}. A loss that is not named is not computed.
+    docs/moe.md defines each loss and converts the coefficients of other programs."""
     moe_block_wise_temperature: PositiveFloat = 1.0
     """Temperature tau of the loss `block_wise_selection` (CoSMoEs, equation 2): router logits are multiplied by it."""
 
@@ -101,20 +105,20 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
             known = {key for section in options.values() for key in section.model_fields}
             for key in sorted(self.model_fields_set & known - set(options[chosen].model_fields)) if chosen in options else ():
                 readers = " and ".join(name for name, section in options.items() if key in section.model_fields)
-                yield key, f"has no effect with {choice} {chosen}; it is read by {readers}"
+                yield key, f"has no effect with {choice} {chosen}; it is for {readers}"
         if self.moe_expert_type == "structmoe" and not self.moe_lore_routed:
             for key in sorted(self.model_fields_set & {"moe_lore_top_k", "moe_lore_normalize"}):
-                yield key, "has no effect with moe_lore_routed: false; it is read where LoREs are routed"
+                yield key, "has no effect with moe_lore_routed: false, because then no router chooses LoREs"
         if "moe_block_wise_temperature" in self.model_fields_set and "block_wise_selection" not in self.moe_losses:
-            yield "moe_block_wise_temperature", "has no effect unless moe_losses names block_wise_selection"
+            yield "moe_block_wise_temperature", "has no effect, because moe_losses does not name block_wise_selection"
         if self.moe_router_type == "top_p" and "moe_top_k" in self.model_fields_set:
-            yield "moe_top_k", "has no effect with moe_router_type top_p, which chooses the number of experts itself"
+            yield "moe_top_k", "has no effect with moe_router_type top_p; this router chooses the number of experts itself"
         yield from self._weights_of_one()
 
     def _weights_of_one(self) -> Iterator[tuple[str, str]]:
         """Settings that leave a router nothing to learn from: the one weight of a token divided by itself."""
         if self.top_k == 1 and self.moe_router_type in ("topk", "sigmoid"):
-            says = "makes every weight 1 where a token has one expert (moe_top_k), so that the router learns from moe_losses alone"
+            says = "makes the weight of every chosen expert 1 when moe_top_k is 1; the router then learns from moe_losses only"
             if self.moe_normalize_top_k:
                 yield "moe_normalize_top_k", says
             elif self.moe_router_type == "topk" and not self.moe_router_pre_softmax:
@@ -122,7 +126,7 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
         if self.moe_expert_type == "structmoe" and self.moe_lore_routed and self.moe_lore_normalize and self.moe_lore_top_k == 1:
             yield (
                 "moe_lore_normalize",
-                "makes every weight 1 where there is one LoRE (moe_lore_top_k), so that the LoRE routers learn from lore_balance alone",
+                "makes the weight of every chosen LoRE 1 when moe_lore_top_k is 1; the LoRE routers then learn from lore_balance only",
             )
 
     def check(self) -> Iterator[Problem]:
@@ -132,7 +136,7 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
         yield from self._placement_problems()
         yield from self._component_problems()
         if self.moe_shared_expert_gate and not (self.moe_num_shared_experts or self.moe_shared_expert_intermediate_size):
-            yield Problem(("moe_shared_expert_gate",), "needs a shared expert: moe_num_shared_experts or moe_shared_expert_intermediate_size")
+            yield Problem(("moe_shared_expert_gate",), "needs a shared expert; give moe_num_shared_experts or moe_shared_expert_intermediate_size")
         if self.moe_num_shared_experts and self.moe_shared_expert_intermediate_size:
             keys = ("moe_shared_expert_intermediate_size", "moe_num_shared_experts")
             yield Problem(keys, "give either it or moe_num_shared_experts, not both")
@@ -152,7 +156,9 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
         if self.moe_num_experts > 1:
             yield Problem(("moe_num_experts_by_layer", "moe_num_experts"), "give either it or moe_num_experts, not both")
         if min(counts, default=1) < 2:
-            yield Problem(("moe_num_experts_by_layer",), "must name numbers of 2 or more; moe_layers says which layers have experts at all")
+            yield Problem(
+                ("moe_num_experts_by_layer",), "must be a list of numbers, each 2 or more; write moe_layers to say which layers have experts"
+            )
         elif self.moe_top_k > min(counts):
             yield Problem(("moe_top_k", "moe_num_experts_by_layer"), f"must be at most the smallest number of experts ({min(counts)})")
 
@@ -160,7 +166,7 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
         if self.moe_layers is None:
             return
         if len(set(self.moe_layers)) < len(self.moe_layers) or not self.moe_layers:
-            yield Problem(("moe_layers",), "must name at least one layer, and each once")
+            yield Problem(("moe_layers",), "must name at least one layer, and no layer twice")
         for key in ("moe_first_k_dense_layers", "moe_expert_interval"):
             if key in self.model_fields_set and getattr(self, key) != _default(key):
                 yield Problem(("moe_layers", key), f"says which layers have experts; remove {key}")
@@ -186,7 +192,7 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
         if self.moe_layers is not None and max(self.moe_layers, default=0) >= num_layers:
             yield Problem(("moe_layers", "num_layers"), f"must name layers from 0 to {num_layers - 1}")
         elif not numbers:
-            yield Problem(("moe_first_k_dense_layers", "num_layers"), f"leaves no layer for experts; the model has {num_layers}")
+            yield Problem(("moe_first_k_dense_layers", "num_layers"), f"leaves no layer for experts, because the model has {num_layers} layers")
         if self.moe_num_experts_by_layer is not None and len(self.moe_num_experts_by_layer) != len(numbers):
             yield Problem(("moe_num_experts_by_layer",), f"must have one number for each of the {len(numbers)} layers with experts")
 
@@ -199,7 +205,7 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
             if self.moe_lore_projection != "up" and not model.is_gated:
                 yield Problem(("moe_lore_projection", "activation"), f"needs a gated activation such as swiglu; {model.activation} has no gate")
             if self.moe_lore_interaction == "gated" and model.is_gated:
-                yield Problem(("moe_lore_interaction", "activation"), f"needs an activation without a gate of its own; {model.activation} has one")
+                yield Problem(("moe_lore_interaction", "activation"), f"needs an activation without a gate; {model.activation} has a gate")
         if self.moe_expert_type == "decomposed" and self.decomposition_rank(model.hidden_size) > max(model.hidden_size, width):
             yield Problem(
                 ("moe_decomposition_rank", "hidden_size"), f"must be at most the larger width of the matrix ({max(model.hidden_size, width)})"
@@ -213,7 +219,9 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
         if self.moe_lore_routed:
             yield Problem(("moe_lore_rank", "hidden_size"), allowed)
         else:
-            whole = f"times moe_num_lores ({self.moe_num_lores}) is the rank of an expert's one LoRE without routers, {self.lore_rank}, which"
+            whole = (
+                f"times moe_num_lores ({self.moe_num_lores}) is {self.lore_rank}, the rank of the one LoRE in each expert without LoRE routers; it"
+            )
             yield Problem(("moe_lore_rank", "moe_num_lores", "hidden_size"), f"{whole} {allowed}")
 
 

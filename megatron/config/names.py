@@ -1,7 +1,8 @@
-"""Keys under other names than ours: NeoX's and the StructMoE author's fork's old ones, and DeepSpeed's inside `deepspeed_extra_args`.
+"""Keys under other names than ours: earlier names of NeoX, names of the StructMoE author's fork, and DeepSpeed's names inside
+`deepspeed_extra_args`.
 
-A key under another name acts exactly as the one it stands for, its words translated; what is wrong with it is told under the written name.
-"""
+Such a key acts exactly as the key that it stands for, and its words are translated. Messages use the name that was
+written."""
 
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ def _move(source: Source, old: KeyPath, new: KeyPath, problems: list[str]) -> No
         return  # the section says that it must be a dictionary
     if new[-1] in holder:
         where, name = source.place_of(old), ".".join(new)
-        text = f"'{'.'.join(old)}' is another name of '{name}', which is given as well; keep one of them"
+        text = f"'{'.'.join(old)}' is another name of '{name}', which is given too; keep one of them"
         problems.append(f"{where}: {text}" if where else text)
         return
     if len(new) > 1:

@@ -23,7 +23,7 @@ Precision = Literal["fp32", "fp16", "bfloat16"]
 
 
 class NeoXConfig(Section):
-    """Everything a run was asked to do. In YAML the keys are flat; here each lives in the section that owns it."""
+    """Everything that a run was asked to do. In YAML the keys are flat. Here each key is in the section that owns it."""
 
     model: ModelConfig
     moe: MoEConfig = MoEConfig()
@@ -72,7 +72,7 @@ class NeoXConfig(Section):
         enabled = _enabled_precision(self.optimizer)
         if self.model.precision is not None and enabled is not None and enabled != self.model.precision:
             other = "fp16.enabled" if enabled == "fp16" else "bf16.enabled"
-            yield Problem(("precision", other), f"contradicts {other}: true; drop one of the two")
+            yield Problem(("precision", other), f"contradicts {other}: true; remove one of the two")
         yield from self._accumulation_problems()
         if self.training.train_epochs is not None:
             yield from self._epoch_problems()
@@ -80,24 +80,34 @@ class NeoXConfig(Section):
         reduce_scatter = (zero.model_extra or {}).get("reduce_scatter", True)
         yield from gradient_problems(self.deepspeed, zero.stage, reduce_scatter=reduce_scatter, fp32_allreduce=self.optimizer.fp32_allreduce)
         if self.deepspeed.wandb is not None and self.deepspeed.wandb.enabled and self.logging.use_wandb:
-            yield Problem(("wandb.enabled", "use_wandb"), "use_wandb is true as well, and one process can write only one run; keep use_wandb")
+            yield Problem(
+                ("wandb.enabled", "use_wandb"), "cannot be combined with use_wandb: true, because one process can write only one run; keep use_wandb"
+            )
         yield from self.moe.check_with(self.model)
         if self.checkpoint.iteration is not None and self.checkpoint.load is None and self.checkpoint.save is None:
-            yield Problem(("iteration", "load"), "needs load: the directory with the checkpoint")
+            yield Problem(("iteration", "load"), "needs load, the directory with the checkpoint")
         if self.checkpoint.no_save_optim and self.optimizer.zero_optimization.stage == 3:
-            yield Problem(("no_save_optim", "zero_optimization.stage"), "needs zero_optimization.stage 0 to 2; stage 3 has the weights in it")
+            yield Problem(
+                ("no_save_optim", "zero_optimization.stage"),
+                "needs zero_optimization.stage 0, 1 or 2, because at stage 3 the optimizer state contains the weights",
+            )
         if self.logging.plot_file is not None and self.logging.metrics_file is None and self.checkpoint.save is None:
-            yield Problem(("plot_file", "metrics_file"), "needs save or metrics_file: the picture is drawn from the metrics written there")
+            yield Problem(("plot_file", "metrics_file"), "needs save or metrics_file, because the picture is drawn from the metrics file")
 
     def _epoch_problems(self) -> Iterator[Problem]:
         """An epoch is every document once, which only one way of packing and no weighting gives."""
         data = self.data
         if data.pack_impl != "packed":
-            yield Problem(("train_epochs", "pack_impl"), f"needs pack_impl packed, not {data.pack_impl}; write train_iters")
+            yield Problem(("train_epochs", "pack_impl"), f"needs pack_impl: packed, not {data.pack_impl}; write train_iters in place of train_epochs")
         if data.weight_by_num_documents:
-            yield Problem(("train_epochs", "weight_by_num_documents"), "contradicts weight_by_num_documents: true; write train_iters")
+            yield Problem(
+                ("train_epochs", "weight_by_num_documents"),
+                "cannot be combined with weight_by_num_documents: true; write train_iters in place of train_epochs",
+            )
         if len(set(data.train_data_weights or ())) > 1:
-            yield Problem(("train_epochs", "train_data_weights"), "contradicts different train_data_weights; leave them out, or write train_iters")
+            yield Problem(
+                ("train_epochs", "train_data_weights"), "needs equal train_data_weights; remove them, or write train_iters in place of train_epochs"
+            )
 
     def _accumulation_problems(self) -> Iterator[Problem]:
         """The number format in which gradients are summed is that of the weights or fp32."""
@@ -133,7 +143,7 @@ def rounding_notice(config: NeoXConfig, data_parallel_size: int) -> str | None:
         return None
     short = {"fp16": "fp16", "bfloat16": "bf16"}[config.precision]
     return (
-        f"the gradients of {accumulation} micro-batches are summed in {short}, which loses small ones beside large ones; "
+        f"the gradients of {accumulation} micro-batches are summed in {short}; this loses small gradients beside large ones; "
         "data_types: {grad_accum_dtype: fp32} sums them in fp32"
     )
 
@@ -142,7 +152,7 @@ def check_trainable(config: NeoXConfig, data_parallel_size: int) -> None:
     """Raises ConfigError with every key that training needs and that is missing, or with batch sizes that do not multiply out."""
     problems = []
     if config.training.train_iters is None and config.training.train_epochs is None:
-        problems.append("'train_iters' or 'train_epochs' must be given: the number of steps to train, or of times to go through the data")
+        problems.append("'train_iters' or 'train_epochs' must be given: the number of training steps, or the number of passes through the data")
     if config.optimizer.optimizer.params.lr is None:
         problems.append("'optimizer' must be given with its learning rate, such as {type: Adam, params: {lr: 6.0e-4}}")
     if config.data.data_path is None and config.data.train_data_paths is None:
@@ -160,4 +170,4 @@ def check_device(config: NeoXConfig, device_type: str) -> None:
     if config.precision == "fp16" and device_type == "cpu":
         by_name = config.model.precision == "fp16"
         key, instead = ("precision", "precision=fp32 or precision=bfloat16") if by_name else ("fp16.enabled", "fp16.enabled=false")
-        raise ConfigError([f"'{key}' asks for fp16: training in it needs a GPU; on a CPU add -o {instead}"])
+        raise ConfigError([f"'{key}' asks for fp16, but training in fp16 needs a GPU; on a CPU add -o {instead}"])

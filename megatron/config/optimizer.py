@@ -15,17 +15,17 @@ class OptimizerParams(Section):
     """All parameters of all types; SETTINGS says which belong to which."""
 
     lr: PositiveFloat | None = None
-    """Peak learning rate. None: fine for generation and evaluation, refused when training."""
+    """Peak learning rate. None: allowed for generation and evaluation, an error in training."""
     betas: tuple[Fraction, Fraction] | None = None
     """Adam, AdamW, Adam8bit, Lion: decay rates of the averages. None: 0.9 and 0.999, Lion 0.9 and 0.99."""
     eps: PositiveFloat | None = None
     """Adam, AdamW, Adam8bit: added to the denominator. None: 1e-8."""
     adam_w_mode: bool | None = None
-    """Adam: weight decay shrinks the weights directly (AdamW); false adds it to the gradients. None: true."""
+    """Adam. True: weight decay shrinks the weights directly (AdamW). False: weight decay is added to the gradients. None: true."""
     momentum: Fraction | None = None
     """SGD: share of the last update that is kept. None: 0."""
     nesterov: bool | None = None
-    """SGD: Nesterov's momentum; needs momentum above 0. None: false."""
+    """SGD: whether to use Nesterov's momentum. It needs `momentum` above 0. None: false."""
 
 
 OptimizerType = Literal["Adam", "AdamW", "Adam8bit", "SGD", "Lion"]
@@ -45,10 +45,10 @@ ROUNDING = 1e-9
 class OptimizerSpec(Section):
     not_built = {
         "type": {
-            "onebitadam": f"its compressed communication needs DeepSpeed's MPI or NCCL backend and cannot be divided by ZeRO; {_ADAM_INSTEAD}",
-            "cpu_adam": f"it belongs to offloading, which is not part of this version; {_ADAM_INSTEAD}, which is fused on a CPU as well",
-            "cpu_torch_adam": f"upstream never reaches it; {_ADAM_INSTEAD}, which is PyTorch's own on every device",
-            "sm3": f"its memory saving comes from ZeRO or Adam8bit here; {_ADAM_INSTEAD}, or Adam8bit",
+            "onebitadam": f"it needs DeepSpeed's MPI or NCCL backend and does not work with ZeRO; {_ADAM_INSTEAD}",
+            "cpu_adam": f"it is for offloading, which is not part of this version; {_ADAM_INSTEAD}, which is fused on a CPU too",
+            "cpu_torch_adam": f"NeoX accepts it but never uses it; {_ADAM_INSTEAD}, which is PyTorch's own on every device",
+            "sm3": f"it is not part of this version; {_ADAM_INSTEAD} with ZeRO, or Adam8bit, to save memory",
             "madgrad_wd": f"it is not part of this version; {_ADAM_INSTEAD}, or SGD with momentum",
             "muadam": f"muP is not part of this version; {_ADAM_INSTEAD}",
             "muadamw": "muP is not part of this version; use AdamW",
@@ -57,40 +57,40 @@ class OptimizerSpec(Section):
     }
 
     type: OptimizerType = "Adam"
-    """Adam and AdamW decay weights directly, as upstream's Adam does. Adam8bit keeps its averages in 8 bits (needs the package bitsandbytes). SGD is
-    plain SGD with momentum (upstream's needs muP), its weight decay added to the gradients. Lion: Chen et al., 2023."""
+    """Adam and AdamW: weight decay shrinks the weights directly, as with Adam in NeoX. Adam8bit: Adam with averages of 8 bits (needs the package
+    bitsandbytes). SGD: plain SGD with momentum, without muP; weight decay is added to the gradients. Lion: Chen et al., 2023."""
     params: OptimizerParams = OptimizerParams()
-    """The optimizer's own numbers: lr for all; betas for Adam, AdamW, Adam8bit and Lion; eps for the Adams; adam_w_mode for Adam; momentum and
-    nesterov for SGD."""
+    """Settings of the optimizer. lr: for all types. betas: for Adam, AdamW, Adam8bit and Lion. eps: for Adam, AdamW and Adam8bit. adam_w_mode: for
+    Adam. momentum and nesterov: for SGD."""
     implementation: Literal["auto", "torch", "apex", "deepspeed"] = "auto"
-    """Adam and AdamW: whose kernel. auto is PyTorch's fused one, on CPU and CUDA, into which clipping is built; apex's and DeepSpeed's FusedAdam need
-    CUDA and their packages."""
+    """Adam and AdamW: the implementation. auto and torch: PyTorch's fused one, on CPU and CUDA; it clips gradients in the same pass. apex and
+    deepspeed: their FusedAdam, which needs CUDA and the package."""
 
 
 class ZeroOptimization(Section):
     model_config = ConfigDict(extra="allow")
 
     stage: Literal[0, 1, 2, 3] = 0
-    """What DeepSpeed divides among the processes: 0 nothing, 1 optimizer state, 2 gradients as well, 3 weights as well."""
+    """What DeepSpeed divides among the processes. 0: nothing. 1: the optimizer state. 2: the gradients too. 3: the weights too."""
 
 
 class Fp16(Section):
     enabled: bool = True
     """Whether fp16 training is on."""
     loss_scale: NonNegativeFloat = 0.0
-    """Fixed loss scale; 0 means dynamic."""
+    """Fixed loss scale. 0: the loss scale is dynamic."""
     loss_scale_window: PositiveInt = 1000
-    """Good steps after which a dynamic loss scale is doubled."""
+    """A dynamic loss scale is doubled after this many steps without overflow."""
     initial_scale_power: NaturalInt = 16
-    """A dynamic loss scale starts at 2 to this power."""
+    """A dynamic loss scale starts at 2 to the power of this."""
     hysteresis: PositiveInt = 2
-    """Overflows in a row before a dynamic loss scale is halved."""
+    """A dynamic loss scale is halved after this many overflows in a row."""
     min_loss_scale: NonNegativeFloat = 1.0
     """A dynamic loss scale never falls below this."""
     fp16: bool = True
-    """Accepted because NeoX files carry it; `enabled` decides."""
+    """Accepted because NeoX files have it. Only `enabled` decides."""
     type: str = "fp16"
-    """Accepted because NeoX files carry it; `enabled` decides."""
+    """Accepted because NeoX files have it. Only `enabled` decides."""
 
 
 class Bf16(Section):
@@ -100,21 +100,21 @@ class Bf16(Section):
 
 class OptimizerConfig(Section):
     optimizer: OptimizerSpec = OptimizerSpec()
-    """{type, params: {lr, betas, eps}}: Adam, AdamW, Adam8bit, SGD or Lion, and its numbers."""
+    """{type, params: {lr, betas, eps}}: the type (Adam, AdamW, Adam8bit, SGD or Lion) and its settings."""
     use_bnb_optimizer: bool = False
-    """Adam with averages of 8 bits from the package bitsandbytes, as type Adam8bit. Upstream also adds a layer norm after the embedding; here it does
-    not change the model."""
+    """Use Adam with averages of 8 bits from the package bitsandbytes, as `optimizer.type: Adam8bit` does. NeoX also adds a layer norm after the
+    embedding. Here the model stays the same."""
     weight_decay: NonNegativeFloat = 0.1
-    """Weight decay; biases and the parameters of norms are exempt."""
+    """Weight decay. Biases and the parameters of norms have no weight decay."""
     gradient_clipping: NonNegativeFloat = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
+    """Largest norm of all gradients together. A larger gradient is scaled down to it. 0: no clipping."""
     lr_decay_style: Literal["constant", "linear", "cosine", "exponential", "wsd", "infinite_cosine", "infinite_inv_sqrt"] = "linear"
-    """Shape of the learning rate after warm-up. wsd: constant, then a cosine at the end. infinite_*: a cooldown to `constant_lr`, constant, then
-    exponential annealing."""
+    """Shape of the learning rate after warm-up. wsd: constant, then a cosine at the end. infinite_*: it falls to `constant_lr` (cooldown), stays
+    there, and then falls exponentially (annealing)."""
     lr_decay_iters: PositiveInt | None = None
     """Steps after which the learning rate reaches `min_lr`. None: `train_iters`, or `lr_decay_fraction` of it."""
     lr_decay_fraction: Fraction | None = None
-    """The same as a share of `train_iters`. None: not used."""
+    """`lr_decay_iters` as a share of `train_iters`. None: not used."""
     min_lr: NonNegativeFloat = 0.0
     """The learning rate never falls below this."""
     warmup: Fraction = 0.01
@@ -122,7 +122,7 @@ class OptimizerConfig(Section):
     wsd_decay_ratio: Fraction = 0.1
     """lr_decay_style wsd: share of the decay steps, at their end, in which the learning rate falls from its peak to `min_lr`."""
     constant_lr: PositiveFloat | None = None
-    """lr_decay_style infinite_*: the learning rate between cooldown and annealing. None: refused with these styles."""
+    """lr_decay_style infinite_*: the learning rate between cooldown and annealing. None: an error with these styles."""
     cooldown_iters_perc: Fraction = 0.0
     """lr_decay_style infinite_*: share of the decay steps in which the learning rate falls from its peak to `constant_lr`, after the warm-up."""
     constant_iters_perc: Fraction = 0.0
@@ -130,20 +130,21 @@ class OptimizerConfig(Section):
     timescale: PositiveFloat = 1.0
     """lr_decay_style infinite_inv_sqrt: steepness of the cooldown."""
     override_lr_scheduler: bool = False
-    """Going on from a checkpoint with another schedule: follow this configuration's."""
+    """For a run that continues from a checkpoint with another schedule: use the schedule of this configuration."""
     use_checkpoint_lr_scheduler: bool = False
-    """Going on from a checkpoint with another schedule: follow the checkpoint's. Without this and the other flag such a run is refused."""
+    """For a run that continues from a checkpoint with another schedule: use the schedule of the checkpoint. If neither this key nor
+    `override_lr_scheduler` is true, such a run is refused."""
     zero_optimization: ZeroOptimization = ZeroOptimization()
-    """{stage: 0..3} and DeepSpeed's other ZeRO settings, passed through; offloading is refused for now."""
+    """{stage: 0..3} and DeepSpeed's other ZeRO settings, which are passed on to DeepSpeed. Offloading is refused in this version."""
     fp16: Fp16 | None = None
-    """fp16 training: {enabled, loss_scale, loss_scale_window, initial_scale_power, hysteresis, min_loss_scale}. None: as `precision` says."""
+    """fp16 training: {enabled, loss_scale, loss_scale_window, initial_scale_power, hysteresis, min_loss_scale}. None: `precision` decides."""
     bf16: Bf16 | None = None
-    """bfloat16 training: {enabled}. None: as `precision` says."""
+    """bfloat16 training: {enabled}. None: `precision` decides."""
     fp32_allreduce: bool = False
-    """Sum gradients over processes in fp32 whatever the precision."""
+    """Sum gradients over processes in fp32, whatever `precision` is."""
     data_types: dict[str, str] = {}
-    """{grad_accum_dtype: fp32|fp16|bf16}: the number format in which the gradients of several micro-batches are summed: that of `precision`, or fp32.
-    Empty: fp32 at ZeRO stage 0, that of `precision` from stage 1 on, where 16 bits lose small gradients beside large ones."""
+    """{grad_accum_dtype: fp32|fp16|bf16}: the number format in which the gradients of several micro-batches are summed. It must be fp32 or the
+    format of `precision`. 16 bits lose small gradients beside large ones. Empty: fp32 at ZeRO stage 0, the format of `precision` from stage 1 on."""
 
     @property
     def optimizer_type(self) -> OptimizerType:
@@ -166,10 +167,10 @@ class OptimizerConfig(Section):
         yield from self._optimizer_problems()
         yield from self._schedule_problems()
         if self.fp16 is not None and self.bf16 is not None and self.fp16.enabled and self.bf16.enabled:
-            yield Problem(("bf16.enabled", "fp16.enabled"), "fp16 is enabled as well; choose one")
+            yield Problem(("bf16.enabled", "fp16.enabled"), "fp16 is enabled too; enable only one of them")
         for key, value in self.data_types.items():
             if key != "grad_accum_dtype" or value not in ("fp32", "fp16", "bf16"):
-                yield Problem((f"data_types.{key}",), "only grad_accum_dtype: fp32, fp16 or bf16 is known here")
+                yield Problem((f"data_types.{key}",), "must be grad_accum_dtype: fp32, fp16 or bf16; no other entry is allowed")
         if self.fp16 is not None and (self.fp16.min_loss_scale < 1 or self.fp16.min_loss_scale % 1):
             yield Problem(("fp16.min_loss_scale",), "must be a whole number, 1 or more")
         yield from zero_problems(self.zero_optimization.model_extra or {})
@@ -182,22 +183,22 @@ class OptimizerConfig(Section):
         taken = ("lr", *SETTINGS[kind])
         for key in OptimizerParams.model_fields:
             if key not in taken and getattr(spec.params, key) is not None:
-                yield Problem((f"optimizer.params.{key}", "optimizer.type"), f"is no parameter of {kind}, which takes {', '.join(taken)}")
+                yield Problem((f"optimizer.params.{key}", "optimizer.type"), f"is not a setting of {kind}; {kind} takes {', '.join(taken)}")
         if kind == "SGD" and spec.params.nesterov and not spec.params.momentum:
             yield Problem(("optimizer.params.nesterov", "optimizer.params.momentum"), "needs momentum above 0")
         if spec.implementation in ("apex", "deepspeed") and kind not in ("Adam", "AdamW"):
-            yield Problem(("optimizer.implementation", "optimizer.type"), f"is for Adam and AdamW; for {kind} leave it out")
+            yield Problem(("optimizer.implementation", "optimizer.type"), f"is for Adam and AdamW; remove it for {kind}")
 
     def _schedule_problems(self) -> Iterator[Problem]:
         lr = self.optimizer.params.lr
         if lr is not None and self.min_lr > lr:
             yield Problem(("min_lr", "optimizer.params.lr"), f"must be at most optimizer.params.lr ({lr})")
         if self.lr_decay_iters is not None and self.lr_decay_fraction is not None:
-            yield Problem(("lr_decay_fraction", "lr_decay_iters"), f"give only one of it and lr_decay_iters ({self.lr_decay_iters})")
+            yield Problem(("lr_decay_fraction", "lr_decay_iters"), f"give either it or lr_decay_iters ({self.lr_decay_iters}), not both")
         if self.override_lr_scheduler and self.use_checkpoint_lr_scheduler:
             yield Problem(("use_checkpoint_lr_scheduler", "override_lr_scheduler"), "contradicts override_lr_scheduler: true; keep one of them")
         if self.lr_decay_style == "wsd" and self.warmup + self.wsd_decay_ratio > 1 + ROUNDING:
-            yield Problem(("wsd_decay_ratio", "warmup"), f"together with warmup ({self.warmup}) it must be at most 1")
+            yield Problem(("wsd_decay_ratio", "warmup"), f"the sum with warmup ({self.warmup}) must be at most 1")
         if self.lr_decay_style.startswith("infinite"):
             yield from self._infinite_problems()
 
@@ -209,7 +210,7 @@ class OptimizerConfig(Section):
             yield Problem(("constant_lr", "min_lr", "optimizer.params.lr"), f"must be between min_lr ({self.min_lr}) and optimizer.params.lr ({lr})")
         used = self.warmup + self.cooldown_iters_perc + self.constant_iters_perc
         if used > 1 + ROUNDING:
-            message = f"together with warmup and constant_iters_perc it is {used:g}: must be at most 1"
+            message = f"the sum with warmup and constant_iters_perc is {used:g}; it must be at most 1"
             yield Problem(("cooldown_iters_perc", "warmup", "constant_iters_perc"), message)
         elif used < 1 - ROUNDING and not self.min_lr:
-            yield Problem(("min_lr", "lr_decay_style"), "must be above 0: the annealing phase approaches it exponentially")
+            yield Problem(("min_lr", "lr_decay_style"), "must be above 0, because the annealing phase falls to it exponentially")

@@ -1,4 +1,4 @@
-"""Options of the routers: one class a router, mixed into the moe section, so that the YAML stays flat and a router sees its own keys."""
+"""Options of the routers. Each router has a class with its own keys. The moe section inherits from all of them, so that the YAML stays flat."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ class RouterOptions(Section):
     """What every router knows."""
 
     moe_num_experts: PositiveInt = 1
-    """Experts in each MoE layer; 1 means that every layer is dense, unless `moe_num_experts_by_layer` is given."""
+    """Number of experts in each MoE layer. 1: every layer is dense, unless `moe_num_experts_by_layer` is given."""
     moe_top_k: PositiveInt = 1
-    """Experts that each token is sent to; with expert_choice the mean number; top_p chooses the number by itself."""
+    """Number of experts for each token. With the router expert_choice it is the mean number. The router top_p does not read it, because it chooses
+    the number itself."""
     moe_expert_segments: PositiveInt = 1
-    """Fine-grained experts (DeepSeekMoE): m turns N experts of width F, K per token, into m*N of F/m, m*K per token."""
+    """Fine-grained experts (DeepSeekMoE). With m segments, N experts of width F become m*N experts of width F/m, and K experts per token become
+    m*K."""
 
     @property
     def num_experts(self) -> int:
@@ -40,56 +42,57 @@ class JitterOptions(RouterOptions):
     """`expert_choice`, and what all routers but sinkhorn know."""
 
     moe_jitter_eps: Fraction | None = None
-    """In training the router's input is multiplied by a random factor from 1 - eps to 1 + eps. None: no jitter."""
+    """In training, the router's input is multiplied by a random factor between 1 - eps and 1 + eps. None: no jitter."""
 
 
 class NormalizeOptions(JitterOptions):
     """For routers whose weights may be divided by their sum."""
 
     moe_normalize_top_k: bool = False
-    """Divide the weights of a token's chosen experts by their sum (Mixtral, DeepSeek-V3); otherwise they are the plain probabilities."""
+    """True: the weights of a token's chosen experts are divided by their sum (Mixtral, DeepSeek-V3). False: the weights are the probabilities
+    themselves."""
 
 
 class ScaleOptions(NormalizeOptions):
     """For routers whose weights may be scaled."""
 
     moe_router_topk_scaling_factor: PositiveFloat = 1.0
-    """topk, sigmoid: the weights of the chosen experts are multiplied by this (2.5 in DeepSeek-V3)."""
+    """Routers topk and sigmoid: the weights of the chosen experts are multiplied by this (2.5 in DeepSeek-V3)."""
 
 
 class TopKOptions(ScaleOptions):
     """`topk`: softmax over the experts, the most probable ones chosen."""
 
     moe_router_pre_softmax: bool = True
-    """topk: softmax over all experts before the choice; false: over the chosen experts alone, after it (Mixtral)."""
+    """Router topk. True: softmax over all experts, then the choice. False: the choice first, then softmax over the chosen experts (Mixtral)."""
 
 
 class SigmoidOptions(ScaleOptions):
     """`sigmoid`: DeepSeek-V3's router."""
 
     moe_router_bias_update_rate: NonNegativeFloat = 0.001
-    """sigmoid: what a step moves each expert's bias by, towards an even load; 0 switches the bias off."""
+    """Router sigmoid: at each step, the bias of each expert moves by this amount towards an even load. 0: the router has no bias."""
     moe_router_num_groups: PositiveInt | None = None
-    """sigmoid: groups that the experts are divided into. None: no groups."""
+    """Router sigmoid: number of groups that the experts are divided into. None: no groups."""
     moe_router_group_topk: PositiveInt | None = None
-    """sigmoid: groups that a token may choose its experts from. None: no groups."""
+    """Router sigmoid: number of groups that a token may choose its experts from. None: no groups."""
 
     def check(self) -> Iterator[Problem]:
         groups, chosen = self.moe_router_num_groups, self.moe_router_group_topk
         if (groups is None) != (chosen is None):
             given, missing = ("moe_router_num_groups", "moe_router_group_topk")[:: 1 if chosen is None else -1]
-            yield Problem((given,), f"goes together with {missing}; give both or neither")
+            yield Problem((given,), f"needs {missing} too; give both or neither")
         if groups is None or chosen is None:
             return
         counts = self.expert_counts
         left = chosen * (min(counts) // groups)
         if uneven := next((count for count in counts if count % groups), None):
             keys = ("moe_router_num_groups", "moe_num_experts", "moe_num_experts_by_layer")
-            yield Problem(keys, f"must divide the number of experts ({uneven})")
+            yield Problem(keys, f"must divide the number of experts in a layer ({uneven})")
         elif chosen > groups:
             yield Problem(("moe_router_group_topk", "moe_router_num_groups"), f"must be at most moe_router_num_groups ({groups})")
         elif left < self.top_k:
-            message = f"must leave a token at least its {self.top_k} experts; {chosen} groups have {left}"
+            message = f"must give each token a choice of at least {self.top_k} experts (moe_top_k); {chosen} groups have {left}"
             yield Problem(("moe_router_group_topk", "moe_top_k", "moe_num_experts_by_layer"), message)
 
 
@@ -97,7 +100,7 @@ class TopPOptions(NormalizeOptions):
     """`top_p`: as many experts as a token needs."""
 
     moe_router_top_p: Annotated[float, Field(gt=0, le=1)] = 0.4
-    """top_p: the chosen experts' probabilities sum to at least this; 1 uses all experts. The published models use 0.4."""
+    """Router top_p: the probabilities of a token's chosen experts sum to at least this. 1: all experts are used. The published models use 0.4."""
 
 
 OPTIONS: dict[str, type[RouterOptions]] = {

@@ -110,7 +110,7 @@ def read_text(path: Path, problems: list[str]) -> str | None:
     except IsADirectoryError:
         reason = "is a directory, not a file; give the YAML files in it by name"
     except UnicodeDecodeError:
-        reason = "is not text in UTF-8"
+        reason = "is not UTF-8 text; save it as UTF-8"
     except OSError as error:
         reason = f"cannot be read ({disk.reason(error)})"
     problems.append(f"{path}: {reason}")
@@ -125,7 +125,7 @@ def parse(text: str, file: str, problems: list[str]) -> Source:
         if node is None:
             return source
         if not isinstance(node, yaml.MappingNode):
-            problems.append(f"{file}:{node.start_mark.line + 1}: must be a list of `key: value` lines, but is {_kind(node)}")
+            problems.append(f"{file}:{node.start_mark.line + 1}: must consist of `key: value` lines, but is {_kind(node)}")
             source.damaged = True
             return source
         for key_node, value_node in node.value:
@@ -145,7 +145,7 @@ def _take(source: Source, key_node: yaml.Node, value_node: yaml.Node, file: str,
     written = str(key_node.value)
     key = canonical(written)
     if key in source.values:
-        problems.append(f"{place}: '{written}' repeats '{key}', first given at {source.places[(key,)]}")
+        problems.append(f"{place}: '{written}' is given twice (as '{key}'); it was first given at {source.places[(key,)]}")
         return
     source.places[(key,)] = place
     _note_places(source, (key,), value_node, file, problems)
@@ -162,7 +162,7 @@ def _construct(node: yaml.Node) -> Any:
     try:
         return _plain(loader.construct_object(node, deep=True))
     except AttributeError as error:  # PyYAML's own slip with a !!timestamp that is none
-        raise ValueError("it is not what its tag says") from error
+        raise ValueError("the value does not match its YAML tag") from error
     finally:
         loader.dispose()
 
@@ -174,7 +174,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if value is None or isinstance(value, str | bool | int | float):
         return value
-    raise ValueError(f"a {type(value).__name__} is no number, text, list or dictionary")
+    raise ValueError(f"a {type(value).__name__} is not a number, text, list or dictionary")
 
 
 def _note_places(source: Source, path: KeyPath, node: yaml.Node, file: str, problems: list[str]) -> None:
@@ -213,7 +213,7 @@ def merge(sources: list[Source], problems: list[str]) -> Source:
     for source in sources:
         for key, value in source.values.items():
             if key in merged.values:
-                problems.append(f"{source.places[(key,)]}: '{key}' is given already, at {merged.places[(key,)]}; a key may stand in one file only")
+                problems.append(f"{source.places[(key,)]}: '{key}' is already given at {merged.places[(key,)]}; a key may stand in one file only")
                 continue
             merged.values[key] = value
             merged.places.update({path: place for path, place in source.places.items() if path[0] == key})

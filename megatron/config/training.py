@@ -1,4 +1,4 @@
-"""How long and in what portions: steps, batch sizes, evaluation cadence, recomputation."""
+"""Number of steps, batch sizes, evaluation and recomputation of activations."""
 
 from __future__ import annotations
 
@@ -10,36 +10,42 @@ from megatron.config.section import ConfigError, NaturalInt, PositiveInt, Proble
 
 class TrainingConfig(Section):
     train_iters: PositiveInt | None = None
-    """Optimizer steps to take in all. None: as many as `train_epochs` needs; without either there is no training, only generation and evaluation."""
+    """Number of optimizer steps of the whole training. None: the number that `train_epochs` needs. If both are None, only generation and
+    evaluation are possible."""
     train_epochs: PositiveInt | None = None
-    """Times to go through the training data, in place of `train_iters`; several corpora are mixed by their lengths. None: `train_iters` decides."""
+    """Number of passes through the training data, instead of `train_iters`. Several corpora are mixed in proportion to their lengths. None:
+    `train_iters` decides."""
     train_batch_size: PositiveInt | None = None
-    """Sequences in one optimizer step over all processes = micro batch * accumulation steps * processes. None: worked out from the other two."""
+    """Sequences in one optimizer step over all processes: micro-batch size * accumulation steps * processes. None: computed from the other two
+    keys."""
     train_micro_batch_size_per_gpu: PositiveInt | None = None
-    """Sequences that one process takes through the model at a time. None: worked out from the other two."""
+    """Micro-batch size: the sequences that one process takes through the model at a time. None: computed from `train_batch_size` and
+    `gradient_accumulation_steps`."""
     gradient_accumulation_steps: PositiveInt | None = None
-    """Micro batches in one optimizer step. None: worked out from the other two, 1 when only one of them is given."""
+    """Micro-batches of one process in one optimizer step. None: computed from `train_batch_size` and `train_micro_batch_size_per_gpu`; 1 if only
+    one of them is given."""
     seed: Seed = 1234
-    """Seed of the initial weights, dropout, and the order of the data."""
+    """Seed of the initial weights, of dropout and of the order of the data."""
     eval_interval: PositiveInt = 1000
     """Steps between evaluations on the validation data."""
     eval_iters: NaturalInt = 100
-    """Batches in one evaluation, each as large as one of a training step; 0 turns evaluation off. Where `valid_data_paths` or `test_data_paths` name
-    several corpora, these batches are a mixture by their weights, and the loss of each corpus is taken from its part of them."""
+    """Number of batches in one evaluation. Each has the size of a training batch. 0: no evaluation. If `valid_data_paths` or `test_data_paths`
+    name several corpora, the batches are mixed by the weights of the corpora. The loss of each corpus comes from its part of these batches."""
     extra_eval_iters: list[NaturalInt] | None = None
-    """Further steps after which to evaluate; 0 evaluates the initial weights. None: none."""
+    """Additional steps after which to evaluate; 0 evaluates the initial weights. None: no additional steps."""
     calculate_per_token_loss: bool = True
-    """Where labels or `eod_mask_loss` leave tokens out of the loss: loss and gradient of a step are the sum over the tokens that count, divided by
-    their number over all micro-batches and processes; validation likewise. False: GPT-NeoX's mean of the micro-batches' means, in which a micro-batch
-    with few such tokens weighs as much as one with many."""
+    """How the loss is averaged when labels or `eod_mask_loss` leave tokens out of it. True: the losses of all counted tokens in all micro-batches
+    and processes are summed, and the sum is divided by their number. This holds for training, its gradients and validation. False: GPT-NeoX's mean
+    of the micro-batches' means. A micro-batch with few counted tokens then weighs as much as one with many."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     checkpoint_num_layers: PositiveInt = 1
     """Layers that are recomputed together."""
     exit_interval: PositiveInt | None = None
-    """Save and stop whenever the step number is a multiple of this. None: run to `train_iters`."""
+    """Save and stop at each step that is a multiple of this. None: run until `train_iters`."""
     max_nonfinite_steps: PositiveInt = 20
-    """Steps in a row with a NaN or infinite loss or gradient that stop the run. Each such step is skipped, and none of them becomes a checkpoint."""
+    """The run stops after this many steps in a row with a NaN or infinite loss or gradient. Each such step is skipped, and none of them becomes a
+    checkpoint."""
 
     def check(self) -> Iterator[Problem]:
         if self.train_iters is not None and self.train_epochs is not None:
@@ -62,7 +68,7 @@ class Batch(NamedTuple):
 
 
 def resolve_batch(training: TrainingConfig, data_parallel_size: int) -> Batch:
-    """The three batch numbers from any two of them, or from one with one accumulation step.
+    """All three batch numbers, computed from any two of them. If one is given, there is one accumulation step.
 
     Raises ConfigError when neither the batch nor the micro batch is given, or when the numbers do not multiply out for that many processes.
     """

@@ -26,5 +26,7 @@ def decode(text: str) -> LoadedConfig:
         content = json.loads(zlib.decompress(base64.urlsafe_b64decode(text.encode())))
         given, files, overrides, notices, without_section = (content[name] for name in ("given", *_BESIDES))
     except (binascii.Error, zlib.error, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(["--megatron_config is not what deepy.py writes; start the script with deepy.py, or give it YAML files"]) from error
+        raise ConfigError(
+            ["the value of --megatron_config was not written by deepy.py; start the script with deepy.py, or give it YAML files"]
+        ) from error
     return LoadedConfig(config_from_dict(given), files, tuple(overrides), tuple(notices), without_section)

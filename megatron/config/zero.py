@@ -66,8 +66,8 @@ OFFLOADS = frozenset({"cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_m
 ZERO_KEYS = frozenset({*SWITCHES, *COUNTS, *OFFLOADS, "leaf_module"})
 
 _REFUSED_VALUES = {
-    ("legacy_stage1", True): "DeepSpeed has removed its old stage 1; leave the setting out",
-    ("compute_grad_norm", False): "the gradient's norm belongs to every step's record and decides which steps are skipped; leave the setting out",
+    ("legacy_stage1", True): "DeepSpeed has removed its old stage 1; remove the setting",
+    ("compute_grad_norm", False): "every step needs the norm of the gradient, to record it and to skip bad steps; remove the setting",
 }
 
 
@@ -78,7 +78,7 @@ def zero_problems(given: Mapping[str, Any]) -> Iterator[Problem]:
         if message:
             yield Problem((f"zero_optimization.{key}",), message)
     for key, other in _double_names(given):
-        yield Problem((f"zero_optimization.{key}",), f"is another name of '{other}', which is given as well; keep one of them")
+        yield Problem((f"zero_optimization.{key}",), f"is another name of '{other}', which is given too; keep one of them")
 
 
 def deepspeed_settings(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,7 +94,9 @@ def _wrong_value(key: str, value: Any) -> str:
     """The sentence on a value that a known setting cannot hold; empty when it can."""
     if key in OFFLOADS:
         return (
-            "" if _asks_for_nothing(value) else "offloading needs DeepSpeed's compiled CPU optimizer, which is not part of this version; leave it out"
+            ""
+            if _asks_for_nothing(value)
+            else "offloading needs DeepSpeed's compiled CPU optimizer, which is not part of this version; remove the setting"
         )
     if key in SWITCHES:
         return _switch_message(key, value)

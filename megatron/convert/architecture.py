@@ -27,7 +27,7 @@ class Code(NamedTuple):
 
 
 class Architecture(Protocol):
-    """One of Hugging Face's model classes, as a table in both directions."""
+    """One model class of Hugging Face, described as a table that works in both directions."""
 
     name: str
     """What `--architecture` calls it."""

@@ -24,14 +24,17 @@ def choose_architecture(source: Source, requested: str, read: Read, origin: str 
         if chosen is None:
             last = list(ARCHITECTURES.values())[-1]
             lacks = "\n  ".join(obstacles(last, source, read))
-            raise ConversionError(f"No architecture of Hugging Face's holds this model. What {last.class_name} lacks:\n  {lacks}")
+            raise ConversionError(f"No architecture of Hugging Face can represent this model. What {last.class_name} cannot represent:\n  {lacks}")
         return chosen
     if requested not in ARCHITECTURES:
         raise ConversionError(f"--architecture {requested}: must be {AUTO} or one of {', '.join(ARCHITECTURES)}.")
     architecture = ARCHITECTURES[requested]
     if found := list(obstacles(architecture, source, read)):
         listed = "\n  ".join(found)
-        raise ConversionError(f"{architecture.class_name} cannot represent this model:\n  {listed}\nLeave --architecture out to take one that can.")
+        raise ConversionError(
+            f"{architecture.class_name} cannot represent this model:\n  {listed}\nRemove --architecture, and an architecture that can "
+            "represent it is chosen."
+        )
     return architecture
 
 
@@ -45,8 +48,8 @@ def left_origin(origin: str | None, chosen: Architecture, source: Source, read: 
         return None
     more = [f"and {len(found) - MAX_LISTED} more"] if len(found) > MAX_LISTED else []
     reasons = "\n  ".join(found[:MAX_LISTED] + more)
-    changed = f"This model was imported as {before.class_name} and is written as {chosen.class_name}"
-    return f"{changed}, because {before.class_name} cannot hold:\n  {reasons}"
+    changed = f"This model was imported as {before.class_name} and is exported as {chosen.class_name}"
+    return f"{changed}, because {before.class_name} cannot represent:\n  {reasons}"
 
 
 def obstacles(architecture: Architecture, source: Source, read: Read) -> Iterator[str]:

@@ -71,7 +71,7 @@ def check_used(table: list[Entry], stored: Weights, source: Source, *, tied: str
     read = {name for entry in table for name in entry.theirs} | set(later)
     left = [name for name in stored.names if name not in read and name != tied]
     if unknown := [name for name in left if not BUFFER.search(name)]:
-        raise ConversionError(f"{stored.directory} holds {unknown[0]}, which this model has no place for ({len(unknown)} such weights).")
+        raise ConversionError(f"{stored.directory} holds {unknown[0]}, but this model has no such weight ({len(unknown)} weights of this kind).")
     for name in left:
         check_buffer(name, stored.read(name), source.config.model, stored.directory)
 
@@ -87,15 +87,18 @@ def check_buffer(name: str, tensor: Tensor, model: ModelConfig, directory: Any) 
         )
         if not fits:
             raise ConversionError(
-                f"{directory}: {name} holds other frequencies than rope_theta and the share of turned dimensions in config.json give "
-                f"({_first(tensor.flatten().tolist())} instead of {_first(possible[-1])}): the weights were trained with others."
+                f"{directory}: {name} holds other frequencies than config.json gives (rope_theta and the share of rotated dimensions) "
+                f"({_first(tensor.flatten().tolist())} instead of {_first(possible[-1])}). The weights were trained with other settings; "
+                "correct config.json."
             )
     elif name.endswith("attention.bias"):
         mask = tensor.reshape(tensor.shape[-2:]).bool() if tensor.ndim >= 2 else tensor
         if mask.ndim != 2 or not torch.equal(mask, torch.ones_like(mask).tril()):
-            raise ConversionError(f"{directory}: {name} is no mask that lets each token see those before it, and this model has no other.")
+            raise ConversionError(
+                f"{directory}: {name} must be the mask with which each token sees itself and the tokens before it; this model has no other mask."
+            )
     elif tensor.numel() != 1 or not bool(tensor.float() <= -1e3):
-        raise ConversionError(f"{directory}: {name} must be one large negative number, and this model has no place for another.")
+        raise ConversionError(f"{directory}: {name} must be one large negative number; this model cannot keep another value.")
 
 
 def possible_frequencies(model: ModelConfig) -> Iterator[list[float]]:
@@ -116,10 +119,11 @@ def finite(name: str, stored: Tensor, rounded: Tensor) -> Tensor:
     if rounded.isfinite().all():
         return rounded
     if count := int((~stored.isfinite()).sum()):
-        raise ConversionError(f"{name} holds {count} entries that are not finite (NaN or infinite): the weights are damaged.")
+        raise ConversionError(f"{name} holds {count} numbers that are NaN or infinite: the weights are damaged. Copy or download them again.")
     count, largest = int((~rounded.isfinite()).sum()), stored.abs().max().item()
     kind = str(rounded.dtype).removeprefix("torch.")
     raise ConversionError(
-        f"{count} numbers of {name} are too large for {kind}: the largest is {largest:.4g}, and {kind} ends at {torch.finfo(rounded.dtype).max:.4g}. "
+        f"{count} numbers of {name} are too large for {kind}: the largest is {largest:.4g}, and the largest {kind} number is "
+        f"{torch.finfo(rounded.dtype).max:.4g}. "
         "Choose --precision bf16 or fp32."
     )

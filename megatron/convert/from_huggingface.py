@@ -97,7 +97,7 @@ class Theirs(NamedTuple):
         except ConversionError:
             raise
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-            raise ConversionError(f"{self.stored.directory / 'config.json'}: a setting is missing or no number ({error}).") from error
+            raise ConversionError(f"{self.stored.directory / 'config.json'}: a setting is missing or is not a number ({error}).") from error
 
 
 def open_theirs(directory: Path) -> Theirs:
@@ -106,9 +106,11 @@ def open_theirs(directory: Path) -> Theirs:
     architecture, stored = architecture_of(settings), StoredTensors(directory)
     layers, weights = settings.get("num_hidden_layers"), len(stored.names)
     if isinstance(layers, int) and layers > weights:
-        raise ConversionError(f"{directory / 'config.json'} says num_hidden_layers {layers}, and there are no more than {weights} weights.")
+        raise ConversionError(f"{directory / 'config.json'} says num_hidden_layers {layers}, but the directory holds only {weights} weights.")
     if settings.get("quantization_config"):
-        raise ConversionError(f"{directory} holds quantized weights (quantization_config): convert the model that they were made from.")
+        raise ConversionError(
+            f"{directory} holds quantized weights (quantization_config), which cannot be converted. Convert the model before quantization."
+        )
     return Theirs(architecture, settings, stored)
 
 
@@ -127,7 +129,7 @@ def import_model(request: Import, reporter: Reporter) -> Imported:
         imported = _written(request, theirs, stage, reporter)
         move_into(stage, target, last=LATEST)
     if found is not None and not request.check:
-        unrun = f"{found}. It did not run: the weights were read as those of {theirs.architecture.class_name}, and nothing was compared."
+        unrun = f"{found}. This code did not run. The weights were read as those of {theirs.architecture.class_name}, and no logits were compared."
         imported = replace(imported, notices=(unrun, *imported.notices))
     return imported
 
@@ -145,7 +147,7 @@ def _written(request: Import, theirs: Theirs, stage: Path, reporter: Reporter) -
         keys["no_weight_tying"] = True
         source = Source(config_from_dict(keys), source.vocabulary)
         notices.append(
-            f"config.json says tie_word_embeddings, but {head} is not the embedding: the two are kept apart (no_weight_tying: true), "
+            f"config.json says tie_word_embeddings, but {head} differs from the embedding. Both weights are kept (no_weight_tying: true), "
             "as transformers does."
         )
     table = list(architecture.table(source))
@@ -186,16 +188,18 @@ def read_settings(directory: Path) -> dict[str, Any]:
     """config.json with the defaults of its class filled in. Raises ConversionError."""
     file = directory / "config.json"
     if not directory.is_dir():
-        raise ConversionError(f"{directory} is no directory: give one with config.json and weights (download it first: hf download NAME).")
+        raise ConversionError(f"{directory} is not a directory: give a directory with config.json and weights (to download one: hf download NAME).")
     try:
         given = json.loads(file.read_text())
         model_type = given["model_type"]
     except FileNotFoundError:
-        raise ConversionError(f"{file} is missing: {directory} is no model of Hugging Face's.") from None
+        raise ConversionError(
+            f"{file} is missing, so {directory} is not a Hugging Face model. Give a directory with config.json and weights."
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ConversionError(f"{file} is damaged: it does not say which model_type it is of ({error}).") from error
+        raise ConversionError(f"{file} is damaged: its model_type cannot be read ({error}).") from error
     if not isinstance(model_type, str):
-        raise ConversionError(f"{file}: model_type is {model_type!r}, not a name.")
+        raise ConversionError(f"{file}: model_type is {model_type!r}, which is not a name.")
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if model_type not in CONFIG_MAPPING:
@@ -243,7 +247,7 @@ def read_keys(file: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError) as error:
         raise ConversionError(f"{file} cannot be read: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ConversionError(f"{file} holds no keys such as moe_num_experts: 4.")
+        raise ConversionError(f"{file} holds no keys. Write keys such as moe_num_experts: 4.")
     return {key.replace("-", "_"): value for key, value in content.items()}
 
 
@@ -291,7 +295,7 @@ def save(request: Import, stage: Path, source: Source, weights: Iterator[tuple[s
 def config_text(request: Import, keys: Mapping[str, Any]) -> str:
     """The YAML to go on with."""
     head = (
-        f"{CONFIG_HEAD} {request.input_dir}. To go on training it, give this file together with one that says how (data, batch size,\n"
+        f"{CONFIG_HEAD} {request.input_dir}. To train it further, give this file together with a file that says how (data, batch size,\n"
         "# optimizer, train_iters, save, checkpoint_factor):\n"
         f"#   python deepy.py train.py {request.output_dir / CONFIG} how.yml\n"
     )
@@ -328,7 +332,7 @@ def loadable(theirs: Theirs, *, trusted: bool) -> Iterator[tuple[Path, Any]]:
 def described(imported: Imported) -> Iterator[str]:
     """What a user should see at the end."""
     yield from imported.notices
-    yield f"{imported.path}: weights of {imported.class_name}; {imported.config_file}: the configuration that goes with them."
+    yield f"{imported.path}: weights of {imported.class_name}; {imported.config_file}: the configuration of this model."
     if imported.compared is not None:
         yield f"Compared with the {'dense model' if imported.is_upcycled else 'original'}: {imported.compared}."
     if imported.compared is not None and imported.is_upcycled:

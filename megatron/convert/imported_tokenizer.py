@@ -64,7 +64,9 @@ def import_tokenizer(directory: Path, stage: Path, final: Path, *, rows: int, fi
     kind, name, notices = _take(directory, stage, fitting)
     if name is None:
         if fitting.new:
-            raise ConversionError(f"--add-tokens: {directory} holds no tokenizer to add them to; read are {READ}.")
+            raise ConversionError(
+                f"--add-tokens: {directory} holds no tokenizer that can be read, so tokens cannot be added. Files that can be read: {READ}."
+            )
         write_json(stage / GENERATION, {**ids, **read_json(directory / GENERATION)})
         keys = {"tokenizer_type": NULL, "vocab_size": rows, "generation_config": str(final / GENERATION)}
         return ImportedTokenizer(keys, None, None, tuple(notices))
@@ -94,18 +96,20 @@ def _take(directory: Path, stage: Path, fitting: Fitting) -> tuple[str, str | No
         tokenizer = read_byte_level(directory)
         add_stated(tokenizer, directory)
         tokenizer.save(str(stage / FILE))
-        return "HFTokenizer", FILE, [f"{directory} has no {FILE}: one is made of its vocab.json and merges.txt."]
+        return "HFTokenizer", FILE, [f"{directory} has no {FILE}; it is made from vocab.json and merges.txt."]
     if pieces is not None:
         shutil.copyfile(pieces, stage / "tokenizer.model")
         return "TiktokenTokenizer", "tokenizer.model", []
     found = sorted({file.name for form in OTHER_FORMS for file in directory.glob(form)})
-    other = f" (there is {', '.join(found)}, which is not read)" if found else ""
+    other = f" (it holds {', '.join(found)}, which cannot be read)" if found else ""
     return (
         "",
         None,
         [
-            f"{directory} holds no tokenizer that is read here{other}: read are {READ}. The model is imported without one: it can be trained on data "
-            "that is tokenized already, and exported. To read text, write tokenizer_type and vocab_file in config.yml in place of NullTokenizer and "
+            f"{directory} holds no tokenizer that can be read{other}. Files that can be read: {READ}. The model is imported without a "
+            "tokenizer. It can be trained on data "
+            "that is already tokenized, and it can be exported. To read text, write tokenizer_type and vocab_file in config.yml in place "
+            "of NullTokenizer and "
             "vocab_size."
         ],
     )
@@ -120,7 +124,7 @@ def _take_pieces(directory: Path, pieces: Path, stage: Path, fitting: Fitting) -
     converted = as_tokenizer(read_piece_model(pieces), str(pieces))
     add_stated(converted, directory)
     converted.save(str(stage / FILE))
-    return "HFTokenizer", FILE, [f"{directory} has no {FILE}: one is made of its {pieces.name}."]
+    return "HFTokenizer", FILE, [f"{directory} has no {FILE}; it is made from {pieces.name}."]
 
 
 def read_byte_level(directory: Path) -> Any:
@@ -174,16 +178,18 @@ def _fit(directory: Path, stage: Path, tokenizer: Tokenizer, rows: int, fitting:
     which = f"{count:,} of the tokenizer's entries" + (f" ({shown})" if shown else "")
     if fitting.extra is None:
         raise ConversionError(
-            f"{directory}: its tokenizer has {tokenizer.vocab_size:,} entries and the model {rows:,} rows; {which} have no row. Add "
-            "--extra-tokens add to give them rows, each the mean of the rows there are, or --extra-tokens drop to leave them out of the tokenizer; "
-            "neither helps where the two are of different models."
+            f"{directory}: its tokenizer has {tokenizer.vocab_size:,} entries, but the model has {rows:,} rows; {which} have no row. Add "
+            "--extra-tokens add to give them rows (the mean of the present rows), or --extra-tokens drop to remove them from the tokenizer. "
+            "If the tokenizer belongs to another model, use the right tokenizer instead."
         )
     if fitting.extra == "add":
-        return tokenizer, _rows(rows, rows, tokenizer.vocab_size, fitting), f"The model has no rows for {which}: they get new ones."
+        return tokenizer, _rows(rows, rows, tokenizer.vocab_size, fitting), f"The model has no rows for {which}: rows are added for them."
     if not (stage / FILE).is_file():
-        raise ConversionError(f"{directory}: --extra-tokens drop takes entries out of a {FILE} or a SentencePiece model, and there is neither.")
+        raise ConversionError(
+            f"{directory}: --extra-tokens drop needs a {FILE} or a SentencePiece model to remove entries from; the directory holds neither."
+        )
     drop_entries(stage, rows)
-    return load_tokenizer("HFTokenizer", stage / FILE), None, f"The model has no rows for {which}: they are left out."
+    return load_tokenizer("HFTokenizer", stage / FILE), None, f"The model has no rows for {which}: they are removed from the tokenizer."
 
 
 def _extend(stage: Path, tokenizer: Tokenizer, rows: int, needed: NewRows | None, fitting: Fitting) -> tuple[Tokenizer, NewRows | None, str]:
@@ -191,7 +197,7 @@ def _extend(stage: Path, tokenizer: Tokenizer, rows: int, needed: NewRows | None
     from tokenizers import AddedToken
 
     if not (stage / FILE).is_file():
-        raise ConversionError(f"--add-tokens adds to a {FILE}, and this tokenizer has no such form.")
+        raise ConversionError(f"--add-tokens needs a {FILE}, but this tokenizer cannot be written as one.")
     there = [text for text in fitting.new if tokenizer.token_to_id(text) is not None]
     missing = [text for text in dict.fromkeys(fitting.new) if text not in there]
     library = read_tokenizer_json(stage / FILE)
@@ -234,7 +240,7 @@ def ends(tokenizer: Tokenizer, folder: Path) -> str:
     """A sentence on what ends a document and what an answer."""
     stops = [_named(tokenizer, number) for number in find_stop_tokens(tokenizer.token_to_id, folder, tokenizer.eod)]
     if tokenizer.eod is None:
-        return f"No token of the tokenizer ends a document. Generation stops at {_all(stops)}."
+        return f"The tokenizer has no end-of-document token. Generation stops at {_all(stops)}."
     return f"Documents end with {_named(tokenizer, tokenizer.eod)}. Generation stops at {_all(stops)}."
 
 

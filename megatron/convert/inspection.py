@@ -40,10 +40,12 @@ class Weight(NamedTuple):
 def open_any(path: Path) -> Held:
     """A checkpoint, the directory of a run (its latest checkpoint), or a directory of Hugging Face's. Raises CheckpointError, ConversionError."""
     if not path.is_dir():
-        raise ConversionError(f"{path} is no directory: name a checkpoint (global_step100), a run's directory or a model of Hugging Face's.")
+        raise ConversionError(
+            f"{path} is not a directory: give a checkpoint (global_step100), the directory of a run, or the directory of a Hugging Face model."
+        )
     if (path / "config.json").is_file() or any(path.glob("*.safetensors")):
         stored = StoredTensors(path)
-        return Held(path, stored.names, stored.read, [f"a model of Hugging Face's in {_count(path, '*.safetensors')} files of weights"])
+        return Held(path, stored.names, stored.read, [f"a Hugging Face model in {_count(path, '*.safetensors')} files of weights"])
     checkpoint = path if layout.looks_like_checkpoint(path) else find_checkpoint(path)
     weights = LayerwiseWeights(checkpoint, Expected())
     return Held(checkpoint, weights.names, weights.read, [*_facts(checkpoint), *weights.notices])
@@ -77,7 +79,7 @@ def _difference(a: Tensor, b: Tensor) -> str | None:
         return None
     apart = (a.double() - b.double()).abs()
     changed = int((apart != 0).sum())
-    values = f"{changed:,} of {a.numel():,} numbers differ, by up to {float(apart.max()):.3g}" if changed else "the numbers are equal"
+    values = f"{changed:,} of {a.numel():,} numbers differ, by at most {float(apart.max()):.3g}" if changed else "the numbers are equal"
     return kinds + values
 
 
@@ -89,9 +91,9 @@ def _facts(path: Path) -> list[str]:
     facts = [f"iteration {state.get('iteration', 'unknown')}, {kind}, tensor-parallel {len(stored.shards)}, {optimizer}"]
     manifest = read_manifest(path)
     if manifest is None:
-        return [*facts, "no manifest: its files cannot be checked"]
+        return [*facts, "no manifest, so its files cannot be checked"]
     problems = damage(path)
-    return [*facts, *(problems or [f"{len(manifest.files)} files, all whole by size and SHA-256"])]
+    return [*facts, *(problems or [f"{len(manifest.files)} files, all undamaged (size and SHA-256 checked)"])]
 
 
 def _count(path: Path, pattern: str) -> int:

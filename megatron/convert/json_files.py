@@ -16,7 +16,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConversionError(f"{file} is damaged: {error}.") from error
     if not isinstance(content, dict):
-        raise ConversionError(f"{file} is damaged: it holds a {type(content).__name__}, not settings by their names.")
+        raise ConversionError(f"{file} is damaged: it holds a {type(content).__name__}, but must hold a dictionary of settings.")
     return content
 
 

@@ -86,7 +86,8 @@ class Arranged:
         tensor, wanted = self._stored.read(name), (self._experts[name], *self._shapes[name.rsplit(".", 1)[1]])
         if tuple(tensor.shape) != wanted:
             raise ConversionError(
-                f"{self.directory}: {name} is {list(tensor.shape)}, and config.json asks for {list(wanted)} (experts, rows, columns of each expert)."
+                f"{self.directory}: {name} has the shape {list(tensor.shape)}, but config.json needs {list(wanted)} (experts, rows, "
+                "columns of each expert)."
             )
         return tensor
 
@@ -99,7 +100,8 @@ class Arranged:
             fused = next((other for block in BLOCKS if (other := f"{match['layer']}.{block}.experts.{FUSED[role]}") in self._there), None)
             if fused is not None:
                 raise ConversionError(
-                    f"{self.directory} holds experts of one layer twice: one by one ({name}) and all together ({fused}). Remove one of the two."
+                    f"{self.directory} holds the experts of one layer twice: as single weights ({name}) and as one fused weight "
+                    f"({fused}). Remove one of the two."
                 )
 
 

@@ -1,4 +1,5 @@
-"""Whether a converted model computes what the original does: the logits of both on the same tokens, in float32, in doubt in float64.
+"""Whether a converted model gives the same logits as the original, on the same tokens. They are compared in float32, and again in float64 if
+float32 leaves a doubt.
 
 Shapes: B texts; S tokens; V rows of the vocabulary.
 """
@@ -54,7 +55,7 @@ class Compared(NamedTuple):
     """`difference`, in float32, as a part of the largest logit of the original."""
 
     def __str__(self) -> str:
-        rounding = "" if self.exact is None else f" ({self.exact:.1e} in float64: the rest is rounding)"
+        rounding = "" if self.exact is None else f" ({self.exact:.1e} in float64; the rest is rounding)"
         return f"largest difference of a logit {self.difference:.1e} on {self.texts}, in float32{rounding}"
 
 
@@ -103,7 +104,7 @@ def their_logits(directory: Path, texts: list[Tensor], *, precision: torch.dtype
         try:
             model, report = loader.from_pretrained(directory, dtype=precision, trust_remote_code=allowed.trusted, output_loading_info=True)
         except Exception as error:  # each class refuses in its own way
-            raise ConversionError(f"transformers cannot load the model to compare: {' '.join(str(error).split())}.") from error
+            raise ConversionError(f"transformers cannot load the model for the comparison: {' '.join(str(error).split())}.") from error
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if names := sorted(set(map(str, report[kind])) - set(allowed.left_out)):
                 raise ConversionError(f"transformers loads the model with {kind.replace('_', ' ')}: {', '.join(names[:4])} ({len(names)} in all).")
@@ -112,7 +113,7 @@ def their_logits(directory: Path, texts: list[Tensor], *, precision: torch.dtype
             with torch.no_grad(), recorded(their_parts(model), parts):
                 return [_logits(model(text, return_dict=True).logits) for text in texts]
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:  # settings that its class does not check
-            raise ConversionError(f"transformers loads the model to compare and cannot run it: {' '.join(str(error).split())}.") from error
+            raise ConversionError(f"transformers loads the model for the comparison, but cannot run it: {' '.join(str(error).split())}.") from error
 
     return Logits(run)
 
@@ -127,13 +128,13 @@ def compare(ours: Logits, theirs: Logits, *, limit: float = LIMIT) -> Compared:
     difference, largest = largest_difference(first, second), max(logits.abs().max().item() for logits in second)
     result = Compared(difference, _texts(first), relative=difference / largest if largest else difference)
     if all(any(bool(logits.isnan().any()) for logits in side) for side in (first, second)):
-        raise ConversionError(f"The logits on {result.texts} are no numbers (NaN): the weights are damaged, or overflow.")
+        raise ConversionError(f"The logits on {result.texts} are NaN. The weights are damaged, or numbers became too large for their number format.")
     if not result.difference <= limit:
         result = result._replace(exact=largest_difference(ours(torch.float64), theirs(torch.float64)))
         if result.exact is None or not result.exact <= limit:
             raise ConversionError(
-                f"The converted model does not compute what the original does: largest difference of a logit {result.difference:.1e} on "
-                f"{result.texts} in float32, {result.exact:.1e} in float64, above the {limit:.0e} that rounding explains.{_where(ours, theirs)}"
+                f"The converted model does not give the logits of the original. Largest difference of a logit: {result.difference:.1e} on "
+                f"{result.texts} in float32, {result.exact:.1e} in float64, more than the {limit:.0e} that rounding explains.{_where(ours, theirs)}"
             )
     return result
 
@@ -143,7 +144,7 @@ def _where(ours: Logits, theirs: Logits) -> str:
     if not (ours.parts and theirs.parts):
         return ""
     part = first_difference(ours.parts, theirs.parts) or "the head"
-    return f" The first difference is in {part} (layers are counted from 0); what comes before it agrees."
+    return f" The first difference is in {part} (the first layer is 0). All parts before it agree."
 
 
 def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:

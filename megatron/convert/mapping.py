@@ -24,7 +24,7 @@ Read = Callable[[str], Tensor]
 
 
 class Misfit(ValueError):
-    """Numbers that a form cannot carry; the message goes on from the weight's name."""
+    """Numbers that the other program cannot keep. The message continues after the weight's name."""
 
 
 class Form(Protocol):
@@ -123,7 +123,7 @@ class Zero:
     def there(self, ours: Tensor) -> Sequence[Tensor]:
         """Nothing. Raises Misfit where numbers would be lost."""
         if bool(ours.any()):
-            raise Misfit("is not zero, and the other architecture has no such weight")
+            raise Misfit("is not zero, but the other architecture has no such weight")
         return ()
 
     def back(self, theirs: Sequence[Tensor]) -> Tensor:
@@ -144,7 +144,7 @@ class Constant:
     def back(self, theirs: Sequence[Tensor]) -> Tensor:
         """The constant. Raises Misfit where theirs is something else, since ours has no place for it."""
         if any(bool((tensor != self.value).any()) for tensor in theirs):
-            raise Misfit(f"must be {self.value:g} everywhere: this model has no such weight")
+            raise Misfit(f"must be {self.value:g} everywhere, because this model has no such weight")
         return self._made()
 
     def _made(self) -> Tensor:
@@ -164,7 +164,7 @@ class Repeated:
     def back(self, theirs: Sequence[Tensor]) -> Tensor:
         """The weight. Raises Misfit where the copies differ."""
         if any(not torch.equal(theirs[0], other) for other in theirs[1:]):
-            raise Misfit("must be equal: here they are one weight")
+            raise Misfit("must be equal, because this model has one weight for them")
         return theirs[0]
 
 
@@ -225,9 +225,15 @@ def check_complete(table: Table, ours: Mapping[str, object] | set[str]) -> None:
         ("theirs", [name for entry in table for name in entry.theirs]),
     ):
         if twice := [name for name, count in Counter(names).items() if count > 1]:
-            raise ConversionError(f"{twice[0]} ({kind}) stands twice in the table of the architecture.")
+            raise ConversionError(f"{twice[0]} ({kind}) is in the table of the architecture twice.")
     mapped = {entry.ours for entry in table if entry.ours is not None}
     if missing := sorted(set(ours) - mapped):
-        raise ConversionError(f"{missing[0]} has no place in the model that the configuration describes ({len(missing)} such weights).")
+        raise ConversionError(
+            f"{missing[0]} is in the checkpoint, but not in the model that the configuration describes ({len(missing)} such weights). "
+            "Give the configuration of this checkpoint."
+        )
     if extra := sorted(mapped - set(ours)):
-        raise ConversionError(f"{extra[0]} is not in the checkpoint, though the configuration describes it ({len(extra)} such weights).")
+        raise ConversionError(
+            f"{extra[0]} is in the model that the configuration describes, but not in the checkpoint ({len(extra)} such weights). Give "
+            "the configuration of this checkpoint."
+        )

@@ -51,7 +51,7 @@ def open_checkpoint(directory: Path, config_files: Sequence[Path] = (), *, trust
     config = checkpoint_config(path, config_files, trusted=trusted)
     weights = LayerwiseWeights(path, Expected(parallel_residual=config.model.gpt_j_residual, gqa_layout=config.checkpoint.gqa_layout))
     if EMBEDDING not in weights.names:
-        raise ConversionError(f"{path} holds no {EMBEDDING}: it is no language model of GPT-NeoX's layout.")
+        raise ConversionError(f"{path} holds no {EMBEDDING}: it is not a language model in GPT-NeoX's layout.")
     return Opened(path, Source(config, weights.read(EMBEDDING).shape[0]), weights)
 
 
@@ -65,7 +65,7 @@ def checkpoint_config(path: Path, config_files: Sequence[Path], *, trusted: bool
         return config_from_dict(resolved)
     written = sorted(file for ending in ("yml", "yaml", "json") for file in (path / layout.CONFIGS).glob(f"*.{ending}"))
     if not written:
-        raise ConversionError(f"{path} holds no configuration ({layout.CONFIGS}/): name its files with --config_file.")
+        raise ConversionError(f"{path} holds no configuration ({layout.CONFIGS}/): give its YAML files with --config_file.")
     for file in written:
         check_no_plugins(file, parse(file.read_text(encoding="utf-8", errors="replace"), str(file), []).values, trusted=trusted)
     return load_config(written).config
@@ -75,6 +75,7 @@ def check_no_plugins(file: Path, keys: Mapping[str, Any], *, trusted: bool) -> N
     """Raises ConversionError for a configuration inside a checkpoint that names modules to import."""
     if (names := keys.get("plugins")) and not trusted:
         raise ConversionError(
-            f"{file} names plugins ({', '.join(map(str, names)) if isinstance(names, list) else names}), whose code would run here. If you trust who "
-            f"wrote this checkpoint, add {OPTION}, or name a configuration of your own with --config_file."
+            f"{file} names plugins ({', '.join(map(str, names)) if isinstance(names, list) else names}). Their code would run here. If "
+            "you trust the person who "
+            f"wrote this checkpoint, add {OPTION}. Otherwise give your own configuration with --config_file."
         )

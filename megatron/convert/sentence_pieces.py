@@ -96,7 +96,7 @@ def read_piece_model(path: Path) -> PieceModel:
             elif number == 3:
                 normalizer = dict(fields(value))
     except (IndexError, KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
-        raise ConversionError(f"{path} is damaged: it is no SentencePiece model ({error}).") from error
+        raise ConversionError(f"{path} is not a SentencePiece model, or is damaged ({error}).") from error
     return PieceModel(
         tuple(pieces),
         kind=int(trainer.get(3, UNIGRAM)),
@@ -115,8 +115,8 @@ def as_tokenizer(model: PieceModel, name: str) -> Any:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
     if not model.plain or model.kind == WORD:
-        rule = "it cuts at words" if model.kind == WORD else "white space ends its words, or is kept as it is"
-        raise ConversionError(f"{name} has no form of the tokenizers library's: {rule}.")
+        rule = "it cuts at words" if model.kind == WORD else "white space ends its words or is not replaced"
+        raise ConversionError(f"{name} cannot be written for the tokenizers library: {rule}.")
     tokenizer = Tokenizer(_model(model))
     rules: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.single_spaces:

@@ -28,9 +28,11 @@ def checked(name: str, tensor: Tensor, shapes: Shapes) -> Tensor:
     """The tensor. Raises ConversionError where its shape is not the one that the configuration asks for, or its numbers are whole."""
     if shapes.get(name) != tuple(tensor.shape):
         wanted = list(shapes[name]) if name in shapes else "nothing"
-        raise ConversionError(f"{name} is {list(tensor.shape)}, and the configuration asks for {wanted}: it is of another model.")
+        raise ConversionError(
+            f"{name} has the shape {list(tensor.shape)}, but the configuration needs {wanted}: the weights belong to another model."
+        )
     if not tensor.is_floating_point():
-        raise ConversionError(f"{name} holds {str(tensor.dtype).removeprefix('torch.')} numbers, which no weight of a model is made of.")
+        raise ConversionError(f"{name} holds {str(tensor.dtype).removeprefix('torch.')} numbers, but weights must be floating-point numbers.")
     return tensor
 
 

@@ -27,11 +27,11 @@ def checked_target(target: Path, *, force: bool, to_do: str, source: Path | None
         raise ConversionError(f"{nowhere}, or choose another --output_dir.")
     path = Path(os.path.realpath(target))  # where a link leads: what is put together lies beside that
     if path.exists() and not path.is_dir():
-        raise ConversionError(f"{target} is a file: choose another --output_dir.")
+        raise ConversionError(f"{target} is a file, not a directory: choose another --output_dir.")
     if path.exists() and not force and any(path.iterdir()):
-        raise ConversionError(f"{target} is there already: choose another --output_dir, or add --force to {to_do} it.")
+        raise ConversionError(f"{target} already exists: choose another --output_dir, or add --force to {to_do} it.")
     if source is not None and path.resolve() in (source.resolve(), *source.resolve().parents):
-        raise ConversionError(f"{target} holds the checkpoint that is to be read: choose another --output_dir.")
+        raise ConversionError(f"{target} holds the checkpoint that is read: choose another --output_dir.")
     return path
 
 
@@ -74,7 +74,7 @@ def check_holds_no_run(target: Path, config: str, head: str) -> None:
 def _refuse_foreign(target: Path, names: Iterable[str], writer: str) -> None:
     foreign = min(names, default=None)
     if foreign is not None:
-        raise ConversionError(f"{target} holds {foreign}, which {writer} did not write: move it away, or choose another --output_dir.")
+        raise ConversionError(f"{target} holds {foreign}, which {writer} did not write: move it to another place, or choose another --output_dir.")
 
 
 @contextmanager

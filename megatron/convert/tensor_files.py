@@ -57,7 +57,7 @@ class StoredTensors:
         try:
             return self._open[1](name)
         except (SafetensorError, KeyError) as error:
-            raise ConversionError(f"{self.directory / file} is damaged: it does not hold {name} whole ({error}).") from error
+            raise ConversionError(f"{self.directory / file} is damaged: {name} is incomplete ({error}). Copy the file again.") from error
 
 
 def _files_by_name(directory: Path) -> dict[str, str]:
@@ -68,7 +68,7 @@ def _files_by_name(directory: Path) -> dict[str, str]:
     for single in (SINGLE, OLD_SINGLE):
         if (directory / single).is_file():
             return dict.fromkeys(_names_in(directory / single), single)
-    raise ConversionError(f"{directory} holds no weights: neither {SINGLE} nor {OLD_SINGLE}, nor an index of several files.")
+    raise ConversionError(f"{directory} holds no weights: there is no {SINGLE}, no {OLD_SINGLE} and no index of several files.")
 
 
 def _indexed(directory: Path, index: Path) -> dict[str, str]:
@@ -78,7 +78,7 @@ def _indexed(directory: Path, index: Path) -> dict[str, str]:
         raise ConversionError(f"{index} is damaged: it does not say which file holds which weight ({error}).") from error
     for file in sorted(set(files.values())):
         if Path(file).is_absolute() or ".." in Path(file).parts:
-            raise ConversionError(f"{index} names {file}, which is not inside the folder.")
+            raise ConversionError(f"{index} names {file}, which is outside the folder.")
         if not (directory / file).is_file():
             raise ConversionError(f"{directory / file} is missing: {index.name} names it.")
         _names_in(directory / file)
@@ -111,7 +111,7 @@ def _read_old(file: Path) -> Mapping[str, Tensor]:
     except CheckpointError as error:
         raise ConversionError(str(error)) from error
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise ConversionError(f"{file} holds something else than weights by their names.")
+        raise ConversionError(f"{file} does not hold a dictionary of weights.")
     return content
 
 

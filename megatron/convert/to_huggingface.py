@@ -103,7 +103,7 @@ def export_checkpoint(export: Export, reporter: Reporter) -> Exported:
 def tokenizer_notice(data: DataConfig, stage: Path) -> str | None:
     """What a user should know about the exported tokenizer. None: nothing. Raises ConversionError for one that reads text otherwise than ours."""
     if data.tokenizer_type == NULL:
-        return "The export has no tokenizer: the model was imported without one (tokenizer_type NullTokenizer)."
+        return "The export has no tokenizer, because the model was imported without one (tokenizer_type NullTokenizer)."
     return check_tokenizer(data, stage)
 
 

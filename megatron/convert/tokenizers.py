@@ -24,7 +24,7 @@ SAMPLE = (
     "Wir sind's: 1,863 Menschen — naïve œuvres, 東京!\n"
 )
 """Lincoln at Gettysburg, 1863, and some characters of other kinds: the text on which tokenizers and models are compared."""
-WITHOUT = "add --no_save_tokenizer to export the weights alone"
+WITHOUT = "add --no_save_tokenizer to export the model without a tokenizer"
 FAST = "PreTrainedTokenizerFast"
 """The class of transformers that takes a tokenizer.json as it is."""
 NAMED = ("bos", "eos", "pad")
@@ -47,7 +47,7 @@ def save_tokenizer(data: DataConfig, directory: Path) -> SpecialTokens:
     if data.tokenizer_type == NULL:
         return special_tokens(data, ours, {})
     if data.tokenizer_type not in WRITERS:
-        raise ConversionError(f"tokenizer_type {data.tokenizer_type} has no form of Hugging Face's: {WITHOUT}.")
+        raise ConversionError(f"tokenizer_type {data.tokenizer_type} cannot be written as a Hugging Face tokenizer: {WITHOUT}.")
     settings = WRITERS[data.tokenizer_type](ours, data, directory)
     folder = folder_of(data)
     stored = read_json(folder / CONFIG) if folder is not None else {}
@@ -97,14 +97,17 @@ def check_tokenizer(data: DataConfig, directory: Path) -> str | None:
     if named != FAST:
         write_json(directory / CONFIG, {**settings, "tokenizer_class": FAST})
         if reads_alike(ours, directory, AutoTokenizer):
-            return f"tokenizer_config.json names the class {FAST}: {named or 'the class of the model'} of this transformers reads text otherwise."
+            return (
+                f"tokenizer_config.json names the class {FAST}: {named or 'the class of the model'} in this version of transformers "
+                "splits text into other tokens."
+            )
         write_json(directory / CONFIG, settings)
     if reads_alike(ours, directory, PreTrainedTokenizerFast):
         return (
-            "transformers' AutoTokenizer takes the tokenizer class of the model's type for this export, whatever its files say, and that class reads "
-            "text otherwise than the model was trained with. Load the tokenizer with transformers.PreTrainedTokenizerFast.from_pretrained(...)."
+            "For this export, AutoTokenizer of transformers always takes the tokenizer class of the model's type. That class splits "
+            "text into other tokens than in training. Load the tokenizer with transformers.PreTrainedTokenizerFast.from_pretrained(...)."
         )
-    raise ConversionError(f"the exported tokenizer reads a text otherwise than {data.tokenizer_type} here does: {WITHOUT}.")
+    raise ConversionError(f"the exported tokenizer splits a text into other tokens than {data.tokenizer_type}: {WITHOUT}.")
 
 
 def reads_alike(ours: Tokenizer, directory: Path, loader: Any) -> bool:
@@ -183,7 +186,7 @@ def _write_tiktoken(ours: Tokenizer, data: DataConfig, directory: Path) -> dict[
     from megatron.data.tokenizer.tiktoken_ranks import LLAMA3_PATTERN, LLAMA3_SPECIAL
 
     if not Path(str(data.vocab_file)).is_file():
-        raise ConversionError(f"vocab_file {data.vocab_file}: only Llama 3's file can be written as Hugging Face's: {WITHOUT}.")
+        raise ConversionError(f"vocab_file {data.vocab_file}: only Llama 3's file can be written as a Hugging Face tokenizer: {WITHOUT}.")
     special = ["<|begin_of_text|>", "<|end_of_text|>"] + [f"<|reserved_special_token_{number}|>" for number in range(LLAMA3_SPECIAL - 2)]
     converted = TikTokenConverter(str(data.vocab_file), pattern=LLAMA3_PATTERN, extra_special_tokens=special).converted()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=converted, bos_token=special[0], eos_token=special[1])

@@ -34,19 +34,19 @@ def foreign_code(directory: Path, architecture: Architecture) -> str | None:
     wanted = {key: auto_map[key] for key in CODE_FOR if auto_map.get(key)} if isinstance(auto_map, dict) else auto_map
     if wanted and (known is None or not isinstance(wanted, dict) or any(known.get(key) != name for key, name in wanted.items())):
         first = next(iter(wanted.values())) if isinstance(wanted, dict) else wanted
-        return f"{config} names Python code of its own for the model (auto_map: {first})"
+        return f"{config} names Python code for the model (auto_map: {first})"
     for file in () if code is None else code.files:
         copy = directory / file.name
         if copy.exists() and (not copy.is_file() or copy.read_bytes() != file.read_bytes()):
-            return f"{copy} is not the code of that name which this version writes"
+            return f"{copy} differs from the file of that name that this version writes"
     return None
 
 
 def refusal(found: str, architecture: Architecture) -> str:
     """`found` (of foreign_code) as an error message."""
     return (
-        f"{found}, and code of an imported folder does not run without your consent. If you have read it and trust it, add {OPTION}. "
-        f"With --skip-check nothing of it runs, and the weights are read as {architecture.class_name}'s."
+        f"{found}. Code of an imported folder does not run without your consent. If you have read this code and trust it, add {OPTION}. "
+        f"With --skip-check this code does not run, and the weights are read as those of {architecture.class_name}."
     )
 
 

@@ -49,14 +49,18 @@ def without_unread(settings: Mapping[str, Any], known: Mapping[str, Any]) -> dic
 def check_general(settings: Mapping[str, Any], known: Mapping[str, Any], file: Path) -> None:
     """Raises ConversionError for settings that transformers obeys in every class, through its masks and caches, and that no model here has."""
     if settings.get("is_causal") is False:
-        raise ConversionError(f"{file}: is_causal: false cannot be represented: here a token never sees those after it.")
+        raise ConversionError(f"{file}: is_causal: false cannot be represented, because here a token never sees later tokens.")
     kinds = set(settings.get("layer_types") or ())
     if "layer_types" not in known and kinds - {"full_attention"}:
-        raise ConversionError(f"{file}: layer_types: {', '.join(sorted(map(str, kinds)))} cannot be represented: all layers here are full_attention.")
+        raise ConversionError(
+            f"{file}: layer_types: {', '.join(sorted(map(str, kinds)))} cannot be represented, because here all layers are full_attention."
+        )
 
 
 def unread_settings(given: Mapping[str, Any], known: Mapping[str, Any], class_name: str) -> Iterator[str]:
     """A sentence for each setting of config.json that would matter elsewhere and that the class does not read."""
     for key in MEANINGFUL:
         if given.get(key) not in (None, False, [], 1.0) and key not in known and key not in (known.get("rope_parameters") or {}):
-            yield f"config.json says {key}: {given[key]}, which {class_name} does not read: it changes nothing in transformers, and nothing here."
+            yield (
+                f"config.json says {key}: {given[key]}. {class_name} does not read this setting, so it has no effect in transformers, and none here."
+            )

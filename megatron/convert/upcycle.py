@@ -113,7 +113,7 @@ def upcycle(dense: Source, changes: Mapping[str, Any], keys: Mapping[str, Any]) 
     """`changes`: the keys that ask for experts; `keys`: those of the dense model. Raises ConversionError where copies of the MLP cannot be experts,
     and ConfigError."""
     if foreign := sorted(key for key in changes if not key.startswith("moe_")):
-        raise ConversionError(f"--upcycle: {foreign[0]} is no key of experts (moe_...): what else is to change belongs into the configuration later.")
+        raise ConversionError(f"--upcycle: {foreign[0]} is not a key of experts (moe_...). Change other keys later, in the configuration of the run.")
     structmoe = changes.get("moe_expert_type") == "structmoe"
     biases = {"moe_expert_bias": True} if dense.config.model.use_bias_in_mlp else {}
     merged = {**keys, **biases, **changes, **({"moe_lore_init": "zero"} if structmoe else {})}
@@ -123,15 +123,21 @@ def upcycle(dense: Source, changes: Mapping[str, Any], keys: Mapping[str, Any]) 
     problems = [
         (dense.config.moe.has_experts, "the model has experts already"),
         (not moe.has_experts, "moe_num_experts must be 2 or more"),
-        (moe.moe_expert_type not in ("grouped", "structmoe"), f"moe_expert_type {moe.moe_expert_type}: an MLP is no product of thin matrices"),
-        (structmoe and moe.moe_lore_interaction == "gated", "moe_lore_interaction gated: LoREs with B = 0 would multiply the output by zero"),
+        (
+            moe.moe_expert_type not in ("grouped", "structmoe"),
+            f"moe_expert_type {moe.moe_expert_type}: its matrices are products of low-rank matrices, and those of an MLP are not",
+        ),
+        (
+            structmoe and moe.moe_lore_interaction == "gated",
+            "moe_lore_interaction gated: LoREs start with B = 0, and the output would be multiplied by zero",
+        ),
         (moe.moe_router_type == "expert_choice" and not whole, "moe_router_type expert_choice: some tokens would have no expert"),
     ]
     problem = next((sentence for wrong, sentence in problems if wrong), None) or _widths_problem(config.model, moe)
     if problem:
         raise ConversionError(f"--upcycle: {problem}.")
     exact = whole or (_sums_to_one(moe) and _segments_stay_together(moe))
-    notices = ["The shared expert is the whole MLP, and the experts start without effect (W2 = 0): they learn what it lacks."] if whole else []
+    notices = ["The shared expert is the whole MLP. The other experts start without effect (W2 = 0) and learn in training."] if whole else []
     return Upcycled(merged, Source(config, dense.vocabulary), exact, (*notices, *_notices(moe, exact=exact)))
 
 
@@ -146,12 +152,14 @@ def _widths_problem(model: ModelConfig, moe: MoEConfig) -> str | None:
     if moe.moe_num_shared_experts:
         whole, rest = divmod(width * segments, moe.moe_num_shared_experts + segments)
         fits = (
-            f"set moe_ffn_hidden_size to {whole}" if not rest else f"{width} cannot be cut into {moe.moe_num_shared_experts + segments} equal parts"
+            f"set moe_ffn_hidden_size to {whole}"
+            if not rest
+            else f"{width} cannot be divided into {moe.moe_num_shared_experts + segments} equal parts"
         )
     else:
         fits = f"set moe_ffn_hidden_size to {width - shared}" if shared < width else f"give it at most the {width} hidden units of the MLP"
     return (
-        f"the shared expert has {shared} hidden units and an expert {segments * division.width}, and the MLP that they are cut from has {width}: "
+        f"the shared expert has {shared} hidden units and an expert {segments * division.width}, but the MLP that they are made from has {width}: "
         f"{fits}, or moe_shared_expert_intermediate_size to {width}, with which the shared expert is the MLP and experts of any width start without "
         "effect"
     )
@@ -160,15 +168,16 @@ def _widths_problem(model: ModelConfig, moe: MoEConfig) -> str | None:
 def _notices(moe: MoEConfig, *, exact: bool) -> Iterator[str]:
     if not exact:
         yield (
-            "The weights of a token's experts do not sum to one (moe_normalize_top_k: true would make them): the logits differ from the dense "
+            "The weights of a token's experts do not sum to 1 (with moe_normalize_top_k: true they do). The logits therefore differ from the dense "
             "model's."
             if not _sums_to_one(moe)
-            else f"moe_router_type {moe.moe_router_type} may choose some segments of an expert without the others: the logits differ from the dense "
+            else f"moe_router_type {moe.moe_router_type} may choose only some of the segments of an expert. The logits therefore differ "
+            "from the dense "
             "model's."
         )
     if not any(moe.moe_losses.get(name) for name in BALANCE) and moe.moe_router_type not in BALANCED_ROUTERS:
         yield (
-            "moe_losses names no loss that balances the load: a few experts may come to get all tokens. Add for example "
+            "moe_losses names no loss that balances the load, so a few experts may get all tokens. Add for example "
             "moe_losses: {load_balance: 0.01} to the configuration."
         )
 
@@ -198,7 +207,7 @@ def parts_of(part: str, tensor: Tensor, division: Division, name: str) -> Iterat
         if part == "linear2.bias" and not division.shared:
             needed = tensor
         if bool(needed.any()):
-            raise ConversionError(f"{name} is not zero, and these experts have no biases: set moe_expert_bias to true.")
+            raise ConversionError(f"{name} is not zero, but these experts have no biases: set moe_expert_bias to true.")
         return
     yield from _experts(part, tensor, division)
 

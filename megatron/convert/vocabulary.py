@@ -31,11 +31,7 @@ class NewRows(NamedTuple):
         """What a user should know."""
         count, added = self.end - self.first, self.total - self.before
         kind = "row" if count == 1 else "rows"
-        where = (
-            f"; embedding and head now have {self.total:,} rows, {added:,} more than before"
-            if added
-            else ", in the place of rows that only filled up"
-        )
+        where = f"; embedding and head now have {self.total:,} rows, {added:,} more than before" if added else ", in place of padding rows"
         return f"{count:,} {kind} of embedding and head, from row {self.first:,} on, start as the mean of the {self.first:,} rows before{where}."
 
 

@@ -98,8 +98,13 @@ def missing_script(request: Request) -> str:
     first, folder = Path(request.words[0]), beside(request.conf_dir) or Path()
     if first.suffix in _CONFIGURATIONS or any((folder / f"{first}{suffix}").is_file() for suffix in _CONFIGURATIONS):
         words = " ".join(request.words)
-        return f"{first} is a configuration file, and the script is missing: name it first (train.py, eval.py or generate.py), as in train.py {words}"
-    return f"{first}: no such script, neither here nor beside deepy.py, where train.py, eval.py and generate.py are"
+        return (
+            f"{first} is a configuration file, but the script is missing: write the script first (train.py, eval.py or generate.py), "
+            f"such as train.py {words}"
+        )
+    return (
+        f"{first}: there is no such script, neither in this folder nor in the folder of deepy.py; the scripts are train.py, eval.py and generate.py"
+    )
 
 
 def beside(folder: Path | None) -> Path | None:
@@ -112,14 +117,14 @@ def read_deepy_arguments(argv: Sequence[str]) -> Request:
     parser = _deepy_parser()
     request = _take_apart(parser, argv)
     if not request.words:
-        parser.error("name a script and its configuration files, such as: deepy.py train.py -d configs quickstart.yml")
+        parser.error("give a script and its configuration files, such as: deepy.py train.py -d configs quickstart.yml")
     return request
 
 
 def _deepy_parser() -> argparse.ArgumentParser:
     parser = _parser("deepy.py", "SCRIPT CONFIG [CONFIG ...]")
     parser.description = "Read the configuration, check it, and start SCRIPT with it, on as many processes as the configuration and the machine say."
-    parser.add_argument("--check", action="store_true", help="show the resolved configuration, sizes, memory and FLOPs, and stop")
+    parser.add_argument("--check", action="store_true", help="show the complete configuration, sizes, memory and FLOPs, then stop")
     return parser
 
 
@@ -152,7 +157,10 @@ def _parser(program: str, positionals: str) -> argparse.ArgumentParser:
     script = "the script (train.py, eval.py or generate.py), then its " if positionals.startswith("SCRIPT") else ""
     parser.add_argument("words", nargs="*", metavar=positionals, help=f"{script}YAML files; .yml may be left out")
     parser.add_argument("-d", "--conf_dir", type=Path, help="directory of the YAML files")
-    wins = "wins over the files; key.inner=value too (for generate.py also NeoX's -o FILE, the same as --sample_output_file)"
+    wins = (
+        "replaces the value in the files; key.inner=value sets a value in a dictionary (generate.py also takes NeoX's -o FILE, which "
+        "is --sample_output_file)"
+    )
     parser.add_argument("-o", "--override", nargs="+", action="append", default=[], metavar="key=value", help=wins)
     for flag, key in KEY_FLAGS.items():
         names = [_SHORT[flag], flag] if flag in _SHORT else [flag]
@@ -197,7 +205,7 @@ def _as_override(flag: str, argv: Sequence[str]) -> str:
 def load_request(request: Request, names: Sequence[str]) -> LoadedConfig:
     """The configuration that files and overrides of a command line describe. Raises ConfigError."""
     if not names and not request.overrides:
-        raise ConfigError(["no configuration files are given, such as: -d configs quickstart.yml"])
+        raise ConfigError(["no configuration files are given; write them after the script, such as: -d configs quickstart.yml"])
     return load_config(names, request.overrides, beside(request.conf_dir))
 
 

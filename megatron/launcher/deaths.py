@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 CAUSES = {
-    signal.SIGKILL: "probably the machine was out of memory (`dmesg` or the container's log says so): take fewer processes, a smaller micro-batch "
+    signal.SIGKILL: "probably the machine had no memory left (look in `dmesg` or in the container's log): use fewer processes, a smaller micro-batch "
     "or a higher ZeRO stage",
     signal.SIGSEGV: "a fault in compiled code",
     signal.SIGBUS: "a fault in compiled code, or a full /dev/shm",
-    signal.SIGABRT: "a fault in compiled code, which says more above",
-    signal.SIGILL: "compiled code that this processor cannot run",
+    signal.SIGABRT: "a fault in compiled code; its own message is above",
+    signal.SIGILL: "the processor cannot run this compiled code",
 }
 
 
@@ -26,7 +26,7 @@ class Death(NamedTuple):
     number: int
 
     def __str__(self) -> str:
-        cause = CAUSES.get(signal.Signals(self.number), "somebody sent it")
+        cause = CAUSES.get(signal.Signals(self.number), "another process or a person sent it")
         name = signal.Signals(self.number).name
         return f"Process {self.rank} (pid {self.pid}) was ended by signal {self.number}, {name}: {cause}. The other processes were stopped."
 

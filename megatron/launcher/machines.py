@@ -20,7 +20,7 @@ from megatron.config.section import ConfigError
 from megatron.launcher.processes import Machine
 
 DEFAULT_HOSTFILE = "/job/hostfile"  # where DeepSpeed looks when nothing is said
-LINE = "write one line a machine, such as `worker-1 slots=8`"
+LINE = "write one line for each machine, such as `worker-1 slots=8`"
 FILTER = "DeepSpeed's syntax is HOST[:SLOT,SLOT ...][@HOST ...], such as worker-1@worker-2:0,2"
 
 
@@ -60,9 +60,9 @@ def machines(launcher: LauncherConfig, machine: Machine) -> Machines | None:
     filters = [key for key in ("include", "exclude") if getattr(launcher, key)]
     counts = [key for key in ("num_nodes", "num_gpus") if getattr(launcher, key) is not None and getattr(launcher, key) >= 0]
     if hostfile is None and launcher.num_nodes > 1:
-        raise ConfigError([f"'num_nodes' = {launcher.num_nodes}: no hostfile names other machines; set hostfile to one, or leave num_nodes out"])
+        raise ConfigError([f"'num_nodes' = {launcher.num_nodes}: there is no hostfile with other machines; set hostfile, or remove num_nodes"])
     if filters and counts:
-        raise ConfigError([f"'{filters[0]}' and '{counts[0]}': DeepSpeed takes only one of them; leave the other out"])
+        raise ConfigError([f"'{filters[0]}' and '{counts[0]}': DeepSpeed takes only one of them; remove the other"])
     if hostfile is None and not filters:
         return None
     runner = deepspeed_runner(machine)
@@ -70,7 +70,7 @@ def machines(launcher: LauncherConfig, machine: Machine) -> Machines | None:
     chosen = filtered(runner, pool, launcher, hostfile)
     trimmed = runner.apply_num_nodes_and_gpus(chosen, launcher.num_nodes, launcher.num_gpus or -1)
     if not any(trimmed.values()):
-        raise ConfigError([f"'{(filters or ['hostfile'])[0]}': it leaves no slot on any machine, so nothing would be started"])
+        raise ConfigError([f"'{(filters or ['hostfile'])[0]}': no slot is left on any machine, so no process would start; change it"])
     return Machines(trimmed, hostfile, tuple(count_notices(launcher, chosen, hostfile)))
 
 
@@ -110,7 +110,7 @@ def read_hostfile(runner: ModuleType, hostfile: str) -> dict[str, int]:
     empty = next((host for host, slots in pool.items() if not slots), None)
     if empty is not None:
         number = next(number for number, line in enumerate(lines, start=1) if line.split()[:1] == [empty])
-        raise ConfigError([f"{hostfile}:{number}: {empty} has slots=0, on which nothing is started; give 1 or more, or leave the line out"])
+        raise ConfigError([f"{hostfile}:{number}: {empty} has slots=0, so no process would start there; write 1 or more, or remove the line"])
     return pool
 
 
@@ -149,11 +149,11 @@ def filtered(runner: ModuleType, pool: Mapping[str, int], launcher: LauncherConf
 def count_notices(launcher: LauncherConfig, chosen: Mapping[str, Sequence[int]], hostfile: str | None) -> Iterator[str]:
     """What DeepSpeed does without a word about counts that the hosts do not have."""
     if launcher.num_nodes > len(chosen):
-        yield f"'num_nodes' = {launcher.num_nodes}: {hostfile} names {len(chosen)} machine(s), and that many are used"
+        yield f"'num_nodes' = {launcher.num_nodes}: {hostfile} names {len(chosen)} machine(s), and all of them are used"
     small = [f"{host} ({len(slots)})" for host, slots in chosen.items() if launcher.num_gpus is not None and launcher.num_gpus > len(slots)]
     if small:
         more = f"'num_gpus' = {launcher.num_gpus}: more than the slots of {', '.join(small)} in {hostfile}"
-        yield f"{more}; DeepSpeed starts {launcher.num_gpus} on each all the same"
+        yield f"{more}; DeepSpeed starts {launcher.num_gpus} on each of them nevertheless"
 
 
 def local_slots(runner: ModuleType, machine: Machine) -> int:

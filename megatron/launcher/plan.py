@@ -41,7 +41,9 @@ def count_of(launcher: LauncherConfig, machine: Machine, chosen: Machines | None
     if chosen is not None:
         if launcher.global_num_gpus not in (None, chosen.processes):
             where = chosen.hostfile or "this machine"
-            raise ConfigError([f"'global_num_gpus' = {launcher.global_num_gpus}: {chosen.processes} process(es) would be started on {where}"])
+            raise ConfigError(
+                [f"'global_num_gpus' = {launcher.global_num_gpus}: {chosen.processes} process(es) would start on {where}; make the numbers agree"]
+            )
         return chosen.processes
     if launcher.num_gpus is not None and 0 < machine.gpus < launcher.num_gpus:
         raise ConfigError([f"'num_gpus' = {launcher.num_gpus}: this machine has {machine.gpus} GPU(s) to use"])
@@ -97,11 +99,11 @@ def machine_notices(loaded: LoadedConfig, machine: Machine | None = None) -> lis
         return [*chosen.notices, *([] if missing is None else [missing])]
     for name, file in (("'hostfile'", launcher.hostfile), ("DLTS_HOSTFILE", os.environ.get("DLTS_HOSTFILE"))):
         if file:
-            return [] if Path(file).is_file() else [f"{name} = '{file}': no such file; this machine alone is used"]
+            return [] if Path(file).is_file() else [f"{name} = '{file}': no such file, so only this machine is used"]
     asked = "slurm" if launcher.deepspeed_slurm else launcher.launcher
     if asked == "pdsh" or find_hostfile(launcher) is not None or launcher.force_multi:
         return []
-    return [f"'launcher' = '{asked}': there is no hostfile, so this machine alone is used; give one, or force_multi: true"]
+    return [f"'launcher' = '{asked}': there is no hostfile, so only this machine is used; give a hostfile, or write force_multi: true"]
 
 
 def runner_options(loaded: LoadedConfig, *, master_addr: str | None = None) -> list[str]:

@@ -14,7 +14,7 @@ from megatron.launcher.processes import Machine
 
 SSH = ("ssh", "-o", "PasswordAuthentication=no", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15")
 AT_ONCE = 64
-HINT = "set up ssh without a password to it, correct its name in the hostfile, or set no_ssh_check: true to start without this check"
+HINT = "set up ssh without a password to the host, correct its name in the hostfile, or set no_ssh_check: true to start without this check"
 
 
 class LaunchError(RuntimeError):
@@ -40,7 +40,7 @@ def check_program(options: Sequence[str], chosen: Machines, machine: Machine) ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what it warns of is in the sentence
         there = bool(backend.backend_exists())
-    return None if there else f"'launcher' = '{name}': its program is not installed on this machine; install it, or choose another launcher"
+    return None if there else f"'launcher' = '{name}': the program is not installed on this machine; install it, or choose another launcher"
 
 
 def reach(launcher: LauncherConfig, chosen: Machines) -> str:
@@ -56,7 +56,7 @@ def reach(launcher: LauncherConfig, chosen: Machines) -> str:
         return launcher.master_addr
     addresses = ask(hosts[:1], "hostname -I", chosen.hostfile)[0].split()
     if not addresses:
-        raise LaunchError(f"{chosen.hostfile}: {hosts[0]} names no address (`hostname -I` says nothing there); set master_addr to its address.")
+        raise LaunchError(f"{chosen.hostfile}: {hosts[0]} gives no address (the output of `hostname -I` is empty); set master_addr to its address.")
     return addresses[0]
 
 
@@ -66,7 +66,7 @@ def ask(hosts: Sequence[str], command: str, hostfile: str | None) -> list[str]:
     try:
         started = [subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for line in lines]
     except FileNotFoundError:
-        raise LaunchError("ssh is not installed on this machine (not on the PATH), and other machines are reached through it.") from None
+        raise LaunchError("ssh is not installed on this machine (it is not on the PATH), but it is needed to reach other machines.") from None
     answers = [process.communicate() for process in started]
     failed = []
     for host, line, process, (_, error) in zip(hosts, lines, started, answers, strict=True):

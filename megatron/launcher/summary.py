@@ -34,7 +34,7 @@ def summary(loaded: LoadedConfig, processes: int, words: Vocabulary) -> list[Ren
     ]
     parts += [f"note: {escape(notice)}" for notice in loaded.notices]
     if loaded.config.precision == "fp16":
-        parts.append("note: fp16 is trained in on GPUs alone")
+        parts.append("note: training in fp16 needs a GPU")
     if notice := rounding_notice(loaded.config, processes):
         parts.append(f"note: {escape(notice)}")
     try:
@@ -89,7 +89,9 @@ def _work(config: NeoXConfig, processes: int, words: Vocabulary) -> Table:
         if config.training.train_iters is not None:
             table.add_row("steps, tokens in all", f"{config.training.train_iters:,}, {tokens * config.training.train_iters:,}")
         elif config.training.train_epochs is not None:
-            table.add_row("steps", f"{config.training.train_epochs:,} times through the training data; counted when it is read")
+            table.add_row(
+                "steps", f"{config.training.train_epochs:,} passes through the training data; the number of steps is known when the data is read"
+            )
     table.add_section()
     total = count_parameters(config.model, config.moe, padded).total_sum
     stage = config.optimizer.zero_optimization.stage

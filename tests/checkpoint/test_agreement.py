@@ -119,7 +119,8 @@ def test_a_damaged_configuration(path: Path) -> None:
 def test_another_batch_is_said(path: Path) -> None:
     assert batch_change(path, Batch(micro=4, accumulation=1, global_=16)) is None
     sentence = (
-        f"{path} was trained with 16 sequences a step, this run takes 24: the schedule goes on by steps, the data by the sequences that were read."
+        f"{path} was trained with 16 sequences in each step; this run uses 24. The learning-rate schedule continues from the step "
+        "number, and the data from the number of sequences already read."
     )
     assert batch_change(path, Batch(micro=4, accumulation=6, global_=24)) == sentence
 

@@ -60,11 +60,11 @@ def test_a_replacement_cut_in_two_is_found(run: Path) -> None:
 
 
 def test_missing_directory(tmp_path: Path) -> None:
-    with says(f"there is no checkpoint to load. {tmp_path} is there. It is empty.", NoCheckpointError):
+    with says(f"so there is no checkpoint to load. {tmp_path} exists. It is empty.", NoCheckpointError):
         find_checkpoint(tmp_path / "nowhere" / "deep")
     make_checkpoint(tmp_path / "first run", 3)
     make_checkpoint(tmp_path / "second", 3)
-    with says(f"{tmp_path} is there. There are checkpoints in first run, second below it: name one of these.", NoCheckpointError):
+    with says(f"{tmp_path} is there. There are checkpoints in these directories below it: first run, second. Give one of them.", NoCheckpointError):
         find_checkpoint(tmp_path / "nowhere")
 
 
@@ -73,7 +73,7 @@ def test_empty_directory(tmp_path: Path) -> None:
         find_checkpoint(tmp_path)
     for number in range(15):
         (tmp_path / f"file{number:02d}").touch()
-    with says("holds no checkpoint at all, so not that of iteration 3 either. It holds: file00, file01,", NoCheckpointError):
+    with says("holds no checkpoint, so it does not hold the one of iteration 3. It holds: file00, file01,", NoCheckpointError):
         find_checkpoint(tmp_path, 3)
     with says("file11 and 3 more.", NoCheckpointError):
         find_checkpoint(tmp_path)
@@ -86,7 +86,7 @@ def test_only_an_interrupted_save(tmp_path: Path) -> None:
 
 
 def test_the_checkpoint_itself_is_no_directory_of_checkpoints(run: Path) -> None:
-    with says(f"is a checkpoint itself: name the directory that holds it, {run}"):
+    with says(f"is a checkpoint itself. Give the directory that holds it, {run}"):
         find_checkpoint(run / "global_step5")
 
 
@@ -105,7 +105,7 @@ def test_long_lists_are_shortened(tmp_path: Path) -> None:
 def test_latest_names_a_missing_one(run: Path) -> None:
     shutil.rmtree(run / "global_step100")
     with says(
-        "names global_step100, which is missing. The newest whole checkpoint is that of iteration 10: to go on from it, add `-o iteration=10`."
+        "names global_step100, which is missing. The newest undamaged checkpoint is that of iteration 10. To continue from it, add `-o iteration=10`."
     ):
         find_checkpoint(run)
 
@@ -113,7 +113,7 @@ def test_latest_names_a_missing_one(run: Path) -> None:
 @pytest.mark.parametrize("content", ["", "../elsewhere", "/etc", "\x00"])
 def test_latest_names_nothing_here(run: Path, content: str) -> None:
     (run / "latest").write_text(content)
-    with says(f"holds {content!r}, which names no directory beside it. The newest whole checkpoint is that of iteration 100"):
+    with says(f"holds {content!r}, which is not the name of a directory beside it. The newest undamaged checkpoint is that of iteration 100"):
         find_checkpoint(run)
 
 
@@ -121,7 +121,7 @@ def test_truncated_file(run: Path) -> None:
     file = run / "global_step100" / MODEL_FILE
     size = file.stat().st_size
     file.write_bytes(file.read_bytes()[:-7])
-    with says(f"{file} is damaged: expected {size:,} bytes, found {size - 7:,}. The newest whole checkpoint is that of iteration 10"):
+    with says(f"{file} is damaged: expected {size:,} bytes, found {size - 7:,}. The newest undamaged checkpoint is that of iteration 10"):
         find_checkpoint(run)
     with says(f"{file} is damaged"):
         find_checkpoint(run, 100)
@@ -129,7 +129,7 @@ def test_truncated_file(run: Path) -> None:
 
 def test_missing_file(run: Path) -> None:
     (run / "global_step100" / "configs" / "a.yml").unlink()
-    with says("names global_step100, which is not whole: " + str(run / "global_step100/configs/a.yml is missing: expected 5 bytes.")):
+    with says("names global_step100, which is damaged or incomplete: " + str(run / "global_step100/configs/a.yml is missing: expected 5 bytes.")):
         find_checkpoint(run)
 
 
@@ -147,7 +147,7 @@ def test_damaged_ones_are_not_offered(run: Path) -> None:
     with says("that of iteration 5"):
         find_checkpoint(run)
     (run / "global_step5" / "manifest.json").write_text('{"files": 3}')
-    with says("There is no other whole checkpoint in"):
+    with says("holds no other undamaged checkpoint."):
         find_checkpoint(run)
     (run / "latest").unlink()
     with says("is whole: "):

@@ -28,7 +28,7 @@ def test_a_full_disk(one: dict[str, Any]) -> None:
     if "fill_disk" not in one:
         pytest.skip(NO_SMALL_DISK)
     result = one["fill_disk"]
-    assert "global_step2: No space left on device. What was written of it has been removed" in result["sentence"]
+    assert "global_step2: No space left on device. The incomplete files have been removed" in result["sentence"]
     assert (result["found"], result["left"]) == ("global_step1", ["global_step1", "latest"])
     assert result["after"] == "global_step2"
 

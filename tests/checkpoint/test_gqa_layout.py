@@ -88,5 +88,5 @@ def test_as_many_keys_as_queries_need_no_decision() -> None:
 
 
 def test_another_number_of_heads_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="cannot be the projection of 7 query heads"):
+    with pytest.raises(CheckpointError, match="cannot be the query/key/value projection of 7 query heads"):
         todays_order([shard(rows(trained=True))], heads=7, layout="auto")

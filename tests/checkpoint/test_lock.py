@@ -81,5 +81,8 @@ def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(RunLockError, match=r"Cannot lock .*No locks available. Set `save` to a disk that has room"), RunLock(tmp_path):
+    with (
+        pytest.raises(RunLockError, match=r"Cannot lock .*No locks available. Set `save` to a directory on a disk that has free space"),
+        RunLock(tmp_path),
+    ):
         pass

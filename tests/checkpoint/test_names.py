@@ -43,10 +43,10 @@ def test_a_llamas_w1_is_the_gate() -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["s.2.mlp.dense_h_to_4h.weight", "s.2.mlp.linear1.weight"], "s.2.mlp.linear1.weight are both there"),
-        (["s.2.mlp.w1.weight"], "s.2.mlp.w1.weight is there without s.2.mlp.w3.weight: a gated MLP has both"),
-        (["s.2.mlp.w3.weight"], "s.2.mlp.w3.weight is there without s.2.mlp.w1.weight"),
-        (["s.2.mlp.w1.weight", "s.2.mlp.w3.weight", "s.2.mlp.linear1.weight"], "s.2.mlp.w1.weight and s.2.mlp.linear1.weight are both there"),
+        (["s.2.mlp.dense_h_to_4h.weight", "s.2.mlp.linear1.weight"], "s.2.mlp.linear1.weight, but only one of them can be the weight"),
+        (["s.2.mlp.w1.weight"], "holds s.2.mlp.w1.weight but not s.2.mlp.w3.weight; a gated MLP has both"),
+        (["s.2.mlp.w3.weight"], "holds s.2.mlp.w3.weight but not s.2.mlp.w1.weight"),
+        (["s.2.mlp.w1.weight", "s.2.mlp.w3.weight", "s.2.mlp.linear1.weight"], "holds both s.2.mlp.w1.weight and s.2.mlp.linear1.weight"),
     ],
 )
 def test_names_that_contradict_each_other(names: list[str], message: str) -> None:

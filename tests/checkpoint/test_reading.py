@@ -35,7 +35,7 @@ def test_a_malicious_checkpoint_is_refused(tmp_path: Path, where: str) -> None:
     trap = tmp_path / "ran"
     content: dict[str, Any] = {"module": {}, "iteration": 1, where: Malicious(trap)}
     path = find_checkpoint(make_checkpoint(tmp_path / "run", 1, model=content).parent)
-    with pytest.raises(CheckpointError, match=r"mp_rank_00_model_states.pt is refused: it holds something other than tensors.*system"):
+    with pytest.raises(CheckpointError, match=r"mp_rank_00_model_states.pt is refused: it holds objects other than tensors.*system"):
         load_model_weights(path)
     assert not trap.exists()
 

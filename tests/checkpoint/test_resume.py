@@ -107,9 +107,9 @@ def test_stages_1_and_2_read_each_other(saved: Saved, two: list[dict[str, Any]])
 @pytest.mark.parametrize(
     ("case", "parts"),
     [
-        ("width", ["checkpoint of another shape", "layers.0.weight is [7, 7] there and [5, 5] here", "and 3 more", "configs"]),
-        ("depth", ["checkpoint of another shape", "layers.2.weight [7, 7] is not there"]),
-        ("args", ["checkpoint of another model", "num_attention_heads is 1 there and 2 here"]),
+        ("width", ["checkpoint of another shape", "layers.0.weight is [7, 7] in the checkpoint and [5, 5] in this run", "and 3 more", "configs"]),
+        ("depth", ["checkpoint of another shape", "layers.2.weight [7, 7] is missing in the checkpoint"]),
+        ("args", ["checkpoint of another model", "num_attention_heads is 1 in the checkpoint and 2 in this run"]),
         ("stage", ["saved with zero_optimization stage 0, this run uses stage 1", "no_load_optim=true"]),
         ("precision", ["trained in float32, this run uses bfloat16", "no_load_optim=true"]),
         ("world", ["saved by 2 data-parallel processes with zero_optimization stage 1", "this run has 1: start 2 processes", "no_load_optim=true"]),
@@ -185,7 +185,7 @@ def test_bytes_that_flip_are_noticed(saved: Saved, tmp_path: Path) -> None:
     file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
     try:
         with pytest.raises(
-            CheckpointError, match=r"mp_rank_00_model_states.pt is damaged: expected SHA-256 .*newest whole checkpoint is that of iteration 6"
+            CheckpointError, match=r"mp_rank_00_model_states.pt is damaged: expected SHA-256 .*newest undamaged checkpoint is that of iteration 6"
         ):
             find_checkpoint(source.parent, 3)
     finally:

@@ -113,8 +113,8 @@ def test_copies_that_drifted_apart_are_averaged_and_said() -> None:
     merged = merge_shards(shards, parallel_residual=False)
     assert merged.state["sequential.2.input_layernorm.weight"].tolist() == [1.0, 1.125]
     assert merged.notices == (
-        "1 weights that every tensor-parallel process has a copy of differ between them (by up to 0.25, in sequential.2.input_layernorm.weight): "
-        "their mean was taken.",
+        "1 weights have a copy in every tensor-parallel process, and the copies differ (by up to 0.25, in sequential.2.input_layernorm.weight): "
+        "the mean of the copies is used.",
     )
 
 
@@ -126,7 +126,7 @@ def test_half_precision_is_kept() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attention.query_key_value.weight": torch.ones(7, 8)}, "has 7 rows and attention.dense 4 inputs: that is neither"),
+        ({"attention.query_key_value.weight": torch.ones(7, 8)}, "has 7 rows and attention.dense 4 inputs. This is neither"),
         ({"attention.dense.weight": torch.ones(8, 5)}, "has different shapes on the tensor-parallel ranks: [8, 4], [8, 5]"),
         ({"attention.surprise.weight": torch.ones(3)}, "ranks 0 and 1 do not hold the same weights: sequential.2.attention.surprise.weight"),
     ],
@@ -141,9 +141,12 @@ def test_shards_that_do_not_fit(change: dict[str, Tensor], message: str) -> None
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"attention.surprise.weight": torch.ones(3)}, "sequential.2.attention.surprise.weight: no rule says how this weight is cut up"),
-        ({"attention.qk_layernorm.weight": torch.ones(2, 4)}, "normalises over all heads of a process: it can be neither merged nor cut"),
-        ({"mlp.linear1.weight": torch.ones(3, 8)}, "is there without the matrix sequential.2.mlp.linear2.weight"),
+        (
+            {"attention.surprise.weight": torch.ones(3)},
+            "sequential.2.attention.surprise.weight: this program does not know how tensor-parallel processes divide this weight",
+        ),
+        ({"attention.qk_layernorm.weight": torch.ones(2, 4)}, "normalises over all heads of a process, so it can be neither merged nor divided"),
+        ({"mlp.linear1.weight": torch.ones(3, 8)}, "cannot be divided, because the checkpoint does not hold sequential.2.mlp.linear2.weight"),
         ({"mlp.linear1.weight": torch.ones(3, 8), "mlp.linear2.weight": torch.ones(8, 2)}, "has 3 rows and linear2 2 inputs"),
         ({"attention.rpe.weight": torch.ones(3)}, "of shape [3] has no dimension 1 along which"),
     ],
@@ -157,7 +160,7 @@ def test_what_cannot_be_cut() -> None:
     with pytest.raises(CheckpointError, match=r"qk_layernorm\.scale of shape \[4, 4\] normalises over all heads"):
         split_state({"sequential.2.attention.qk_layernorm.scale": torch.ones(4, 4)}, 2, parallel_residual=False)
     with pytest.raises(
-        CheckpointError, match=re.escape("word_embeddings.weight of shape [33, 4] cannot be cut into 2 equal pieces along dimension 0")
+        CheckpointError, match=re.escape("word_embeddings.weight of shape [33, 4] cannot be divided into 2 equal parts along dimension 0")
     ):
         split_state({"sequential.0.word_embeddings.weight": torch.ones(33, 4)}, 2, parallel_residual=False)
 

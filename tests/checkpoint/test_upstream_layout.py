@@ -34,7 +34,7 @@ ARGS = {
 }
 BASE = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "seq_length": 8, "max_position_embeddings": 8, "no_weight_tying": True}
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "intermediate_size": 48, "pos_emb": "rotary", "use_bias_in_mlp": False}
-NOT_OURS = "Written by another program, without checksums: its files are taken as they are."
+NOT_OURS = "Written by another program, without checksums: its files cannot be checked for damage."
 
 
 def weights(**keys: Any) -> dict[str, Tensor]:
@@ -65,7 +65,9 @@ def test_every_combination_of_pipeline_and_tensor_parallelism(tmp_path: Path, st
     loaded = load_model_weights(tmp_path)
     check_same(loaded.state_dict, state)
     assert (loaded.client_state["iteration"], loaded.config) == (7, {})
-    expected = [NOT_OURS] + ([f"Saved with model_parallel_size {tensor_parallel}: its parts are put together."] if tensor_parallel > 1 else [])
+    expected = [NOT_OURS] + (
+        [f"Saved with model_parallel_size {tensor_parallel}: the parts of its weights are joined."] if tensor_parallel > 1 else []
+    )
     assert loaded.notices == tuple(f"{path}: {notice}" for notice in expected)
 
 
@@ -82,7 +84,7 @@ def test_old_llama_names_of_two_processes(tmp_path: Path) -> None:
     write_sequential(tmp_path, [with_llama_names(part) for part in shards(state, 2, kv=8, gated=True)], head(7, ARGS | {"model_parallel_size": 2}))
     loaded = load_model_weights(tmp_path)
     check_same(loaded.state_dict, state)
-    assert "Names of an older GPT-NeoX are read as today's: mlp.w2 -> mlp.linear2; mlp.w3 and mlp.w1 -> mlp.linear1." in loaded.notices[2]
+    assert "Names of weights from an older GPT-NeoX are translated: mlp.w2 -> mlp.linear2; mlp.w3 and mlp.w1 -> mlp.linear1." in loaded.notices[2]
 
 
 def test_old_gpt_names_and_buffers(tmp_path: Path) -> None:
@@ -96,8 +98,9 @@ def test_old_gpt_names_and_buffers(tmp_path: Path) -> None:
     check_same(loaded.state_dict, state)
     assert loaded.client_state["iteration"] == 7
     assert [notice.removeprefix(f"{path}: ") for notice in loaded.notices[1:]] == [
-        "Names of an older GPT-NeoX are read as today's: module. -> nothing; mlp.dense_h_to_4h -> mlp.linear1; mlp.dense_4h_to_h -> mlp.linear2.",
-        "Left out, because it follows from the configuration: rotary_emb.inv_freq.",
+        "Names of weights from an older GPT-NeoX are translated: module. -> nothing; mlp.dense_h_to_4h -> mlp.linear1; mlp.dense_4h_to_h "
+        "-> mlp.linear2.",
+        "Not read, because the configuration gives it: rotary_emb.inv_freq.",
     ]
 
 
@@ -132,14 +135,14 @@ def test_a_missing_file_is_named(tmp_path: Path, missing: str, stages: int, says
     parts = shards(weights(), 2)
     path = write_layers(tmp_path, parts, content, stages=stages) if stages else write_sequential(tmp_path, parts, content)
     (path / missing).unlink()
-    with pytest.raises(CheckpointError, match=rf"is not whole: {missing} missing\. It was saved with model_parallel_size 2"):
+    with pytest.raises(CheckpointError, match=rf"is incomplete: {missing} missing\. It was saved with model_parallel_size 2"):
         load_model_weights(tmp_path)
 
 
 def test_a_whole_layer_that_is_missing_is_named(tmp_path: Path) -> None:
     path = write_layers(tmp_path, shards(weights(), 1), head(7, ARGS))
     (path / "layer_03-model_00-model_states.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"is not whole: layer_03-model_00-model_states\.pt missing"):
+    with pytest.raises(CheckpointError, match=r"is incomplete: layer_03-model_00-model_states\.pt missing"):
         load_model_weights(tmp_path)
 
 
@@ -153,7 +156,7 @@ def test_parts_that_do_not_fit_are_named_with_their_path(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [([1], " does not hold weights by their names"), ({1: torch.ones(1)}, " does not hold"), ({"a": 1}, ": a is a int, no tensor")],
+    [([1], " does not hold a dictionary of weights"), ({1: torch.ones(1)}, " does not hold"), ({"a": 1}, ": a is a int, no tensor")],
 )
 @pytest.mark.parametrize("layers", [True, False])
 def test_something_else_in_the_place_of_weights(tmp_path: Path, content: Any, message: str, layers: bool) -> None:
@@ -175,7 +178,7 @@ def test_entries_of_transformer_engine_without_tensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("iteration", ["seven", -1, 1.5, None])
 def test_an_iteration_that_is_none(tmp_path: Path, iteration: Any) -> None:
     write_sequential(tmp_path, shards(weights(), 1), {**head(7, ARGS), "iteration": iteration})
-    with pytest.raises(CheckpointError, match=f"its iteration is {iteration!r}, which is no number of steps"):
+    with pytest.raises(CheckpointError, match=f"its iteration is {iteration!r}, which is not a number of steps"):
         load_model_weights(next(path for path in tmp_path.iterdir() if path.is_dir()))
 
 
@@ -189,7 +192,10 @@ def test_arguments_that_differ_are_all_named(tmp_path: Path) -> None:
     path = write_sequential(tmp_path, shards(weights(), 1), head(7, ARGS))
     stored = load_model_weights(path).client_state["args"]
     check_args(path, stored, {**ARGS, "make_vocab_size_divisible_by": 1, "padded_vocab_size": 50, "model_parallel_size": 4})
-    message = "another model: num_attention_heads is 4 there and 8 here; tokenizer_type is 'HFTokenizer' there and 'SPMTokenizer' here."
+    message = (
+        "another model: num_attention_heads is 4 in the checkpoint and 8 in this run; tokenizer_type is 'HFTokenizer' in the "
+        "checkpoint and 'SPMTokenizer' in this run."
+    )
     with pytest.raises(CheckpointError, match=re.escape(message)):
         check_args(path, stored, {**ARGS, "num_attention_heads": 8, "tokenizer_type": "SPMTokenizer"})
 
@@ -224,7 +230,7 @@ def test_zero_3_on_tensor_parallel_processes_is_refused(tmp_path: Path) -> None:
 
 def test_a_later_layout_of_ours_is_refused(tmp_path: Path) -> None:
     path = write_sequential(tmp_path, shards(weights(), 1), head(7, ARGS, gqa_layout="k,q,v"))
-    with pytest.raises(CheckpointError, match="laid out as 'k,q,v'; this version knows 'q,k,v': load it with the version that wrote it"):
+    with pytest.raises(CheckpointError, match="in the order 'k,q,v', but this version knows only 'q,k,v': load it with the version that wrote it"):
         load_model_weights(path)
 
 
@@ -233,9 +239,9 @@ def test_a_later_layout_of_ours_is_refused(tmp_path: Path) -> None:
     [
         (1, 0, {}, 0, "holds no optimizer state (it was saved with no_save_optim, or converted)"),
         (1, 0, {"optimizer": {}}, 0, "holds no optimizer state"),
-        (2, 0, {"optimizer": {"state": {}}}, 0, "was saved by 2 processes that shared the model"),
-        (2, 2, {"optimizer": {"state": {}}}, 0, "was saved by 4 processes that shared the model"),
-        (1, 0, {"optimizer": {"state": {}}}, 1, "written by another program with zero_optimization stage 0; its optimizer state is read only where"),
+        (2, 0, {"optimizer": {"state": {}}}, 0, "was saved by 2 processes that divided the model"),
+        (2, 2, {"optimizer": {"state": {}}}, 0, "was saved by 4 processes that divided the model"),
+        (1, 0, {"optimizer": {"state": {}}}, 1, "written by another program with zero_optimization stage 0; its optimizer state can be read only if"),
     ],
 )
 def test_optimizer_states_that_cannot_be_read(

@@ -22,7 +22,7 @@ def test_the_20b_models_vocabulary_of_two_processes_is_cut() -> None:
     fitted = fit_vocabulary(table(50432), rows=50304, vocab_size=50277, args=TP2)
     assert fitted.state[EMBEDDING].shape == fitted.state[HEAD].shape == (50304, 2)
     assert fitted.state[EMBEDDING][-1, 0] == 50304
-    assert fitted.notice == "Its vocabulary has 50,432 rows, here it has 50,304 for 50,277 tokens: 128 padding rows are left out."
+    assert fitted.notice == "The checkpoint's vocabulary has 50,432 rows; this run has 50,304 rows for 50,277 tokens: 128 padding rows are left out."
 
 
 def test_missing_padding_is_zeros() -> None:
@@ -30,7 +30,7 @@ def test_missing_padding_is_zeros() -> None:
     assert fitted.state[HEAD].shape == (384, 2)
     assert fitted.state[HEAD][300:].abs().sum() == 0
     assert fitted.state[EMBEDDING][299, 0] == 300
-    assert fitted.notice == "Its vocabulary has 300 rows, here it has 384 for 300 tokens: 84 padding rows of zeros are added."
+    assert fitted.notice == "The checkpoint's vocabulary has 300 rows; this run has 384 rows for 300 tokens: 84 padding rows of zeros are added."
 
 
 def test_as_many_rows_are_left_alone() -> None:

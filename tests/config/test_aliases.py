@@ -39,7 +39,7 @@ def test_an_ignored_key_gives_a_notice_with_its_place(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     Path("a.yml").write_text("".join(f"{key}: {value}\n" for key, value in MODEL.items()) + "rope_fusion: false\nlayernorm_fusion: true\n")
     assert load_config(["a"]).notices == (
-        "a.yml:7: 'layernorm_fusion' has no effect here: attention and activations use PyTorch's own fused operations where there are any",
+        "a.yml:7: 'layernorm_fusion' has no effect here: attention and activations use PyTorch's fused operations if they exist",
     )
 
 

@@ -35,13 +35,13 @@ def test_all_problems_come_in_one_message(tmp_path: Path, monkeypatch: pytest.Mo
     assert (
         str(caught.value)
         == """10 problem(s) in the configuration:
-  b.yml:1: 'hidden_size' is given already, at a.yml:1; a key may stand in one file only
+  b.yml:1: 'hidden_size' is already given at a.yml:1; a key may stand in one file only
   command line: 'nonsense' is not an override; write key=value, or key.inner=value for a value inside a dictionary
   b.yml:2: unknown key 'log_intervall'; did you mean 'log_interval'?
   'num_layers' must be given: Number of transformer layers
-  'num_attention_heads' must be given: Query heads
-  'seq_length' must be given: Tokens in one training sequence
-  'max_position_embeddings' must be given: Longest sequence the positions can express
+  'num_attention_heads' must be given: Number of attention heads (query heads)
+  'seq_length' must be given: Number of tokens in one training sequence
+  'max_position_embeddings' must be given: Number of tokens in the longest sequence that the model can read
   a.yml:5: 'norm' = 'rms': must be 'layernorm', 'rmsnorm', 'scalenorm' or 'non_parametric_layernorm'
   a.yml:4: 'moe_top_k' = 9: must be at most moe_num_experts (8)
   command line: 'warmup' = 2: must be at most 1"""
@@ -52,7 +52,7 @@ FILES: list[tuple[str, str]] = [
     ("absent", "configs/absent.yml: no such file"),
     ("quickstrt", "configs/quickstrt.yml: no such file; did you mean 'quickstart.yml'?"),
     ("folder.yml", "configs/folder.yml: is a directory, not a file; give the YAML files in it by name"),
-    ("latin1", "configs/latin1.yml: is not text in UTF-8"),
+    ("latin1", "configs/latin1.yml: is not UTF-8 text; save it as UTF-8"),
     ("nowhere/x", "configs/nowhere/x.yml: no such file: there is no directory 'configs/nowhere'"),
 ]
 
@@ -75,7 +75,7 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / folder / "x.yml").write_text("" if folder == "b" else "".join(f"{key}: {value}\n" for key, value in BASE.items()))
     with pytest.raises(ConfigError) as caught:
         load_config(["a/x", "b/x"])
-    assert caught.value.problems == ["b/x.yml: a second file named 'x.yml'; they are saved side by side in checkpoints, so rename one"]
+    assert caught.value.problems == ["b/x.yml: another file is also named 'x.yml'; checkpoints save all files in one folder, so rename one of them"]
 
 
 def test_one_file_given_twice_is_no_second_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

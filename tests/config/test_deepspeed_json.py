@@ -122,7 +122,7 @@ def test_without_a_gpu_fp16_is_refused() -> None:
         check_device(config, "cuda")
         with pytest.raises(ConfigError) as caught:
             check_device(config, "cpu")
-        assert caught.value.problems == [f"'{name}' asks for fp16: training in it needs a GPU; on a CPU add -o {instead}"]
+        assert caught.value.problems == [f"'{name}' asks for fp16, but training in fp16 needs a GPU; on a CPU add -o {instead}"]
     for precision in ("fp32", "bfloat16"):
         check_device(config_from_dict({**MODEL, "precision": precision}), "cpu")
 
@@ -206,12 +206,12 @@ def test_every_setting_of_deepspeed_s_is_known() -> None:
         ),
         (
             {"fp32_allreduce": True, "communication_data_type": "bf16"},
-            "'communication_data_type' = 'bf16': contradicts fp32_allreduce: true; drop one of the two",
+            "'communication_data_type' = 'bf16': contradicts fp32_allreduce: true; remove one of the two",
         ),
         ({"communication_data_type": True}, "'communication_data_type' = true: must be 'fp32', 'fp16' or 'bf16'"),
         (
             {"use_wandb": True, "wandb": {"enabled": True}},
-            "'wandb.enabled' = true: use_wandb is true as well, and one process can write only one run; keep use_wandb",
+            "'wandb.enabled' = true: cannot be combined with use_wandb: true, because one process can write only one run; keep use_wandb",
         ),
         (
             {"deepspeed_extra_args": {"timres": {}}},
@@ -221,7 +221,7 @@ def test_every_setting_of_deepspeed_s_is_known() -> None:
         ({"deepspeed_extra_args": {"bfloat16": {}}}, None),
         (
             {"deepspeed_extra_args": {"torch_autocast": {"enabled": True}}},
-            "'deepspeed_extra_args.torch_autocast' = {'enabled': True}: this part of DeepSpeed is not connected; remove it",
+            "'deepspeed_extra_args.torch_autocast' = {'enabled': True}: this version does not pass this setting on to DeepSpeed; remove it",
         ),
         ({"deepspeed_extra_args": {"memory_breakdown": "yes"}}, "'deepspeed_extra_args.memory_breakdown' = 'yes': must be true or false"),
         (

@@ -272,7 +272,7 @@ class TestOverrides:
             ("moe_top_k=9", "command line: 'moe_top_k' = 9: must be at most moe_num_experts (1)"),
             (
                 "hidden_size=66",
-                "a.yml:3: 'num_attention_heads' = 4: must divide hidden_size (66), or head_dim must say how many dimensions a head has; "
+                "a.yml:3: 'num_attention_heads' = 4: must divide hidden_size (66); if it does not, give head_dim, the dimension of one head; "
                 "hidden_size is given on the command line",
             ),
             (

@@ -55,6 +55,6 @@ def test_a_folder_of_a_package_s_name_is_no_package(tmp_path: Path, monkeypatch:
     assert not machine.is_installed("wandb_of_nobody")
     assert not machine.is_installed("nothing_at_all")
     assert machine.is_installed("json")
-    with pytest.raises(ImportError, match="tiktoken_of_nobody is a folder and no package"):
+    with pytest.raises(ImportError, match="tiktoken_of_nobody is a folder, not a package"):
         machine.import_optional("tiktoken_of_nobody")
     assert machine.import_optional("json").dumps([]) == "[]"

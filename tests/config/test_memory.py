@@ -53,7 +53,7 @@ def test_only_what_never_fits_is_refused() -> None:
     words = {"what": "Training", "where": "this machine", "advice": "Take less."}
     assert check_fits(GIB, Room(4 * GIB, 2 * GIB), **words) is None
     warning = check_fits(3 * GIB, Room(4 * GIB, 2 * GIB), **words)
-    numbers = "Training needs at least 3.0 GiB of memory, and this machine has 4.0 GiB, 2.0 GiB of it free now"
-    assert warning == f"{numbers}: it may end for lack of memory. Take less."
-    with pytest.raises(NotEnoughMemory, match=r"needs at least 5\.0 GiB of memory, and this machine has 4\.0 GiB, 2\.0 GiB of it free\. Take less\."):
+    numbers = "Training needs at least 3.0 GiB of memory, but this machine has 4.0 GiB, 2.0 GiB of it free now"
+    assert warning == f"{numbers}. The process may end for lack of memory. Take less."
+    with pytest.raises(NotEnoughMemory, match=r"needs at least 5\.0 GiB of memory, but this machine has 4\.0 GiB, 2\.0 GiB of it free\. Take less\."):
         check_fits(5 * GIB, Room(4 * GIB, 2 * GIB), **words)

@@ -10,49 +10,49 @@ import pytest
 from megatron.config.loader import load_config, load_values
 
 BASE = "num_layers: 2\nhidden_size: 64\nnum_attention_heads: 4\nseq_length: 32\nmax_position_embeddings: 32\nmoe_num_experts: 4\n"
-OF_ONE_EXPERT = "makes every weight 1 where a token has one expert (moe_top_k), so that the router learns from moe_losses alone"
-OF_ONE_LORE = "makes every weight 1 where there is one LoRE (moe_lore_top_k), so that the LoRE routers learn from lore_balance alone"
+OF_ONE_EXPERT = "makes the weight of every chosen expert 1 when moe_top_k is 1; the router then learns from moe_losses only"
+OF_ONE_LORE = "makes the weight of every chosen LoRE 1 when moe_lore_top_k is 1; the LoRE routers then learn from lore_balance only"
 UNROUTED = "moe_expert_type: structmoe\nmoe_lore_rank: 8\nmoe_lore_routed: false\n"
 
 
 @pytest.mark.parametrize(
     ("given", "notices"),
     [
-        ("moe_router_top_p: 0.3", ["1: 'moe_router_top_p' has no effect with moe_router_type sinkhorn; it is read by top_p"]),
+        ("moe_router_top_p: 0.3", ["1: 'moe_router_top_p' has no effect with moe_router_type sinkhorn; it is for top_p"]),
         (
             "moe_jitter_eps: 0.1",
-            ["1: 'moe_jitter_eps' has no effect with moe_router_type sinkhorn; it is read by topk and sigmoid and top_p and expert_choice"],
+            ["1: 'moe_jitter_eps' has no effect with moe_router_type sinkhorn; it is for topk and sigmoid and top_p and expert_choice"],
         ),
         (
             "moe_router_type: sigmoid\nmoe_router_pre_softmax: false",
-            ["2: 'moe_router_pre_softmax' has no effect with moe_router_type sigmoid; it is read by topk"],
+            ["2: 'moe_router_pre_softmax' has no effect with moe_router_type sigmoid; it is for topk"],
         ),
         (
             "moe_router_type: top_p\nmoe_router_topk_scaling_factor: 2.5",
-            ["2: 'moe_router_topk_scaling_factor' has no effect with moe_router_type top_p; it is read by topk and sigmoid"],
+            ["2: 'moe_router_topk_scaling_factor' has no effect with moe_router_type top_p; it is for topk and sigmoid"],
         ),
         (
             "moe_router_type: expert_choice\nmoe_normalize_top_k: true",
-            ["2: 'moe_normalize_top_k' has no effect with moe_router_type expert_choice; it is read by topk and sigmoid and top_p"],
+            ["2: 'moe_normalize_top_k' has no effect with moe_router_type expert_choice; it is for topk and sigmoid and top_p"],
         ),
         (
             "moe_router_type: topk\nmoe_router_num_groups: 2\nmoe_router_group_topk: 1",
             [
-                "3: 'moe_router_group_topk' has no effect with moe_router_type topk; it is read by sigmoid",
-                "2: 'moe_router_num_groups' has no effect with moe_router_type topk; it is read by sigmoid",
+                "3: 'moe_router_group_topk' has no effect with moe_router_type topk; it is for sigmoid",
+                "2: 'moe_router_num_groups' has no effect with moe_router_type topk; it is for sigmoid",
             ],
         ),
-        ("moe_lore_rank: 8", ["1: 'moe_lore_rank' has no effect with moe_expert_type grouped; it is read by structmoe"]),
-        ("moe_decomposition_rank: 8", ["1: 'moe_decomposition_rank' has no effect with moe_expert_type grouped; it is read by decomposed"]),
-        (UNROUTED + "moe_lore_top_k: 2", ["4: 'moe_lore_top_k' has no effect with moe_lore_routed: false; it is read where LoREs are routed"]),
+        ("moe_lore_rank: 8", ["1: 'moe_lore_rank' has no effect with moe_expert_type grouped; it is for structmoe"]),
+        ("moe_decomposition_rank: 8", ["1: 'moe_decomposition_rank' has no effect with moe_expert_type grouped; it is for decomposed"]),
+        (UNROUTED + "moe_lore_top_k: 2", ["4: 'moe_lore_top_k' has no effect with moe_lore_routed: false, because then no router chooses LoREs"]),
         (
             UNROUTED + "moe_lore_normalize: true",
-            ["4: 'moe_lore_normalize' has no effect with moe_lore_routed: false; it is read where LoREs are routed"],
+            ["4: 'moe_lore_normalize' has no effect with moe_lore_routed: false, because then no router chooses LoREs"],
         ),
-        ("moe_block_wise_temperature: 2.0", ["1: 'moe_block_wise_temperature' has no effect unless moe_losses names block_wise_selection"]),
+        ("moe_block_wise_temperature: 2.0", ["1: 'moe_block_wise_temperature' has no effect, because moe_losses does not name block_wise_selection"]),
         (
             "moe_router_type: top_p\nmoe_top_k: 2",
-            ["2: 'moe_top_k' has no effect with moe_router_type top_p, which chooses the number of experts itself"],
+            ["2: 'moe_top_k' has no effect with moe_router_type top_p; this router chooses the number of experts itself"],
         ),
         ("moe_router_type: topk\nmoe_normalize_top_k: true", [f"2: 'moe_normalize_top_k' {OF_ONE_EXPERT}"]),
         ("moe_router_type: sigmoid\nmoe_normalize_top_k: true", [f"2: 'moe_normalize_top_k' {OF_ONE_EXPERT}"]),

@@ -91,7 +91,7 @@ def test_both_names_together_are_an_error(old: str, here: Path) -> None:
     beside = "".join(f"{key}: {value}\n" for key, value in BESIDE.get(old, {}).items())
     with pytest.raises(ConfigError) as caught:
         load(here, f"moe_num_experts: 4\n{new}\n{old}: {VALUES[old]}\n{beside}")
-    assert caught.value.problems == [f"a.yml:3: '{old}' is another name of '{RENAMED[old]}', which is given as well; keep one of them"]
+    assert caught.value.problems == [f"a.yml:3: '{old}' is another name of '{RENAMED[old]}', which is given too; keep one of them"]
 
 
 def test_both_names_in_two_files_are_an_error_too(here: Path) -> None:
@@ -99,7 +99,7 @@ def test_both_names_in_two_files_are_an_error_too(here: Path) -> None:
     (here / "c.yml").write_text("".join(f"{key}: {value}\n" for key, value in MODEL.items()) + "lora-rank: 8\n")
     with pytest.raises(ConfigError) as caught:
         load_config(["b", "c"])
-    assert caught.value.problems == ["c.yml:6: 'lora_rank' is another name of 'moe_lore_rank', which is given as well; keep one of them"]
+    assert caught.value.problems == ["c.yml:6: 'lora_rank' is another name of 'moe_lore_rank', which is given too; keep one of them"]
 
 
 def test_a_file_of_the_fork_is_a_structmoe(here: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_balance_of_0_is_none(here: Path) -> None:
         ("deepspeed_extra_args: {bf16: {enabled: 1}}\n", "a.yml:1: 'deepspeed_extra_args.bf16.enabled' = 1: must be true or false"),
         (
             "bf16: {enabled: true}\ndeepspeed_extra_args:\n  bf16: {enabled: true}\n",
-            "a.yml:3: 'deepspeed_extra_args.bf16' is another name of 'bf16', which is given as well; keep one of them",
+            "a.yml:3: 'deepspeed_extra_args.bf16' is another name of 'bf16', which is given too; keep one of them",
         ),
     ],
 )

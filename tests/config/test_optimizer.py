@@ -25,27 +25,27 @@ def spec(kind: str, **params: Any) -> dict[str, Any]:
 
 INFINITE = {**spec("Adam"), "lr_decay_style": "infinite_cosine", "min_lr": 1e-5, "constant_lr": 1e-4}
 CASES: list[tuple[dict[str, Any], str]] = [
-    (spec("Lion", eps=1e-8), "'optimizer.params.eps' = 1e-08: is no parameter of Lion, which takes lr, betas"),
-    (spec("AdamW", adam_w_mode=False), "'optimizer.params.adam_w_mode' = false: is no parameter of AdamW, which takes lr, betas, eps"),
-    (spec("SGD", betas=[0.9, 0.95]), "'optimizer.params.betas' = (0.9, 0.95): is no parameter of SGD, which takes lr, momentum, nesterov"),
+    (spec("Lion", eps=1e-8), "'optimizer.params.eps' = 1e-08: is not a setting of Lion; Lion takes lr, betas"),
+    (spec("AdamW", adam_w_mode=False), "'optimizer.params.adam_w_mode' = false: is not a setting of AdamW; AdamW takes lr, betas, eps"),
+    (spec("SGD", betas=[0.9, 0.95]), "'optimizer.params.betas' = (0.9, 0.95): is not a setting of SGD; SGD takes lr, momentum, nesterov"),
     (spec("SGD", nesterov=True), "'optimizer.params.nesterov' = true: needs momentum above 0"),
     (
         {"optimizer": {"type": "SGD", "implementation": "apex"}},
-        "'optimizer.implementation' = 'apex': is for Adam and AdamW; for SGD leave it out",
+        "'optimizer.implementation' = 'apex': is for Adam and AdamW; remove it for SGD",
     ),
     ({**spec("Lion"), "use_bnb_optimizer": True}, "'use_bnb_optimizer' = true: needs optimizer.type Adam, not Lion"),
     (
         {"override_lr_scheduler": True, "use_checkpoint_lr_scheduler": True},
         "'use_checkpoint_lr_scheduler' = true: contradicts override_lr_scheduler: true; keep one of them",
     ),
-    ({"lr_decay_style": "wsd", "warmup": 0.5, "wsd_decay_ratio": 0.6}, "'wsd_decay_ratio' = 0.6: together with warmup (0.5) it must be at most 1"),
+    ({"lr_decay_style": "wsd", "warmup": 0.5, "wsd_decay_ratio": 0.6}, "'wsd_decay_ratio' = 0.6: the sum with warmup (0.5) must be at most 1"),
     ({**INFINITE, "constant_lr": None}, "'constant_lr' = null: must be given with lr_decay_style: infinite_cosine"),
     ({**INFINITE, "constant_lr": 0.1}, "'constant_lr' = 0.1: must be between min_lr (1e-05) and optimizer.params.lr (0.001)"),
     (
         {**INFINITE, "cooldown_iters_perc": 0.6, "constant_iters_perc": 0.5},
-        "'cooldown_iters_perc' = 0.6: together with warmup and constant_iters_perc it is 1.11: must be at most 1",
+        "'cooldown_iters_perc' = 0.6: the sum with warmup and constant_iters_perc is 1.11; it must be at most 1",
     ),
-    ({**INFINITE, "min_lr": 0.0}, "'min_lr' = 0.0: must be above 0: the annealing phase approaches it exponentially"),
+    ({**INFINITE, "min_lr": 0.0}, "'min_lr' = 0.0: must be above 0, because the annealing phase falls to it exponentially"),
 ]
 
 
@@ -74,7 +74,7 @@ def test_the_place_of_a_parameter(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as raised:
         load_config([file])
     assert raised.value.problems == [
-        f"{file}:10: 'optimizer.params.momentum' = 0.9: is no parameter of Adam, which takes lr, betas, eps, adam_w_mode"
+        f"{file}:10: 'optimizer.params.momentum' = 0.9: is not a setting of Adam; Adam takes lr, betas, eps, adam_w_mode"
     ]
 
 

@@ -155,7 +155,7 @@ def test_what_training_needs_is_asked_for_in_one_message() -> None:
     with pytest.raises(ConfigError) as caught:
         check_trainable(config(), 1)
     assert caught.value.problems == [
-        "'train_iters' or 'train_epochs' must be given: the number of steps to train, or of times to go through the data",
+        "'train_iters' or 'train_epochs' must be given: the number of training steps, or the number of passes through the data",
         "'optimizer' must be given with its learning rate, such as {type: Adam, params: {lr: 6.0e-4}}",
         "'data_path' or 'train_data_paths' must be given: the tokens to train on",
         "'train_micro_batch_size_per_gpu' or 'train_batch_size' must be given (sequences per process, or per step in all)",

@@ -44,10 +44,13 @@ def test_both_refuse_it_with_the_same_words(split: str) -> None:
 @pytest.mark.parametrize(
     ("path", "advice"),
     [
-        ("data/a,data/b", "names one corpus; for several write train_data_paths: [data/a, data/b] (and valid_data_paths and test_data_paths)"),
-        ("data/a, data/b", "names one corpus; for several write train_data_paths: [data/a, data/b] (and"),
-        ("0.3 data/a 0.7 data/b", "for several write train_data_paths: [data/a, data/b] and train_data_weights: [0.3, 0.7] (and"),
-        ("30,data/a,70,data/b", "for several write train_data_paths: [data/a, data/b] and train_data_weights: [30, 70] (and"),
+        (
+            "data/a,data/b",
+            "names one corpus; for several corpora write train_data_paths: [data/a, data/b], and valid_data_paths and test_data_paths too",
+        ),
+        ("data/a, data/b", "names one corpus; for several corpora write train_data_paths: [data/a, data/b], and"),
+        ("0.3 data/a 0.7 data/b", "for several corpora write train_data_paths: [data/a, data/b] and train_data_weights: [0.3, 0.7], and"),
+        ("30,data/a,70,data/b", "for several corpora write train_data_paths: [data/a, data/b] and train_data_weights: [30, 70], and"),
     ],
 )
 def test_several_corpora_under_data_path_are_told_where_to_go(path: str, advice: str) -> None:
@@ -67,8 +70,8 @@ def test_a_path_with_a_comma_or_a_space_is_a_path(tmp_path: Path) -> None:
     [
         ({"data_path": ["a", "b"]}, "'data_path' = ['a', 'b']: must be text; for several corpora write train_data_paths: [a, b]"),
         ({"train_data_paths": "a, b"}, "'train_data_paths' = 'a, b': must be a list; write [a, b]"),
-        ({"train_data_paths": ["a,b"]}, "'a,b' names one corpus; for several write an entry each: [a, b]"),
-        ({"train_data_paths": ["0.5", "a"]}, "holds the number 0.5 and takes paths alone; weights go to train_data_weights"),
+        ({"train_data_paths": ["a,b"]}, "'a,b' names one corpus; write one entry for each corpus: [a, b]"),
+        ({"train_data_paths": ["0.5", "a"]}, "holds the number 0.5 but takes paths only; write weights in train_data_weights"),
         ({"split": [969, 30, 1]}, "'split' = [969, 30, 1]: must be text: write '969, 30, 1'"),
     ],
 )

@@ -37,5 +37,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "!!", "aGVsbG8=", "héé"])
 def test_what_deepy_did_not_write_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"--megatron_config is not what deepy.py writes; start the script with deepy.py, or give it YAML files"):
+    with pytest.raises(
+        ConfigError, match=r"the value of --megatron_config was not written by deepy.py; start the script with deepy.py, or give it YAML files"
+    ):
         decode(text)

@@ -59,7 +59,7 @@ def test_what_fails_there_is_accepted_here(text: str, tmp_path: Path) -> None:
 
 
 REFUSED = [
-    ("num_layers: 3", "1.yml:1: 'num_layers' is given already, at "),
+    ("num_layers: 3", "1.yml:1: 'num_layers' is already given at "),
     ("train_iters: 1e5", "must be a whole number; write 100000"),
     ("zero_optimization: {stage: 0, stage: 1}", "'zero_optimization.stage' is given twice"),
     ("model_parallel_size: 2", "tensor parallelism is not part of this version"),

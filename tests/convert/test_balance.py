@@ -186,7 +186,7 @@ def test_glm_has_no_balance_loss(tmp_path: Path) -> None:
     made = import_model(Import(tmp_path / "theirs", tmp_path / "run", check=False), build_reporter())
     assert not load_config([tmp_path / "run" / "config.yml"]).config.moe.moe_losses
     assert made.notices == (
-        "config.json has router_aux_loss_coef 0.5, which this model's class in transformers does not read: no such loss is added here either.",
+        "config.json has router_aux_loss_coef 0.5. The class of this model in transformers does not read it, so no such loss is added here either.",
     )
 
 
@@ -194,8 +194,8 @@ def test_what_an_import_says(tmp_path: Path) -> None:
     """transformers adds the loss only where router logits are asked for; training here adds it, and says so."""
     both = imported(tmp_path, "mixtral", 0.02, num_hidden_layers=2)
     assert both.imported.notices == (
-        "Training adds the balance loss (router_aux_loss_coef 0.02, here moe_losses: joint_load_balance). transformers adds the same one, but only "
-        "with output_router_logits: true, which this config.json does not have. moe_losses: {} trains without it.",
+        "Training adds the balance loss (router_aux_loss_coef 0.02, here moe_losses: joint_load_balance). transformers adds the same loss, but only "
+        "with output_router_logits: true, and this config.json does not have that. To train without the loss, write moe_losses: {}.",
     )
     assert both.config.moe.moe_losses == {JOINT: 0.02}
     assert load_config([tmp_path / "run" / "config.yml"], ["moe_losses={}"]).config.moe.moe_losses == {}
@@ -204,7 +204,8 @@ def test_what_an_import_says(tmp_path: Path) -> None:
     no_balance = {"num_hidden_layers": 2, "num_experts_per_tok": 2, "router_z_loss_coef": 0.001, "output_router_logits": True}
     for number in (0.0, 0.01):
         assert imported(tmp_path / f"zloss{number}", "olmoe", number, **no_balance).imported.notices == (
-            "config.json has router_z_loss_coef 0.001, which this model's class in transformers does not read: no such loss is added here either.",
+            "config.json has router_z_loss_coef 0.001. The class of this model in transformers does not read it, so no such loss is added "
+            "here either.",
         )
 
 
@@ -249,7 +250,7 @@ def test_balance_by_layer_keeps_its_strength_where_layers_are_alike(case: str, l
     gpt, theirs, made = exported(tmp_path, export, {**keys, "moe_losses": losses}, even=True)
     assert added_there(theirs).item() == pytest.approx(added_here(gpt).item(), rel=1e-6)
     assert len(made.notices) == 1
-    assert "the strength is the same where all layers use their experts alike" in made.notices[0]
+    assert "The loss has the same strength if all layers use their experts in the same way" in made.notices[0]
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
@@ -264,13 +265,13 @@ def test_what_an_export_says(tmp_path: Path, export: Any) -> None:
     _, theirs, made = exported(tmp_path, export, {**CASES["mixtral"][1], "moe_losses": losses})
     assert theirs.config.router_aux_loss_coef == 0.015
     assert made.notices == (
-        "MixtralForCausalLM does not compute z_loss: what is trained from this export in transformers has no such loss.",
-        "moe_losses: load_balance 0.01 becomes router_aux_loss_coef 0.015. transformers takes one mean over all layers and counts 2 choices a token: "
-        "the strength is the same where all layers use their experts alike, and differs where they do not.",
+        "MixtralForCausalLM does not compute z_loss: if you train this export in transformers, these losses are not added.",
+        "moe_losses: load_balance 0.01 becomes router_aux_loss_coef 0.015. transformers takes one mean over all layers and counts 2 choices for each "
+        "token. The loss has the same strength if all layers use their experts in the same way; otherwise it differs.",
     )
     _, _, made = exported(tmp_path / "glm", export, {**CASES["glm4-moe"][1], "moe_losses": {"sequence_load_balance": 0.01}})
     assert made.notices == (
-        "Glm4MoeForCausalLM does not compute sequence_load_balance: what is trained from this export in transformers has no such loss.",
+        "Glm4MoeForCausalLM does not compute sequence_load_balance: if you train this export in transformers, these losses are not added.",
     )
 
 

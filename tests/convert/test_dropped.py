@@ -56,7 +56,7 @@ def test_a_head_of_its_own_is_kept_whatever_config_json_says(
     other = torch.randn(weights[embedding].shape, generator=torch.Generator().manual_seed(1))
     rewrite(tmp_path / "theirs", {**weights, head: other})
     assert main("--model_path", tmp_path / "theirs", "--output_dir", tmp_path / "run", *skip) == 0
-    assert f"config.json says tie_word_embeddings, but {head} is not the embedding" in capsys.readouterr().out
+    assert f"config.json says tie_word_embeddings, but {head} differs from the embedding" in capsys.readouterr().out
     assert torch.equal(load_model_weights(tmp_path / "run").state_dict["sequential.6.final_linear.weight"], other)
     assert export(tmp_path / "run", tmp_path / "back", save_tokenizer=False).class_name == f"{kind}ForCausalLM"
     assert torch.equal(load_file(tmp_path / "back" / "model.safetensors")[head], other)
@@ -95,7 +95,13 @@ BUFFERS: dict[str, tuple[str, dict[str, Any], str, Tensor, str | None]] = {
     "another width": ("Llama", {}, "model.layers.0.self_attn.rotary_emb.inv_freq", frequencies(4), "holds other frequencies than"),
     "a share": ("GPTNeoX", {"rotary_pct": 0.25}, "gpt_neox.layers.0.attention.rotary_emb.inv_freq", frequencies(2), None),
     "mask": ("GPTNeoX", {}, "gpt_neox.layers.0.attention.bias", torch.ones(1, 1, 64, 64, dtype=torch.bool).tril(), None),
-    "mask with a window": ("GPTNeoX", {}, "gpt_neox.layers.0.attention.bias", torch.ones(1, 1, 64, 64).tril().triu(-8), "is no mask that lets"),
+    "mask with a window": (
+        "GPTNeoX",
+        {},
+        "gpt_neox.layers.0.attention.bias",
+        torch.ones(1, 1, 64, 64).tril().triu(-8),
+        "must be the mask with which",
+    ),
     "masked bias": ("GPTNeoX", {}, "gpt_neox.layers.0.attention.masked_bias", torch.tensor(-1e9), None),
     "another masked bias": ("GPTNeoX", {}, "gpt_neox.layers.0.attention.masked_bias", torch.tensor(1.0), "must be one large negative number"),
 }
@@ -138,7 +144,7 @@ def test_weights_that_are_no_numbers_are_not_exported(tmp_path: Path, export: Ca
     gpt = lively_model(config)
     gpt.state_dict()["sequential.3.mlp.linear2.weight"][0, :2] = torch.nan
     save_model(tmp_path / "run", config, gpt)
-    with pytest.raises(ConversionError, match=r"down_proj\.weight holds 2 entries that are not finite"):
+    with pytest.raises(ConversionError, match=r"down_proj\.weight holds 2 numbers that are NaN or infinite"):
         export(tmp_path / "run", tmp_path / "hf", save_tokenizer=False, check=False)
 
 
@@ -160,7 +166,7 @@ def test_the_first_part_that_differs_is_named(name: str, tmp_path: Path, export:
     save_model(tmp_path / "run", config, lively_model(config))
     right = to_huggingface.finite
     monkeypatch.setattr(to_huggingface, "finite", lambda which, stored, rounded: right(which, stored, rounded * (1.5 if which == name else 1)))
-    with pytest.raises(ConversionError, match=rf"The first difference is in {WRONG[name]} \(layers are counted from 0\)"):
+    with pytest.raises(ConversionError, match=rf"The first difference is in {WRONG[name]} \(the first layer is 0\)"):
         export(tmp_path / "run", tmp_path / "hf", save_tokenizer=False)
 
 

@@ -158,10 +158,13 @@ def test_weights_that_do_not_sum_to_one_are_said(stories: Path, main: Callable[.
     ("keys", "sentence"),
     [
         ({}, "--upcycle: moe_num_experts must be 2 or more."),
-        ({**EXPERTS, "moe_expert_type": "decomposed"}, "--upcycle: moe_expert_type decomposed: an MLP is no product of thin matrices."),
+        (
+            {**EXPERTS, "moe_expert_type": "decomposed"},
+            "--upcycle: moe_expert_type decomposed: its matrices are products of low-rank matrices, and those of an MLP are not.",
+        ),
         ({**EXPERTS, "moe_ffn_hidden_size": 64}, "--upcycle: an expert must be as wide as the MLP: set moe_ffn_hidden_size to 48."),
         ({**EXPERTS, "moe_top_k": 9}, "'moe_top_k' = 9: must be at most moe_num_experts (4)"),
-        ({**EXPERTS, "hidden_size": 64}, "--upcycle: hidden_size is no key of experts (moe_...): "),
+        ({**EXPERTS, "hidden_size": 64}, "--upcycle: hidden_size is not a key of experts (moe_...). "),
         ({**EXPERTS, "moe_rooter_type": "topk"}, "unknown key 'moe_rooter_type'"),
     ],
 )
@@ -223,7 +226,7 @@ def lose_weight(directory: Path) -> None:
     [
         (cut_short, "model.safetensors is damaged: "),
         (lose_shard, "model-00001-of-00002.safetensors is missing: model.safetensors.index.json names it."),
-        (add_weight, "holds model.layers.0.adapter.weight, which this model has no place for (1 such weights)."),
+        (add_weight, "holds model.layers.0.adapter.weight, but this model has no such weight (1 weights of this kind)."),
         (lose_weight, "holds no weight model.layers.1.self_attn.k_proj.weight."),
         (lambda directory: (directory / "model.safetensors").unlink(), "holds no weights: neither model.safetensors nor pytorch_model.bin"),
         (lambda directory: (directory / "config.json").unlink(), "config.json is missing"),
@@ -233,25 +236,40 @@ def lose_weight(directory: Path) -> None:
         (lambda directory: change_config(directory, model_type=["llama"]), "config.json: model_type is ['llama'], not a name."),
         (lambda directory: change_config(directory, hidden_size="big"), "config.json is refused by transformers: Validation error for field 'hidden"),
         (lambda directory: change_config(directory, num_attention_heads=0), "config.json is refused by transformers: integer modulo by zero."),
-        (lambda directory: change_config(directory, num_hidden_layers=10**9), "says num_hidden_layers 1000000000, and there are no more than 21 w"),
+        (lambda directory: change_config(directory, num_hidden_layers=10**9), "says num_hidden_layers 1000000000, but the directory holds only 21 w"),
         (
             lambda directory: change_config(directory, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": "a"}),
-            "config.json: a setting is missing or no number (invalid literal for int() with base 10: 'a').",
+            "config.json: a setting is missing or is not a number (invalid literal for int() with base 10: 'a').",
         ),
         (lambda directory: change_config(directory, quantization_config={"quant_method": "gptq"}), "holds quantized weights (quantization_config)"),
-        (lambda directory: change_norm(directory, torch.full((32,), math.nan)), "norm.scale holds 32 entries that are not finite (NaN or infinite)"),
-        (lambda directory: change_norm(directory, torch.ones(32, dtype=torch.int64)), "norm.scale holds int64 numbers, which no weight of a mod"),
+        (lambda directory: change_norm(directory, torch.full((32,), math.nan)), "norm.scale holds 32 numbers that are NaN or infinite"),
+        (
+            lambda directory: change_norm(directory, torch.ones(32, dtype=torch.int64)),
+            "norm.scale holds int64 numbers, but weights must be floating-point num",
+        ),
         (lambda directory: write_index(directory, None), "index.json is damaged: it does not say which file holds which weight"),
         (lambda directory: write_index(directory, {"a": 1}), "1 is missing: model.safetensors.index.json names it."),
-        (lambda directory: write_old(directory, {"a": 1}), "pytorch_model.bin holds something else than weights by their names."),
-        (large_tokenizer, "its tokenizer has 97 entries and the model 96 rows; 1 of the tokenizer's entries ('word96') have no row. Add --extra-tok"),
-        (lambda directory: change_config(directory, head_dim=16), "query_key_value.weight is [64, 32], and the configuration asks for [128, 32]"),
+        (lambda directory: write_old(directory, {"a": 1}), "pytorch_model.bin does not hold a dictionary of weights."),
+        (
+            large_tokenizer,
+            "its tokenizer has 97 entries, but the model has 96 rows; 1 of the tokenizer's entries ('word96') have no row. Add --extra-tok",
+        ),
+        (
+            lambda directory: change_config(directory, head_dim=16),
+            "query_key_value.weight has the shape [64, 32], but the configuration needs [128, 32]",
+        ),
         (lambda directory: change_config(directory, head_dim=7), "RoPE requires an even rotary dimension, but got `head_dim`=7"),
         (lambda directory: change_config(directory, hidden_act="tanh"), "hidden_act: tanh cannot be represented; known are gelu, "),
-        (lambda directory: change_config(directory, intermediate_size=40), "mlp.linear1.weight is [96, 32], and the configuration asks for [80, 32]"),
-        (lambda directory: change_config(directory, vocab_size=64), "word_embeddings.weight is [96, 32], and the configuration asks for [64, 32]"),
+        (
+            lambda directory: change_config(directory, intermediate_size=40),
+            "mlp.linear1.weight has the shape [96, 32], but the configuration needs [80, 32]",
+        ),
+        (
+            lambda directory: change_config(directory, vocab_size=64),
+            "word_embeddings.weight has the shape [96, 32], but the configuration needs [64, 32]",
+        ),
         (lambda directory: change_config(directory, num_key_value_heads=4), "k_proj.weight and model.layers.0.self_attn.v_proj.weight of shape"),
-        (lambda directory: change_config(directory, num_hidden_layers=1), "which this model has no place for (9 such weights)"),
+        (lambda directory: change_config(directory, num_hidden_layers=1), "but this model has no such weight (9 weights of this kind)"),
         (
             lambda directory: change_config(directory, rope_parameters={"rope_type": "default", "rope_theta": 10000.5}),
             "rope_theta: 10000.5 cannot be represented",
@@ -291,7 +309,10 @@ def test_an_import_does_not_write_over_a_run(held: str, theirs: Path, main: Call
     run = tmp_path / "run"
     (run / held).mkdir(parents=True) if held.startswith("global") else (run.mkdir(), (run / held).write_text("mine"))
     assert main("--model_path", theirs, "--output_dir", run, "--force", "--skip-check") == 1
-    assert f"run holds {held}, which convert_hf_to_neox.py did not write: move it away, or choose another --output_dir." in capsys.readouterr().err
+    assert (
+        f"run holds {held}, which convert_hf_to_neox.py did not write: move it to another place, or choose another --output_dir."
+        in capsys.readouterr().err
+    )
     assert [entry.name for entry in run.iterdir()] == [held]
 
 

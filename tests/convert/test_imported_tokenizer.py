@@ -149,7 +149,7 @@ def test_a_larger_tokenizer_gets_rows_or_is_cut(
             assert torch.allclose(after[name][VOCABULARY:], before[name].mean(0).expand(rows - VOCABULARY, -1), atol=1e-6)
         assert transformers.AutoTokenizer.from_pretrained(tmp_path / f"back{tp}").pad_token_id == VOCABULARY + 1
     assert main("--model_path", larger, "--output_dir", tmp_path / "cut", "--extra-tokens", "drop") == 0
-    assert "('<X2>', '<X3>', '<X4>'): they are left out." in capsys.readouterr().out
+    assert "('<X2>', '<X3>', '<X4>'): they are removed from the tokenizer." in capsys.readouterr().out
     export(tmp_path / "cut", tmp_path / "cut-back")
     cut = load_file(tmp_path / "cut-back" / "model.safetensors")
     assert all(torch.equal(tensor, before[name]) for name, tensor in cut.items())
@@ -197,7 +197,7 @@ def test_two_files_of_gpt2s_are_read(chat: Path, main: Callable[..., int], tmp_p
     original = Tokenizer.from_file(str(chat / "tokenizer.json"))
     split_file(chat)
     assert main("--model_path", chat, "--output_dir", tmp_path / "run") == 0
-    assert "has no tokenizer.json: one is made of its vocab.json and merges.txt." in capsys.readouterr().out
+    assert "has no tokenizer.json; it is made from vocab.json and merges.txt." in capsys.readouterr().out
     made = build_tokenizer(load_config([tmp_path / "run" / "config.yml"]).config.data)
     text = SAMPLE + "<|im_start|>x<|im_end|>"
     assert made.encode(text) == original.encode(text).ids
@@ -207,7 +207,7 @@ def test_without_a_tokenizer_nobody_chooses_one(chat: Path, main: Callable[..., 
     (chat / "tokenizer.json").unlink()
     (chat / "tekken.json").write_text("{}")
     assert main("--model_path", chat, "--output_dir", tmp_path / "run") == 0
-    assert "holds no tokenizer that is read here (there is tekken.json, which is not read)" in capsys.readouterr().out
+    assert "holds no tokenizer that is read here (it holds tekken.json, which cannot be read)" in capsys.readouterr().out
     keys = yaml.safe_load((tmp_path / "run" / "config.yml").read_text())
     assert (keys["tokenizer_type"], keys["vocab_size"], "vocab_file" in keys) == ("NullTokenizer", VOCABULARY, False)
     tokenizer = build_tokenizer(load_config([tmp_path / "run" / "config.yml"]).config.data)
@@ -255,7 +255,7 @@ def test_sentence_pieces_as_a_tokenizer_json(kind: str, options: str, tmp_path: 
 
 def test_a_damaged_sentence_piece_model_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "m.model").write_bytes(b"\x0a\xff\xff\x0f\x01nothing")
-    with pytest.raises(ConversionError, match=r"m\.model is damaged: it is no SentencePiece model"):
+    with pytest.raises(ConversionError, match=r"m\.model is not a SentencePiece model"):
         read_piece_model(tmp_path / "m.model")
 
 

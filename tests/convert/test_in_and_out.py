@@ -60,7 +60,7 @@ def test_layers_that_predict_later_tokens_are_left_out_and_named(tmp_path: Path)
     assert load_ready_model(load_config([tmp_path / "run" / "config.yml"]).config).gpt.num_layers == model.config.num_hidden_layers == 2
     weights["model.layers.2.input_layernorm.weight"] = torch.ones(40)
     save_file(weights, tmp_path / "theirs" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ConversionError, match=r"holds model\.layers\.2\.input_layernorm\.weight, which this model has no place for \(1 such"):
+    with pytest.raises(ConversionError, match=r"holds model\.layers\.2\.input_layernorm\.weight, but this model has no such weight \(1 "):
         import_model(Import(tmp_path / "theirs", tmp_path / "other"), build_reporter())
 
 
@@ -108,7 +108,7 @@ def test_a_resumed_run_still_knows_its_class_and_a_changed_key_is_the_reason_to_
     exported = export(tmp_path / "upcycled", tmp_path / "experts", save_tokenizer=False)
     assert exported.class_name == "MixtralForCausalLM"
     assert exported.notices == (
-        "This model was imported as MistralForCausalLM and is written as MixtralForCausalLM, because MistralForCausalLM cannot hold:\n"
+        "This model was imported as MistralForCausalLM and is exported as MixtralForCausalLM, because MistralForCausalLM cannot represent:\n"
         "  moe_num_experts: 2 (MistralForCausalLM has 1 only)",
     )
 
@@ -123,8 +123,8 @@ def test_a_trained_weight_that_the_class_lacks_is_named(tmp_path: Path, export: 
     exported = export(tmp_path / "run", tmp_path / "hf", save_tokenizer=False)
     assert exported.class_name == "LlamaForCausalLM"
     first, *weights, last = exported.notices[0].split("\n")
-    assert first == "This model was imported as Qwen2ForCausalLM and is written as LlamaForCausalLM, because Qwen2ForCausalLM cannot hold:"
-    lacking = "attention.dense.bias is not zero, and the other architecture has no such weight"
+    assert first == "This model was imported as Qwen2ForCausalLM and is exported as LlamaForCausalLM, because Qwen2ForCausalLM cannot represent:"
+    lacking = "attention.dense.bias is not zero, but the other architecture has no such weight"
     assert weights == [f"  sequential.{layer}.{lacking}" for layer in range(2, 6)]
     assert last == "  and 2 more"
     for name, tensor in gpt.state_dict().items():
@@ -138,8 +138,8 @@ def test_a_trained_weight_that_the_class_lacks_is_named(tmp_path: Path, export: 
 @pytest.mark.parametrize(
     ("name", "settings", "sentence"),
     [
-        ("Pythia", {"head_dim": 16}, "head_dim: 16 cannot be read: GPTNeoXForCausalLM divides hidden_size (64) among its 8 heads."),
-        ("OLMoE", {"head_dim": 4}, "head_dim: 4 cannot be read: OlmoeForCausalLM divides hidden_size (64) among its 8 heads."),
+        ("Pythia", {"head_dim": 16}, "head_dim: 16 cannot be read, because GPTNeoXForCausalLM divides hidden_size (64) among its 8 heads."),
+        ("OLMoE", {"head_dim": 4}, "head_dim: 4 cannot be read, because OlmoeForCausalLM divides hidden_size (64) among its 8 heads."),
     ],
 )
 def test_classes_that_have_no_heads_of_their_own_width(name: str, settings: dict[str, Any], sentence: str, tmp_path: Path) -> None:

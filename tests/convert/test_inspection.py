@@ -31,7 +31,7 @@ def test_the_listing(run: Path, main: Callable[..., int], capsys: pytest.Capture
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == str(run / "global_step3")
     assert lines[1] == "iteration 3, one file for each process, tensor-parallel 2, without an optimizer"
-    assert lines[2] == "3 files, all whole by size and SHA-256"
+    assert lines[2] == "3 files, all undamaged (size and SHA-256 checked)"
     row = next(line for line in lines if line.startswith("sequential.2.mlp.linear1.weight"))
     assert row.split() == ["sequential.2.mlp.linear1.weight", "[96,", "32]", "float32", "12,288"]
     assert lines[-1] == "21 weights, 129,920 bytes"
@@ -50,7 +50,7 @@ def test_two_of_them(run: Path, tmp_path: Path, main: Callable[..., int], capsys
     gpt = lively_model(config)
     save_model(tmp_path / "same", config, gpt)
     assert main(run, tmp_path / "same") == 0
-    assert capsys.readouterr().out == "The same weights, bit for bit.\n"
+    assert capsys.readouterr().out == "The weights are the same, bit for bit.\n"
     gpt.state_dict()["sequential.2.input_layernorm.scale"][3] += 0.5
     save_model(tmp_path / "other", config, gpt)
     assert main(run, tmp_path / "other") == 1
@@ -69,8 +69,8 @@ def test_models_of_hugging_face_s(
     export(run, tmp_path / "hf", save_tokenizer=False, check=False)
     export(run, tmp_path / "half", save_tokenizer=False, check=False, precision="bf16")
     assert main(tmp_path / "hf") == 0
-    assert "a model of Hugging Face's in 1 files of weights\n" in capsys.readouterr().out
+    assert "a Hugging Face model in 1 files of weights\n" in capsys.readouterr().out
     assert main(tmp_path / "hf", tmp_path / "half") == 1
     assert "model.norm.weight: float32 and bfloat16, " in capsys.readouterr().out
     assert main(tmp_path / "nowhere") == 1
-    assert "nowhere is no directory" in capsys.readouterr().err
+    assert "nowhere is not a directory" in capsys.readouterr().err

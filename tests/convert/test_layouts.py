@@ -108,8 +108,8 @@ def changed(change: Callable[[Tensor], Tensor], which: str = "gate_up_proj") -> 
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
-        (half_fused, "holds experts of one layer twice: one by one (model.layers.0.mlp.experts."),
-        (half_there, "holds experts of one layer twice: one by one (model.layers.0.mlp.experts.0."),
+        (half_fused, "holds the experts of one layer twice: as single weights (model.layers.0.mlp.experts."),
+        (half_there, "holds the experts of one layer twice: as single weights (model.layers.0.mlp.experts.0."),
         (changed(lambda tensor: tensor[:3]), "gate_up_proj is [3, 48, 32], and config.json asks for [4, 48, 32] (experts, rows, columns"),
         (changed(lambda tensor: tensor.mT), "gate_up_proj is [4, 32, 48], and config.json asks for [4, 48, 32] (experts, rows, columns"),
         (changed(lambda tensor: tensor.mT, "down_proj"), "down_proj is [4, 24, 32], and config.json asks for [4, 32, 24] (experts, rows, columns"),
@@ -143,4 +143,4 @@ def test_layers_for_further_tokens_are_left_out_and_said(main: Callable[..., int
     assert "3 weights of layers after the model's 3 are left out (" in capsys.readouterr().out
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_nextn_predict_layers": 0}))
     assert main(*words, tmp_path / "other") == 1
-    assert "holds model.layers.3.eh_proj.weight, which this model has no place for" in capsys.readouterr().err
+    assert "holds model.layers.3.eh_proj.weight, but this model has no such weight" in capsys.readouterr().err

@@ -25,7 +25,7 @@ def test_close_in_float32_needs_no_more() -> None:
 
 def test_float64_tells_rounding_from_mistakes() -> None:
     compared = compare(model(1.0, 1.0), model(1.0005, 1.00001))
-    assert str(compared).endswith("in float32 (1.0e-05 in float64: the rest is rounding)")
+    assert str(compared).endswith("in float32 (1.0e-05 in float64; the rest is rounding)")
     with pytest.raises(ConversionError, match=r"difference of a logit 5\.0e-04 on .* in float32, 4\.0e-04 in float64, above the 1e-04"):
         compare(model(1.0, 1.0), model(1.0005, 1.0004))
 
@@ -33,5 +33,5 @@ def test_float64_tells_rounding_from_mistakes() -> None:
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_what_is_no_number_is_no_agreement(wrong: float) -> None:
     for ours, theirs in ((wrong, 1.0), (1.0, wrong)):
-        with pytest.raises(ConversionError, match="does not compute what the original does"):
+        with pytest.raises(ConversionError, match="does not give the logits of the original"):
             compare(model(ours, ours), model(theirs, theirs))

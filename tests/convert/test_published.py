@@ -22,7 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron.convert.from_huggingface import BUFFERS, Import, import_model
+from megatron.convert.dropped import BUFFER
+from megatron.convert.from_huggingface import Import, import_model
 from megatron.data.indexed import IndexedDatasetWriter
 from megatron.data.progress import build_reporter
 from tests.convert.published.models import MODELS
@@ -92,7 +93,7 @@ def stored(directory: Path) -> dict[str, Tensor]:
     """What a directory holds, without the buffers that old versions stored."""
     file = directory / "pytorch_model.bin"
     weights = torch.load(file, weights_only=True) if file.exists() else load_file(directory / "model.safetensors")
-    return {name: tensor for name, tensor in weights.items() if not name.endswith(BUFFERS)}
+    return {name: tensor for name, tensor in weights.items() if not BUFFER.search(name)}
 
 
 def shapes(directory: Path) -> dict[str, list[int]]:

@@ -474,10 +474,10 @@ def test_a_configuration_that_means_nothing(settings: dict[str, Any], message: s
 def test_inputs_that_mean_nothing() -> None:
     model = model_of("alibi")
     for inputs in ({}, {"input_ids": tokens(), "inputs_embeds": torch.zeros(2, 64, 32)}):
-        with pytest.raises(ValueError, match="give either input_ids or inputs_embeds, and not both"):
+        with pytest.raises(ValueError, match="give either input_ids or inputs_embeds, not both"):
             model(**inputs)
     model.config._attn_implementation_internal = "flash_attention_2"
-    message = "attn_implementation = 'flash_attention_2' cannot add the biases of position_type 'alibi': use 'sdpa' or 'eager'"
+    message = "attn_implementation = 'flash_attention_2' cannot add the position biases of position_type 'alibi'; use 'sdpa' or 'eager'"
     with pytest.raises(ValueError, match=message):
         model(tokens())
 

@@ -183,13 +183,17 @@ def without_config(run: Path) -> Path:
     ("spoil", "sentence"),
     [
         (spoil_shard, "mp_rank_00_model_states.pt is damaged: expected"),
-        (spoil_foreign_shard, "mp_rank_00_model_states.pt cannot be read: it is damaged or no file of PyTorch's"),
+        (spoil_foreign_shard, "mp_rank_00_model_states.pt cannot be read: it is damaged, or not a PyTorch file"),
         (lose_rank, "mp_rank_01_model_states.pt missing. It was saved with model_parallel_size 2: copy all of its files."),
-        (other_model, "sequential.4.attention.dense.weight has no place in the model that the configuration describes"),
-        (unknown_tokenizer, "tokenizer_type CharLevelTokenizer has no form of Hugging Face's: add --no_save_tokenizer to export the weights alone."),
+        (other_model, "sequential.4.attention.dense.weight is in the checkpoint, but not in the model that the configuration describes"),
+        (
+            unknown_tokenizer,
+            "tokenizer_type CharLevelTokenizer cannot be written as a Hugging Face tokenizer: add --no_save_tokenizer to export the model "
+            "without a tokenizer.",
+        ),
         (lost_tokenizer, "vocab_file: no file nowhere/tokenizer.json"),
-        (without_config, "holds no configuration (configs/): name its files with --config_file."),
-        (lambda run: run / "nowhere", "does not exist: there is no checkpoint to load."),
+        (without_config, "holds no configuration (configs/): give its YAML files with --config_file."),
+        (lambda run: run / "nowhere", "does not exist, so there is no checkpoint to load."),
     ],
 )
 def test_what_cannot_be_read_is_a_sentence_and_leaves_nothing(
@@ -206,10 +210,13 @@ def test_a_directory_that_is_there_is_kept_unless_forced(
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "notes.txt").write_text("mine")
     assert main("--input_dir", run, "--output_dir", tmp_path / "hf") == 1
-    assert "is there already: choose another --output_dir, or add --force to replace it." in capsys.readouterr().err
+    assert "already exists: choose another --output_dir, or add --force to replace it." in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "hf").iterdir()] == ["notes.txt"]
     assert main("--input_dir", run, "--output_dir", tmp_path / "hf", "--force") == 1
-    assert "hf holds notes.txt, which convert_neox_to_hf.py did not write: move it away, or choose another --output_dir." in capsys.readouterr().err
+    assert (
+        "hf holds notes.txt, which convert_neox_to_hf.py did not write: move it to another place, or choose another --output_dir."
+        in capsys.readouterr().err
+    )
     assert (tmp_path / "hf" / "notes.txt").read_text() == "mine"
     (tmp_path / "hf" / "notes.txt").unlink()
     for _ in range(2):
@@ -220,14 +227,14 @@ def test_a_directory_that_is_there_is_kept_unless_forced(
 @pytest.mark.parametrize("target", ["run", "run/global_step3", "."])
 def test_the_checkpoint_is_not_replaced_by_its_export(target: str, run: Path, tmp_path: Path, main: Callable[..., int], capsys: Any) -> None:
     assert main("--input_dir", run / "global_step3", "--output_dir", tmp_path / target, "--force") == 1
-    assert "holds the checkpoint that is to be read: choose another --output_dir." in capsys.readouterr().err
+    assert "holds the checkpoint that is read: choose another --output_dir." in capsys.readouterr().err
     assert (run / "global_step3" / "manifest.json").is_file()
 
 
 def test_a_file_is_not_replaced(run: Path, tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "hf").write_text("mine")
     assert main("--input_dir", run, "--output_dir", tmp_path / "hf", "--force") == 1
-    assert "is a file: choose another --output_dir." in capsys.readouterr().err
+    assert "is a file, not a directory: choose another --output_dir." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", ".cache/x"])
@@ -295,7 +302,7 @@ def test_a_wrong_conversion_is_found_and_leaves_nothing(run: Path, tmp_path: Pat
     right = Llama.settings
     monkeypatch.setattr(Llama, "settings", lambda self, source: {**right(self, source), "rms_norm_eps": 0.1})
     with pytest.raises(
-        ConversionError, match=r"does not compute what the original does: largest difference of a logit .* in float64, above the 1e-04"
+        ConversionError, match=r"does not give the logits of the original. Largest difference of a logit: .* in float64, more than the 1e-04"
     ):
         export(run, tmp_path / "out" / "hf")
     assert not list((tmp_path / "out").iterdir())

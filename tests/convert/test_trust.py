@@ -105,14 +105,14 @@ def a_link(directory: Path, mark: str) -> None:
 
 
 REFUSED: dict[str, tuple[str, Change, str]] = {
-    "auto_map": ("llama", modeling, "config.json names Python code of its own for the model (auto_map: configuration_mine.MineConfig)"),
+    "auto_map": ("llama", modeling, "config.json names Python code for the model (auto_map: configuration_mine.MineConfig)"),
     "configuration alone": ("llama", configuration, "(auto_map: configuration_mine.MineConfig)"),
     "another repository": ("llama", of_another_repository, "(auto_map: someone/else--modeling_mine.Mine)"),
     "no mapping": ("llama", no_mapping, "(auto_map: modeling_mine.Mine)"),
-    "one byte": ("structmoe", one_byte, f"{CODE[0].name} is not the code of that name which this version writes"),
-    "further import": ("structmoe", further_import, "experts_structmoe.py is not the code of that name which this version writes"),
+    "one byte": ("structmoe", one_byte, f"{CODE[0].name} differs from the file of that name that this version writes"),
+    "further import": ("structmoe", further_import, "experts_structmoe.py differs from the file of that name that this version writes"),
     "another class": ("structmoe", own_code_elsewhere, "(auto_map: configuration_structmoe.StructMoEConfig)"),
-    "a link": ("structmoe", a_link, "moe_structmoe.py is not the code of that name which this version writes"),
+    "a link": ("structmoe", a_link, "moe_structmoe.py differs from the file of that name that this version writes"),
 }
 
 
@@ -141,7 +141,7 @@ def test_code_of_a_folder_is_refused(
     assert not ran.exists()
     assert not (tmp_path / "run").exists()
     assert main("--model_path", folder, "--output_dir", tmp_path / "run", "--skip-check") == 0
-    assert "It did not run: the weights were read as those of " in capsys.readouterr().out
+    assert "This code did not run. The weights were read as those of " in capsys.readouterr().out
     assert not ran.exists()
 
 
@@ -220,4 +220,4 @@ def test_plugins_of_a_checkpoint_are_imported_only_where_it_is_trusted(
     status = tool("tools/ckpts/convert_neox_to_hf.py").main([str(word) for word in words])
     assert (status, (tmp_path / "ran").exists()) == ((0, True) if trusted else (1, False))
     if not trusted:
-        assert f"names plugins ({module}), whose code would run here. If you trust who" in capsys.readouterr().err
+        assert f"names plugins ({module}). Their code would run here. If you trust the person who" in capsys.readouterr().err

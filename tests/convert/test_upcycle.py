@@ -111,7 +111,7 @@ def test_upcycling_changes_no_logit(
     assert relative(printed) < 1e-5
     assert "differ from the dense model's" not in printed
     assert "moe_losses names no loss" not in printed
-    assert ("the experts start without effect" in printed) == ("whole" in shape or shape in ("later layers", "qwen2-moe"))
+    assert ("The other experts start without effect" in printed) == ("whole" in shape or shape in ("later layers", "qwen2-moe"))
     weights = load_model_weights(tmp_path / "run").state_dict
     biased = {key for key in weights if re.fullmatch(r".*\.experts\.mlp\.b\d\.bias", key)}
     layers = sum(key.endswith("router.layer.weight") for key in weights)
@@ -126,23 +126,23 @@ def test_the_difference_is_said_where_there_is_one(
     assert main("--model_path", dense("pythia"), "--output_dir", tmp_path / "run", "--upcycle", moe) == 0
     printed = capsys.readouterr().out
     assert 1e-3 < relative(printed) < 10
-    assert "the logits differ from the dense model's." in printed
+    assert "The logits therefore differ from the dense model's." in printed
     assert "moe_losses names no loss that balances the load" in printed
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"moe_expert_bias": False}, "sequential.2.mlp.linear1.bias is not zero, and these experts have no biases: set moe_expert_bias to true."),
+        ({"moe_expert_bias": False}, "sequential.2.mlp.linear1.bias is not zero, but these experts have no biases: set moe_expert_bias to true."),
         (
             {"moe_shared_expert_intermediate_size": 16},
-            "the shared expert has 16 hidden units and an expert 48, and the MLP that they are cut from has 48: set moe_ffn_hidden_size to 32, or",
+            "the shared expert has 16 hidden units and an expert 48, but the MLP that they are made from has 48: set moe_ffn_hidden_size to 32, or",
         ),
         (
             {"moe_num_shared_experts": 1, "moe_expert_segments": 2},
-            "an expert 48, and the MLP that they are cut from has 48: set moe_ffn_hidden_size to 32",
+            "an expert 48, but the MLP that they are made from has 48: set moe_ffn_hidden_size to 32",
         ),
-        ({"moe_num_shared_experts": 3, "moe_expert_segments": 4}, "48 cannot be cut into 7 equal parts"),
+        ({"moe_num_shared_experts": 3, "moe_expert_segments": 4}, "48 cannot be divided into 7 equal parts"),
         ({"moe_shared_expert_intermediate_size": 64}, "give it at most the 48 hidden units of the MLP, or moe_shared_expert_intermediate_size to 48"),
         ({"moe_router_type": "expert_choice"}, "moe_router_type expert_choice: some tokens would have no expert"),
     ],

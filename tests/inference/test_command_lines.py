@@ -79,7 +79,7 @@ def test_at_a_terminal_a_conversation_begins(run: Any, checkpoint: dict[str, Any
 @pytest.mark.parametrize(
     ("case", "status", "sentence"),
     [
-        (("generate.py", {"load": "nowhere"}), 1, "nowhere does not exist: there is no checkpoint to load."),
+        (("generate.py", {"load": "nowhere"}), 1, "nowhere does not exist, so there is no checkpoint to load."),
         (("eval.py", {}), 2, "'eval_text_files' must be given"),
     ],
 )

@@ -108,7 +108,7 @@ def test_one_process_without_a_gpu_gets_the_cpu_accelerator_and_passes_its_statu
 )
 def test_neox_s_flags_become_keys(folder: Path, words: tuple[str, ...], overrides: str) -> None:
     done = run(folder, "deepy.py", *words)
-    assert done.stderr == ("deepy.py: 'hostfile' = 'hosts': no such file; this machine alone is used\n" if "-H" in words else "")
+    assert done.stderr == ("deepy.py: 'hostfile' = 'hosts': no such file, so only this machine is used\n" if "-H" in words else "")
     assert overrides in done.stdout.splitlines()[0]
 
 
@@ -126,26 +126,29 @@ def test_neox_s_flags_become_keys(folder: Path, words: tuple[str, ...], override
         ),
         (
             ("deepy.py", "wrker.py", "-d", "configs", "small"),
-            "deepy.py: wrker.py: no such script, neither here nor beside deepy.py, where train.py, eval.py and generate.py are\n",
+            "deepy.py: wrker.py: there is no such script, neither in this folder nor in the folder of deepy.py; the scripts are train.py, "
+            "eval.py and generate.py\n",
         ),
         (
             ("deepy.py", "configs/small.yml", "other.yml"),
-            "deepy.py: configs/small.yml is a configuration file, and the script is missing: name it first (train.py, eval.py or generate.py), "
-            "as in train.py configs/small.yml other.yml\n",
+            "deepy.py: configs/small.yml is a configuration file, but the script is missing: write the script first (train.py, eval.py or "
+            "generate.py), "
+            "such as train.py configs/small.yml other.yml\n",
         ),
         (
             ("deepy.py", "small", "-d", "configs"),
-            "deepy.py: small is a configuration file, and the script is missing: name it first (train.py, eval.py or generate.py), "
-            "as in train.py small\n",
+            "deepy.py: small is a configuration file, but the script is missing: write the script first (train.py, eval.py or generate.py), "
+            "such as train.py small\n",
         ),
         (
             ("worker.py",),
-            "worker.py: 1 problem(s) in the configuration:\n  no configuration files are given, such as: -d configs quickstart.yml\n",
+            "worker.py: 1 problem(s) in the configuration:\n  no configuration files are given; write them after the script, such as: -d "
+            "configs quickstart.yml\n",
         ),
         (
             ("worker.py", "--megatron_config", "xyz"),
             "worker.py: 1 problem(s) in the configuration:\n"
-            "  --megatron_config is not what deepy.py writes; start the script with deepy.py, or give it YAML files\n",
+            "  the value of --megatron_config was not written by deepy.py; start the script with deepy.py, or give it YAML files\n",
         ),
         (
             ("deepy.py", "train.py", "-d", "configs", "small", "-o", "data_path=null", "train_batch_size=7"),
@@ -178,7 +181,7 @@ def test_neox_s_flags_become_keys(folder: Path, words: tuple[str, ...], override
         (
             ("deepy.py", "worker.py", "-d", "configs", "small", "--eval_tasks", "piqa", "lambada"),
             "deepy.py: 1 problem(s) in the configuration:\n  command line: 'eval_tasks' = ['piqa', 'lambada'] is not supported: "
-            "lm-eval tasks are not part of this version; write eval_text_files, and eval.py measures text files\n",
+            "lm-eval tasks are not part of this version; write eval_text_files to measure text files with eval.py\n",
         ),
     ],
 )  # fmt: skip
@@ -192,7 +195,7 @@ def test_a_mistake_is_a_sentence_and_status_2(folder: Path, words: tuple[str, ..
 def test_deepy_without_anything_says_how_to_call_it(folder: Path) -> None:
     done = run(folder, "deepy.py")
     assert done.returncode == 2
-    assert "name a script and its configuration files, such as: deepy.py train.py -d configs quickstart.yml" in done.stderr
+    assert "give a script and its configuration files, such as: deepy.py train.py -d configs quickstart.yml" in done.stderr
     assert run(folder, "deepy.py", "--help").returncode == 0
 
 
@@ -248,12 +251,12 @@ def test_check_shows_what_will_happen_and_runs_nothing(folder: Path) -> None:
     shown = {" ".join(line.split()) for line in done.stdout.splitlines()}
     assert "vocabulary 3, padded to 128" in shown
     assert "embedding 8,192 8,192" in shown
-    length = "the number of steps to train, or of times to go through the data"
+    length = "the number of training steps, or the number of passes through the data"
     assert f"cannot train yet: 'train_iters' or 'train_epochs' must be given: {length}" in " ".join(done.stdout.split())
     assert "fp16" not in done.stdout
-    assert "note: fp16 is trained in on GPUs alone" in run(folder, *words, "-o", "precision=fp16").stdout
+    assert "note: training in fp16 needs a GPU" in run(folder, *words, "-o", "precision=fp16").stdout
     done = run(folder, *words, "-o", "train_iters=null", "-o", "train_epochs=3")
-    assert "3 times through the training data; counted when it is read" in done.stdout
+    assert "3 passes through the training data; the number of steps is known when the data is read" in done.stdout
 
     tokenizer.write_text("{}")
     assert "is not a tokenizer.json" in run(folder, *words).stdout
@@ -271,9 +274,9 @@ def test_check_fails_for_batch_sizes_that_do_not_multiply_out(folder: Path) -> N
 
 def test_a_hostfile_that_is_not_there_is_said(folder: Path) -> None:
     words = ("deepy.py", "worker.py", "-d", "configs", "small", "-o", "hostfile=/nowhere/hosts")
-    assert "note: 'hostfile' = '/nowhere/hosts': no such file; this machine alone is used\n" in run(folder, *words, "--check").stdout
+    assert "note: 'hostfile' = '/nowhere/hosts': no such file, so only this machine is used\n" in run(folder, *words, "--check").stdout
     done = run(folder, *words)
-    assert (done.returncode, done.stderr) == (0, "deepy.py: 'hostfile' = '/nowhere/hosts': no such file; this machine alone is used\n")
+    assert (done.returncode, done.stderr) == (0, "deepy.py: 'hostfile' = '/nowhere/hosts': no such file, so only this machine is used\n")
 
 
 def test_scripts_and_configurations_are_found_from_elsewhere(tmp_path: Path, repository: Path) -> None:
@@ -291,7 +294,7 @@ def test_a_hostfile_is_checked_and_counted_before_anything_starts(folder: Path) 
     (folder / "hosts").write_text("node-a slots=2\nnode-b slots=two\n")
     said = (
         "deepy.py: 1 problem(s) in the configuration:\n  hosts:2: Hostfile contains a bad entry: node-b slots=two; "
-        "write one line a machine, such as `worker-1 slots=8`, each machine once\n"
+        "write one line for each machine, such as `worker-1 slots=8`, each machine once\n"
     )
     for more in ((), ("--check",)):
         done = run(folder, "deepy.py", "worker.py", "-d", "configs", "small", "-H", "hosts", *more)

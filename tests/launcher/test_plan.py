@@ -135,12 +135,12 @@ def test_slots_of_the_hostfile_are_counted(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("text", "place", "said"),
     [
-        ("node-a slots=2\nnode-b slots=two\n", ":2", "Hostfile contains a bad entry: node-b slots=two; write one line a machine"),
-        ("worker-1\n", ":1", "Hostfile contains a bad entry: worker-1; write one line a machine, such as `worker-1 slots=8`"),
-        ("# one\n\nnode-a slots=2\n# two\nnode-a slots=2\n", ":5", "Hostfile contains multiple entries for node-a; write one line a machine"),
-        ("", "", "Hostfile is empty or not formatted correctly; write one line a machine"),
+        ("node-a slots=2\nnode-b slots=two\n", ":2", "Hostfile contains a bad entry: node-b slots=two; write one line for each machine"),
+        ("worker-1\n", ":1", "Hostfile contains a bad entry: worker-1; write one line for each machine, such as `worker-1 slots=8`"),
+        ("# one\n\nnode-a slots=2\n# two\nnode-a slots=2\n", ":5", "Hostfile contains multiple entries for node-a; write one line for each machine"),
+        ("", "", "Hostfile is empty or not formatted correctly; write one line for each machine"),
         ("# nothing\n\n", "", "Hostfile is empty or not formatted correctly"),
-        ("node-a slots=4\nnode-b slots=0\n", ":2", "node-b has slots=0, on which nothing is started; give 1 or more"),
+        ("node-a slots=4\nnode-b slots=0\n", ":2", "node-b has slots=0, so no process would start there; write 1 or more"),
         ("node-a slots = 4\n", ":1", "Hostfile contains a bad entry: node-a slots = 4"),
     ],
 )
@@ -191,10 +191,10 @@ def test_the_processes_that_deepspeed_would_start_are_counted(tmp_path: Path, ke
         ({"include": "node-a:4"}, "'include' = 'node-a:4': No slot '4' specified on host 'node-a'; there are: node-a 0 to 3, node-b 0 to 3"),
         ({"include": "node-a:x"}, "'include' = 'node-a:x': cannot be read (invalid literal for int() with base 10: 'x'); DeepSpeed's syntax is HOST"),
         ({"exclude": "node-a:0:1"}, "'exclude' = 'node-a:0:1': cannot be read (too many values to unpack"),
-        ({"exclude": "node-a@node-b"}, "'exclude': it leaves no slot on any machine, so nothing would be started"),
-        ({"include": "node-a", "num_gpus": 2}, "'include' and 'num_gpus': DeepSpeed takes only one of them; leave the other out"),
-        ({"exclude": "node-a", "num_nodes": 1}, "'exclude' and 'num_nodes': DeepSpeed takes only one of them; leave the other out"),
-        ({"global_num_gpus": 16}, "'global_num_gpus' = 16: 8 process(es) would be started on HOSTS"),
+        ({"exclude": "node-a@node-b"}, "'exclude': no slot is left on any machine, so no process would start; change it"),
+        ({"include": "node-a", "num_gpus": 2}, "'include' and 'num_gpus': DeepSpeed takes only one of them; remove the other"),
+        ({"exclude": "node-a", "num_nodes": 1}, "'exclude' and 'num_nodes': DeepSpeed takes only one of them; remove the other"),
+        ({"global_num_gpus": 16}, "'global_num_gpus' = 16: 8 process(es) would start on HOSTS; make the numbers agree"),
     ],
 )
 def test_what_deepspeed_refuses_of_filters_and_counts_is_a_sentence(tmp_path: Path, keys: dict[str, Any], problem: str) -> None:
@@ -211,7 +211,7 @@ def test_filters_and_several_machines_without_a_hostfile() -> None:
         worker_count(loaded(include="localhost:5"), TWO_GPUS)
     with pytest.raises(ConfigError, match="Hostname 'worker-1' is not this machine, and there is no hostfile; there is: localhost"):
         worker_count(loaded(include="worker-1"), TWO_GPUS)
-    with pytest.raises(ConfigError, match="'num_nodes' = 2: no hostfile names other machines"):
+    with pytest.raises(ConfigError, match="'num_nodes' = 2: there is no hostfile with other machines"):
         worker_count(loaded(num_nodes=2), CPU)
 
 
@@ -242,7 +242,7 @@ def test_machines_that_cannot_be_reached_are_named(tmp_path: Path, stub: Stub) -
     assert launch.argv[launch.argv.index("--master_addr") + 1] == "10.0.0.7"
     assert "--no_ssh_check" in launch.argv
     stub("ssh", "exit 0")
-    with pytest.raises(LaunchError, match=r"node-a names no address .*; set master_addr to its address"):
+    with pytest.raises(LaunchError, match=r"node-a gives no address .*; set master_addr to its address"):
         plan(hostfile=str(hostfile))
     stub("ssh", None)
     with pytest.raises(LaunchError, match="ssh is not installed on this machine"):
@@ -254,7 +254,7 @@ def test_a_launcher_whose_program_is_missing(tmp_path: Path, stub: Stub, launche
     hostfile = tmp_path / "hosts"
     hostfile.write_text("node-a slots=4\nnode-b slots=4\n")
     stub("ssh", "echo 10.0.0.7")
-    missing = f"'launcher' = '{launcher}': its program is not installed on this machine; install it, or choose another launcher"
+    missing = f"'launcher' = '{launcher}': the program is not installed on this machine; install it, or choose another launcher"
     with pytest.raises(ConfigError) as caught:
         plan(hostfile=str(hostfile), launcher=launcher)
     assert caught.value.problems == [missing]
@@ -269,7 +269,7 @@ def test_what_a_launcher_does_not_take_and_counts_that_are_not_there_are_said(tm
     with pytest.raises(ConfigError, match="'launcher' = 'slurm': slurm backend needs the same slot count on every host"):
         machine_notices(loaded(hostfile=str(hostfile), launcher="slurm", include="node-a@node-b:0"), CPU)
     notices = machine_notices(loaded(hostfile=str(hostfile), num_nodes=3, num_gpus=6), CPU)
-    assert notices[0] == f"'num_nodes' = 3: {hostfile} names 2 machine(s), and that many are used"
+    assert notices[0] == f"'num_nodes' = 3: {hostfile} names 2 machine(s), and all of them are used"
     assert notices[1].startswith(f"'num_gpus' = 6: more than the slots of node-a (4), node-b (4) in {hostfile}; DeepSpeed starts 6 on each")
 
 
@@ -295,8 +295,8 @@ def test_a_busy_port_is_left_alone() -> None:
 def test_what_is_asked_for_about_machines_and_not_done_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hostfile = tmp_path / "hosts"
     hostfile.write_text("worker-1 slots=4\n")
-    alone = "there is no hostfile, so this machine alone is used; give one, or force_multi: true"
-    missing = f"= '{tmp_path}/none': no such file; this machine alone is used"
+    alone = "there is no hostfile, so only this machine is used; give a hostfile, or write force_multi: true"
+    missing = f"= '{tmp_path}/none': no such file, so only this machine is used"
     assert machine_notices(loaded(hostfile=str(hostfile), launcher="slurm")) == machine_notices(loaded()) == []
     assert machine_notices(loaded(launcher="openmpi", force_multi=True)) == []
     assert machine_notices(loaded(deepspeed_slurm=True)) == [f"'launcher' = 'slurm': {alone}"]

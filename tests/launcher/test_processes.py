@@ -124,7 +124,7 @@ def test_a_process_that_was_killed_is_named(folder: Path) -> None:
     _, error = process.communicate(timeout=30)
     pid = (folder / "started1").read_text()
     assert process.returncode == 128 + signal.SIGKILL
-    assert error.decode().startswith(f"Process 1 (pid {pid}) was ended by signal 9, SIGKILL: probably the machine was out of memory")
+    assert error.decode().startswith(f"Process 1 (pid {pid}) was ended by signal 9, SIGKILL: probably the machine had no memory left")
     assert error.decode().count("\n") == 1, "the others, which the launcher ends, are not named"
 
 

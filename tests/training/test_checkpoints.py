@@ -99,7 +99,7 @@ def test_a_run_of_upstream_goes_on_with_its_optimizer(
     losses = train_losses(dense(corpus, tmp_path / "ours", load=str(tmp_path / "theirs")))
     assert losses == expected[4:]
     output = capsys.readouterr().out
-    assert "Written by another program, without checksums: its files are taken as they are." in output
+    assert "Written by another program, without checksums: its files cannot be checked for damage." in output
     assert "step 4 of 8" in output
 
 
@@ -154,7 +154,7 @@ def test_parts_of_two_processes_go_on_without_their_optimizer(corpus: Path, tmp_
     write_layers(tmp_path / "theirs", parts, content)
     values = dense(corpus, tmp_path / "ours", load=str(tmp_path / "theirs"))
     with pytest.raises(
-        CheckpointError, match=r"saved by 2 processes that shared the model, whose optimizer state cannot be read: .*no_load_optim=true"
+        CheckpointError, match=r"saved by 2 processes that divided the model. Such an optimizer state cannot be read: .*no_load_optim=true"
     ):
         train_losses(values)
     losses = train_losses({**values, "no_load_optim": True})
@@ -164,7 +164,7 @@ def test_parts_of_two_processes_go_on_without_their_optimizer(corpus: Path, tmp_
 
 def test_other_padding_goes_on_without_the_optimizer(corpus: Path, tmp_path: Path, straight: tuple[Path, list[float]]) -> None:
     values = dense(corpus, tmp_path / "ours", load=str(straight[0]), iteration=4, make_vocab_size_divisible_by=1024)
-    with pytest.raises(CheckpointError, match=r"optimizer's state cannot follow a vocabulary that is padded differently: .*no_load_optim=true"):
+    with pytest.raises(CheckpointError, match=r"vocabulary is padded differently, so its optimizer's state does not fit: .*no_load_optim=true"):
         train_losses(values)
     losses = train_losses({**values, "no_load_optim": True})
     assert len(losses) == 4
@@ -177,12 +177,12 @@ def test_an_optimizer_of_other_groups_is_refused(corpus: Path, tmp_path: Path, s
     values = dense(corpus, tmp_path / "ours", load=str(tmp_path / "theirs"))
     missing = content["optimizer"]["state"][3].pop("exp_avg_sq")
     torch.save(content, path / "mp_rank_00_model_states.pt")
-    with pytest.raises(CheckpointError, match=r"its entry 3 is not Adam's two averages of a weight of shape .*no_load_optim=true"):
+    with pytest.raises(CheckpointError, match=r"its entry 3 does not hold Adam's two averages for a weight of shape .*no_load_optim=true"):
         train_losses(values)
     content["optimizer"]["state"][3]["exp_avg_sq"] = missing
     content["optimizer"]["param_groups"].pop()
     torch.save(content, path / "mp_rank_00_model_states.pt")
-    with pytest.raises(CheckpointError, match="it holds other groups of weights than Adam has here"):
+    with pytest.raises(CheckpointError, match="its groups of weights differ from those of Adam in this run"):
         train_losses(values)
 
 
@@ -224,11 +224,11 @@ def test_logits_are_compared_after_loading(
     assert "the loaded model's logits agree with the saved ones (largest difference 0, largest logit" in capsys.readouterr().out
     path = rewritten(tmp_path / "theirs", straight[0] / "global_step4")
     train_losses({**values, "save": str(tmp_path / "b"), "load": str(tmp_path / "theirs"), "exit_interval": 1})
-    assert "holds no logits to check the model against" in capsys.readouterr().out
+    assert "holds no logits, so the model cannot be checked" in capsys.readouterr().out
     content = torch.load(path / "mp_rank_00_model_states.pt", weights_only=False)
     stored = torch.load(straight[0] / "global_step4/mp_rank_00_model_states.pt", weights_only=True)["checkpoint_validation_logits"]
     torch.save({**content, "checkpoint_validation_logits": stored * 1.01}, path / "mp_rank_00_model_states.pt")
-    message = r"does not compute what the saved one did\. Its logits differ by up to \S+ \(allowed: \S+, the largest is \S+\)\. Load it with"
+    message = r"does not give the logits of the saved model\. They differ by up to \S+ \(allowed: \S+, the largest is \S+\)\. Load it with"
     with pytest.raises(CheckpointError, match=message):
         train_losses({**values, "save": str(tmp_path / "c"), "load": str(tmp_path / "theirs")})
 

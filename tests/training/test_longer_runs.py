@@ -57,7 +57,7 @@ def test_a_schedule_whose_past_would_change_says_what_to_set(keys: dict[str, Any
     with pytest.raises(ConfigError) as raised:
         followed(keys, at=at)
     (problem,) = raised.value.problems
-    assert "lr_decay_iters is 1000 steps there and 3000 steps here" in problem
+    assert "lr_decay_iters is 1000 steps in the checkpoint and 3000 steps in this run" in problem
     assert (
         "Only its length differs, which follows train_iters: with this one, the steps taken so far would have had other learning rates. " in problem
     )
@@ -88,7 +88,7 @@ def test_a_finished_run_is_made_longer(corpus: Path, tmp_path: Path, capsys: Any
     assert len(train_losses({**values, "train_iters": 6})) == 6
     assert losses_of(tmp_path / "run" / "metrics.jsonl", "train/learning_rate")[2:] == [1e-2] * 4
     said = capsys.readouterr().out
-    assert "was to be trained for 4 steps in all, this run for 6." in said
+    assert "belongs to a training of 4 steps; this run has 6." in said
     assert "The learning-rate schedule is now one over 6 steps, where it was one over 4; until here both are the same." in said
 
 

@@ -236,7 +236,7 @@ def test_a_notice_names_the_key_where_16_bits_are_summed(corpus: Path, tmp_path:
     keys = {"gradient_accumulation_steps": 4, "zero_optimization": {"stage": 1}}
     config = tiny_config(values_of(corpus, None, **keys))
     sentence = (
-        "the gradients of 4 micro-batches are summed in bf16, which loses small ones beside large ones; "
+        "the gradients of 4 micro-batches are summed in bf16; this loses small gradients beside large ones; "
         "data_types: {grad_accum_dtype: fp32} sums them in fp32"
     )
     assert rounding_notice(config, 1) == sentence

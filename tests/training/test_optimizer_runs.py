@@ -80,8 +80,10 @@ def test_another_schedule_is_refused_followed_or_kept(corpus: Path, tmp_path: Pa
     with pytest.raises(ConfigError) as raised:
         train_losses({**other, "optimizer": {"type": "Lion", "params": {"lr": 2e-3}}})
     assert raised.value.problems == [
-        f"{tmp_path / 'run/global_step4'} was trained with another learning-rate schedule: optimizer.params.lr is 0.001 there and 0.002 here; "
-        "lr_decay_iters is 8 steps there and 16 steps here. Set override_lr_scheduler: true to follow this configuration from here on, or "
+        f"{tmp_path / 'run/global_step4'} was trained with another learning-rate schedule: optimizer.params.lr is 0.001 in the checkpoint "
+        "and 0.002 in this run; "
+        "lr_decay_iters is 8 steps in the checkpoint and 16 steps in this run. Set override_lr_scheduler: true to follow this "
+        "configuration from here on, or "
         "use_checkpoint_lr_scheduler: true to follow the checkpoint."
     ]
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write a checkpoint as a Hugging Face model, and check that it computes the same.
+"""Write a checkpoint as a Hugging Face model, and compare the logits with the original.
 
 python tools/ckpts/convert_neox_to_hf.py --input_dir runs/quickstart/global_step1100 --output_dir quickstart-hf
 
@@ -25,24 +25,30 @@ def size(text: str) -> int:
     """Bytes of `5GB`, `500MB`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]B|)", text.strip().upper())
     if match is None or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500MB or 5GB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write a size such as 500MB or 5GB")
     return int(float(match[1]) * UNITS[match[2]])
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Write a checkpoint as a Hugging Face model, and check that it computes the same.")
-    parser.add_argument("--input_dir", type=Path, required=True, help="a checkpoint (global_step100), or a run's directory: its latest one")
-    parser.add_argument("--output_dir", type=Path, required=True, help="directory to write; must not be there yet")
-    parser.add_argument("--config_file", type=Path, nargs="+", default=[], help="YAML of the model; default: what the checkpoint holds")
+    parser = argparse.ArgumentParser(description="Write a checkpoint as a Hugging Face model, and compare the logits with the original.")
+    parser.add_argument(
+        "--input_dir", type=Path, required=True, help="a checkpoint (global_step100), or the directory of a run (its latest checkpoint)"
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="directory to write; it must not exist yet")
+    parser.add_argument(
+        "--config_file", type=Path, nargs="+", default=[], help="YAML file of the model; default: the configuration in the checkpoint"
+    )
     parser.add_argument("--architecture", default="auto", help="neox, llama, mistral, mixtral, ..., structmoe; default: the one that fits")
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp16", "bf16", "fp32"], help="of the weights; default: the checkpoint's")
-    parser.add_argument("--no_save_tokenizer", action="store_true", help="leave the tokenizer out")
+    parser.add_argument(
+        "--precision", default="auto", choices=["auto", "fp16", "bf16", "fp32"], help="number format of the weights; default: that of the checkpoint"
+    )
+    parser.add_argument("--no_save_tokenizer", action="store_true", help="export no tokenizer")
     parser.add_argument("--vocab-is-hf-tokenizer", action="store_true", help="the configuration's vocab_file is a Hugging Face tokenizer")
-    parser.add_argument("--pad-token-id", type=int, help="written into config.json")
-    parser.add_argument("--max-shard-size", type=size, default="1GB", help="of one file of weights; default: 1GB")
+    parser.add_argument("--pad-token-id", type=int, help="id of the padding token, for config.json")
+    parser.add_argument("--max-shard-size", type=size, default="1GB", help="largest size of one file of weights; default: 1GB")
     parser.add_argument("--skip-check", action="store_true", help="do not load the result and compare its logits")
     parser.add_argument("--trust-remote-code", action="store_true", help="import the plugins that the checkpoint's own configuration names")
-    parser.add_argument("--force", action="store_true", help="replace what an earlier export has written there; nothing else")
+    parser.add_argument("--force", action="store_true", help="replace the files of an earlier export; other files are never deleted")
     return parser.parse_args(argv)
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Show what a checkpoint holds, or where two of them differ: ours, GPT-NeoX's or Hugging Face's.
+"""List the weights of a checkpoint, or show where two checkpoints differ. Reads checkpoints of this program and of GPT-NeoX, and Hugging Face models.
 
 python tools/ckpts/inspect_checkpoints.py runs/quickstart
 python tools/ckpts/inspect_checkpoints.py runs/quickstart/global_step800 runs/quickstart/global_step1100
 
-The status is 1 where two differ.
+The exit status is 1 if the two differ.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from megatron.script import exit_status
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Show what a checkpoint holds, or where two of them differ.")
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint, a run's directory (its latest one) or a Hugging Face model's")
-    parser.add_argument("other", type=Path, nargs="?", help="another one to compare it with, weight by weight")
+    parser = argparse.ArgumentParser(description="List the weights of a checkpoint, or show where two checkpoints differ.")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a checkpoint, the directory of a run (its latest checkpoint), or the directory of a Hugging Face model"
+    )
+    parser.add_argument("other", type=Path, nargs="?", help="another checkpoint to compare with, weight by weight")
     options = parser.parse_args(argv)
 
     def work() -> int:
@@ -33,7 +35,7 @@ def main(argv: list[str]) -> int:
         held = open_any(options.checkpoint)
         if options.other is not None:
             found = list(differences(held, open_any(options.other)))
-            print("\n".join(found) or "The same weights, bit for bit.")
+            print("\n".join(found) or "The weights are the same, bit for bit.")
             return int(bool(found))
         print("\n".join([str(held.path), *held.facts, ""]))
         rows = [(weight.name, str(list(weight.shape)), weight.dtype, weight.bytes) for weight in listing(held)]

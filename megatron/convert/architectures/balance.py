@@ -46,11 +46,12 @@ def export_notices(source: Source, architecture: Architecture) -> Iterator[str]:
     else:
         known = (JOINT, *BY_LAYER) if COEFFICIENT in settings else ()
     if left := [loss for loss in used if loss not in known]:
-        yield f"{name} does not compute {', '.join(left)}: what is trained from this export in transformers has no such loss."
+        yield f"{name} does not compute {', '.join(left)}: if you train this export in transformers, these losses are not added."
     if COEFFICIENT in settings and (given := [f"{loss} {moe.moe_losses[loss]:g}" for loss in used if loss in BY_LAYER]):
         yield (
             f"moe_losses: {', '.join(given)} becomes {COEFFICIENT} {settings[COEFFICIENT]:g}. transformers takes one mean over all layers and counts "
-            f"{moe.top_k} choices a token: the strength is the same where all layers use their experts alike, and differs where they do not."
+            f"{moe.top_k} choices for each token. The loss has the same strength if all layers use their experts in the same way; "
+            "otherwise it differs."
         )
 
 
@@ -58,14 +59,17 @@ def import_notices(settings: Mapping[str, Any], moe: MoEConfig) -> Iterator[str]
     """What the losses of a config.json become, where a user should know of it."""
     if JOINT in moe.moe_losses and "moe_losses" not in settings and not settings.get("output_router_logits"):
         yield (
-            f"Training adds the balance loss ({COEFFICIENT} {settings[COEFFICIENT]:g}, here moe_losses: {JOINT}). transformers adds the same one, "
-            "but only with output_router_logits: true, which this config.json does not have. moe_losses: {} trains without it."
+            f"Training adds the balance loss ({COEFFICIENT} {settings[COEFFICIENT]:g}, here moe_losses: {JOINT}). transformers adds the same loss, "
+            "but only with output_router_logits: true, and this config.json does not have that. To train without the loss, write moe_losses: {}."
         )
     for key in (COEFFICIENT, Z_COEFFICIENT):
         coefficient = settings.get(key)
         read = "moe_losses" in settings or (key == COEFFICIENT and JOINT in moe.moe_losses)
         if coefficient and not read:
-            yield f"config.json has {key} {coefficient}, which this model's class in transformers does not read: no such loss is added here either."
+            yield (
+                f"config.json has {key} {coefficient}. The class of this model in transformers does not read it, so no such loss is "
+                "added here either."
+            )
 
 
 def _exact(coefficient: float) -> Fraction:

@@ -160,7 +160,7 @@ class Qwen3(Llama):
 def check_not_clipped(settings: Mapping[str, Any]) -> None:
     """Raises ConversionError where queries, keys and values are cut off at a largest number."""
     if settings.get("clip_qkv") is not None:
-        raise ConversionError(f"clip_qkv: {settings['clip_qkv']} cannot be represented: queries, keys and values are not clipped here.")
+        raise ConversionError(f"clip_qkv: {settings['clip_qkv']} cannot be represented, because this program does not clip queries, keys and values.")
 
 
 def check_no_window(settings: Mapping[str, Any]) -> None:
@@ -170,4 +170,4 @@ def check_no_window(settings: Mapping[str, Any]) -> None:
     if kinds - {"full_attention", "sliding_attention"} or (kinds - {"full_attention"} and not window):
         raise ConversionError(f"layer_types: {', '.join(sorted(kinds))} cannot be represented (with sliding_window {window}).")
     if kinds - {"full_attention"} and window < settings["max_position_embeddings"]:
-        raise ConversionError(f"use_sliding_window: true cannot be represented: a window ({window} tokens) would be that of some layers only.")
+        raise ConversionError(f"use_sliding_window: true cannot be represented, because only some layers would have the window of {window} tokens.")

@@ -106,12 +106,12 @@ def rotary_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
         raise ConversionError(f"rope_parameters: rope_type {kind} cannot be represented; known are default, {', '.join(SCALINGS)}.")
     base = parameters.get("rope_theta", settings.get("rope_theta", 10000))
     if base != int(base):
-        raise ConversionError(f"rope_theta: {base} cannot be represented: rotary_emb_base is a whole number.")
+        raise ConversionError(f"rope_theta: {base} cannot be represented, because rotary_emb_base must be a whole number.")
     share = parameters.get("partial_rotary_factor", settings.get("partial_rotary_factor", settings.get("rotary_pct"))) or 1.0
     if share != 1.0 and settings.get("model_type") not in TURN_A_SHARE:
         if kind != "default":
             raise ConversionError(
-                f"rope_parameters: partial_rotary_factor {share} with rope_type {kind} cannot be represented, nor run by transformers."
+                f"rope_parameters: partial_rotary_factor {share} with rope_type {kind} cannot be represented, and transformers cannot run it either."
             )
         share = 1.0  # the class does not read it
     keys = {"pos_emb": "rotary", "rotary_emb_base": int(base), **({} if share == 1.0 else {"rotary_pct": share})}
@@ -149,7 +149,9 @@ def check_usual_head_dim(settings: Mapping[str, Any], class_name: str) -> None:
     """Raises ConversionError for heads of another width than hidden_size / num_attention_heads, in a class that has no such heads."""
     if own := head_dim_keys(settings):
         width, heads = settings["hidden_size"], settings["num_attention_heads"]
-        raise ConversionError(f"head_dim: {own['head_dim']} cannot be read: {class_name} divides hidden_size ({width}) among its {heads} heads.")
+        raise ConversionError(
+            f"head_dim: {own['head_dim']} cannot be read, because {class_name} divides hidden_size ({width}) among its {heads} heads."
+        )
 
 
 def known(table: Mapping[str, str], name: str, key: str) -> str:

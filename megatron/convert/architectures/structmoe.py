@@ -126,7 +126,7 @@ class StructMoE:
         try:
             config = StructMoEConfig(**settings)
         except ValueError as error:
-            raise ConversionError(f"The settings of this {self.class_name} do not fit together: {error}.") from error
+            raise ConversionError(f"The settings of this {self.class_name} contradict each other: {error}.") from error
         gelu_tanh = config.hidden_act == "gelu_tanh"
         return {
             **{ours: getattr(config, theirs) for ours, theirs in MODEL_NAMES.items()},
@@ -200,7 +200,9 @@ def _moe_keys(config: Any) -> dict[str, Any]:
     layers = [layer for layer, count in enumerate(config.num_experts_by_layer) if count]
     counts = [config.num_experts_by_layer[layer] for layer in layers]
     if min(counts) < 2:
-        raise ConversionError(f"num_experts_by_layer: {config.num_experts_by_layer} cannot be represented: a layer has no expert or at least 2.")
+        raise ConversionError(
+            f"num_experts_by_layer: {config.num_experts_by_layer} cannot be represented: a layer must have 0 experts, or 2 or more."
+        )
     names = {**MOE_NAMES, **ROUTER_NAMES[config.router_type], **EXPERT_NAMES[config.expert_type]}
     keys = {ours: getattr(config, theirs) for ours, theirs in names.items()} | {
         "moe_losses": _losses(config),
@@ -279,7 +281,7 @@ class _Remembered:
     def there(self, ours: Tensor) -> Sequence[Tensor]:
         """Nothing. Raises Misfit where the layers do not agree."""
         if not torch.equal(ours, self.shared.weight):
-            raise Misfit("is not the same as in the first layer, and the other architecture has one for all layers")
+            raise Misfit("differs from the first layer's, but the other architecture has a single weight for all layers")
         return ()
 
     def back(self, theirs: Sequence[Tensor]) -> Tensor:

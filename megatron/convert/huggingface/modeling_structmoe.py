@@ -169,7 +169,7 @@ class StructMoEModel(StructMoEPreTrainedModel):
         The mask is 0 for padding. Positions count on from the cache where they are not given. Raises ValueError without inputs, or with both kinds.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, and not both")
+            raise ValueError("give either input_ids or inputs_embeds, not both")
         hidden_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache(config=self.config)
@@ -210,7 +210,7 @@ class StructMoEModel(StructMoEPreTrainedModel):
             return dict.fromkeys(scales, mask)
         if self.config._attn_implementation not in ("eager", "sdpa"):
             kind = f"attn_implementation = '{self.config._attn_implementation}'"
-            raise ValueError(f"{kind} cannot add the biases of position_type '{self.config.position_type}': use 'sdpa' or 'eager'")
+            raise ValueError(f"{kind} cannot add the position biases of position_type '{self.config.position_type}'; use 'sdpa' or 'eager'")
         queries = hidden_BSD.shape[1]
         start, keys, first_key = 0, queries, 0
         if past_key_values is not None:
