@@ -90,7 +90,7 @@ def read_one(path: Path, evaluation: EvaluationConfig) -> str:
         if problem.kind in NOTICES:
             log.info("eval_text_files: %s %s.", path, problem.what.replace("--input-format", "eval_text_format:"))
         elif problem.kind is not Kind.BLANK:
-            what = str(problem).replace("(--jsonl-key)", "(eval_jsonl_key)").replace("--input-format", "eval_text_format:")
+            what = str(problem).replace("--jsonl-key)", "eval_jsonl_key)").replace("--input-format", "eval_text_format:")
             raise InferenceError(f"eval_text_files: {what}. To measure the file as it is, braces and all, set eval_text_format: text.")
 
     texts = [document.text for document in read_documents(path, evaluation.eval_jsonl_key, report, form=evaluation.eval_text_format)]

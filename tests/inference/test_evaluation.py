@@ -121,5 +121,7 @@ def test_json_lines_are_measured_without_their_braces(tmp_path: Path, caplog: py
     assert f"{lines} is read as JSON lines, as its first bytes say; eval_text_format: text stores it as plain text." in caplog.text
     assert f"{lines} holds 2 texts under 'text'" in caplog.text
     assert read_texts(EvaluationConfig(eval_text_files=[str(lines)], eval_text_format="text")) == {str(lines): content.decode()}
-    with pytest.raises(InferenceError, match=r"no key 'body'; it has text under: text \(eval_jsonl_key\)\. To measure the file as it is"):
+    with pytest.raises(
+        InferenceError, match=r"no key 'body'; the keys with text are: text \(choose one with eval_jsonl_key\)\. To measure the file as it is"
+    ):
         read_texts(EvaluationConfig(eval_text_files=[str(lines)], eval_jsonl_key="body"))
