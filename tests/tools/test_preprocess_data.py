@@ -137,7 +137,7 @@ def test_labels_behind_a_pattern_of_tokens(corpus: Path, vocab: Path, tmp_path: 
 def test_masks_that_cannot_be_had(corpus: Path, vocab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = arguments(corpus, vocab, tmp_path / "qa")
     for more, message in (
-        ((), "--mask-before-token is missing: which tokens end the part to be masked? Without masks, use preprocess_data.py"),
+        ((), "--mask-before-token is missing: give the tokens at the end of the masked part. To prepare text without masks, use preprocess_data.py"),
         (("--mask-before-token", "1,two"), "argument --mask-before-token: '1,two': give token ids separated by commas, such as 0,1,1270"),
         (("--mask-before-token", ","), "argument --mask-before-token: ',': give token ids"),
     ):
