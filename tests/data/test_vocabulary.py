@@ -71,7 +71,7 @@ def label_file(tmp_path: Path, documents: list[list[int]], dtype: str = "<i4") -
         ([[1, 2], [3]], "<i4", "labels do not fit the tokens .*text: 2 and 3 documents; both come from one run"),
         ([[1, 2], [3], [4]], "<i4", r"document 1 \(counted from 0\) has 1 labels and 2 tokens, and 1 more documents differ; both come from"),
         ([[1, 2], [3, -100], []], "<i4", r"document 2 \(counted from 0\) has 0 labels and 3 tokens; both come from"),
-        ([[1, 2], [3, 9], [4, 5, 6]], "<i4", r"labels.bin holds labels up to 9 but the vocabulary has 9 \(0..8\); masked places have -100"),
+        ([[1, 2], [3, 9], [4, 5, 6]], "<i4", r"labels.bin holds labels up to 9 but the vocabulary has 9 \(0..8\); masked tokens have the label -100"),
         ([[1, 2], [3, 65436], [4, 5, 6]], "<u2", r"labels up to 65436 .* which needs a signed type such as int32"),
         ([[1, 2], [3, 4], [4, 5, 6]], "<f4", "labels.bin holds float32 values, not labels"),
     ],

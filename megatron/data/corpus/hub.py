@@ -122,9 +122,9 @@ def hub_errors(path: str) -> Iterator[None]:
         raise
     except ConnectionError as error:
         raise DatasetError(
-            f"{path}: the Hugging Face hub cannot be reached ({first_line(error)}). Check the network, and that HF_HUB_OFFLINE is not set. What "
-            "was downloaded "
-            "is kept: the same command continues from there. Without a network, copy the corpus's files to this machine and give them as input: "
+            f"{path}: the Hugging Face hub cannot be reached ({first_line(error)}). Check the network, and that HF_HUB_OFFLINE is not set. "
+            "What was downloaded is kept: the same command continues from there. "
+            "Without a network, copy the corpus's files to this machine and give them as input: "
             "python prepare_data.py FOLDER --name NAME"
         ) from error
     except Exception as error:

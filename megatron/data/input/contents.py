@@ -141,7 +141,7 @@ def form_of_array(text: str, *, whole: bool) -> JsonForm | None:
 
 
 def form_of_first(element: str, *, may_be_cut: bool) -> JsonForm | None:
-    """The form of an array that cannot be read to its end, judged by its first element: an error after an object is an error in an array of
+    """The form of an array that cannot be read to its end, judged by its first element. An error after an object is an error in an array of
     objects."""
     try:
         first, end = SCANNER.raw_decode(element)

@@ -68,12 +68,14 @@ def files_below(folder: Path, on_problem: OnProblem) -> list[Path]:
     if not files:
         there = f"; it has {names}, which you can give by name or by a pattern" if others else ""
         raise DatasetError(
-            f"{folder}: no {', '.join(SEARCHED_SUFFIXES)} files in this folder (compressed ones, {', '.join(COMPRESSED_SUFFIXES)}, would count "
-            f"too){there}"
+            f"{folder}: no {', '.join(SEARCHED_SUFFIXES)} files in this folder (compressed ones, {', '.join(COMPRESSED_SUFFIXES)}, would "
+            f"count too){there}"
         )
     if others:
-        what = f"{len(others):,} file(s) in it are not read, because neither the name nor the first bytes say that they hold text: {names}. To "
-        "read one, give its path"
+        what = (
+            f"{len(others):,} file(s) in it are not read, because neither the name nor the first bytes say that they hold text: {names}. "
+            "To read one, give its path"
+        )
         on_problem(Problem(Kind.PASSED_OVER, str(folder), what))
     return sorted(files, key=lambda path: natural_order(str(path)))
 

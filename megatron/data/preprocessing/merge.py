@@ -76,7 +76,6 @@ def _check_kinds(prefixes: Sequence[Path]) -> None:
     other = next((prefix for prefix in others if kinds[prefix] != kinds[first]), None)
     if other is not None:
         raise DatasetError(
-            f"{first} and {other} are of different kinds by their names ({kinds[first]} and {kinds[other]}) and must not become documents of "
-            "one file. "
-            "Put each kind into its own folder and merge the folders one by one"
+            f"{first} and {other} are of different kinds by their names ({kinds[first]} and {kinds[other]}) and must not become "
+            "documents of one file. Put each kind into its own folder and merge the folders one by one"
         )

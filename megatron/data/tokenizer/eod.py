@@ -43,7 +43,7 @@ def ends_turns(token: str, template: str) -> bool:
 
 
 def find_stop_tokens(token_to_id: Callable[[str], int | None], folder: Path | None, eod: int | None) -> tuple[int, ...]:
-    """The ids at which an answer is over: the end of a document, the `eos_token` of the settings in `folder`, and every id that the model's
+    """The ids that end an answer: the end of a document, the `eos_token` of the settings in `folder`, and every end that the model's
     generation_config.json and config.json name. `folder` None: there are no settings."""
     ids = [] if eod is None else [eod]
     if folder is not None:

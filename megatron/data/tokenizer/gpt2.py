@@ -101,8 +101,7 @@ def read_folder(folder: Path) -> Tokenizer:
     if not (vocab.is_file() and merges.is_file()):
         raise TokenizerError(
             f"vocab_file: {folder} is not a folder with a tokenizer.json, or with vocab.json and merges.txt. HFGPT2Tokenizer takes such a "
-            "folder or a "
-            "name on the Hugging Face hub; HFTokenizer takes the path of a tokenizer.json"
+            "folder or a name on the Hugging Face hub; HFTokenizer takes the path of a tokenizer.json"
         )
     tokenizer = read_gpt2(vocab, merges)
     if tokenizer.token_to_id(END_OF_TEXT) is not None:

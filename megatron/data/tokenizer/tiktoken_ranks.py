@@ -145,8 +145,8 @@ def read_llama3_ranks(path: Path) -> dict[bytes, int]:
             raise TokenizerError(f"vocab_file: line {number} of {path} is not `base64 rank`, so it is no tiktoken file; {hint}") from None
     if sorted(ranks.values()) != list(range(LLAMA3_RANKS)):
         raise TokenizerError(
-            f"vocab_file: {path} holds {len(ranks):,} ranks. A tiktoken file does not say how text is cut, so only Llama 3's file (ranks "
-            f"0..{LLAMA3_RANKS - 1}) "
-            "can be read here. This one is cut short or from another model: use that model's tokenizer.json with HFTokenizer"
+            f"vocab_file: {path} holds {len(ranks):,} ranks. A tiktoken file does not say how text is cut, so only Llama 3's file "
+            f"(ranks 0..{LLAMA3_RANKS - 1}) can be read here. "
+            "This one is cut short or from another model: use that model's tokenizer.json with HFTokenizer"
         )
     return ranks

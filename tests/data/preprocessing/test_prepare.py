@@ -313,7 +313,7 @@ def test_control_c_is_a_sentence(options: Callable[..., PrepareOptions], tmp_pat
     process.send_signal(signal.SIGINT)
     error = process.communicate()[1]
     assert process.returncode == 130
-    assert error.splitlines()[-1] == "Interrupted: nothing was prepared; what was fetched is kept, and the same command goes on from there."
+    assert error.splitlines()[-1] == "Interrupted: nothing was prepared. What was downloaded is kept: the same command continues from there."
     assert "Traceback" not in error
     assert not list((tmp_path / "data").iterdir())
 
