@@ -105,5 +105,5 @@ def test_latest_may_be_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "latest").read_text() == "global_step3"
     (tmp_path / "latest").unlink()
     (tmp_path / "latest").symlink_to("gone")
-    with pytest.raises(CheckpointError, match=r"latest is a symbolic link to gone, which is not there.*add `-o iteration=3`"):
+    with pytest.raises(CheckpointError, match=r"latest is a symbolic link to gone, which does not exist.*add `-o iteration=3`"):
         find_checkpoint(tmp_path)

@@ -30,7 +30,7 @@ def test_ids_beyond_the_vocabulary_are_named(tmp_path: Path, data_config: Callab
 def test_negative_ids_and_numbers_that_are_no_ids_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"token ids -1\.\.3"):
         check_vocabulary(IndexedDataset(write(tmp_path / "signed", [[3, -1]], "<i4")), 10)
-    with pytest.raises(DatasetError, match="holds float32 values, not token ids"):
+    with pytest.raises(DatasetError, match="holds float32 values and not token ids"):
         check_vocabulary(IndexedDataset(write(tmp_path / "floats", [[3, 1]], "<f4")), 10)
     check_vocabulary(IndexedDataset(write(tmp_path / "empty", [])), 10)
 
