@@ -33,16 +33,16 @@ setup: ## make .venv and install everything that development and the tests need
 	@requirements/install.sh dev
 
 .PHONY: setup-run
-setup-run: ## make .venv and install what training needs, no more
+setup-run: ## make .venv and install only what training needs
 	@requirements/install.sh run
 
 # ---------------------------------------------------------------- the two commands
 
 .PHONY: train
-train: setup-run ## from nothing to a trained, evaluated and sampled language model
+train: setup-run ## prepare data, train a small language model, evaluate it and generate a sample
 	@$(python) prepare_data.py -d data
 	@$(python) deepy.py train.py $(quickstart) || { status=$$?; \
-		case $$status in 130|143) echo 'Interrupted; make train goes on from the last checkpoint.';; esac; exit $$status; }
+		case $$status in 130|143) echo 'Interrupted. To go on from the last checkpoint, run make train again.';; esac; exit $$status; }
 	@echo && echo 'The newest speeches, which the model has not seen:'
 	@$(python) eval.py $(quickstart) -o 'eval_text_files=[data/sotu/test.txt]' -o eval_results_prefix=runs/quickstart/test
 	@echo && echo 'A sample:'
@@ -50,7 +50,7 @@ train: setup-run ## from nothing to a trained, evaluated and sampled language mo
 	@echo
 	@printf '%-12s%s\n' checkpoint "runs/quickstart/$$(cat runs/quickstart/latest)" metrics runs/quickstart/metrics.jsonl plot runs/quickstart/training.png \
 		samples runs/quickstart/samples.jsonl
-	@echo 'make train again does nothing but measure and sample; rm -r runs/quickstart starts afresh.'
+	@echo 'If you run make train again, it only measures and samples. To train from the beginning, first run rm -r runs/quickstart.'
 
 .PHONY: test
 test: setup ## run the tests (CPU, without the slow ones)
@@ -89,7 +89,7 @@ docs: setup-run ## write configs/neox_arguments.md from the configuration sectio
 	@$(python) -m megatron.config.reference
 
 .PHONY: lock
-lock: setup ## write requirements/constraints.txt from what is installed in .venv
+lock: setup ## write requirements/constraints.txt from the packages in .venv
 	@$(python) -m pip freeze --exclude-editable | sed -E 's/\+(cpu|cu[0-9]+)$$//' > requirements/constraints.txt
 
 .PHONY: clean

@@ -1,4 +1,4 @@
-"""Text to training data: `python prepare_data.py` prepares the default corpus, `--help` shows the rest."""
+"""Prepares text for training. `python prepare_data.py` prepares the default corpus; `--help` shows the options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
         try:
             prepared = prepare(options, build_reporter())
         except KeyboardInterrupt:
-            print("\nInterrupted: nothing was prepared; what was fetched is kept, and the same command goes on from there.", file=sys.stderr)
+            print("\nInterrupted: nothing was prepared. What was downloaded is kept: the same command continues from there.", file=sys.stderr)
             return INTERRUPTED_STATUS
         print(describe(prepared), flush=True)
         return None

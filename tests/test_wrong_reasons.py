@@ -73,7 +73,7 @@ def test_a_package_that_is_installed_and_broken_is_not_called_missing(tmp_path: 
     for name, reason in (("brokenpackage", "libarrow.so: cannot open shared object file"), ("lacking", "No module named 'no_such_dependency'")):
         with pytest.raises(DatasetError) as caught:
             import_optional(name, "reading needs it")
-        assert str(caught.value) == f"reading needs it. It is installed, and cannot be imported: {reason}"
+        assert str(caught.value) == f"reading needs it. The package is installed but cannot be imported: {reason}"
     for name in ("no_such_package", "no_such_package.inner"):
         with pytest.raises(DatasetError) as caught:
             import_optional(name, "reading needs it")

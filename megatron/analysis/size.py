@@ -1,4 +1,5 @@
-"""How large the models of configurations are, and which setting makes one as large as another. Arithmetic alone: nothing is built or allocated."""
+"""The sizes of models, computed from their configurations, and the settings that make one model as large as another. Nothing is built or
+allocated."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ _MOST = 4096  # experts or LoREs that a match may ask for
 
 @dataclass(frozen=True)
 class Layout:
-    """What the sizes are asked for. vocabulary: tokens, None: each configuration's own; zero_stage None: each configuration's."""
+    """The assumptions for the sizes. vocabulary: its number of tokens; None: each configuration's own. zero_stage None: each configuration's own."""
 
     vocabulary: int | None = None
     processes: int = 1
@@ -26,7 +27,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A configuration and its model's size; flops: of one token in training, without recomputation; memory: of one process."""
+    """A configuration and the size of its model. flops: of one token in training, without recomputation. memory: of one process."""
 
     name: str
     config: NeoXConfig
@@ -38,9 +39,9 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Match:
-    """The value of one key that brings a model nearest to another's size.
+    """The value of one key that makes a model's size nearest to another's.
 
-    reached: the size it has then; difference: by how much it is larger than the other; without_routers: the same, routers of both left out.
+    reached: the model's size with this value. difference: reached minus the other's size. without_routers: the same difference without both routers.
     """
 
     key: str
@@ -64,7 +65,7 @@ def read_sizes(paths: list[str], layout: Layout) -> list[ModelSize]:
 
 
 def size_of(name: str, loaded: LoadedConfig, layout: Layout) -> ModelSize:
-    """The size of one model. Raises ConfigError when nothing says how large its vocabulary is."""
+    """The size of one model. Raises ConfigError if the size of its vocabulary is not known."""
     config = loaded.config
     padded = padded_vocab_size(layout.vocabulary or _vocabulary(name, loaded), config.model.make_vocab_size_divisible_by)
     count = count_parameters(config.model, config.moe, padded)
@@ -92,12 +93,12 @@ def memory_per_process(config: NeoXConfig, parameters: int, processes: int, zero
 
 
 def matches(model: ModelSize, other: ModelSize, *, active: bool = False) -> list[Match]:
-    """For each key that changes the model's total (or active) parameters: the value that brings it nearest to the other's.
+    """For each key that changes the model's total (or active) parameters: the value that makes them nearest to the other's.
 
-    A key of which no allowed value reaches beyond the other's size on both sides is left out. Raises ConfigError when the model has no experts.
+    A key is left out if its allowed values give only smaller or only larger sizes than the other's. Raises ConfigError if the model has no experts.
     """
     if not model.config.moe.has_experts:
-        raise ConfigError([f"{model.name}: has no experts, so there is no number of experts or LoREs and no rank to match {other.name} with"])
+        raise ConfigError([f"{model.name}: has no experts, so it has no key (number of experts or LoREs, rank) that could match it to {other.name}"])
     target, target_routers = _size(other, active), _routers(other, active)
     found = []
     for key, least, most in _keys(model.config, active):

@@ -22,7 +22,7 @@ def overview(sizes: list[ModelSize], layout: Layout) -> Table:
 
 
 def by_part(sizes: list[ModelSize]) -> Table:
-    """Parameters by part, and under those of a model with experts the active ones; parts that no model has are left out."""
+    """Parameters by part. For a model with experts the active ones are below. Parts that no model has are left out."""
     parts = [part for part in sizes[0].count.total if any(size.count.total[part] for size in sizes)]
     table = plain_table("config", *parts, numbers=True, whole=tuple(parts))
     for size in sizes:
@@ -33,7 +33,7 @@ def by_part(sizes: list[ModelSize]) -> Table:
 
 
 def match_table(found: list[Match]) -> Table:
-    """A line for each key that can be changed alone."""
+    """A table with a line for each key that can be changed alone."""
     columns = ("key", "value", "parameters then", "difference", "without routers")
     table = plain_table(*columns, numbers=True, whole=columns)
     for match in found:

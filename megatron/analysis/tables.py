@@ -1,4 +1,4 @@
-"""Tables and numbers as the command lines show them."""
+"""Tables and numbers for the output of commands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from rich.table import Table
 
 
 def plain_table(*columns: str, numbers: bool = False, whole: tuple[str, ...] = ()) -> Table:
-    """A table without lines; `numbers`: all columns but the first stand to the right; the `whole` columns are never broken."""
+    """A table without lines. `numbers`: all columns but the first are aligned to the right. The `whole` columns are never broken."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for position, column in enumerate(columns):
         table.add_column(column, justify="right" if numbers and position else "left", overflow="fold", no_wrap=column in whole)
@@ -14,7 +14,7 @@ def plain_table(*columns: str, numbers: bool = False, whole: tuple[str, ...] = (
 
 
 def bytes_text(number: float) -> str:
-    """In the largest unit that leaves at least 1."""
+    """The bytes in the largest unit that gives a number of at least 1."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if number < 1024:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"

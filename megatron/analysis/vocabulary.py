@@ -1,4 +1,4 @@
-"""How many tokens the vocabulary of a configuration has, without a run: from its tokenizer, or from what the file's head says."""
+"""The number of tokens in a configuration's vocabulary, without a run: from its tokenizer, or from the comment at the top of the file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Vocabulary(NamedTuple):
 
 
 def vocabulary(data: DataConfig) -> Vocabulary:
-    """The number of tokens that the configured tokenizer has; its file need not exist yet, and nothing is downloaded."""
+    """The number of tokens of the configured tokenizer. Its file need not exist yet, and nothing is downloaded."""
     if data.tokenizer_type not in ("CharLevelTokenizer", NULL):
         if data.vocab_file is None:
             return Vocabulary(None, "vocab_file is not given")
@@ -34,6 +34,6 @@ def vocabulary(data: DataConfig) -> Vocabulary:
 
 
 def stated_vocabulary(text: str) -> int | None:
-    """The tokens that the head of a shipped configuration names; None where it names none."""
+    """The number of tokens that the comment at the top of a shipped configuration names. None: it names none."""
     found = _STATED.search(text)
     return int(found.group(1).replace(",", "")) if found else None

@@ -1,4 +1,4 @@
-"""Several data sets in fixed proportions: at every sample the one that lags furthest behind its weight is next, as in NeoX.
+"""Several data sets in fixed proportions. The next sample comes from the data set that is furthest behind its weight, as in NeoX.
 
 Shapes: D data sets, I samples
 """
@@ -23,9 +23,9 @@ MARGIN = 1.005  # NeoX asks each data set for this much more than its share
 
 
 class BlendedDataset(Dataset[dict[str, np.ndarray]]):
-    """Samples of several data sets interleaved by weight; as long as all of them together.
+    """Samples of several data sets, interleaved by weight. Its length is the sum of their lengths.
 
-    With `names`, one a data set, each sample says under "corpus" (int64) which of them it is from.
+    With `names`, one for each data set, each sample has the number of its data set under "corpus" (int64).
     """
 
     def __init__(self, datasets: Sequence[SampleDataset], weights: Sequence[float], names: Sequence[str] = ()) -> None:
@@ -51,13 +51,15 @@ def normalise(weights: Sequence[float]) -> np.ndarray:
 
 
 def shares(weights: Sequence[float]) -> list[float]:
-    """The weights by their sum, added one by one: NumPy's sum and that of newer Pythons round otherwise than NeoX, and ties hang on the last bit."""
+    """The weights divided by their sum. The sum is added one by one, because NumPy and newer Pythons round it differently from NeoX, and ties
+        depend on
+    the last bit."""
     total = functools.reduce(operator.add, weights)
     return [weight / total for weight in weights]
 
 
 def check_weights(weights: Sequence[float] | None, paths: Sequence[str], key: str) -> list[float]:
-    """One weight a path, all 1 when None are given. Raises DatasetError when they do not match."""
+    """One weight for each path; all are 1 if none are given. Raises DatasetError if paths and weights do not match."""
     if len(paths) > MAX_DATASETS:
         raise DatasetError(f"{key}_data_paths has {len(paths)} entries; at most {MAX_DATASETS} can be blended: merge some of the files")
     if weights is None:
@@ -70,7 +72,8 @@ def check_weights(weights: Sequence[float] | None, paths: Sequence[str], key: st
 
 
 def corpus_names(paths: Sequence[str]) -> list[str]:
-    """What to call each of several corpora: the last part of its path; the whole path where others end the same, numbered where they are the same."""
+    """A name for each corpus: the last part of its path. If several have the same last part: the whole path. If several have the same path: a
+    number too."""
     last = [PurePath(path).name for path in paths]
     names = [path if last.count(name) > 1 else name for path, name in zip(paths, last, strict=True)]
     return [f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
@@ -89,7 +92,9 @@ def weights_by_documents(counts: Sequence[int], alpha: float) -> list[float]:
     share_D = [count / total for count in counts]
     weight_D = [boosted * (1 - share) for boosted, share in zip(shares([share**alpha for share in share_D]), share_D, strict=True)]
     if not any(weight_D):
-        raise DatasetError("weight_by_num_documents: all documents are in one corpus, which this rule gives the weight 0; leave the empty ones out")
+        raise DatasetError(
+            "weight_by_num_documents: all documents are in one corpus, and this rule gives it the weight 0; leave the empty corpora out"
+        )
     return shares(weight_D)
 
 

@@ -1,4 +1,4 @@
-"""Where things computed from a data file are remembered: beside the data, else in the user's cache directory."""
+"""Keeps values that were computed from a data file: beside the data, else in the user's cache directory."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ logger = logging.getLogger(__name__)
 
 
 def cache_directories(data_prefix: Path) -> tuple[Path, Path]:
-    """The places to look in and to write to, best first. None of them need exist."""
+    """The directories to read from and write to, best first. They need not exist."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return data_prefix.parent / "index_maps", user / "structmoe-neox" / "index_maps"
 
 
 def cache_key(data_prefix: Path, facts: dict[str, Any]) -> str:
-    """A file name that holds everything the content depends on, so that what is stale has another name."""
+    """A file name that contains everything the content depends on, so that old content has another name."""
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
     return f"{data_prefix.name}-{digest}"
 
 
 def publish(data_prefix: Path, key: str, write: Callable[[Path], None]) -> Path | None:
-    """Let `write` fill an empty directory, then give it its name `key` in one step. Returns where it lies, None when nowhere is writable.
+    """Lets `write` fill an empty directory, then gives it its name `key` in one step. Returns its path. None: no directory is writable.
 
-    Safe when several processes do it at once: the first whole one stays (contents with one key are equal).
+    Several processes may do this at once: the first complete directory stays. Contents with the same key are equal.
     """
     for place, directory in enumerate(cache_directories(data_prefix)):
         try:
@@ -60,5 +60,5 @@ def publish(data_prefix: Path, key: str, write: Callable[[Path], None]) -> Path 
 
 
 def find(data_prefix: Path, key: str) -> Path | None:
-    """The directory published under `key`; None when there is none yet."""
+    """The directory that was published under `key`. None: there is none yet."""
     return next((directory / key for directory in cache_directories(data_prefix) if (directory / key).is_dir()), None)

@@ -1,4 +1,4 @@
-"""What a run reads, as facts that a checkpoint can hold, and what has changed in them when the run goes on."""
+"""Facts about the data that a run reads. A checkpoint holds them, and a run that goes on compares them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ Facts = dict[str, Any]
 
 
 def data_facts(data: DataConfig, datasets: Datasets, order: Mapping[str, int]) -> Facts:
-    """JSON values: the keys that decide on the order (`order`: those of other sections), and of each corpus that is read its path, documents, tokens,
-    and what tells its content."""
+    """The facts as JSON values: the keys that decide the order (`order`: those of other sections), and for each corpus its path, documents, tokens
+    and a
+    value that changes with its content."""
     corpora = {name: [corpus_facts(tokens) for tokens in files_of(getattr(datasets, name))] for name in SPLITS}
     return {"keys": {**{key: getattr(data, key) for key in KEYS}, **order}, "corpora": corpora}
 
@@ -44,7 +45,7 @@ def corpus_facts(file: IndexedDataset) -> Facts:
 
 
 def changes(before: Facts, now: Facts) -> list[str]:
-    """Clauses on what differs; empty where a run that goes on reads on in the very same data."""
+    """Clauses about the differences. Empty if the run that goes on reads the same data."""
     found = [
         f"{key} was {before['keys'][key]!r} and is {now['keys'][key]!r}"
         for key in now["keys"]
@@ -60,7 +61,7 @@ def changes(before: Facts, now: Facts) -> list[str]:
 
 
 def matters(key: str, now: Facts) -> bool:
-    """`split` says nothing where every part has files of its own, which lie at other paths."""
+    """Whether a changed key has an effect. `split` has none if every part has its own files."""
     parts = [{corpus["path"] for corpus in now["corpora"][name]} for name in SPLITS if now["corpora"][name]]
     return key != "split" or len(parts) < 2 or bool(set.intersection(*parts))
 
@@ -72,13 +73,15 @@ def corpus_changes(before: Facts, now: Facts) -> Iterator[str]:
         yield f"{before['path']} is replaced by {path}" + (", which holds the same documents" if same else "")
     if not same:
         counts = [f"{before[key]:,} {key}, now {now[key]:,}" for key in ("documents", "tokens") if before[key] != now[key]]
-        yield f"{path} has other content" + (f" (before {'; before '.join(counts)})" if counts else " (as many documents and tokens)")
+        yield f"{path} has other content" + (
+            f" (before {'; before '.join(counts)})" if counts else " (with the same numbers of documents and tokens)"
+        )
     elif before["path"] == path and before["modified"] != now["modified"]:
         yield f"{path} was written again since, with the same documents and the same beginning and end"
 
 
 def changed_keys(stored: Mapping[str, Any], data: DataConfig) -> list[str]:
-    """The same from the configuration in a checkpoint that holds no facts: by its keys alone."""
+    """The differences for a checkpoint without facts: only the keys of its configuration are compared."""
     return [
         f"{key} was {stored[key]!r} and is {getattr(data, key)!r}" for key in (*PATHS, *KEYS) if key in stored and stored[key] != getattr(data, key)
     ]

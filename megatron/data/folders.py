@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def remove_folder(path: Path) -> None:
-    """Deletes a folder with everything in it; of a symbolic link only the link, so that what somebody keeps elsewhere stays there.
+    """Deletes a folder with everything in it. If the folder is a symbolic link, only the link is deleted, and its target stays.
 
-    Does nothing where there is nothing. Raises the system's OSError.
+    Does nothing if the folder does not exist. Raises the system's OSError.
     """
     if path.is_symlink():
         path.unlink(missing_ok=True)
@@ -19,8 +19,8 @@ def remove_folder(path: Path) -> None:
 
 
 def broken_link(path: Path) -> str | None:
-    """A sentence (without a full stop) when `path`, or a folder above it, is a symbolic link that leads nowhere; None when it is not."""
+    """A sentence (without a full stop) if `path`, or a folder above it, is a symbolic link to a missing place. None: it is not."""
     for place in (path, *path.parents):
         if place.is_symlink() and not place.exists():
-            return f"{place} is a symbolic link to {os.readlink(place)}, which is not there: mount its disk, make that folder, or remove the link"
+            return f"{place} is a symbolic link to {os.readlink(place)}, which does not exist: mount its disk, make that folder, or remove the link"
     return None

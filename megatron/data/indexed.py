@@ -47,11 +47,11 @@ PIECE_BYTES = 4 << 20
 
 
 class DatasetError(ValueError):
-    """Data that cannot be trained on. The message says which file, what is wrong with it and what to do."""
+    """The data cannot be used. The message names the file, the problem and what to do."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The type NeoX stores token ids in: uint16 below 65,500 ids, int32 from there on."""
+    """The type in which NeoX stores token ids: uint16 for fewer than 65,500 ids, else int32."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
@@ -89,12 +89,12 @@ class IndexedDataset:
 
     @property
     def has_boundaries(self) -> bool:
-        """Whether the documents' ends are there: GPT-NeoX's reader does without them, and some of its tools lose them."""
+        """Whether the file holds the ends of its documents. GPT-NeoX does not read them, and some of its tools lose them."""
         return len(self.boundaries) > 0 and self.boundaries[0] == 0 and bool(self.boundaries[-1] == len(self))
 
     @property
     def document_ends(self) -> np.ndarray:
-        """int64: how many items there are up to the end of each document. An item is a document of its own in files that say nothing else."""
+        """int64: the number of items up to the end of each document. In a file without document ends every item is a document."""
         return self.boundaries[1:] if self.has_boundaries else np.arange(1, len(self) + 1, dtype=np.int64)
 
     @property
@@ -104,7 +104,7 @@ class IndexedDataset:
 
     @cached_property
     def index_hash(self) -> str:
-        """Digest of the whole `.idx`: equal digests mean equal documents, wherever the file lies and whenever it was written."""
+        """Digest of the whole `.idx`. Equal digests mean equal documents, whatever the path and the time of the file."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(self._index.data)
         return digest.hexdigest()
@@ -114,7 +114,7 @@ class IndexedDataset:
         size = int(self.sizes[index])
         length = size - offset if length is None else length
         if not 0 <= offset <= offset + length <= size:
-            raise IndexError(f"{self.prefix}: tokens {offset}..{offset + length} of document {index}, which has {size}")
+            raise IndexError(f"{self.prefix}: tokens {offset}..{offset + length} of document {index} were asked for, but it has {size} tokens")
         start = int(self.offsets_N[index]) + offset * self.dtype.itemsize
         return self._tokens[start : start + length * self.dtype.itemsize].view(self.dtype)
 
@@ -137,9 +137,9 @@ class IndexedDataset:
 
 
 class IndexedDatasetWriter:
-    """Writes one `.bin/.idx` pair, byte for byte as NeoX does; the files get their names only when all of it is on disk.
+    """Writes one `.bin/.idx` pair, byte for byte as NeoX does. The files get their names only when they are complete on the disk.
 
-    Use as a context manager: leaving it normally publishes the pair, leaving it with an exception removes what was written.
+    Use it as a context manager. A normal end publishes the pair; an exception removes the written files.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype[Any]) -> None:
@@ -172,13 +172,15 @@ class IndexedDatasetWriter:
             if values.min() < limits.min or values.max() > limits.max:
                 raise DatasetError(f"{self.prefix}: token ids {values.min()}..{values.max()} do not fit the file's type {self.dtype}")
         if len(values) > LONGEST:
-            raise DatasetError(f"{self.prefix}: a document of {len(values):,} tokens; the format holds at most {LONGEST:,} in one, cut it up")
+            raise DatasetError(
+                f"{self.prefix}: a document has {len(values):,} tokens; the format holds at most {LONGEST:,} in one document. Cut it into parts"
+            )
         with naming(self.prefix.parent):
             self._file.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
         self._sizes.append(len(values))
 
     def end_document(self) -> None:
-        """The items since the last end are one document: of no item, as NeoX writes a text that gave no token, when there are none."""
+        """Ends a document, which has the items since the last end. Without items it is an empty document, as NeoX writes a text without tokens."""
         self._boundaries.append(len(self._sizes))
 
     def add_column(self, tokens: np.ndarray, sizes: np.ndarray) -> None:
@@ -192,7 +194,7 @@ class IndexedDatasetWriter:
         self._boundaries.frombytes(np.arange(start, start + len(sizes)).tobytes())
 
     def add_file(self, dataset: IndexedDataset) -> Iterator[int]:
-        """Append every item of another pair of the same type, its document boundaries too; yields the bytes of each piece once it is written."""
+        """Append every item of another pair of the same type, with its document boundaries. Yields the bytes of each piece after it is written."""
         start = len(self._sizes)
         self._sizes.frombytes(dataset.sizes.astype(np.int32).tobytes())
         self._boundaries.frombytes((dataset.document_ends + start).astype(np.int64).tobytes())
@@ -240,7 +242,7 @@ def map_bytes(path: Path) -> np.ndarray:
 
 
 def read_header(path: Path, index: np.ndarray) -> tuple[np.dtype[Any], int, int]:
-    """(dtype, N, D) of a mapped `.idx`; raises DatasetError when it is not one or is not whole."""
+    """(dtype, N, D) of a mapped `.idx`. Raises DatasetError if the file is not an index or is not complete."""
     start = index[: HEADER.size].tobytes()
     if start.startswith(CACHED_MAGIC):
         raise DatasetError(f"{path} is in fairseq's old 'cached' format, which cannot be read here; prepare the text again with prepare_data.py")
@@ -249,17 +251,17 @@ def read_header(path: Path, index: np.ndarray) -> tuple[np.dtype[Any], int, int]
             f"{path} is not an index of a token file: it starts with {start[:9]!r}, not {MAGIC!r}; data_path is the path without .bin/.idx"
         )
     if len(start) < HEADER.size:
-        raise DatasetError(f"{path} is cut short: {len(start)} bytes, {HEADER.size} are the header alone; prepare or copy it again")
+        raise DatasetError(f"{path} is cut short: it has {len(start)} bytes, and the header alone needs {HEADER.size}; prepare or copy it again")
     _, version, code, count, boundaries = HEADER.unpack(start)
     if version != VERSION:
-        raise DatasetError(f"{path} has format version {version}; version {VERSION} is the one there is: the file is damaged or from another program")
+        raise DatasetError(f"{path} has format version {version}, but only version {VERSION} exists: the file is damaged or from another program")
     if code not in DTYPES:
         known = ", ".join(f"{number} {dtype}" for number, dtype in DTYPES.items())
         raise DatasetError(f"{path} has the unknown token type code {code} (known: {known}): the file is damaged or from another program")
     want = HEADER.size + 12 * count + 8 * boundaries
     if len(index) != want:
         what = "cut short" if len(index) < want else "too long"
-        raise DatasetError(f"{path} is {what}: {len(index):,} bytes, {want:,} are needed for its {count:,} documents; prepare or copy it again")
+        raise DatasetError(f"{path} is {what}: it has {len(index):,} bytes, but its {count:,} documents need {want:,}; prepare or copy it again")
     return DTYPES[code], count, boundaries
 
 
@@ -269,11 +271,11 @@ def check_files_exist(prefix: Path) -> None:
     if not missing:
         return
     if prefix.suffix in (".bin", ".idx") and prefix.is_file():
-        raise DatasetError(f"{prefix}: give the path without {prefix.suffix} ({prefix.with_suffix('')}); both files of the pair are found by it")
+        raise DatasetError(f"{prefix}: give the path without {prefix.suffix} ({prefix.with_suffix('')}); it stands for both files of the pair")
     if prefix.is_file():
         raise DatasetError(
-            f"{prefix} is a file of another kind, and training reads .bin/.idx pairs: `python prepare_data.py {prefix}` makes one of a text "
-            "and says what to write as data_path"
+            f"{prefix} is not a .bin/.idx pair, which training needs. `python prepare_data.py {prefix}` makes a pair from a text file "
+            "and prints the data_path to use"
         )
     inside = sorted(str(path.with_suffix("")) for path in prefix.glob("*.idx")) if prefix.is_dir() else []
     if inside:

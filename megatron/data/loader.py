@@ -37,7 +37,7 @@ LOSS_OF = {"valid": "validation", "test": "test"}
 
 @dataclass(frozen=True, kw_only=True)
 class SamplePlan:
-    """How many samples a run will draw. 0: that part is not wanted; None: one epoch of it, however many those are.
+    """How many samples a run will draw. 0: that part is not used. None: one epoch of it.
 
     NeoX: train = train_iters * batch, valid = (train_iters // eval_interval + 1) * eval_iters * batch, test = eval_iters * batch.
     """
@@ -46,7 +46,7 @@ class SamplePlan:
     valid_samples: int | None
     test_samples: int | None
     samples_at_once: int = 1
-    """What all processes take for one forward pass: a data set that gives fewer is of no use."""
+    """The samples that all processes together take for one forward pass. A data set with fewer cannot be used."""
 
     def wanted(self, name: str) -> int | None:
         return {"train": self.train_samples, "valid": self.valid_samples, "test": self.test_samples}[name]
@@ -54,7 +54,7 @@ class SamplePlan:
 
 @dataclass(frozen=True)
 class Datasets:
-    """None: the plan wants no samples of that part, or the config gives it no data (no paths, a zero share of `split`)."""
+    """The data sets of a run. None: the plan uses no samples of that part, or the config gives it no data (no paths, a zero share of `split`)."""
 
     train: TextDataset | None
     valid: TextDataset | None
@@ -63,7 +63,7 @@ class Datasets:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOrder:
-    """What samples and their order depend on besides the data."""
+    """The settings, besides the data, that decide the samples and their order."""
 
     seq_length: int
     seed: int
@@ -104,7 +104,7 @@ def build_data(data: DataConfig, *, seq_length: int, plan: SamplePlan, seed: int
 
 
 def open_source(path: str, label_path: str | None, data: DataConfig, vocab_size: int | None) -> Source:
-    """The token file and, where one is given, the label file that belongs to it. Raises DatasetError where the two do not fit."""
+    """The token file and its label file, if one is given. Raises DatasetError if the two do not match."""
     tokens = IndexedDataset(path)
     if vocab_size is not None:
         check_vocabulary(tokens, vocab_size)
@@ -121,7 +121,7 @@ def open_source(path: str, label_path: str | None, data: DataConfig, vocab_size:
 def build_from_split(source: Source, split: str, plan: SamplePlan, order: SampleOrder) -> Datasets:
     """One file's documents, the first for training, then validation, then test.
 
-    As in NeoX, validation or test without a document is left out, here with a warning. Raises DatasetError when there is nothing to train on.
+    As in NeoX, validation or test without a document is left out; here a warning says so. Raises DatasetError if no document is left for training.
     """
     built: list[TextDataset | None] = []
     file = source.tokens
@@ -143,9 +143,9 @@ def build_from_split(source: Source, split: str, plan: SamplePlan, order: Sample
 
 
 def build_samples(source: Source, documents: range, num_samples: int | None, *, name: str, order: SampleOrder, alone: bool = True) -> SampleDataset:
-    """A range of one file's documents as samples, packed as the order says; `alone`: not one of several that are mixed.
+    """A range of one file's documents as samples, packed as the order says. `alone`: the file is not mixed with others.
 
-    Too few tokens for one sample are repeated in it, as in NeoX, with a warning.
+    If the tokens are too few for one sample, they are repeated in it, as in NeoX, with a warning.
     """
     packing = Packing(order.pack_impl, order.allow_chopped, source.labels)
     if num_samples is not None and (packing.impl != "packed" or gives_too_few(source.tokens, documents, num_samples, order, alone)):
@@ -155,13 +155,16 @@ def build_samples(source: Source, documents: range, num_samples: int | None, *, 
         tokens = int(source.tokens.sizes[documents.start : documents.stop].sum(dtype=np.int64))
         if tokens <= order.seq_length:
             what = f"{len(documents):,} document(s) with {tokens:,} tokens"
-            logger.warning("%s: the %s part, %s, is shorter than one sequence and is repeated in each.", source.tokens.prefix, name, what)
+            logger.warning("%s: the %s part, %s, is shorter than one sequence, so it is repeated in each sequence.", source.tokens.prefix, name, what)
         return PackedDataset(source, maps, name)
     return WholeDocumentDataset(source, maps, name, seq_length=order.seq_length)
 
 
 def gives_too_few(tokens: IndexedDataset, documents: range, num_samples: int, order: SampleOrder, alone: bool) -> bool:
-    """Whether packing, which takes as many epochs as give `num_samples`, would give less than one step takes, or mixed with others nothing."""
+    """Whether packing these documents gives too few samples: fewer than one step needs, or none if they are mixed with others.
+
+    Packing repeats the documents until they give `num_samples`.
+    """
     counted = int(tokens.sizes[documents.start : documents.stop].sum(dtype=np.int64))
     epochs = epochs_for(counted, num_samples, order.seq_length) if counted else 0
     return (epochs * counted - 1) // order.seq_length - 1 < (order.samples_at_once if alone else 1)
@@ -170,9 +173,9 @@ def gives_too_few(tokens: IndexedDataset, documents: range, num_samples: int, or
 def build_blended(
     sources: Sequence[Source], weights: Sequence[float], num_samples: int | None, *, name: str, order: SampleOrder, names: Sequence[str] = ()
 ) -> BlendedDataset:
-    """Several files mixed by weight, their samples marked with `names` where these are given.
+    """Several files mixed by weight. If `names` are given, samples are marked with them.
 
-    An epoch of files with equal weights goes by their lengths: each is read once, where NeoX repeats the short ones.
+    In an epoch of files with equal weights each file is read once; NeoX repeats the short ones.
     """
     counts = [None] * len(sources) if num_samples is None else samples_each(weights, num_samples)
     parts = [
@@ -185,10 +188,10 @@ def build_blended(
 
 
 class Batches:
-    """Endless iterator of {"text": int64 [B, S + 1]}, and "label", "document" and "corpus" where samples have them, for one rank.
+    """Endless iterator of {"text": int64 [B, S + 1]} for one rank, with "label", "document" and "corpus" if samples have them.
 
-    num_workers 0 reads in this process; more prefetch in as many processes, in the same order. `close` ends them; so does
-    leaving the interpreter.
+    num_workers 0 reads in this process. A larger number prefetches in that many processes, in the same order. `close` ends them, and so does
+    the end of the interpreter.
     """
 
     def __init__(self, dataset: TextDataset, sampler: MicroBatchSampler, num_workers: int) -> None:
@@ -219,7 +222,7 @@ class Batches:
 
 
 def batches(dataset: TextDataset, *, micro_batch: int, rank: int = 0, world_size: int = 1, start_iteration: int = 0, num_workers: int = 0) -> Batches:
-    """Micro-batches of `dataset` from number `start_iteration` on, without reading the ones before. Wraps at the end, as NeoX does."""
+    """Micro-batches of `dataset` from number `start_iteration` on; earlier ones are not read. At the end it begins again, as NeoX does."""
     sampler = MicroBatchSampler(len(dataset), micro_batch=micro_batch, rank=rank, world_size=world_size, start_iteration=start_iteration)
     return Batches(dataset, sampler, num_workers)
 
@@ -229,6 +232,6 @@ def stack(samples: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach the whole process group; the training process decides, and needs its batches until the save is done."""
+    """Ignores Ctrl-C and SIGTERM in a worker. They reach the whole process group, but the training process needs its batches until it has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

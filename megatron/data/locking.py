@@ -1,6 +1,6 @@
-"""Files that one process at a time writes; the system frees them when their holder dies, however it dies.
+"""Locks for files that one process at a time writes. If the process dies for any reason, the system frees its locks.
 
-Record locks (`lockf`) and not `flock`: a worker process that outlives its killed parent does not keep them.
+They are record locks (`lockf`) and not `flock`, because a worker process that outlives its killed parent does not keep record locks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NO_LOCKS_ON_THIS_DISK = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOT
 
 
 def lock(file: IO[bytes]) -> None:
-    """Locks a file that is open for writing. Does nothing on disks without locks, some clusters' for instance.
+    """Locks a file that is open for writing. Does nothing on disks without locks, such as those of some clusters.
 
     Raises BlockingIOError when another process holds it.
     """
@@ -34,7 +34,7 @@ def lock(file: IO[bytes]) -> None:
 
 
 def open_locked(path: Path) -> IO[bytes]:
-    """`path`, empty and locked; what a killed process left under this name is gone. Raises BlockingIOError."""
+    """Opens `path`, empty and locked. A file that a killed process left under this name is emptied. Raises BlockingIOError."""
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=1 << 20)
         try:
@@ -57,7 +57,7 @@ def is_at(file: IO[bytes], path: Path) -> bool:
 
 @contextmanager
 def naming(folder: Path) -> Iterator[None]:
-    """Errors of the disk that do not say where, a full one above all, say this folder; libraries' own exceptions for them become OSErrors."""
+    """Adds this folder to disk errors that do not name a place, such as those of a full disk. Libraries' own exceptions for them become OSErrors."""
     try:
         yield
     except Exception as error:

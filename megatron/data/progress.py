@@ -1,4 +1,4 @@
-"""How long work on text says that it is alive: bars on a terminal, a line now and then elsewhere."""
+"""Shows the progress of long work on text: bars on a terminal, else a line from time to time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SECONDS_BETWEEN_BARS = 0.1
 
 
 class Stage:
-    """Counts of one stage of the work; `done` is what of the stage's total is behind us."""
+    """Counts of one stage of the work. `done` is the finished part of the stage's total."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
@@ -25,14 +25,14 @@ class Stage:
         self.done = 0
 
     def advance(self, size: int, documents: int = 1, tokens: int = 0, *, position: int | None = None) -> None:
-        """Some more text. `position`: how much of the total is done, where that is not the bytes of text (of a packed file, say)."""
+        """Counts more text. `position`: the finished part of the total, if it is not the bytes of text (as for a compressed file)."""
         self.bytes += size
         self.documents += documents
         self.tokens += tokens
         self.done = self.bytes if position is None else position
 
     def rest(self, what: str) -> None:
-        """All input is in; `what` is going on for a while that cannot be measured."""
+        """All input is read. `what` names the rest of the work, whose progress cannot be measured."""
 
     @property
     def seconds(self) -> float:
@@ -50,7 +50,7 @@ class Stage:
 class Reporter(Protocol):
     @contextmanager
     def stage(self, what: str, total_bytes: int | None) -> Iterator[Stage]:
-        """Shows `what` while the block runs. `total_bytes` None: how much there is is not known."""
+        """Shows `what` while the block runs. `total_bytes` None: the total is not known."""
 
 
 class TerminalReporter:

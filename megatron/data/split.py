@@ -9,7 +9,7 @@ SPLITS = ("train", "valid", "test")
 
 
 def parse_split(split: str) -> tuple[float, float, float]:
-    """The three shares, in proportion to each other. Missing ones are 0. Raises DatasetError."""
+    """The three shares, relative to each other. Missing ones are 0. Raises DatasetError."""
     try:
         return rule.parse_split(split)
     except ValueError as error:
@@ -17,7 +17,8 @@ def parse_split(split: str) -> tuple[float, float, float]:
 
 
 def split_documents(split: str, count: int) -> tuple[range, range, range]:
-    """Ranges of documents of a file with `count`: shares rounded one by one, the rounding error taken off every boundary."""
+    """Ranges of documents of a file with `count` documents. Shares are rounded one by one, and the rounding error is subtracted from every
+    boundary."""
     shares = parse_split(split)
     total = sum(shares)
     bounds = [0]

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all: filled under a hidden name beside it, then renamed."""
+"""A folder that appears complete or not at all. It is filled under a hidden name beside its final place, then renamed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LOCK = "lock"
 
 @contextmanager
 def staging_folder(target: Path) -> Iterator[Path]:
-    """An empty folder to fill and then `publish`. Held by one process at a time (the lock ends with the process, however it ends).
+    """An empty folder to fill and then `publish`. One process at a time holds it; the lock ends with the process.
 
-    What an interrupted run left is cleared first; leaving with an exception clears it too.
+    Files of an interrupted run are deleted first. An exception in the block deletes the folder's files too.
     """
     stage, old = target.with_name(f".{target.name}.partial"), old_folder(target)
     stage.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def staging_folder(target: Path) -> Iterator[Path]:
 
 
 def publish(stage: Path, target: Path) -> None:
-    """Give the filled folder its name; a folder that has it goes."""
+    """Gives the filled folder its name. An older folder with this name is deleted."""
     for path in stage.rglob("*"):
         if path.name != LOCK and path.is_file():  # closing it here would free it
             with path.open("rb") as file:
@@ -59,8 +59,9 @@ def publish(stage: Path, target: Path) -> None:
 
 
 def publish_files(stage: Path, folder: Path) -> None:
-    """Give the filled folder's .bin/.idx pairs their place in `folder`, next to whatever is there. Pairs of the same names go before the first of the
-    new ones comes, so that there are never old ones beside new ones."""
+    """Moves the filled folder's .bin/.idx pairs into `folder`; other files there stay. Old pairs of the same names are deleted before the first new
+    one is
+    moved, so that old and new ones never exist together."""
     pairs = sorted(path.with_suffix("") for path in stage.glob("*.idx"))
     for pair in pairs:
         (folder / f"{pair.name}.idx").unlink(missing_ok=True)
@@ -82,14 +83,16 @@ def clear(stage: Path) -> None:
 
 
 def followed(target: Path) -> Path:
-    """Where a link leads, so that new data go to the disk that somebody chose; another path as it is. Raises DatasetError for a link to nowhere."""
+    """The target of a link, so that new data go to the disk that the user chose. A path without a link stays as it is. Raises DatasetError for a
+    link to
+    a missing place."""
     if (nowhere := broken_link(target)) is not None:
         raise DatasetError(nowhere)
     return target.resolve() if target.is_symlink() else target
 
 
 def check_replaceable(target: Path, ours: Collection[str]) -> None:
-    """Raises DatasetError when `target` holds anything but the files in `ours`: nobody's notes are deleted here."""
+    """Raises DatasetError if `target` holds files other than `ours`, so that a user's own files are never deleted."""
     if target.exists() and not target.is_dir():
         raise DatasetError(f"{target} is a file; choose another --name or directory (-d)")
     foreign = sorted(path.name for path in target.iterdir() if path.name not in ours) if target.exists() else []

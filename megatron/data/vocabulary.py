@@ -1,4 +1,4 @@
-"""Token ids against the vocabulary, before the first step: an id too large would index past the embedding."""
+"""Checks token ids against the vocabulary before the first step. An id that is too large would index past the embedding."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ CHUNK_TOKENS = 1 << 24
 
 
 def check_vocabulary(dataset: IndexedDataset, vocab_size: int) -> None:
-    """Raises DatasetError when a token id is negative or at least `vocab_size`. Scans the file once; later calls remember what it found."""
+    """Raises DatasetError if a token id is negative or at least `vocab_size`. The file is scanned once, and the result is kept for later calls."""
     if dataset.dtype.kind == "f":
-        raise DatasetError(f"{dataset.bin_path} holds {dataset.dtype} values, not token ids; it cannot be trained on as text")
+        raise DatasetError(f"{dataset.bin_path} holds {dataset.dtype} values and not token ids, so it cannot be used as text for training")
     if not dataset.num_tokens:
         return
     low, high = token_range(dataset)
@@ -29,7 +29,9 @@ def check_vocabulary(dataset: IndexedDataset, vocab_size: int) -> None:
 
 
 def check_labels(labels: IndexedDataset, tokens: IndexedDataset, vocab_size: int | None) -> None:
-    """Raises DatasetError when `labels` are not one for each token of each document, or reach `vocab_size` (negative ones are masks)."""
+    """Raises DatasetError if `labels` do not have one label for each token of each document, or if a label is at least `vocab_size` (negative ones
+    are
+    masks)."""
     if labels.dtype.kind == "f":
         raise DatasetError(f"{labels.bin_path} holds {labels.dtype} values, not labels (the token, or -100 where the loss does not count)")
     beside = f"the labels {labels.prefix} do not fit the tokens {tokens.prefix}"
@@ -46,12 +48,12 @@ def check_labels(labels: IndexedDataset, tokens: IndexedDataset, vocab_size: int
     if vocab_size is not None and labels.num_tokens and (high := token_range(labels)[1]) >= vocab_size:
         raise DatasetError(
             f"{labels.bin_path} holds labels up to {high} but the vocabulary has {vocab_size:,} (0..{vocab_size - 1}); "
-            "masked places have -100, which needs a signed type such as int32"
+            "masked tokens have the label -100, which needs a signed type such as int32"
         )
 
 
 def token_range(dataset: IndexedDataset) -> tuple[int, int]:
-    """(smallest, largest) token id, remembered under the identity of the `.bin` (size, time, both ends) and the `.idx` (its digest)."""
+    """(smallest, largest) token id. The result is kept for this `.bin` (size, time, both ends) and `.idx` (digest)."""
     key = cache_key(dataset.prefix, {"token_range": 1, "index": dataset.index_hash, "bin": bin_identity(dataset)})
     known = find(dataset.prefix, key)
     if known is not None:

@@ -1,4 +1,4 @@
-"""One prompt to one text. Everything that a request needs to remember is made for it and dropped with it.
+"""Continues one prompt. All state of a request is created for it and dropped after it.
 
 Shapes: S tokens of one call; V vocabulary
 """
@@ -26,10 +26,10 @@ INCOMPLETE = "\ufffd"  # what bytes decode to that do not end a character
 
 @dataclass(frozen=True)
 class Continuation:
-    """What came of one prompt, under NeoX's names.
+    """The result of one prompt, under NeoX's names.
 
-    length: tokens generated, without the token that ended it; finished: whether the model ended the text itself; message: why there is less text
-    than asked for, or None.
+    length: generated tokens, without the one that ended the text. finished: whether the model ended the text itself. message: why there is less text
+    than was asked for, or None.
     """
 
     context: str
@@ -49,7 +49,7 @@ def complete(
     generator: torch.Generator,
     on_text: Callable[[str], None] | None = None,
 ) -> Continuation:
-    """Continues `prompt` (empty: from the end-of-document token). `on_text` gets the text piece by piece as it comes; None: nobody does.
+    """Continues `prompt` (empty: from the end-of-document token). `on_text` is called with each new piece of text. None: nothing is called.
 
     Raises InferenceError when there is nothing to start from, or the model's output is not finite.
     """
@@ -76,20 +76,23 @@ def encode_prompt(ready: ReadyModel, prompt: str) -> list[int]:
     tokens = ready.tokenizer.encode(prompt)
     if lost := LossFinder(ready.tokenizer).find(prompt, tokens):
         if not tokens:
-            raise InferenceError(f"The tokenizer has no tokens for the prompt {prompt!r}: write it in characters that it knows.")
-        log.warning("The tokenizer has no tokens for %s of the prompt: the model does not see them.", lost_text(lost))
+            raise InferenceError(f"The tokenizer has no tokens for the prompt {prompt!r}: write it with characters that the tokenizer has.")
+        log.warning("The tokenizer has no tokens for %s of the prompt, so the model does not see them.", lost_text(lost))
     if tokens:
         return tokens
     if ready.tokenizer.eod is None:
-        raise InferenceError("The tokenizer has no end-of-document token, so a text cannot start from nothing: give a prompt (sample_input_file).")
+        raise InferenceError(
+            "The tokenizer has no end-of-document token, so a text cannot start without a prompt. Give a prompt (sample_input_file)."
+        )
     return [ready.tokenizer.eod]
 
 
 def generate_tokens(
     ready: ReadyModel, prompt: Sequence[int], *, sampling: Sampling, maximum_tokens: int, generator: torch.Generator
 ) -> Iterator[int]:
-    """Yields at most `maximum_tokens` tokens that follow `prompt`, up to and including a stop token; prompt and answer together never
-    exceed the context. Each new token costs one position of work: keys and values of the others are in a cache that lives as long as this iterator.
+    """Yields at most `maximum_tokens` tokens that follow `prompt`, up to and including a stop token. Prompt and answer together never
+    exceed the context. The work of each new token is one position, because a cache keeps the keys and values of the others. The iterator owns the
+    cache.
     """
     total = min(len(prompt) + maximum_tokens, ready.context_length)
     if len(prompt) >= total:
@@ -106,8 +109,9 @@ def generate_tokens(
 
 @torch.inference_mode()
 def next_logits(ready: ReadyModel, tokens: Sequence[int], cache: Sequence[LayerCache] | None) -> Tensor:
-    """logits_V, float32, of what follows `tokens`, which continue those in `cache` (None: they are the whole text). V is the tokenizer's vocabulary:
-    the padding of the model's is no choice.
+    """logits_V, float32, of the next token after `tokens`, which continue those in `cache` (None: they are the whole text). V is the tokenizer's
+    vocabulary:
+    the padding of the model's vocabulary is never chosen.
 
     Raises InferenceError when they are not finite.
     """
@@ -116,19 +120,19 @@ def next_logits(ready: ReadyModel, tokens: Sequence[int], cache: Sequence[LayerC
     logits_V = logits_BSV[0, -1, : ready.tokenizer.vocab_size].float()
     if not bool(logits_V.isfinite().all()):
         raise InferenceError(
-            f"The model in {ready.path} puts out NaN or infinite numbers: its training diverged, or {ready.dtype} is too narrow for it."
+            f"The model in {ready.path} gives NaN or infinite numbers: its training diverged, or the range of {ready.dtype} is too small for it."
         )
     return logits_V
 
 
 def sample_generator(seed: int, index: int) -> torch.Generator:
-    """The random numbers of sample `index`: they depend on these two numbers alone, not on what was generated before."""
+    """The random numbers of sample `index`. They depend on these two numbers alone, and not on earlier samples."""
     state = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(state >> 1)
 
 
 class TextStream:
-    """Tokens to pieces of text that can be shown at once: a piece ends where a character does."""
+    """Turns tokens into pieces of text that can be shown at once. A piece always ends with a whole character."""
 
     def __init__(self, ready: ReadyModel) -> None:
         self._tokenizer = ready.tokenizer
@@ -136,13 +140,13 @@ class TextStream:
         self.shown = ""
 
     def push(self, token: int) -> str:
-        """The text that `token` adds; empty when it only begins a character."""
+        """The text that `token` adds. Empty if the token only begins a character."""
         self._tokens.append(token)
         text = self._tokenizer.decode(self._tokens)
         return "" if text.endswith(INCOMPLETE) else self._show(text)
 
     def finish(self) -> str:
-        """What was held back."""
+        """The rest of the text, which `push` did not return yet."""
         return self._show(self._tokenizer.decode(self._tokens)) if self._tokens else ""
 
     def _show(self, text: str) -> str:

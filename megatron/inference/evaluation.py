@@ -1,4 +1,4 @@
-"""What eval.py does: score text files, show the numbers, write them down."""
+"""The work of eval.py: it scores text files, shows the numbers and writes them to a file."""
 
 from __future__ import annotations
 
@@ -46,28 +46,30 @@ def evaluate(config: NeoXConfig, console: Console, reporter: Reporter) -> Path:
     scores = {name: _score(ready, name, text, stride=stride, reporter=reporter) for name, text in texts.items()}
     console.print(results_table(scores))
     first = "a uniform guess" if ready.tokenizer.eod is None else "predicted from the end-of-document token"
-    log.info("Loss in nats per token. Bits per byte: -log2 p of all tokens, the first one %s, over the bytes of the text in UTF-8.", first)
+    log.info(
+        "Loss is in nats per token. Bits per byte is -log2 p of all tokens, divided by the bytes of the UTF-8 text; the first token is %s.", first
+    )
     for name in (name for name, score in scores.items() if not score.exact):
         if scores[name].lost:
             what = f"has no tokens for {lost_text(scores[name].lost)} of this text"
         else:
-            what = "does not give this text back as it was"
-        log.warning("%s: the tokenizer %s, so its bits per byte leave something out.", name, what)
+            what = "changes this text (decoding its tokens does not give the same text)"
+        log.warning("%s: the tokenizer %s, so its bits per byte do not count the whole text.", name, what)
     path = write_results(results_path(config.evaluation.eval_results_prefix), results(ready, scores, stride))
     log.info("Results written to %s.", path)
     return path
 
 
 def resolve_stride(evaluation: EvaluationConfig, seq_length: int) -> int:
-    """`eval_stride`, or half a window where it is not given. Raises ConfigError for one that would leave tokens out."""
+    """`eval_stride`, or half a window if it is not given. Raises ConfigError if it would skip tokens."""
     stride = evaluation.eval_stride or max(1, seq_length // 2)
     if stride > seq_length:
-        raise ConfigError([f"'eval_stride' = {stride}: must be at most seq_length ({seq_length}); a window that moves further skips tokens"])
+        raise ConfigError([f"'eval_stride' = {stride}: must be at most seq_length ({seq_length}); a larger step would skip tokens"])
     return stride
 
 
 def read_texts(evaluation: EvaluationConfig) -> dict[str, str]:
-    """The text of each file, by the name it was given under."""
+    """The text of each file, by the name that the user gave."""
     if not evaluation.eval_text_files:
         raise ConfigError(["'eval_text_files' must be given: the text files to measure, such as -o 'eval_text_files=[data/sotu/test.txt]'"])
     texts = {name: read_one(Path(name), evaluation) for name in evaluation.eval_text_files}
@@ -78,8 +80,9 @@ def read_texts(evaluation: EvaluationConfig) -> dict[str, str]:
 
 
 def read_one(path: Path, evaluation: EvaluationConfig) -> str:
-    """A plain text as it is, every byte. Of JSON, parquet, and what is compressed or in an archive, the texts with an empty line between two,
-    as prepare_data.py writes held-out text; that it is read so is logged.
+    """The text of one file. A plain text is used as it is, every byte. From JSON, parquet, compressed files and archives the texts are taken, with
+    an empty
+    line between two, as prepare_data.py writes held-out text. The log says so.
 
     Raises InferenceError.
     """
@@ -90,8 +93,8 @@ def read_one(path: Path, evaluation: EvaluationConfig) -> str:
         if problem.kind in NOTICES:
             log.info("eval_text_files: %s %s.", path, problem.what.replace("--input-format", "eval_text_format:"))
         elif problem.kind is not Kind.BLANK:
-            what = str(problem).replace("(--jsonl-key)", "(eval_jsonl_key)").replace("--input-format", "eval_text_format:")
-            raise InferenceError(f"eval_text_files: {what}. To measure the file as it is, braces and all, set eval_text_format: text.")
+            what = str(problem).replace("--jsonl-key)", "eval_jsonl_key)").replace("--input-format", "eval_text_format:")
+            raise InferenceError(f"eval_text_files: {what}. To measure the file as it is, with its braces, set eval_text_format: text.")
 
     texts = [document.text for document in read_documents(path, evaluation.eval_jsonl_key, report, form=evaluation.eval_text_format)]
     log.info("eval_text_files: %s holds %s texts under '%s', measured with an empty line between two.", path, len(texts), evaluation.eval_jsonl_key)
@@ -99,7 +102,7 @@ def read_one(path: Path, evaluation: EvaluationConfig) -> str:
 
 
 def is_plain_text(path: Path, *, force_json: bool) -> bool:
-    """Whether nothing in the file has to be taken out of something else: a byte of it is a byte of the text."""
+    """Whether the file is the text itself: every byte of the file is a byte of the text."""
     with path.open("rb") as file:
         start = begin(file, seekable=False)
         kind, compression = kind_of(path.name)
@@ -108,7 +111,7 @@ def is_plain_text(path: Path, *, force_json: bool) -> bool:
 
 
 def results(ready: ReadyModel, scores: Mapping[str, TextScore], stride: int) -> dict[str, Any]:
-    """What the results file holds."""
+    """The content of the results file."""
     entries = {
         name: {
             "tokens": score.tokens,
@@ -126,7 +129,7 @@ def results(ready: ReadyModel, scores: Mapping[str, TextScore], stride: int) -> 
 
 
 def results_table(scores: Mapping[str, TextScore]) -> Table:
-    """One row a file."""
+    """A table with one row for each file."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("text file", overflow="fold")
     for title in ("tokens", "bytes", "loss", "perplexity", "bits per byte"):
@@ -143,7 +146,7 @@ def results_path(prefix: str) -> Path:
 
 
 def write_results(path: Path, content: Mapping[str, Any]) -> Path:
-    """Writes the whole file or none. Raises InferenceError."""
+    """Writes the complete file or nothing. Raises InferenceError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

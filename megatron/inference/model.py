@@ -32,9 +32,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReadyModel:
-    """Weights on their device, in evaluation mode and without gradients, and what goes with them.
+    """A model on its device, in evaluation mode and without gradients, with its tokenizer and settings.
 
-    iteration: the checkpoint's step; None where it does not say.
+    iteration: the checkpoint's step. None: the checkpoint does not say it.
     """
 
     gpt: GPT
@@ -48,12 +48,12 @@ class ReadyModel:
 
     @property
     def stop_tokens(self) -> frozenset[int]:
-        """At each of these an answer is over."""
+        """An answer ends at each of these tokens."""
         return frozenset((*self.ends, *([] if self.tokenizer.eod is None else [self.tokenizer.eod])))
 
     @property
     def context_length(self) -> int:
-        """Most tokens of prompt and answer together: `seq_length`, what the model was trained on."""
+        """The largest number of tokens of prompt and answer together: `seq_length`, as in training."""
         return self.sizes.seq_length
 
     @property
@@ -112,7 +112,7 @@ def _compare_logits(config: NeoXConfig, gpt: GPT, path: Path, stored: Any) -> st
 
 
 def checkpoint_directory(checkpoint: CheckpointConfig) -> Path:
-    """Where to look for the model. Raises ConfigError when the configuration names no directory."""
+    """The directory of the model. Raises ConfigError if the configuration names no directory."""
     directory = checkpoint.load or checkpoint.save
     if directory is None:
         raise ConfigError(["'load' must be given: the directory with the checkpoint (without it, `save` is used)"])
@@ -120,6 +120,6 @@ def checkpoint_directory(checkpoint: CheckpointConfig) -> Path:
 
 
 def choose_device() -> torch.device:
-    """The first GPU, unless there is none or DS_ACCELERATOR=cpu says to leave it alone."""
+    """The first GPU. The CPU if there is no GPU, or if DS_ACCELERATOR=cpu is set."""
     use_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     return torch.device("cuda" if use_gpu else "cpu")

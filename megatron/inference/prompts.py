@@ -1,4 +1,4 @@
-"""Where prompts come from."""
+"""The sources of prompts: a file, a person, or none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUIT = "/quit"
 
 
 def choose_source(inference: InferenceConfig, *, terminal: bool) -> Source:
-    """`text_gen_type`; where that is not given, the input file if there is one, else a conversation at a terminal, else no prompts."""
+    """`text_gen_type`. If it is not given: the input file if there is one, else a conversation at a terminal, else no prompts."""
     if inference.text_gen_type is not None:
         return inference.text_gen_type
     if inference.sample_input_file is not None:
@@ -27,19 +27,18 @@ def read_prompts(path: Path, prompt_end: str) -> list[str]:
     """The prompts in a file, as NeoX splits them. Raises InferenceError when it cannot be read or holds none."""
     prompts = split_prompts(read_text(path, "sample_input_file"), prompt_end)
     if not prompts:
-        raise InferenceError(f"sample_input_file: {path} holds no prompt; write one before each {prompt_end!r} (prompt_end).")
+        raise InferenceError(f"sample_input_file: {path} holds no prompt; write each prompt with {prompt_end!r} (prompt_end) after it.")
     return prompts
 
 
 def split_prompts(text: str, prompt_end: str) -> list[str]:
-    """The pieces between `prompt_end`, stripped, empty ones dropped; an empty `prompt_end` takes the text as one prompt."""
+    """The pieces between `prompt_end`, stripped, without empty ones. If `prompt_end` is empty, the text is one prompt."""
     pieces = text.split(prompt_end) if prompt_end else [text]
     return [piece.strip() for piece in pieces if piece.strip()]
 
 
 def read_text(path: Path, key: str) -> str:
-    """The text of a UTF-8 file, every byte as it is, but without a byte order mark at its start. Raises InferenceError, which names the `key` that
-    named the file."""
+    """The text of a UTF-8 file, unchanged, but without a byte order mark at its start. Raises InferenceError, which names the `key` of the file."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Where generated text goes: a file with one JSON object a line, and the screen."""
+"""The outputs of generated text: a file with one JSON object on each line, and the screen."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VISIBLE_CONTROLS = "\n\t"
 
 
 class SampleFile:
-    """A new file of samples; each is on the disk's side as soon as it is written, so an interrupted run keeps those it made. A context manager.
+    """A new file of samples. Each sample is flushed as soon as it is written, so an interrupted run keeps its samples. A context manager.
 
     Raises InferenceError when the file cannot be made or written.
     """
@@ -60,5 +60,5 @@ def show(console: Console, sample: Continuation, *, number: int, total: int) -> 
 
 
 def printable(text: str) -> str:
-    """The text with control characters replaced: a model may not steer a terminal."""
+    """The text with control characters replaced, so that a model cannot send commands to the terminal."""
     return "".join(c if c.isprintable() or c in VISIBLE_CONTROLS or ord(c) > 0x9F else "\ufffd" for c in text)

@@ -40,7 +40,7 @@ def greedy(logits_V: Tensor) -> int:
 
 
 def token_probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
-    """probability_V, float64: what a token that is not greedy is drawn from."""
+    """probability_V, float64: the distribution from which a token is drawn if the choice is not greedy."""
     logits_V = keep_top_k(scale_by_temperature(logits_V, sampling.temperature), sampling.top_k)
     return keep_top_p(logits_V, sampling.top_p).softmax(0)
 
@@ -52,7 +52,7 @@ def scale_by_temperature(logits_V: Tensor, temperature: float) -> Tensor:
 
 
 def keep_top_k(logits_V: Tensor, k: int) -> Tensor:
-    """All but the k largest become -inf; of equal ones the first are kept, so that exactly k remain. Unchanged for k = 0 or k >= V."""
+    """All but the k largest become -inf. Of equal ones the first are kept, so exactly k remain. Unchanged for k = 0 or k >= V."""
     if k == 0 or k >= len(logits_V):
         return logits_V
     order_V = logits_V.argsort(descending=True, stable=True)
@@ -60,7 +60,7 @@ def keep_top_k(logits_V: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits_V: Tensor, p: float) -> Tensor:
-    """All but the fewest largest that together have probability p or more become -inf; at least one remains. Unchanged for p = 0 and p = 1.
+    """Keeps the fewest largest tokens whose probabilities sum to p or more, at least one; the others become -inf. Unchanged for p = 0 and p = 1.
 
     Nucleus sampling (Holtzman et al. 2020): a token is kept when those before it have less than p.
     """
@@ -75,7 +75,7 @@ def keep_top_p(logits_V: Tensor, p: float) -> Tensor:
 
 
 def draw(probability_V: Tensor, generator: torch.Generator) -> int:
-    """One token by inverting the cumulative distribution at one uniform number; never a token of probability 0."""
+    """Draws one token by inverting the cumulative distribution at one uniform number. A token of probability 0 is never drawn."""
     cumulative_V = probability_V.double().cumsum(0)
     uniform = torch.rand(1, dtype=torch.float64, generator=generator).to(probability_V.device)
     return int(torch.searchsorted(cumulative_V, uniform * cumulative_V[-1], right=True))

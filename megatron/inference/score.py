@@ -1,11 +1,11 @@
-"""How well a model predicts a text: loss, perplexity, bits per byte.
+"""Measures how well a model predicts a text: loss, perplexity, bits per byte.
 
 Shapes: N tokens of the text; W windows of a batch; S tokens of a window
 
-The text is read through windows of S tokens that overlap. Every token counts once, in the first window that reaches it, where all but the tokens
-of the first window have at least S - stride tokens before them. The first token is predicted from the end-of-document token, as in training, so
-every byte is paid for; where the tokenizer has no such token, the first is charged as a uniform guess, log(vocabulary). p is the model's softmax
-over its whole padded vocabulary.
+The text is read through windows of S tokens that overlap. Every token counts once, in the first window that reaches it. There it has at least
+S - stride tokens before it, except in the first window of the text. The first token is predicted from the end-of-document token, as in training,
+so every byte counts. If the tokenizer has no such token, the first token counts as a uniform guess, log(vocabulary). p is the model's softmax over
+its whole padded vocabulary.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class TextScore:
-    """Sums over a text. nats: -log p(text) under the model; exact: whether the tokens stand for the text and nothing else; lost: pieces of the text
-    that no token stands for, and how often they come up."""
+    """Sums over a text. nats: -log p(text) under the model. exact: whether decoding the tokens gives exactly the text. lost: pieces of the text that
+    no token stands for, and how often each occurs."""
 
     tokens: int
     bytes: int
@@ -55,7 +55,7 @@ class TextScore:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss): infinite where that is larger than a number can be."""
+        """exp(loss); infinite if it is too large for a float."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
@@ -65,7 +65,7 @@ class TextScore:
 
 
 def score_text(ready: ReadyModel, text: str, *, stride: int, progress: Progress | None = None) -> TextScore:
-    """Scores one text as one document. `progress` is told how many tokens were counted since the last call, and of how many; None: nobody is.
+    """Scores one text as one document. `progress` is called with the tokens counted since its last call and the total. None: there is no progress.
 
     Raises InferenceError for a text without tokens.
     """
@@ -94,13 +94,14 @@ def score_tokens(ready: ReadyModel, tokens: Sequence[int], *, stride: int, progr
     loss_N = torch.cat(losses)
     if not bool(loss_N.isfinite().all()):
         raise InferenceError(
-            f"The model in {ready.path} gives a loss that is NaN or infinite: its training diverged, or {ready.dtype} is too narrow."
+            f"The model in {ready.path} gives a loss that is NaN or infinite: its training diverged, or the range of {ready.dtype} is too small "
+            "for it."
         )
     return loss_N
 
 
 def plan_windows(total: int, length: int, stride: int) -> list[Window]:
-    """Windows that count each of `total` predictions once; all are `length` long where the text is."""
+    """Windows that count each of `total` predictions once. Each has `length` tokens, if the text has that many."""
     windows = [Window(0, 0, min(length, total))] if total else []
     while windows and windows[-1].end < total:
         first = windows[-1].end

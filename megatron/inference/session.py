@@ -1,4 +1,4 @@
-"""What generate.py does: load a model, then answer prompts from a file, from nothing, or from a person."""
+"""The work of generate.py: it loads a model and continues prompts from a file or a person, or generates text without prompts."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 
 
 def generate(config: NeoXConfig, console: Console, read_line: Callable[[str], str], *, terminal: bool) -> None:
-    """Generates as the configuration says. `read_line` asks a person for a line; `terminal`: whether there is one.
+    """Generates as the configuration says. `read_line` asks a person for a line. `terminal`: whether there is a terminal.
 
-    Raises the errors of load_ready_model, and InferenceError for prompts and files that cannot be used: where possible before the model is loaded.
+    Raises the errors of load_ready_model, and InferenceError for prompts and files that cannot be used, if possible before the model is loaded.
     """
     inference = config.inference
     source = choose_source(inference, terminal=terminal)
@@ -44,11 +44,11 @@ def announce(ready: ReadyModel, inference: InferenceConfig, source: Source, seed
     sampling = sampling_of(inference)
     log.info("%s, %s.", ready.description, source)
     if inference.sample_input_file is not None and source != "input-file":
-        log.warning("sample_input_file %s is not read: text_gen_type is %s.", inference.sample_input_file, source)
+        log.warning("sample_input_file %s is not read, because text_gen_type is %s.", inference.sample_input_file, source)
     if not sampling.is_greedy:
         log.info("temperature %g, top_k %d, top_p %g, seed %d.", *sampling, seed)
     elif sampling.top_k or sampling.top_p:
-        log.warning("temperature is 0, which takes the most likely token always: top_k and top_p have no effect. Add -o temperature=1.0 to sample.")
+        log.warning("temperature is 0, so the most likely token is always taken: top_k and top_p have no effect. Add -o temperature=1.0 to sample.")
 
 
 def sampling_of(inference: InferenceConfig) -> Sampling:
@@ -56,7 +56,7 @@ def sampling_of(inference: InferenceConfig) -> Sampling:
 
 
 def write_samples(ready: ReadyModel, inference: InferenceConfig, console: Console, prompts: Sequence[str], *, seed: int) -> None:
-    """One sample for each prompt, each from random numbers of its own, to `sample_output_file` and the screen."""
+    """Writes one sample for each prompt to `sample_output_file` and the screen. Each sample has its own random numbers."""
     for prompt in prompts[:1] if not any(prompts) else ():
         encode_prompt(ready, prompt)  # whether a text can start from nothing, before the old samples are overwritten
     with SampleFile(Path(inference.sample_output_file)) as file, _progress(console, len(prompts)) as progress:
@@ -70,7 +70,7 @@ def write_samples(ready: ReadyModel, inference: InferenceConfig, console: Consol
 
 
 def converse(ready: ReadyModel, inference: InferenceConfig, console: Console, read_line: Callable[[str], str], *, seed: int) -> None:
-    """Answers a person's prompts as they come, each on its own: nothing of a prompt or answer reaches the next. Ctrl-C, Ctrl-D and /quit end it."""
+    """Answers a person's prompts one after the other. The model does not see earlier prompts and answers. Ctrl-C, Ctrl-D and /quit end it."""
     ending = "" if inference.prompt_end in ("\n", "") else f", end it with {inference.prompt_end!r}"
     console.print(f"Write a prompt{ending}; {QUIT}, Ctrl-D or Ctrl-C to end.", markup=False, highlight=False)
     counter = itertools.count()

@@ -17,7 +17,7 @@ LOGGER = logging.getLogger(__name__)
 
 
 class KernelUnavailable(ValueError):
-    """The requested implementation cannot run here; the message says why and what can."""
+    """The requested implementation cannot run here. The message says why, and which ones can run."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Implementation(Generic[P]):
     """Imports what it needs and returns the object that satisfies the op's protocol."""
 
     def reason_against(self, device: str) -> str | None:
-        """Why it cannot run on `device`; None where it can."""
+        """Why it cannot run on `device`. None: it can."""
         reason = self.unavailable()
         if reason is None and device not in self.devices:
             return f"runs on {', '.join(sorted(self.devices))} only"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def identity(x: Tensor) -> Tensor:
-    """The gate of a bilinear unit: none."""
+    """The gate of a bilinear unit: it changes nothing."""
     return x
 
 
@@ -35,7 +35,7 @@ class UnknownActivation(ValueError):
 
 
 def activation_function(name: str) -> Function:
-    """The elementwise function: of the hidden layer, or for a gated unit of its gate. Raises UnknownActivation."""
+    """The elementwise function of the hidden layer, or of the gate in a gated unit. Raises UnknownActivation."""
     functions = PLAIN | GATED
     if name not in functions:
         raise UnknownActivation(f"activation = '{name}': must be one of {', '.join(sorted(functions))}")

@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 
 class LossMask(NamedTuple):
-    """What each token's loss counts in the mean."""
+    """The weight of each token's loss in the mean."""
 
     mask_BS: Tensor
     total: Tensor | None = None
-    """What sum(mask * loss) is divided by, where the mean goes over more than this micro-batch. None: sum(mask)."""
+    """sum(mask * loss) is divided by this number, if the mean is over more than this micro-batch. None: by sum(mask)."""
 
 
 class Targets(NamedTuple):
-    """What the model is to predict."""
+    """The tokens that the model should predict."""
 
     labels_BS: Tensor
     """int64: the token after each token."""

@@ -34,7 +34,7 @@ FIRST_LAYER = 2
 
 
 class InputError(ValueError):
-    """Tokens, labels, mask or cache that do not fit the model or each other."""
+    """Tokens, labels, mask or cache do not fit the model or each other."""
 
 
 class GPTOutput(NamedTuple):
@@ -99,25 +99,25 @@ class GPT(nn.Module):
         return [self.sequential[str(FIRST_LAYER + i)] for i in range(self.num_layers)]  # type: ignore[misc]
 
     def empty_report(self) -> RouterReport:
-        """What the MoE layers would say of no tokens, on the CPU."""
+        """The report of the MoE layers for no tokens, on the CPU."""
         rows = sum(isinstance(layer.mlp, MoELayer) for layer in self.layers)
         return LayerState.start(torch.empty(0), widths=self.report_widths, rows=rows).report
 
     def update_balance(self, expert_load_XE: Tensor) -> None:
-        """After a step, moves the biases that routers balance their load with; `expert_load_XE` is the whole step's, over all processes."""
+        """After a step, changes the biases that balance the load of the routers. `expert_load_XE`: the load of the whole step, over all processes."""
         moe_layers = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoELayer)]
         for moe, load_E in zip(moe_layers, expert_load_XE, strict=True):
             if (balance := getattr(moe.router, "balance", None)) is not None:
                 balance.update(load_E[: moe.context.num_experts])
 
     def enable_activation_checkpointing(self, num_layers: int = 1) -> None:
-        """In training keep only the inputs of each group of `num_layers` layers and compute the rest again in the backward."""
+        """In training, keeps only the inputs of each group of `num_layers` layers. The backward computes the other values again."""
         if num_layers < 1:
             raise InputError(f"checkpoint_num_layers = {num_layers}: must be at least 1")
         self.recompute_layers = num_layers
 
     def separate_documents(self, *, attention: bool, positions: bool) -> None:
-        """What the `document_BS` of a forward is for: a token attends to its own document only; positions start again at every document."""
+        """Sets the use of `document_BS` in a forward: a token attends to its own document only; positions start again at every document."""
         self.separate_attention, self.separate_positions = attention, positions
 
     def forward(
@@ -130,7 +130,7 @@ class GPT(nn.Module):
         cache: Sequence[LayerCache] | None = None,
         earlier_load_XE: Tensor | None = None,
     ) -> GPTOutput:
-        """Losses with labels, logits without. With a cache (one entry a layer) the tokens continue those that it holds, and are added to it.
+        """Losses with labels, logits without. With a cache (one entry for each layer), the tokens continue those that it holds, and are added to it.
 
         `document_BS` numbers the tokens' documents, for what `separate_documents` asked for; None: they are of one. `earlier_load_XE` is the expert
         load of the step's earlier micro-batches over all processes, for losses over the global batch; None in the first.
@@ -196,9 +196,9 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> GPT:
-    """A model with fresh weights: drawn in float32 on the CPU from `seed` alone, then moved, so they are the same everywhere.
+    """A model with new weights. They are drawn in float32 on the CPU from `seed` alone and then moved, so they are the same on every device.
 
-    Raises KernelUnavailable where an implementation that `kernel_backends` names cannot run on `device`.
+    Raises KernelUnavailable if an implementation that `kernel_backends` names cannot run on `device`.
     """
     choose_backends(moe.kernel_backends, torch.device(device).type)
     return GPT(model, moe, padded_vocab_size, build_initializer(model, seed)).to(device=device, dtype=dtype)

@@ -61,7 +61,7 @@ def zeros(matrix: Tensor) -> None:
 
 
 def standard_deviation(method: str, model: ModelConfig) -> float:
-    """Of the methods that are plain normal distributions (NeoX's names); raises UnknownInitMethod."""
+    """The standard deviation of the methods that are plain normal distributions (NeoX's names). Raises UnknownInitMethod."""
     width, layers, std = model.hidden_size, model.num_layers, model.init_method_std
     known = {
         "normal": std,

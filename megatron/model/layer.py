@@ -40,7 +40,7 @@ class TransformerLayer(nn.Module):
         self.mlp_dropout = nn.Dropout(model.hidden_dropout if moe is None and model.use_bias_in_mlp else 0.0)
 
     def forward(self, state: LayerState, places: Places = START, cache: LayerCache | None = None) -> LayerState:
-        """The state after this layer; with a cache the hidden states continue the tokens that it holds."""
+        """The state after this layer. With a cache, the hidden states continue the tokens that the cache holds."""
         hidden_BSD = state.hidden_BSD
         hidden_BSD = hidden_BSD + self.dropout(self.attention(self.input_layernorm(hidden_BSD), places, cache))
         change_BSD, state = self._feed_forward(self.post_attention_layernorm(hidden_BSD), state)
@@ -67,7 +67,7 @@ class ParallelResidualLayer(TransformerLayer):
 
 
 class TiedParallelResidualLayer(ParallelResidualLayer):
-    """x + attention(norm(x)) + mlp(norm(x)) (`gpt_j_tied`). The second norm is there, as on NeoX's disks, and takes no part."""
+    """x + attention(norm(x)) + mlp(norm(x)) (`gpt_j_tied`). The second norm exists because NeoX's checkpoints have it, but it is not used."""
 
     def _normed(self, hidden_BSD: Tensor) -> tuple[Tensor, Tensor]:
         x_BSD = self.input_layernorm(hidden_BSD)
@@ -88,7 +88,7 @@ class ReorderedNormLayer(TransformerLayer):
 
 
 class _WithExperts(TransformerLayer):
-    """The feed-forward part is a mixture of experts, which reports on itself."""
+    """The feed-forward part is a mixture of experts, which returns a report."""
 
     mlp: MoELayer
 

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class Linear(nn.Linear):
-    """A linear layer left empty for its builder to fill: PyTorch's own start would draw from the global random state."""
+    """A linear layer whose builder fills it. PyTorch's own initialisation would draw from the global random state."""
 
     def reset_parameters(self) -> None:
-        """Nothing."""
+        """Does nothing: the builder fills the layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)

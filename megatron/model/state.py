@@ -1,4 +1,4 @@
-"""What travels through the layers beside the hidden states: losses and counts are returned, never collected on the side.
+"""The values that go through the layers: hidden states, losses and counts. Layers return them and keep nothing.
 
 Shapes: B batch; S sequence; D model width; A auxiliary losses, in the order of the config; X MoE layers so far; E experts of the layer that has most;
 G LoREs, likewise; I statistics.
@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 
 class RouterReport(NamedTuple):
-    """What the MoE layers say of themselves, a row a layer."""
+    """The report of the MoE layers, one row for each layer."""
 
     aux_losses_XA: Tensor
     """float32, unweighted, with gradient."""
@@ -37,20 +37,20 @@ class LayerState(NamedTuple):
     hidden_BSD: Tensor
     report: RouterReport
     earlier_load_XE: Tensor | None = None
-    """int64: `expert_load_XE` of the step's earlier micro-batches, over all processes; None in the first and outside training."""
+    """int64: `expert_load_XE` of the step's earlier micro-batches, over all processes. None in the first micro-batch and outside training."""
     usage_2E: Tensor | None = None
-    """How often a token uses each expert, and each expert's mean probability (with gradient), summed over the MoE layers so far; None before the
-    first of them, and where no loss looks at all layers together."""
+    """How often a token uses each expert, and each expert's mean probability (with gradient), summed over the MoE layers so far. None before the
+    first MoE layer, and if no loss needs all layers together."""
 
     @staticmethod
     def start(hidden_BSD: Tensor, *, widths: tuple[int, int, int, int], rows: int = 0, earlier_load_XE: Tensor | None = None) -> LayerState:
-        """Before the first layer, or after `rows` MoE layers that saw no token; `widths` are (A, E, G, I)."""
+        """The state before the first layer, or after `rows` MoE layers that saw no token. `widths` are (A, E, G, I)."""
         dtypes = (torch.float32, torch.int64, torch.int64, torch.float32)
         empty = (torch.zeros(rows, width, dtype=dtype, device=hidden_BSD.device) for width, dtype in zip(widths, dtypes, strict=True))
         return LayerState(hidden_BSD, RouterReport(*empty), earlier_load_XE)
 
     def earlier_rows_E(self, num_experts: int) -> Tensor | None:
-        """The row of `earlier_load_XE` that belongs to the next MoE layer; None where there is none."""
+        """The row of `earlier_load_XE` for the next MoE layer. None: there is no earlier load."""
         if self.earlier_load_XE is None:
             return None
         return self.earlier_load_XE[self.report.expert_load_XE.shape[0], :num_experts]

@@ -1,1 +1,1 @@
-"""Where a run's numbers go: console, files, dashboards. Nothing here knows how they came about."""
+"""The destinations of a run's numbers: console, files, dashboards. Nothing here computes the numbers."""

@@ -1,4 +1,4 @@
-"""Comet, only when the configuration asks for it; COMET_START_ONLINE=false writes an offline archive, as usual."""
+"""Comet, only if the configuration asks for it. COMET_START_ONLINE=false writes an offline archive, as usual."""
 
 from __future__ import annotations
 

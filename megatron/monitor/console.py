@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: log lines, and on a terminal a progress display that stays below them."""
+"""The output that a person sees during a run: log lines, and on a terminal a progress display below them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints log records through a rich console, so that they scroll above a live display. Long lines are left whole for those who parse them."""
+    """Prints log records through a rich console, so that they scroll above a live display. Long lines are not broken, so programs can parse them."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -31,16 +31,16 @@ class ConsoleHandler(logging.Handler):
 
 
 class LastingConsole(Console):
-    """A console that falls silent when its reader is gone (`| head`), where rich would end the process."""
+    """A console that stops printing when its reader has ended (`| head`). A console of rich would end the process."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
 
 
 def configure_logging(*, rank: int) -> Console:
-    """The package's messages go to standard output on rank 0, and on every rank to the file that standard output is copied to, if it is.
+    """Sends the package's messages to standard output on rank 0. If standard output is copied to a file, every rank sends its messages to its file.
 
-    Returns the console, for a display on top of it: that one is for eyes only and not copied.
+    Returns the console for a progress display. The display is not copied to the file.
     """
     copied = sys.stdout if isinstance(sys.stdout, Tee) else None
     console = LastingConsole(file=copied.stream if copied is not None else None)

@@ -1,4 +1,4 @@
-"""A destination of numbers that cannot be written: said once, and no reason to lose what was trained."""
+"""A destination of numbers whose failure is reported once and does not lose the trained weights."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ log = logging.getLogger(__name__)
 
 
 class OutputFailed(RuntimeError):
-    """Something that a run writes beside its checkpoints could not be written; the message names the file and the disk."""
+    """A run could not write a file other than a checkpoint. The message names the file and the disk."""
 
 
 class GuardedSink:
-    """Passes numbers on to `sink` until writing fails; `failures` gets a sentence then, and nothing more is written.
+    """Passes numbers on to `sink` until writing fails. Then `failures` gets a sentence, and nothing more is written.
 
     `place`: the file or folder that the sink writes to.
     """
@@ -37,7 +37,7 @@ class GuardedSink:
 
 
 def wrote(write: Callable[[], object], place: Path, failures: list[str]) -> bool:
-    """Whether `write` went well; a file that the system refused is added to `failures` as a sentence, and logged."""
+    """Whether `write` succeeded. If the system refused the file, a sentence is logged and added to `failures`."""
     try:
         write()
     except OSError as error:

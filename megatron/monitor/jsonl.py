@@ -16,11 +16,11 @@ TRAIN_LOSS = "train/lm_loss"
 
 
 class JsonlSink:
-    """Appends to `path`, one flushed line a call, so that a killed run leaves what it measured.
+    """Appends to `path` one flushed line for each call, so that a killed run leaves its measurements.
 
-    A run that goes on from step `resume_from` drops the lines of later steps first: it is about to take those steps again; so with the final
-    evaluation where that follows at once. A line that a kill cut short is dropped as well. A run from the beginning moves an older file aside,
-    to `<name>.previous`.
+    A run that goes on from step `resume_from` first deletes the lines of later steps, because it will take these steps again. It also deletes the
+    line of a final evaluation that will be repeated at once, and a line that a kill cut short. A run from the beginning renames an older file to
+    `<name>.previous`.
     """
 
     def __init__(self, path: Path, *, resume_from: int, final_evaluation_follows: bool = False) -> None:
@@ -37,7 +37,7 @@ class JsonlSink:
         self._file = path.open("ab", buffering=0)  # without a buffer, which would try again what the disk has refused
 
     def write(self, iteration: int, values: Mapping[str, Value]) -> None:
-        """One line, whole or not at all. Raises the system's OSError."""
+        """Writes one line completely or not at all. Raises the system's OSError."""
         line = json.dumps({"iteration": iteration, **{key: _strict(value) for key, value in values.items()}}) + "\n"
         end, left = os.fstat(self._file.fileno()).st_size, line.encode()
         try:
@@ -61,7 +61,7 @@ def _strict(value: Value) -> Value | None:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics file; lines that are not whole records are left out."""
+    """The records of a metrics file. Lines that are not complete records are left out."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:

@@ -13,7 +13,7 @@ MEGABYTE = 1024.0**2
 
 @dataclass(frozen=True, kw_only=True)
 class LogRecord:
-    """Means over the steps since the last line, and how many of them came to nothing."""
+    """Means over the steps since the last line, and the number of skipped steps."""
 
     iteration: int
     train_iters: int
@@ -21,11 +21,11 @@ class LogRecord:
     seconds_per_step: float
     learning_rate: float
     flops: float
-    """Per second and device: what the hardware did, recomputation included."""
+    """FLOP/s of each device that the hardware did, with recomputation."""
     model_flops: float
-    """Per second and device: what the model needs, without recomputation."""
+    """FLOP/s of each device that the model needs, without recomputation."""
     peak_flops: float | None
-    """What the device could do. None: not known, and no utilisation is shown."""
+    """The peak FLOP/s of the device. None: it is not known, and no utilisation is shown."""
     losses: Mapping[str, float]
     """lm_loss first, then the auxiliary losses."""
     loss_scale: float | None
@@ -53,7 +53,8 @@ def train_line(record: LogRecord) -> str:
 
 
 def router_line(values: Mapping[str, Value]) -> str:
-    """` routers | load imbalance: ... | delta uniform: ... | ... |` from what `router_values` says of all MoE layers together; our own line."""
+    """` routers | load imbalance: ... | delta uniform: ... | ... |` from the `router_values` of all MoE layers together. GPT-NeoX has no such
+    line."""
 
     def shown(name: str, number_format: str) -> str:
         return format(values[f"moe/{name}"], number_format)

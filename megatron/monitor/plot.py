@@ -1,4 +1,4 @@
-"""A picture of a run: losses over steps, and how evenly each MoE layer's experts were used."""
+"""Draws a plot of a run: the losses by step, and the balance of each MoE layer's experts."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from megatron.monitor.jsonl import TRAIN_LOSS, read_jsonl
 
 LOAD = "moe/expert_load"
 FEW = 40
-"""Up to so many points are drawn as points."""
+"""If there are at most this many points, each is drawn as a point."""
 STEPS_PER_REACH = 80
-"""The bold line is the mean over a fortieth of the run."""
+"""The bold line is the mean over this part of the run: one fortieth."""
 
 
 class NothingToDraw(ValueError):
-    """A metrics file without a loss in it."""
+    """The metrics file holds no loss."""
 
 
 def plot_metrics(metrics_file: Path, picture: Path, *, title: str) -> None:
-    """Draws `picture` (PNG) from a metrics.jsonl. The file appears whole or not at all. Raises NothingToDraw when it has no loss."""
+    """Draws `picture` (PNG) from a metrics.jsonl. The picture is written completely or not at all. Raises NothingToDraw if the metrics hold no
+    loss."""
     from matplotlib.figure import Figure
 
     records = list(read_jsonl(metrics_file))
@@ -68,7 +69,8 @@ def _draw_losses(axis: Any, train: tuple[list[int], list[float]], valid: tuple[l
 
 
 def means_around(values: list[float], reach: int) -> list[float]:
-    """For each value the mean of itself and up to `reach` neighbours on both sides: as many on each, so that it ends where the values end."""
+    """For each value the mean of itself and up to `reach` neighbours on each side. Both sides have the same number, so the line ends at the last
+    value."""
     sums = [0.0, *itertools.accumulate(values)]
     sides = [min(reach, place, len(values) - 1 - place) for place in range(len(values))]
     return [(sums[place + side + 1] - sums[place - side]) / (2 * side + 1) for place, side in enumerate(sides)]

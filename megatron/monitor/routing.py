@@ -1,4 +1,4 @@
-"""What the routers of a model do, as numbers for every sink: of each MoE layer (a list, first layer first), and of all together.
+"""The numbers of a model's routers for every sink: of each MoE layer (a list, first layer first), and of all layers together.
 
 Shapes: X MoE layers; E experts of a layer; G LoREs of a layer.
 """
@@ -28,7 +28,7 @@ def router_values(report: RouterReport, moe: MoEConfig, num_layers: int) -> dict
     expert_replacement         ExRep: experts that the token before did not use, in percent (CoSMoEs, equations 4 and 5)
     experts_per_token          differs from K where a router chooses the number
     dropped_tokens             always 0: experts have no capacity limit
-    <loss>_by_layer            each auxiliary loss, unweighted; of `joint_load_balance`, which looks at all layers together, what each adds to it
+    <loss>_by_layer            each auxiliary loss, unweighted; for `joint_load_balance`, a loss over all layers, the part of each layer
     """
     if not len(report.expert_load_XE):
         return {}
@@ -64,6 +64,6 @@ def delta_uniform(load_E: Tensor) -> float:
 
 
 def dead(what: str, loads: list[Tensor]) -> dict[str, Value]:
-    """How many of each layer, and of all layers, got nothing."""
+    """How many experts or LoREs got nothing: in each layer, and in all layers."""
     by_layer: list[float] = [int((load == 0).sum()) for load in loads]
     return {f"moe/dead_{what}": sum(by_layer), f"moe/dead_{what}_by_layer": by_layer}

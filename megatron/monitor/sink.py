@@ -1,4 +1,4 @@
-"""What every destination of numbers has in common."""
+"""The interface of every destination of numbers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Sink(Protocol):
 
 
 class SinkUnavailable(ValueError):
-    """A destination was asked for that cannot be had; the message says what is missing."""
+    """A configured destination cannot be used. The message says what is missing."""
 
 
 def scalars(values: Mapping[str, Value]) -> dict[str, float]:
-    """Plain numbers only, for those who draw a curve of each.
+    """Plain numbers only, for destinations that draw a curve of each number.
 
     `x_by_layer` becomes `x/layer_0`, `x/layer_1`, ... (counted over the MoE layers), and a table `x/layer_0/0`, `x/layer_0/1`, ...
     """

@@ -16,7 +16,7 @@ from megatron.config import disk
 
 
 class Copy:
-    """A text file that is written line by line until the disk refuses; `failures` gets a sentence then, and nothing more is written."""
+    """A text file that is written line by line until the disk refuses. Then `failures` gets a sentence, and nothing more is written."""
 
     def __init__(self, path: Path, failures: list[str]) -> None:
         self.path = path
@@ -32,7 +32,7 @@ class Copy:
         self._attempt(self._file.flush)
 
     def close(self) -> None:
-        """What is still in memory and does not fit is given up."""
+        """Closes the file. Text that is still in memory and does not fit on the disk is lost."""
         self._attempt(self._file.flush)
         with suppress(OSError):
             self._file.close()
@@ -48,7 +48,7 @@ class Copy:
 
 
 class Tee:
-    """Writes to a file and to a stream. Whatever else is asked of it (is it a terminal, its encoding, ...) the stream answers."""
+    """Writes to a file and to a stream. All other attributes (whether it is a terminal, its encoding, ...) are those of the stream."""
 
     def __init__(self, stream: TextIO, copy: Copy) -> None:
         self.stream = stream
@@ -68,10 +68,11 @@ class Tee:
 
 @contextmanager
 def copied_streams(directory: str | None, *, rank: int) -> Iterator[list[str]]:
-    """Until the end of the block, this process's standard output and standard error go to files in `directory` as well (None: they do not).
+    """Until the end of the block, this process's standard output and standard error are also written to files in `directory` (None: they are not).
 
-    The files are named by host and rank, and appended to, so that runs that go on keep what was there. An exception that ends the block is written to
-    the second one. The list gets a sentence for each file that the disk refuses.
+    The files are named by host and rank. New text is appended, so a run that goes on keeps the earlier text. An exception that ends the block is
+    written
+    to the second file. The list gets a sentence for each file that the disk refuses.
     """
     failures: list[str] = []
     if directory is None:
@@ -94,5 +95,5 @@ def copied_streams(directory: str | None, *, rank: int) -> Iterator[list[str]]:
 
 
 def still_copied(now: TextIO, before: TextIO) -> TextIO:
-    """`now`, with the copy that `before` had: for who puts another stream in the place of a copied one."""
+    """`now` with the copy of `before`. Use it when you replace a stream that is copied."""
     return Tee(now, before.copy) if isinstance(before, Tee) and now is not before else now  # type: ignore[return-value]

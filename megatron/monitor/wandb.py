@@ -1,4 +1,4 @@
-"""Weights & Biases, only when the configuration asks for it; WANDB_MODE=offline works as usual."""
+"""Weights & Biases, only if the configuration asks for it. WANDB_MODE=offline works as usual."""
 
 from __future__ import annotations
 

@@ -2,9 +2,11 @@
 
 Shapes: T tokens; D model width; V (padded) vocabulary; C tokens of one chunk.
 
-The logits of all tokens are the largest tensor of a small model's step (T*V). Here the logits of one chunk exist at a time, small enough to stay in
-the cache, and the forward computes the gradients of hidden states and weight from them at once, so that the backward only scales: the idea of
-Liger-Kernel's fused linear cross entropy. Softmax is in float32 (float64 for float64), and so is the sum over chunks of the weight's gradient.
+The logits of all tokens are the largest tensor of a small model's step (T*V). Here only the logits of one chunk exist at a time, which are small
+enough
+for the cache. The forward computes the gradients of hidden states and weight from them at once, and the backward only scales these gradients. This is
+the idea of Liger-Kernel's fused linear cross entropy. Softmax is in float32 (float64 for float64), and so is the sum over chunks of the weight's
+gradient.
 """
 
 from __future__ import annotations

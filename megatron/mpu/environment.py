@@ -1,4 +1,4 @@
-"""Where this process stands among all, as whoever started it left it in the environment: in torchrun's names, in SLURM's, or in an MPI's.
+"""The place of this process among all, read from the environment that its launcher set: under the names of torchrun, SLURM or an MPI.
 
 RANK, WORLD_SIZE                this process from 0, and how many there are
 LOCAL_RANK, LOCAL_WORLD_SIZE    the same on its machine
@@ -16,11 +16,11 @@ Environment = MutableMapping[str, str]
 
 
 class LaunchError(ValueError):
-    """An environment that does not say where this process stands."""
+    """The environment does not say the place of this process among all."""
 
 
 class Launcher(NamedTuple):
-    """The names that a launcher of tasks gives the four numbers; it is at work where `world_size` is more than 1."""
+    """A launcher's names for the four numbers. The launcher is in use if `world_size` is more than 1."""
 
     rank: str
     world_size: str
@@ -40,7 +40,7 @@ def complete_environment(environment: Environment, *, master_addr: str | None = 
     """Fills in all six names: from srun's or an MPI's where RANK is missing; a process that no launcher started is rank 0 of 1, at a free port.
 
     `master_addr` and `master_port` serve where the launcher gave no place to meet (`master_addr` None: the first machine of SLURM's list). Raises
-    LaunchError for an environment that says half of it, or no numbers.
+    LaunchError if a variable is missing or is not a number.
     """
     name = next((name for name, names in _LAUNCHERS.items() if _number(environment.get(names.world_size)) > 1), None)
     if "RANK" not in environment and name is not None:
@@ -48,11 +48,13 @@ def complete_environment(environment: Environment, *, master_addr: str | None = 
     if "RANK" not in environment:
         if _number(environment.get("WORLD_SIZE", "1")) != 1:
             raise LaunchError(
-                f"WORLD_SIZE is {environment['WORLD_SIZE']!r} in the environment, and RANK is missing; set both, or neither for one process"
+                f"WORLD_SIZE is {environment['WORLD_SIZE']!r} in the environment, but RANK is missing; set both, or neither of them for one process"
             )
         environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     if "WORLD_SIZE" not in environment:
-        raise LaunchError(f"RANK is {environment['RANK']!r} in the environment, and WORLD_SIZE is missing; set both, or neither for one process")
+        raise LaunchError(
+            f"RANK is {environment['RANK']!r} in the environment, but WORLD_SIZE is missing; set both, or neither of them for one process"
+        )
     environment.setdefault("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", environment["WORLD_SIZE"]))
     _check(environment)
 
@@ -71,7 +73,9 @@ def _translate(environment: Environment, name: str, master_addr: str | None, mas
     if "MASTER_ADDR" not in environment:
         address = master_addr or _first_host(environment.get("SLURM_STEP_NODELIST", ""))
         if address is None:
-            raise LaunchError(f"{name} started {environment['WORLD_SIZE']} processes without a place to meet; set master_addr, or MASTER_ADDR")
+            raise LaunchError(
+                f"{name} started {environment['WORLD_SIZE']} processes but gave no address where they can meet; set master_addr or MASTER_ADDR"
+            )
         environment["MASTER_ADDR"] = address
     environment.setdefault("MASTER_PORT", str(master_port))
 
@@ -86,23 +90,23 @@ def _tasks_here(counts: str, node: int) -> str:
     """SLURM's tasks on each machine, `4(x2),3` for 4, 4 and 3: those on machine `node`."""
     each = [count for count, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", counts) for _ in range(int(times or 1))]
     if node >= len(each):
-        raise LaunchError(f"SLURM_STEP_TASKS_PER_NODE is {counts!r} in the environment, which has nothing for SLURM_NODEID {node}")
+        raise LaunchError(f"SLURM_STEP_TASKS_PER_NODE is {counts!r} in the environment, but it has no number for SLURM_NODEID {node}")
     return each[node]
 
 
 def _check(environment: Environment) -> None:
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         if key in environment and _number(environment[key]) < 0:
-            raise LaunchError(f"{key} is {environment[key]!r} in the environment: it has to be a number; the launcher sets it")
+            raise LaunchError(f"{key} is {environment[key]!r} in the environment: it must be a number. The launcher sets it")
     rank, processes = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     if rank >= processes:
-        raise LaunchError(f"RANK is {rank} in the environment: it has to be from 0 to {processes - 1}, as WORLD_SIZE is {processes}")
+        raise LaunchError(f"RANK is {rank} in the environment: it must be from 0 to {processes - 1}, because WORLD_SIZE is {processes}")
     if processes == 1:
         for key, value in (("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(_free_port()))):
             environment.setdefault(key, value)
     missing = next((key for key in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if key not in environment), None)
     if missing is not None:
-        raise LaunchError(f"WORLD_SIZE is {processes} in the environment, and {missing} is missing; deepy.py and torchrun set all of them")
+        raise LaunchError(f"WORLD_SIZE is {processes} in the environment, but {missing} is missing; deepy.py and torchrun set all of them")
 
 
 def _number(text: str | None) -> int:

@@ -1,4 +1,4 @@
-"""Where this process stands among all processes: a value, made once and passed to who needs it."""
+"""The place of this process among all processes: a value that is made once and passed to the code that needs it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class TopologyError(ValueError):
-    """Numbers of processes that do not fit together."""
+    """The numbers of processes do not fit together."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Topology:
 
     def __post_init__(self) -> None:
         if self.world_size < 1:
-            raise TopologyError(f"world_size = {self.world_size}: there is at least one process")
+            raise TopologyError(f"world_size = {self.world_size}: must be at least 1")
         for name, value in (("rank", self.rank), ("local_rank", self.local_rank)):
             if not 0 <= value < self.world_size:
                 raise TopologyError(f"{name} = {value}: must be from 0 to {self.world_size - 1} (world_size is {self.world_size})")
@@ -47,7 +47,7 @@ class Topology:
 
 
 def current_topology() -> Topology:
-    """Read from the initialised `torch.distributed` and the launcher's LOCAL_RANK; a single process where there is no process group."""
+    """The topology of the initialised `torch.distributed` and the launcher's LOCAL_RANK. Without a process group: a single process."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return Topology()
     rank = torch.distributed.get_rank()

@@ -1,4 +1,4 @@
-"""What tests of this project, and of code built on it, start from: processes, tiny models, devices. Nothing in the library imports it.
+"""Tools for the tests of this project and of code built on it: processes, tiny models, devices. Nothing in the library imports it.
 
 distributed.py   run a function on several processes
 tiny.py          configurations small enough for a test

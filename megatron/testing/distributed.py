@@ -7,7 +7,7 @@
 
     assert run_distributed(total, 2, 10) == [10.0, 10.0]
 
-The parent keeps the store that the processes meet at, on a port that the system gave it, so two runs never fight over one.
+The parent keeps the store where the processes meet. The system chooses its port, so two runs never use the same one.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ GRACE_SECONDS = 0.5
 
 
 class DistributedError(RuntimeError):
-    """A rank raised, died or hung; the message names it and holds its traceback."""
+    """A rank raised an exception, died or hung. The message names the rank and holds its traceback."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rank sent home: its pickled value, or the text of its traceback (then `failed`). `moment` orders failures across ranks."""
+    """The result of a rank: its pickled value, or the text of its traceback (then `failed`). `moment` orders failures across ranks."""
 
     failed: bool
     moment: float

@@ -31,7 +31,7 @@ def check_packages(settings: DeepSpeedConfig) -> None:
 
 @contextmanager
 def own_master_weights(*, sum_in_fp32: bool) -> Iterator[None]:
-    """While this lasts, DeepSpeed puts our MasterWeights around an optimizer of 16-bit weights at stage 0, where it would put its own wrapper."""
+    """Inside this context DeepSpeed uses our MasterWeights, and not its own wrapper, for 16-bit weights at stage 0."""
     import deepspeed
     from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 
@@ -52,7 +52,7 @@ def own_master_weights(*, sum_in_fp32: bool) -> Iterator[None]:
 
 
 def build_engine(config: NeoXConfig, model: GPT, *, world_size: int) -> Any:
-    """Model, optimizer and ZeRO stage as one engine: `engine(...)`, `engine.backward(loss)`, `engine.step()`. Runs on CPU and CUDA alike."""
+    """Model, optimizer and ZeRO stage as one engine: `engine(...)`, `engine.backward(loss)`, `engine.step()`. It runs on CPU and CUDA."""
     import deepspeed
 
     check_packages(config.deepspeed)

@@ -22,12 +22,12 @@ from megatron.training.step import Tally, forward
 
 
 def evaluates_after(training: TrainingConfig, step: int) -> bool:
-    """Whether there is an evaluation after this step, the end of training apart."""
+    """Whether there is an evaluation after this step. The one at the end of training does not count."""
     return step % training.eval_interval == 0 or step in (training.extra_eval_iters or ())
 
 
 def evaluations_until(training: TrainingConfig, step: int) -> int:
-    """How many evaluations there are up to and after this step."""
+    """How many evaluations there are up to this step, the one after it included."""
     extra = {other for other in training.extra_eval_iters or () if other <= step and (other % training.eval_interval or not other)}
     return step // training.eval_interval + len(extra)
 
@@ -36,13 +36,15 @@ class Evaluation(NamedTuple):
     """Mean losses per token."""
 
     loss: float | None
-    """Over all data that was read. None: none of its tokens counts."""
+    """The mean over all data that was read. None: no token of it counts."""
     by_corpus: dict[str, float]
-    """Name of a corpus -> over the part of it that was read; without corpora of which nothing was read or counts, empty where there is only one."""
+    """Name of a corpus -> the mean over the part of it that was read. Corpora without a token that was read and counts are left out. Empty if there
+    is
+    only one corpus."""
 
 
 def evaluate(engine: Any, dataset: TextDataset, topology: Topology, *, span: range, masked_token: int | None, per_token: bool = True) -> Evaluation:
-    """Losses over the micro-batches `span` of the data's order on every process: the sum over the tokens that count, divided by their number.
+    """Losses over the micro-batches `span` of every process: the sum over the tokens that count, divided by their number.
 
     With `per_token` False the loss is the mean of the micro-batches' means, as in GPT-NeoX. It depends on the arguments only, so a resumed run
     evaluates on the same samples; nothing random is drawn.
@@ -93,12 +95,12 @@ class Sums:
             self.sum_C2.index_add_(0, 1 + batch["corpus"].to(sum_B2.device), sum_B2)
 
     def means(self) -> list[float | None]:
-        """Of everything and of each corpus, over all processes; None where nothing counts. Collective."""
+        """Means of everything and of each corpus, over all processes. None: no token counts. Collective."""
         return [total / count if count else None for total, count in sum_over_data_parallel(self.sum_C2).tolist()]
 
 
 def evaluation_logits(engine: Any, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Logits [B, S, V] of the engine's model in evaluation, on its device. Collective under ZeRO 3."""
+    """Logits [B, S, V] of the engine's model in evaluation mode, on its device. Collective under ZeRO 3."""
     engine.eval()
     try:
         with torch.no_grad():

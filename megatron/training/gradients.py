@@ -1,4 +1,4 @@
-"""Gradients, weights and the optimizer's averages as they would be on one process, whatever ZeRO has cut up. Every process calls these alike."""
+"""Whole gradients, weights and optimizer averages, even if ZeRO divides them among processes. Every process must call these functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 def whole_gradients(engine: Any) -> Iterator[tuple[str, Tensor]]:
     """Name and gradient of each parameter that has one, averaged over micro-batches and processes, before clipping and without the loss scale.
 
-    To be read between the last backward pass of a step and its update. One gradient is whole at a time.
+    Read them after the last backward pass of a step and before its update. Only one gradient is gathered at a time.
     """
     from deepspeed.utils import safe_get_full_grad
 

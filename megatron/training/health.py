@@ -1,4 +1,4 @@
-"""What the losses of a run say about its weights."""
+"""Judges the weights of a run by its losses."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ class Health:
     """Kept by the trainer, the same on every process."""
 
     skipped: str | None = None
-    """Why the last step changed nothing; None where it did, or fp16 only looks for its loss scale."""
+    """Why the last step changed nothing. None: it changed the weights, or fp16 is only searching for its loss scale."""
     evaluation: str | None = None
-    """Which of the last evaluations gave NaN or infinity; None: none did."""
+    """Which of the last evaluations gave NaN or infinity. None: no evaluation did."""
     weights: str | None = None
-    """What was wrong with the weights when they were last to be saved; None: nothing."""
+    """What was wrong with the weights at the last attempt to save them. None: nothing."""
     losses_finite: bool = True
-    """Of every training step and evaluation since the last checkpoint."""
+    """Whether every training step and evaluation since the last checkpoint had a finite loss."""
     evaluated_at: int = -1
     """The step of the evaluation in `evaluation`."""
 
     @property
     def trouble(self) -> str | None:
-        """Why the weights as they stand are in doubt; None: they are not."""
+        """Why the current weights are in doubt. None: they are not in doubt."""
         return self.skipped or self.evaluation
 
     def after_step(self, metrics: StepMetrics, *, iteration: int, in_a_row: int) -> None:
-        """Takes note of a training step; `in_a_row`: skipped ones up to this one."""
+        """Records a training step. `in_a_row`: the number of skipped steps in a row up to this one."""
         finite = math.isfinite(metrics.lm_loss)
         self.losses_finite &= finite
         searching = finite and metrics.loss_scale is not None
@@ -46,7 +46,7 @@ class Health:
             self.skipped = f"{steps} nothing, because the {what}"
 
     def after_evaluation(self, name: str, loss: float, *, iteration: int) -> None:
-        """Takes note of a loss on held-out data; `name`: validation or test. An evaluation of a later step that is finite clears it."""
+        """Records a loss on held-out data. `name`: validation or test. A finite loss at a later step clears a bad one."""
         if not math.isfinite(loss):
             self.losses_finite, self.evaluated_at = False, iteration
             self.evaluation = f"the {name} loss at step {iteration} is {loss}"
@@ -59,7 +59,7 @@ class Health:
 
 
 def way_back(last_checkpoint: object | None) -> str:
-    """What to go back to; None: nothing."""
+    """A sentence that says which checkpoint to go back to. `last_checkpoint` None: there is none."""
     if last_checkpoint is None:
         return "There is no checkpoint to go back to."
     return f"The last good checkpoint is {last_checkpoint}."

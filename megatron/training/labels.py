@@ -1,4 +1,4 @@
-"""How many predictions of a step count in its loss, where some of them do not."""
+"""Counts the predictions of a step that count in its loss."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ class Labels(NamedTuple):
 
     @property
     def per_micro_batch(self) -> float:
-        """What each micro-batch's summed loss is divided by, so that the mean over micro-batches is the mean over all labels of the step."""
+        """Each micro-batch's summed loss is divided by this number. The mean over micro-batches is then the mean over all labels of the step."""
         return self.counted / self.micro_batches
 
 
 def masks(batch: Batch, masked_token: int | None) -> bool:
-    """Whether predictions of this micro-batch may be left out of the loss."""
+    """Whether some predictions of this micro-batch may not count in the loss."""
     return masked_token is not None or "label" in batch
 
 
 def count(batch: Batch, masked_token: int | None) -> int:
-    """Predictions of this micro-batch that count; it lies on the CPU."""
+    """The number of predictions of this micro-batch that count. The micro-batch must be on the CPU."""
     mask_BS = next_token_targets(batch["text"], batch.get("label"), masked_token=masked_token).loss_mask_BS
     return batch["text"][:, 1:].numel() if mask_BS is None else int(mask_BS.count_nonzero())
 
 
 def look_ahead(batches: Iterator[Batch], number: int, *, masked_token: int | None, device: torch.device) -> tuple[Iterator[Batch], Labels | None]:
-    """The next `number` micro-batches, and what counts in them; None where everything does: then they are read one by one, when they are used.
+    """The next `number` micro-batches and their counts. Counts None: all predictions count, and each micro-batch is read only when it is used.
 
-    Collective where something may be left out: every process calls it.
+    If some predictions may not count, this is a collective: every process calls it.
     """
     first = next(batches)
     if not masks(first, masked_token):

@@ -1,4 +1,4 @@
-"""What the model is asked to predict, and which predictions count.
+"""What the model must predict, and which predictions count in the loss.
 
 Shapes: B micro-batch, S sequence length
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Targets(NamedTuple):
-    """Model inputs, what should follow each of them, and how much each prediction counts (None: all the same)."""
+    """Model inputs, the token that should follow each of them, and the weight of each prediction (None: all the same)."""
 
     tokens_BS: Tensor
     labels_BS: Tensor
@@ -20,10 +20,10 @@ class Targets(NamedTuple):
 
 
 def next_token_targets(text: Tensor, label: Tensor | None = None, *, masked_token: int | None = None) -> Targets:
-    """Inputs are the first S of S + 1 tokens; what should follow, the last S of `label` (None: of the tokens). As in NeoX, what does not count is
+    """Inputs are the first S of S + 1 tokens. Targets are the last S of `label` (None: of the tokens). As in NeoX, these places do not count:
 
     - a place whose label is negative,
-    - with `masked_token` (eod_mask_loss), a place whose *input* is that token: what follows the end of a document. None: those count.
+    - a place whose *input* is `masked_token` (eod_mask_loss): it predicts the first token after the end of a document. None: such places count.
     """
     tokens, following = text[:, :-1].contiguous(), (text if label is None else label)[:, 1:].contiguous()
     masks = [] if label is None else [following >= 0]
@@ -33,8 +33,8 @@ def next_token_targets(text: Tensor, label: Tensor | None = None, *, masked_toke
 
 
 def poison_if_not_finite(loss: Tensor) -> Tensor:
-    """The loss itself, but one that is NaN or infinite gets NaN gradients everywhere, so that no part of the step can be taken by mistake.
+    """The loss itself. If it is NaN or infinite, all its gradients become NaN, so that no part of the step changes a weight by mistake.
 
-    Without this a loss that overflowed in its last addition could still have finite gradients. No synchronisation with the device.
+    Without this, a loss that overflowed in its last addition could still have finite gradients. The device is not synchronised.
     """
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)

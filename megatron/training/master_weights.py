@@ -1,8 +1,8 @@
 """16-bit weights without ZeRO: the optimizer works on fp32 copies of them, and gradients are summed in fp32.
 
-DeepSpeed's own wrapper for this (0.19.8: FP16_UnfusedOptimizer) takes an optimizer step with gradients of zero while it is built, so that Adam counts
-one step too many and the weights decay once before the first; it sums micro-batches in 16 bits; and it divides fp16 gradients by a loss scale that
-`engine.backward` never multiplied the loss by. This class takes its place. What it saves is laid out as DeepSpeed's was.
+DeepSpeed's own wrapper for this (0.19.8: FP16_UnfusedOptimizer) takes an optimizer step with zero gradients while it is built. So Adam counts
+one step too many, and the weights decay once before the first step. It also sums micro-batches in 16 bits, and it divides fp16 gradients by a loss
+scale although `engine.backward` never multiplied the loss by it. This class replaces it. Its saved state has the layout of DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from megatron.training.optimizer import Skipping
 
 OPTIMIZER, MASTERS = "optimizer_state_dict", "fp32_groups"
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""What a dynamic loss scale remembers."""
+"""The state of a dynamic loss scale."""
 
 
 class MasterWeights(DeepSpeedOptimizer):
-    """Around an optimizer over 16-bit weights, before its first step; `scaler` is DeepSpeed's loss scaler, one that does nothing for bfloat16.
+    """Wraps an optimizer over 16-bit weights before its first step. `scaler` is DeepSpeed's loss scaler; for bfloat16 it does nothing.
 
     `sum_in_fp32` False: micro-batches are summed in the weights' format, as DeepSpeed would.
     """
@@ -39,7 +39,7 @@ class MasterWeights(DeepSpeedOptimizer):
         self.masters = [master for group in self.fp32_groups for master in group]
         self._place = {id(weight): place for place, weight in enumerate(self.weights)}
         self._filled = [False] * len(self.weights)
-        """Whether the gradient of each weight holds this step's."""
+        """For each weight, whether its gradient belongs to this step."""
         if sum_in_fp32:
             for weight, master in zip(self.weights, self.masters, strict=True):
                 master.grad = torch.zeros_like(master)
@@ -58,7 +58,7 @@ class MasterWeights(DeepSpeedOptimizer):
         self._filled[place], weight.grad = True, None
 
     def get_grads_for_reduction(self) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
-        """What the engine averages over processes (DeepSpeed's name), 0 for weights without a gradient."""
+        """The gradients that the engine averages over processes (DeepSpeed's name). A weight without a gradient gives 0."""
         return [self._sum(place) for place in range(len(self.weights))], {}
 
     def gradient(self, weight: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class MasterWeights(DeepSpeedOptimizer):
         return gradient
 
     def step(self) -> None:
-        """Clips, updates the copies and rounds them into the weights; a gradient that is not finite changes nothing."""
+        """Clips the gradients, updates the copies and rounds them into the weights. If a gradient is not finite, nothing changes."""
         for place, master in enumerate(self.masters):
             master.grad = self._sum(place).float()
         self.optimizer.loss_scale = self.cur_scale
@@ -107,26 +107,26 @@ class MasterWeights(DeepSpeedOptimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's, over the copies."""
+        """The optimizer's groups, which hold the copies."""
         return self.optimizer.param_groups
 
     @property
     def state(self) -> Any:
-        """The optimizer's."""
+        """The optimizer's state."""
         return self.optimizer.state
 
     def refresh_fp32_params(self) -> None:
-        """Makes the copies anew from weights that were loaded alone."""
+        """Makes the copies again from the weights, after the weights were loaded alone."""
         with torch.no_grad():
             torch._foreach_copy_(self.masters, self.weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """As DeepSpeed's wrapper saved it."""
+        """The state in the layout of DeepSpeed's wrapper."""
         scaler = {name: getattr(self.loss_scaler, name) for name in SCALER if hasattr(self.loss_scaler, name)}
         return {"dynamic_loss_scale": self.loss_scaler.dynamic, **scaler, OPTIMIZER: self.optimizer.state_dict(), MASTERS: self.fp32_groups}
 
     def load_state_dict(self, stored: Mapping[str, Any], load_optimizer_states: bool = True) -> None:
-        """Takes what `state_dict` gave, or DeepSpeed's wrapper. Raises CheckpointError for another layout, before anything is changed."""
+        """Loads a state that `state_dict` or DeepSpeed's wrapper gave. Raises CheckpointError for another layout, before anything changes."""
         if any(key not in stored for key in (OPTIMIZER, MASTERS)) or shapes(stored[MASTERS]) != shapes(self.fp32_groups):
             raise CheckpointError(
                 f"The optimizer's state in the checkpoint is not that of 16-bit weights at zero_optimization stage 0 (it has {', '.join(stored)}): "

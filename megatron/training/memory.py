@@ -1,4 +1,4 @@
-"""Whether a model fits the memory, before any of it is taken: arithmetic on the configuration against what the device and the machine have."""
+"""Checks whether a model fits into the memory, before it is allocated. The need is computed from the configuration and compared with the machine."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ BYTES = {"fp32": 4, "fp16": 2, "bfloat16": 2}
 
 
 def check_training_fits(config: NeoXConfig, vocabulary: int, *, world_size: int) -> None:
-    """Raises NotEnoughMemory when weights and optimizer of the processes on this machine are more than it has; logs when they are more than is free.
+    """Raises NotEnoughMemory if the weights and optimizer of the processes on this machine need more memory than it has. Warns if they need more
+    than is free.
 
-    Gradients and activations come on top: what fits here may still be too much.
+    Gradients and activations are not counted, so a model that passes may still be too large.
     """
     parameters = count_parameters(config.model, config.moe, vocabulary).total_sum
     stage = config.optimizer.zero_optimization.stage
@@ -29,15 +30,16 @@ def check_training_fits(config: NeoXConfig, vocabulary: int, *, world_size: int)
     _check(
         (memory.weights + memory.optimizer) * processes,
         what=f"Training {parameters:,} parameters in {config.precision} with ZeRO stage {stage} ({processes} process(es) here)",
-        advice="Take a smaller model, bfloat16 in place of fp32, or a higher zero_optimization.stage on more machines; `deepy.py --check` says more.",
+        advice="Use a smaller model, bfloat16 in place of fp32, or a higher zero_optimization.stage on more machines; `deepy.py --check` says more.",
         device=torch.device(os.environ.get("DS_ACCELERATOR", "cpu")),
     )
 
 
 def check_model_fits(config: NeoXConfig, vocabulary: int, device: torch.device) -> None:
-    """As `check_training_fits`, for a model that is only run."""
+    """As `check_training_fits`, for a model that is not trained."""
     parameters = count_parameters(config.model, config.moe, vocabulary).total_sum
-    what, advice = f"A model of {parameters:,} parameters in {config.precision}", "Take a machine with more, or precision: bfloat16 in place of fp32."
+    what = f"A model of {parameters:,} parameters in {config.precision}"
+    advice = "Use a machine with more memory, or precision: bfloat16 in place of fp32."
     _check(BYTES[config.precision] * parameters, what=what, advice=advice, device=device)
 
 

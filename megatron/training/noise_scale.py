@@ -1,4 +1,4 @@
-"""The gradient noise scale: how large a batch may be before larger ones are not worth their compute."""
+"""The gradient noise scale: up to about this batch size a larger batch is worth its compute."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 KEPT = 0.99
-"""Share of the running averages that a measurement leaves, as in GPT-NeoX."""
+"""A measurement keeps this share of the running averages, as in GPT-NeoX."""
 
 
 class NoiseScale:
@@ -20,7 +20,7 @@ class NoiseScale:
         S     = (|G_small|^2 - |G_big|^2) / (1 / b - 1 / B)
         noise scale = S / |G|^2, each of them averaged over the measurements so far
 
-    It keeps one sum of gradients, on `device` (None: where they are).
+    It keeps one sum of gradients, on `device` (None: on the device of the gradients).
     """
 
     def __init__(self, *, batch: int, n_batches: int, device: torch.device | None = None) -> None:
@@ -31,9 +31,9 @@ class NoiseScale:
         self._signal = self._noise = 0.0
 
     def add(self, gradients: Iterable[Tensor]) -> float | None:
-        """Takes the gradients of one batch. Returns the noise scale after every n-th; a batch that is not finite is left out.
+        """Adds the gradients of one batch. Returns the noise scale after every n-th batch. A batch with gradients that are not finite is left out.
 
-        It may be negative while there are few measurements: both averages are estimates.
+        After only a few measurements the noise scale may be negative, because both averages are estimates.
         """
         mine = [gradient.to(device=self.device, dtype=torch.float32, copy=True) for gradient in gradients]
         square = _square(mine)

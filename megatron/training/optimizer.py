@@ -1,4 +1,4 @@
-"""Optimizers over two groups of parameters, with and without weight decay; at ZeRO stage 0 they clip, and skip what is not finite, themselves."""
+"""Optimizers over two groups of parameters, with and without weight decay. At ZeRO stage 0 they clip gradients and skip steps that are not finite."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from megatron.training.lion import Lion
 
 
 class OptimizerUnavailable(ValueError):
-    """An optimizer was asked for that needs a package or a device that is not there; the message says which."""
+    """The configured optimizer needs a package or a device that is missing. The message says which."""
 
 
 class Skipping(torch.optim.Optimizer):
-    """Put before an optimizer class: clips by the global gradient norm, and leaves everything as it is when that norm is not finite.
+    """A base class put before an optimizer class. It clips by the global gradient norm, and changes nothing if that norm is not finite.
 
-    It is for ZeRO stage 0, where DeepSpeed itself would step into NaN; DeepSpeed reads `overflow` and `_global_grad_norm` after each step.
-    Clipping rides on what PyTorch's fused kernels offer to loss scaling (`grad_scale`, `found_inf`), so it needs no pass of its own.
+    It is for ZeRO stage 0, where DeepSpeed itself would write NaN into the weights. DeepSpeed reads `overflow` and `_global_grad_norm` after each
+    step.
+    Clipping uses the loss scaling of PyTorch's fused kernels (`grad_scale`, `found_inf`), so it needs no extra pass over the gradients.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, max_norm: float, **settings: Any) -> None:
         super().__init__(groups, **settings)
         self.max_norm = max_norm
         self.loss_scale = 1.0
-        """What the gradients are still multiplied by."""
+        """The gradients are still multiplied by this number."""
         self.overflow = False
         self._global_grad_norm = 0.0
 
@@ -56,7 +57,7 @@ class Skipping(torch.optim.Optimizer):
 
 
 class SkippingAdam(Skipping, torch.optim.Adam):
-    """PyTorch's fused Adam, its weight decay decoupled or not."""
+    """PyTorch's fused Adam, with decoupled weight decay or without."""
 
 
 class SkippingSGD(Skipping, torch.optim.SGD):
@@ -64,11 +65,11 @@ class SkippingSGD(Skipping, torch.optim.SGD):
 
 
 class SkippingLion(Skipping, Lion):
-    """Ours, which knows `grad_scale`."""
+    """Our own Lion, which reads `grad_scale`."""
 
 
 class DividingFirst(Skipping):
-    """For an optimizer that cannot divide by itself: the gradients are divided in place before its step."""
+    """For an optimizer that cannot divide the gradients: they are divided in place before its step."""
 
     def _divide(self, gradients: list[Tensor], divisor: Tensor) -> None:
         torch._foreach_div_(gradients, divisor)
@@ -77,7 +78,7 @@ class DividingFirst(Skipping):
 def build_optimizer(config: OptimizerConfig, model: nn.Module, device_type: str) -> torch.optim.Optimizer:
     """The optimizer that DeepSpeed wraps, for training on a device of this type (PyTorch's name: "cpu", "cuda", ...).
 
-    With ZeRO 1 to 3 DeepSpeed clips, and skips steps whose gradients are not finite; with stage 0 it does both itself. Raises OptimizerUnavailable.
+    With ZeRO 1 to 3 DeepSpeed clips and skips steps whose gradients are not finite. At stage 0 the optimizer does both. Raises OptimizerUnavailable.
     """
     groups = parameter_groups(model, config.weight_decay)
     kind, settings = choose_optimizer(config, device_type)
@@ -98,7 +99,7 @@ Choice = tuple[Any, dict[str, Any]]
 
 
 def choose_optimizer(config: OptimizerConfig, device_type: str) -> Choice:
-    """What was asked for. Raises OptimizerUnavailable for a package that is not installed, or that cannot run on a device of this type."""
+    """The configured optimizer class. Raises OptimizerUnavailable for a package that is not installed or cannot run on a device of this type."""
     return KINDS[config.optimizer_type](config, device_type)
 
 
@@ -109,7 +110,9 @@ def _adam(config: OptimizerConfig, device_type: str) -> Choice:
     if implementation in ("auto", "torch"):
         return torch.optim.Adam, {**settings, "decoupled_weight_decay": decoupled, "fused": True}
     if device_type != "cuda":
-        raise OptimizerUnavailable(f"optimizer.implementation: {implementation} runs on CUDA only, and this is {device_type}: leave it out")
+        raise OptimizerUnavailable(
+            f"optimizer.implementation: {implementation} runs on CUDA only, and this device is {device_type}: leave the key out"
+        )
     return _fused_adam(implementation), {**settings, "adam_w_mode": decoupled}
 
 
@@ -122,7 +125,9 @@ def _fused_adam(name: str) -> Any:
             return importlib.import_module("deepspeed.ops.adam").FusedAdam
     except (ImportError, AttributeError) as error:
         raise OptimizerUnavailable(f"optimizer.implementation: {name} needs {name}'s FusedAdam, which is not installed ({error})") from error
-    raise OptimizerUnavailable("optimizer.implementation: deepspeed needs DeepSpeed installed with DS_BUILD_FUSED_ADAM=1, which this one is not")
+    raise OptimizerUnavailable(
+        "optimizer.implementation: deepspeed needs DeepSpeed installed with DS_BUILD_FUSED_ADAM=1. The installed DeepSpeed was built without it"
+    )
 
 
 def _adam_8bit(config: OptimizerConfig, device_type: str) -> Choice:
@@ -153,7 +158,7 @@ KINDS: dict[str, Callable[[OptimizerConfig, str], Choice]] = {
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, by GPT-NeoX's rule: biases and the parameters of norms do not decay, everything else does. Empty ones are left out."""
+    """Two groups, by GPT-NeoX's rule: biases and the parameters of norms do not decay, all other parameters do. An empty group is left out."""
     exempt = set(_exempt_parameters(model))
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [

@@ -1,4 +1,4 @@
-"""How long the parts of a step take, without making the device wait."""
+"""Measures the time of the parts of a step without making the device wait."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 
 class Phases:
-    """`with phases("forward"): ...`, any number of times and inside each other; `seconds` adds up what each name took on the device.
+    """`with phases("forward"): ...` may be used any number of times and may be nested. `seconds` sums the time of each name on the device.
 
-    On CUDA by events in the stream, which are read when the device has passed them; elsewhere by the clock.
+    On CUDA the time is measured by events in the stream, which are read after the device has passed them. Elsewhere it is measured by the clock.
     """
 
     _mark: Callable[[], Any]
@@ -31,7 +31,7 @@ class Phases:
         self._spans.append((name, start, self._mark()))
 
     def seconds(self) -> dict[str, float]:
-        """Call it when the device is done with everything that was measured."""
+        """Seconds by name. Call it after the device has finished everything that was measured."""
         totals: defaultdict[str, float] = defaultdict(float)
         for name, start, end in self._spans:
             totals[name] += self._between(start, end)

@@ -1,4 +1,4 @@
-"""This process among the others: device, threads, process group."""
+"""Starts and ends this process as one of the group: device, threads, process group."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def start_process(*, backend: str | None, threads: int | None) -> Topology:
 
     `backend` None: nccl where there is a GPU, else gloo; nccl without a GPU becomes gloo.
     `threads` None: OMP_NUM_THREADS (deepy.py sets it), else this machine's cores divided by its processes.
-    Raises LaunchError where the environment does not say which process this is.
+    Raises LaunchError if the environment does not say the rank of this process.
     """
     choose_accelerator()
     keep_freed_memory()
@@ -47,14 +47,14 @@ def start_process(*, backend: str | None, threads: int | None) -> Topology:
 
 
 def choose_accelerator() -> None:
-    """Tells DeepSpeed what to run on, before its first import: it looks around, and warns, when nobody says so."""
+    """Tells DeepSpeed which device to run on, before its first import. Without this it searches for a device and warns."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep large freed blocks for the next step instead of giving them back to the system, which must then clear them again.
+    """Tells glibc to keep large freed blocks for the next step. Otherwise the system takes them back and must clear them again.
 
-    A sixth of a small model's step on a CPU. Elsewhere than on glibc nothing happens.
+    This saves a sixth of the step time of a small model on a CPU. Does nothing if the C library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -69,12 +69,13 @@ def end_process() -> None:
 
 
 def choose_backend(requested: str | None) -> str:
-    """What was asked for, on the accelerator that DeepSpeed was told to use: nccl exists on GPUs only."""
+    """The backend to use: the one that was asked for, but nccl only on GPUs."""
     return (requested or "nccl") if os.environ["DS_ACCELERATOR"] == "cuda" else "gloo"
 
 
 def decline_compiled_collectives() -> None:
-    """DeepSpeed would compile a shared-memory all-reduce for CPUs at its first start (45 s, and a compiler); gloo is there already."""
+    """Stops DeepSpeed from compiling a shared-memory all-reduce for CPUs at its first start. That takes 45 s and a compiler, and gloo can do the
+    work."""
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

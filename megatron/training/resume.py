@@ -1,4 +1,4 @@
-"""Where a run starts from: new weights, a checkpoint's weights, or a checkpoint as a whole."""
+"""Decides where a run starts: from new weights, from the weights of a checkpoint, or from a whole checkpoint."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ SAME_STATE = {"AdamW": "Adam"}
 
 
 class Start(NamedTuple):
-    """A directory to load from, and whether the run goes on from there (else it takes the weights only)."""
+    """A directory to load from, and whether the run goes on from that checkpoint. If not, only the weights are loaded."""
 
     directory: Path
     go_on: bool
 
 
 def resume(trainer: Trainer) -> None:
-    """Puts `trainer` where the configuration says it starts. Raises CheckpointError, or ConfigError when the checkpoint's model
-    is another one; never starts silently at step 0.
+    """Loads into `trainer` the start that the configuration names. Raises CheckpointError, or ConfigError if the checkpoint holds another model.
+    A run never starts at step 0 without a message.
     """
     config = trainer.config.checkpoint
     start = choose_start(config)
@@ -91,9 +91,9 @@ def resume(trainer: Trainer) -> None:
 
 
 def data_change(trainer: Trainer, path: Path, facts: Any) -> str | None:
-    """A sentence when a run that goes on from `path` reads other data than was read there, which may be meant; None: the same, or nobody knows.
+    """A sentence if a run that goes on from `path` reads other data than before; the user may want that. None: the data is the same or not known.
 
-    `facts`: what the checkpoint holds of its data; None, as in checkpoints of GPT-NeoX: the keys of its configuration are compared.
+    `facts`: the facts about its data in the checkpoint. None, as in checkpoints of GPT-NeoX: the keys of its configuration are compared.
     """
     data = trainer.config.data
     try:
@@ -104,31 +104,33 @@ def data_change(trainer: Trainer, path: Path, facts: Any) -> str | None:
         return None
     return (
         f"The data is not what it was when {path} was saved: {'; '.join(found)}. The run goes on at sample {trainer.state.consumed_samples:,} of "
-        "what is there now, so text may be read twice or not at all. If that is not meant, stop and give the data from before."
+        "the new data, so some text may be read twice or not at all. If you do not want that, stop the run and give the earlier data."
     )
 
 
 def check_optimizer_type(path: Path, config: OptimizerConfig) -> None:
-    """Raises CheckpointError when the optimizer's state at `path` belongs to another type of optimizer; one that does not say is not compared."""
+    """Raises CheckpointError if the optimizer's state at `path` belongs to another type of optimizer. A state that does not name its type is
+    accepted."""
     stored = read_config(path)
     if "optimizer" not in stored:
         return
     before = "Adam8bit" if stored.get("use_bnb_optimizer") else stored["optimizer"]["type"]
     if SAME_STATE.get(before, before) != SAME_STATE.get(config.optimizer_type, config.optimizer_type):
         raise CheckpointError(
-            f"{path} was trained with the optimizer {before}, this run uses {config.optimizer_type}, whose state is another: set "
+            f"{path} was trained with the optimizer {before}. This run uses {config.optimizer_type}, which cannot read that state. Set "
             f"optimizer.type: {before}, or add `-o no_load_optim=true` to go on from the weights alone with a fresh optimizer."
         )
 
 
 def find_start(start: Start, config: CheckpointConfig) -> Path:
-    """The checkpoint to load. Raises CheckpointError when it is not there, saying what is, and how to start without."""
+    """The checkpoint to load. If it does not exist, raises CheckpointError, which names the checkpoints that exist and says how to start without
+    one."""
     try:
         return find_checkpoint_together(start.directory, config.iteration)
     except NoCheckpointError as error:
         raise NoCheckpointError(
-            f"{error} To start from new weights leave `load` out; to go on from `save` wherever it holds a checkpoint, write "
-            "`resume_if_exists: true` in its place."
+            f"{error} To start from new weights, leave `load` out. To go on from `save` if it holds a checkpoint, and else start new, "
+            "write `resume_if_exists: true` in place of `load`."
         ) from error
 
 
@@ -145,9 +147,9 @@ def compare_logits(trainer: Trainer, path: Path, stored: Any) -> str:
 
 
 def choose_start(config: CheckpointConfig) -> Start | None:
-    """Where to load from; None for new weights.
+    """The place to load from. None: new weights.
 
-    Raises CheckpointError when `save` already holds another run's checkpoints and nothing says that this run goes on from them.
+    Raises CheckpointError if `save` already holds checkpoints and the configuration does not say that this run goes on from them.
     """
     saved = layout.iterations_in(Path(config.save)) if config.save is not None and Path(config.save).is_dir() else []
     if config.resume_if_exists and config.save is not None and saved:
@@ -156,7 +158,7 @@ def choose_start(config: CheckpointConfig) -> Start | None:
         return Start(Path(config.load), go_on=not config.finetune)
     if saved:
         raise CheckpointError(
-            f"save: {config.save} already holds checkpoints (up to step {max(saved)}) and nothing says to go on from them. "
+            f"save: {config.save} already holds checkpoints (up to step {max(saved)}), and the configuration does not say to go on from them. "
             f"Set `load: {config.save}` or `resume_if_exists: true` to go on, or choose another directory."
         )
     return None

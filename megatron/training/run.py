@@ -1,4 +1,4 @@
-"""One launch of a training run, from its configuration to its end."""
+"""Runs one launch of a training run, from the configuration to the end."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ log = logging.getLogger(__name__)
 
 
 def train(loaded: LoadedConfig) -> Trainer:
-    """Trains as configured, from the beginning or from a checkpoint, and returns the trainer as it stands at the end.
+    """Trains as configured, from new weights or from a checkpoint, and returns the trainer in its last state.
 
-    Its `exit_status` is not 0 where a signal ended it.
+    The trainer's `exit_status` is not 0 if a signal ended the run.
 
-    What is wrong with the configuration, the data, a checkpoint or the disk is raised as the ValueError of that package, with a sentence for the
-    user; a loss that stays NaN or infinite, and a last evaluation that gives one, as TrainingDiverged; a file beside the checkpoints that could not
-    be written as OutputFailed, when the run is saved.
+    Problems with the configuration, the data, a checkpoint or the disk raise the ValueError of that package, with a sentence for the user. A loss
+    that
+    stays NaN or infinite, or a last evaluation that gives one, raises TrainingDiverged. If a file other than a checkpoint could not be written, the
+    run is saved first and then raises OutputFailed.
     """
     config = loaded.config
     rank = int(os.environ.get("RANK", "0"))
@@ -64,7 +65,7 @@ def train(loaded: LoadedConfig) -> Trainer:
 
 
 def end_together(trainer: Trainer) -> None:
-    """The last words of a run that did not end as planned. Raises TrainingDiverged and OutputFailed.
+    """Says how a run ended that did not end as planned. Raises TrainingDiverged and OutputFailed.
 
     No process leaves before the others are done: the launcher ends all of them when the first one returns something other than 0.
     """
@@ -73,7 +74,7 @@ def end_together(trainer: Trainer) -> None:
         trainer.exit_status = FAILURE
         if trainer.failures:
             raise OutputFailed(
-                " ".join(dict.fromkeys(failures)) + f" {way_back(trainer.last_checkpoint)} Free space, or write elsewhere, then start again."
+                " ".join(dict.fromkeys(failures)) + f" {way_back(trainer.last_checkpoint)} Free space or choose another disk, then start again."
             )
     elif trainer.stop_requested is not None and trainer.exit_status and not trainer.finished:
         again = trainer.config.checkpoint.resume_if_exists or trainer.config.checkpoint.save is None
@@ -86,14 +87,14 @@ def end_together(trainer: Trainer) -> None:
 
 
 def lock(directory: Path, topology: Topology) -> ExitStack:
-    """Holds `directory` against other runs until closed. Raises RunLockError on every process when another run has it."""
+    """Locks `directory` against other runs until it is closed. Raises RunLockError on every process if another run holds the lock."""
     held = ExitStack()
     together(lambda: held.enter_context(RunLock(directory) if topology.is_first else nullcontext()), only_rank=0)
     return held
 
 
 def display(trainer: Trainer, console: Console) -> ProgressDisplay | None:
-    """The progress display, on the first process and where it was asked for or there is a terminal. None: plain lines."""
+    """The progress display. It exists on the first process, if it was asked for or if there is a terminal. None: plain lines."""
     wanted = trainer.config.logging.progress
     if not trainer.topology.is_first or wanted == "plain" or (wanted == "auto" and not console.is_terminal):
         return None
@@ -101,7 +102,7 @@ def display(trainer: Trainer, console: Console) -> ProgressDisplay | None:
 
 
 def announce(trainer: Trainer, loaded: LoadedConfig) -> None:
-    """The first lines of a run: what was ignored, what is trained, on how much data."""
+    """Logs the first lines of a run: the ignored keys, the model, the amount of data."""
     for notice in loaded.notices:
         log.info("%s", notice)
     plan, topology = trainer.plan, trainer.topology

@@ -30,7 +30,7 @@ from megatron.config.neox import NeoXConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Everything in steps, none of them rounded; what a style does not use is 0."""
+    """Lengths in steps, not rounded. A length that the style does not use is 0."""
 
     peak: float
     minimum: float

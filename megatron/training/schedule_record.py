@@ -1,4 +1,4 @@
-"""The learning-rate schedule in a checkpoint, under GPT-NeoX's names: written with each, compared when a run goes on from one."""
+"""The learning-rate schedule in a checkpoint, under GPT-NeoX's names. Every checkpoint holds it, and a run that goes on from one compares it."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ ADVICE = "Set override_lr_scheduler: true to follow this configuration from here
 
 
 class ScheduleRecord:
-    """What DeepSpeed takes for its learning-rate scheduler: it counts the steps that were applied and travels through checkpoints.
+    """DeepSpeed uses this object as its learning-rate scheduler. It counts the steps that were applied, and checkpoints hold it.
 
-    The rates themselves come from `learning_rate`.
+    The learning rates come from `learning_rate`.
     """
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self.steps_done = 0
         self.loaded: Mapping[str, Any] | None = None
-        """What the checkpoint that was loaded has; None when none was, or when it has no schedule."""
+        """The schedule of the loaded checkpoint. None: no checkpoint was loaded, or it has no schedule."""
 
     def step(self) -> None:
         self.steps_done += 1
@@ -62,10 +62,11 @@ class ScheduleRecord:
 def schedule_to_follow(record: ScheduleRecord, config: OptimizerConfig, path: Path) -> Schedule:
     """The schedule of a run that goes on from the checkpoint at `path`, which `record` was loaded from.
 
-    It is the configuration's, and has to be the checkpoint's as well: with `use_checkpoint_lr_scheduler` it is the checkpoint's, with
-    `override_lr_scheduler` the configuration's. A longer or shorter one (another `train_iters`) is the checkpoint's as well where both give the next
-    step the same rate: constant ones, and those with a constant part. Raises ConfigError naming what differs otherwise. A checkpoint without a
-    schedule is not compared.
+    The configuration's schedule is used, and it must be the same as the checkpoint's. With `use_checkpoint_lr_scheduler` the checkpoint's is used
+    without a comparison, with `override_lr_scheduler` the configuration's. A schedule that differs only in length (another `train_iters`) counts as
+    the
+    same if both give the next step the same rate, as constant schedules and constant parts do. Otherwise raises ConfigError, which names the
+    differences. If the checkpoint has no schedule, the configuration's is used.
     """
     own, stored = record.schedule, record.loaded
     if not stored or config.override_lr_scheduler:
@@ -76,7 +77,7 @@ def schedule_to_follow(record: ScheduleRecord, config: OptimizerConfig, path: Pa
     only_longer = _stretched(there, own)
     if only_longer and math.isclose(*(learning_rate(schedule, record.steps_done) for schedule in (there, own)), rel_tol=EQUAL):
         log.info(
-            "The learning-rate schedule is now one over %d steps, where it was one over %d; until here both are the same.",
+            "The learning-rate schedule now has %d steps; before it had %d. Both give the same learning rate up to here.",
             own.decay_steps,
             there.decay_steps,
         )
@@ -95,9 +96,9 @@ def _stretched(there: Schedule, own: Schedule) -> bool:
 
 def _advice_on_length(there: Schedule) -> str:
     """What to set where a run is only to be longer, and the rates of the steps that were taken would have been others."""
-    after = ", in which case the rate rises again after them, as in GPT-NeoX" if there.style == "cosine" else ""
+    after = "; the rate then rises again after these steps, as in GPT-NeoX" if there.style == "cosine" else ""
     return (
-        "Only its length differs, which follows train_iters: with this one, the steps taken so far would have had other learning rates. "
+        "Only the length differs, which follows train_iters. With the new length, the steps so far would have had other learning rates. "
         f"Set lr_decay_iters: {there.decay_steps} to keep the schedule as it was{after}."
     )
 
@@ -110,11 +111,14 @@ def _stored_schedule(stored: Mapping[str, Any], own: Schedule, path: Path) -> Sc
     if given["style"] not in GPT_NEOX_STYLES and not set(given) - set(GPT_NEOX_FIELDS):
         style = given["style"]
         raise ConfigError(
-            [f"{path} does not say all of its learning-rate schedule '{style}': give it here with lr_decay_style: {style} and its keys"]
+            [
+                f"{path} does not hold its whole learning-rate schedule '{style}': give it in the configuration, with lr_decay_style: {style} and "
+                "the keys of that style"
+            ]
         )
     return Schedule(**{**{field: getattr(own, field) for field in GPT_NEOX_FIELDS}, **given})
 
 
 def _difference(field: str, there: Schedule, own: Schedule) -> str:
     unit = " steps" if field.endswith("_steps") else ""
-    return f"{NAMES[field][1]} is {getattr(there, field)}{unit} there and {getattr(own, field)}{unit} here"
+    return f"{NAMES[field][1]} is {getattr(there, field)}{unit} in the checkpoint and {getattr(own, field)}{unit} in the configuration"

@@ -1,4 +1,4 @@
-"""From a configuration to a trainer that is ready to go, in the order in which mistakes are cheapest to find."""
+"""Makes a trainer from a configuration. Checks that cost little come first, so that mistakes are found early."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def build_trainer(config: NeoXConfig, topology: Topology) -> Trainer:
 
 
 def after_the_first(build: Callable[[], Datasets], topology: Topology, *, shared: bool) -> Datasets:
-    """What `build` returns, called on one process first (on one of each machine when not `shared`), so that the others find what it has written."""
+    """The result of `build`. One process calls it first (one of each machine if not `shared`), and the others then find the files that it wrote."""
     if topology.world_size == 1:
         return build()
     if topology.rank == 0 or (topology.local_rank == 0 and not shared):
@@ -66,9 +66,10 @@ def after_the_first(build: Callable[[], Datasets], topology: Topology, *, shared
 
 
 def settle_length(config: NeoXConfig, datasets: Datasets, batch: Batch) -> NeoXConfig:
-    """The configuration with the steps that `train_epochs` comes to: as many as see no sample more often than that, as in NeoX.
+    """The configuration with the number of steps for `train_epochs`: the largest that reads no sample more often than `train_epochs` times, as in
+    NeoX.
 
-    Raises DatasetError when that is not one.
+    Raises DatasetError if that is less than one step.
     """
     if config.training.train_epochs is None or datasets.train is None:
         return config
@@ -77,29 +78,29 @@ def settle_length(config: NeoXConfig, datasets: Datasets, batch: Batch) -> NeoXC
     steps = samples // at_once * epochs // batch.accumulation
     if not steps:
         raise DatasetError(
-            f"train_epochs: {epochs} time(s) the {samples:,} samples of the training data are less than one step of {batch.global_:,}; "
-            "use more text, more epochs, a smaller batch or a shorter seq_length"
+            f"train_epochs: {epochs} epoch(s) of {samples:,} training samples are less than one step of {batch.global_:,} samples. "
+            "Use more text, more epochs, a smaller batch or a shorter seq_length"
         )
-    log.info("train_epochs: %d time(s) %s samples are %s steps of %d.", epochs, f"{samples:,}", f"{steps:,}", batch.global_)
+    log.info("train_epochs: %d epoch(s) of %s samples are %s steps of %d samples.", epochs, f"{samples:,}", f"{steps:,}", batch.global_)
     return config.model_copy(update={"training": config.training.model_copy(update={"train_iters": steps})})
 
 
 def seed_random(seed: int) -> None:
-    """What dropout and jitter draw from; each data-parallel process has its own stream."""
+    """Seeds the random numbers of dropout and jitter. Each data-parallel process has its own stream."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def check_evaluation_data(datasets: Datasets, plan: Plan, topology: Topology) -> None:
-    """Raises DatasetError now, not at the first evaluation, when a held-out part is too small for one batch."""
+    """Raises DatasetError before training, and not only at the first evaluation, if a held-out part is too small for one batch."""
     for dataset in (datasets.valid, datasets.test):
         if dataset is not None:
             MicroBatchSampler(len(dataset), micro_batch=plan.batch.micro, rank=0, world_size=topology.data_parallel_size)
 
 
 def build_plan(config: NeoXConfig, tokenizer: Tokenizer, batch: Batch) -> Plan:
-    """Raises TokenizerError when the end of documents is to be masked and the tokenizer has no token for it."""
+    """The plan of the run. Raises TokenizerError if the end of documents must be masked but the tokenizer has no such token."""
     assert config.training.train_iters is not None
     return Plan(
         train_iters=config.training.train_iters,
@@ -111,7 +112,8 @@ def build_plan(config: NeoXConfig, tokenizer: Tokenizer, batch: Batch) -> Plan:
 
 
 def plan_samples(training: TrainingConfig, batch: Batch) -> SamplePlan:
-    """How many samples each part of the data has to give, counted as NeoX does, for the order depends on it; with `train_epochs` one epoch each."""
+    """How many samples each part of the data must give. They are counted as in NeoX, because the order depends on it. With `train_epochs`: one
+    epoch each."""
     at_once = batch.global_ // batch.accumulation
     if training.train_iters is None:
         evaluated = None if training.eval_iters else 0
@@ -126,7 +128,7 @@ def plan_samples(training: TrainingConfig, batch: Batch) -> SamplePlan:
 
 
 def expected_model(config: NeoXConfig, vocab_size: int) -> Expected:
-    """What a checkpoint of the configured model says about itself; `vocab_size` entries has the tokenizer."""
+    """The description that a checkpoint of the configured model must have. `vocab_size`: the number of the tokenizer's entries."""
     return Expected(
         args=checkpoint_args(config, padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)),
         vocab_size=vocab_size,
@@ -136,7 +138,7 @@ def expected_model(config: NeoXConfig, vocab_size: int) -> Expected:
 
 
 def checkpoint_args(config: NeoXConfig, vocabulary: int) -> dict[str, Any]:
-    """NeoX's `args` in a checkpoint: what a later load compares."""
+    """NeoX's `args` in a checkpoint. A later load compares them."""
     model = config.model
     return {
         "num_layers": model.num_layers,

@@ -1,4 +1,4 @@
-"""Where a run stands: everything that a resumed run must know besides weights, optimizer and random states."""
+"""The state of a run that a resumed run needs besides weights, optimizer and random states."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class TrainingState:
-    """Counters of a run. `iteration` counts steps that were tried, skipped ones included; `skipped` those that changed nothing."""
+    """Counters of a run. `iteration` counts all steps, skipped ones included. `skipped` counts steps that changed nothing."""
 
     iteration: int = 0
     skipped: int = 0
@@ -20,7 +20,7 @@ class TrainingState:
 
     @property
     def steps_done(self) -> int:
-        """Optimizer steps that were applied: what the learning-rate schedule counts."""
+        """The number of optimizer steps that changed the weights. The learning-rate schedule counts these."""
         return self.iteration - self.skipped
 
     def state_dict(self) -> dict[str, int]:
@@ -28,5 +28,5 @@ class TrainingState:
 
     @classmethod
     def from_state_dict(cls, values: dict[str, Any]) -> TrainingState:
-        """Unknown entries are left out, missing ones are 0, so that checkpoints outlive this class's fields."""
+        """Unknown entries are ignored and missing ones are 0, so that old and new checkpoints can be read."""
         return cls(**{field.name: int(values[field.name]) for field in fields(cls) if field.name in values})

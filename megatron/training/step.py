@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches through the engine, and what came of it.
+"""One optimizer step: the micro-batches go through the engine, and the results are measured.
 
 Shapes: B micro-batch, S sequence length, X MoE layers, E experts
 """
@@ -29,33 +29,33 @@ class StepMetrics:
     """What one optimizer step measured, averaged (losses) or summed (loads) over micro-batches and processes."""
 
     lm_loss: float
-    """Where predictions are left out: the sum over those that count, divided by their number. NaN in a step in which none counts."""
+    """If some predictions do not count: the sum over those that count, divided by their number. NaN if no prediction of the step counts."""
     aux_losses: tuple[float, ...]
     """Unweighted, summed over the MoE layers, in the order of `moe_losses`."""
     router: RouterReport
-    """What the MoE layers say of themselves, on the CPU: losses and statistics averaged, loads summed."""
+    """The report of the MoE layers, on the CPU: losses and statistics are averaged, loads are summed."""
     learning_rate: float
     grad_norm: float
     """Before clipping."""
     applied: bool
-    """False: the gradients were not finite (or fp16 overflowed), or nothing counted, and the step changed nothing."""
+    """False: the step changed nothing, because the gradients were not finite (or fp16 overflowed) or no prediction counted."""
     loss_scale: float | None
     """None: no loss scaling."""
     seconds: float
-    """Waiting for data, forward, backward and update, until the device was done."""
+    """Time of waiting for data, forward, backward and update, until the device has finished."""
     phase_seconds: dict[str, float]
-    """`forward` (with `batch generator`, the waiting for data, in it), `backward` and `optimizer`; GPT-NeoX's names."""
+    """Times under GPT-NeoX's names: `forward`, `backward` and `optimizer`. `forward` contains `batch generator`, the time of waiting for data."""
     labels: Labels | None = None
-    """How many predictions counted; None where all do."""
+    """How many predictions counted. None: all of them count."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether no prediction of this step counts, so that there was nothing to learn and no loss."""
+        """Whether no prediction of this step counts. Then there is no loss and nothing to learn."""
         return self.labels is not None and not self.labels.counted
 
 
 class Tally:
-    """Sums the outputs of several micro-batches on the device; `totals` makes them numbers once, over all processes."""
+    """Sums the outputs of several micro-batches on the device. `totals` turns the sums into numbers once, over all processes."""
 
     def __init__(self) -> None:
         self._losses: list[Tensor] = []
@@ -95,9 +95,9 @@ def take_step(
 ) -> StepMetrics:
     """Takes one optimizer step of `gradient_accumulation_steps` micro-batches with a DeepSpeed engine (ZeRO 0 to 3).
 
-    Where predictions are left out, loss and gradient are those of the mean over all predictions of the step that count, over micro-batches and
-    processes; with `per_token` False the mean of the micro-batches' own means, as in GPT-NeoX. A step in which none counts changes nothing.
-    `before_update` is called once, when the gradients are complete and the weights are not yet changed.
+    If some predictions do not count, the loss is the mean over all predictions of the step that count, in all micro-batches and processes. The
+    gradient is that of this loss. With `per_token` False the loss is the mean of the micro-batches' own means, as in GPT-NeoX. A step without a
+    prediction that counts changes nothing. `before_update` is called once, when the gradients are complete and the weights have not changed yet.
     """
     started = time.perf_counter()
     set_learning_rate(engine.optimizer, learning_rate)
@@ -141,7 +141,7 @@ def take_step(
 
 
 def empty_step(engine: Any, labels: Labels, *, learning_rate: float, seconds: float) -> StepMetrics:
-    """What a step measures that has micro-batches but nothing to predict in them: the model was not run."""
+    """The metrics of a step whose micro-batches have nothing to predict. The model is not run."""
     router = engine.module.empty_report()
     return StepMetrics(
         lm_loss=math.nan,
@@ -158,7 +158,7 @@ def empty_step(engine: Any, labels: Labels, *, learning_rate: float, seconds: fl
 
 
 def backward(engine: Any, loss: Tensor) -> None:
-    """`engine.backward`, with the loss scale where DeepSpeed leaves it to its optimizer (16-bit weights at stage 0)."""
+    """`engine.backward`. For 16-bit weights at stage 0, where DeepSpeed leaves the loss scale to its optimizer, the loss is scaled here."""
     scale = getattr(engine.optimizer, "scale_loss", None)
     engine.backward(loss if scale is None else scale(loss))
 
@@ -171,7 +171,7 @@ def loss_scale(engine: Any) -> float | None:
 def forward(
     engine: Any, batch: dict[str, Tensor], *, masked_token: int | None, total: float | None = None, earlier_load_XE: Tensor | None = None
 ) -> GPTOutput:
-    """One micro-batch through the model, with the loss: the sum over the predictions that count, divided by `total` (None: by their number).
+    """Runs one micro-batch through the model. The loss is the sum over the predictions that count, divided by `total` (None: by their number).
 
     `earlier_load_XE` as `GPT.forward` takes it.
     """

@@ -24,7 +24,7 @@ from megatron.training.step import StepMetrics, take_step
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run sets out to do: its length, its portions, its learning rate."""
+    """The plan of a run: its length, its batch sizes, its learning rate."""
 
     train_iters: int
     batch: Batch
@@ -48,22 +48,22 @@ class Trainer:
         self.engine = engine
         self.datasets = datasets
         self.expected = expected
-        """What a checkpoint has to say about its model."""
+        """The description of the model that every checkpoint holds."""
         self.data_facts = data_facts(config.data, datasets, {"seed": config.training.seed, "seq_length": plan.seq_length})
-        """What is read, which every checkpoint holds."""
+        """Facts about the data that the run reads. Every checkpoint holds them."""
         self.state = TrainingState()
         self.health = Health()
         self.callbacks: Sequence[Callback] = ()
         self.origin: str | None = None
-        """The class of Hugging Face's that the model was imported as (`layout.ORIGIN_KEY`). None: it began here."""
+        """The Hugging Face class of an imported model (`layout.ORIGIN_KEY`). None: the model was not imported."""
         self.last_checkpoint: Path | None = None
         """Newest good checkpoint of this run, loaded or saved; None before the first."""
         self.stop_requested: str | None = None
-        """Why the loop should end after this step; None while it should go on. The same on every process."""
+        """The reason to end the loop after this step. None: there is no reason. The same on every process."""
         self.exit_status = 0
-        """What the process returns when the loop has ended: 128 + n after signal n, 1 after a failure to write. The same on every process."""
+        """The exit status of the process: 128 + n after signal n, 1 after a failure to write. The same on every process."""
         self.failures: list[str] = []
-        """Sentences on what this process could not write beside its checkpoints: the run saves and stops."""
+        """Sentences about files, other than checkpoints, that this process could not write. After one of them the run saves and stops."""
 
     @property
     def checkpoint_args(self) -> Mapping[str, Any]:
@@ -97,7 +97,7 @@ class Trainer:
             callback.before_update(self)
 
     def training_batches(self) -> Batches:
-        """This process's micro-batches, from where the run stands."""
+        """This process's micro-batches, from the current step of the run on."""
         if self.datasets.train is None:
             raise DatasetError("there is no training data: set data_path or train_data_paths")
         return batches(

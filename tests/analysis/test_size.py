@@ -107,7 +107,11 @@ def test_what_cannot_be_reached_has_no_solution() -> None:
 
 
 def test_a_model_without_experts_has_nothing_to_match_with() -> None:
-    with pytest.raises(ConfigError, match=r"mine: has no experts, so there is no number of experts or LoREs and no rank to match theirs with"):
+    with pytest.raises(
+        ConfigError,
+        match=r"mine: has no experts, so it has no key \(number of experts or LoREs, rank\) that could match it to "
+        r"theirs",
+    ):
         matches(sized("mine", **TINY), sized("theirs", **TINY))
 
 

@@ -89,7 +89,7 @@ def locked(directory: Path) -> None:
 @pytest.mark.parametrize("below", [".", "deeper/still"])
 def test_a_directory_that_is_a_link_to_nowhere(tmp_path: Path, below: str, work: Callable[[Path], object], error: type[Exception]) -> None:
     (tmp_path / "run").symlink_to("not-mounted/run")
-    with pytest.raises(error, match=r"run is a symbolic link to not-mounted/run, which is not there: mount its disk, make that folder"):
+    with pytest.raises(error, match=r"run is a symbolic link to not-mounted/run, which does not exist: mount its disk, make that folder"):
         work(tmp_path / "run" / below)
     assert not (tmp_path / "not-mounted").exists()
 
@@ -105,5 +105,5 @@ def test_latest_may_be_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "latest").read_text() == "global_step3"
     (tmp_path / "latest").unlink()
     (tmp_path / "latest").symlink_to("gone")
-    with pytest.raises(CheckpointError, match=r"latest is a symbolic link to gone, which is not there.*add `-o iteration=3`"):
+    with pytest.raises(CheckpointError, match=r"latest is a symbolic link to gone, which does not exist.*add `-o iteration=3`"):
         find_checkpoint(tmp_path)

@@ -258,7 +258,7 @@ def test_an_export_through_a_link_goes_where_it_leads(run: Path, tmp_path: Path,
     assert (tmp_path / "disk/model.safetensors").is_file()
     (tmp_path / "disk").rename(tmp_path / "gone")
     assert main("--input_dir", run, "--output_dir", tmp_path / "hf", "--force") == 1
-    assert "hf is a symbolic link to disk, which is not there" in capsys.readouterr().err
+    assert "hf is a symbolic link to disk, which does not exist" in capsys.readouterr().err
 
 
 def test_an_export_onto_a_full_disk_is_a_sentence(run: Path, small_disk: Path | None, main: Callable[..., int], capsys: Any) -> None:

@@ -33,7 +33,7 @@ def test_golden_vector_of_weights_by_numbers_of_documents(golden: dict[str, Any]
 def test_weights_by_numbers_of_documents_that_give_none() -> None:
     with pytest.raises(DatasetError, match="weight_by_num_documents: none of the 2 corpora has a document"):
         weights_by_documents([0, 0], 0.3)
-    with pytest.raises(DatasetError, match="all documents are in one corpus, which this rule gives the weight 0"):
+    with pytest.raises(DatasetError, match="all documents are in one corpus, and this rule gives it the weight 0"):
         weights_by_documents([0, 9], 0.3)
 
 

@@ -176,14 +176,14 @@ def test_the_choice_is_made_and_logged_once(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr(package, "COMPILED", "megatron.data.builders.nothing")
     with caplog.at_level("INFO"):
         assert builders() is builders() is reference
-    assert caplog.text.count("Index builders: NumPy's, for none were compiled; `python csrc/build.py` compiles faster ones.") == 1
+    assert caplog.text.count("Index builders: NumPy, because none were compiled. `python csrc/build.py` compiles faster ones.") == 1
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         ("raise ImportError('undefined symbol: _Z3foo')", r"cannot be loaded \(undefined symbol: _Z3foo\)"),
-        ("source_digest = 'of another day'", "are of other sources than those in csrc/data"),
+        ("source_digest = 'of another day'", "were built from other sources than those in csrc/data"),
     ],
 )
 def test_a_build_that_is_broken_or_stale_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, reason: str) -> None:

@@ -41,7 +41,7 @@ def test_what_changed_in_one_file_is_said_once(numbered: Callable[..., Path], da
     os.utime(f"{path}.bin", ns=(1, 1))
     assert changes(before, facts(config)) == [f"{path} was written again since, with the same documents and the same beginning and end"]
     rewrite(path, [[7] * 10] * 10)
-    assert changes(before, facts(config)) == [f"{path} has other content (as many documents and tokens)"]
+    assert changes(before, facts(config)) == [f"{path} has other content (with the same numbers of documents and tokens)"]
     rewrite(path, [[7] * 10] * 12)
     assert changes(before, facts(config)) == [f"{path} has other content (before 10 documents, now 12; before 100 tokens, now 120)"]
     rewrite(path, [list(range(10 * number, 10 * number + 10)) for number in range(10)])

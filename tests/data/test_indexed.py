@@ -39,7 +39,7 @@ def test_parts_of_a_document(tmp_path: Path) -> None:
     dataset = IndexedDataset(write(tmp_path / "text", DOCUMENTS))
     assert dataset.get(3, 1, 2).tolist() == [7, 8]
     assert dataset.get(3, 2).tolist() == [8, 9]
-    with pytest.raises(IndexError, match=r"tokens 2..5 of document 3, which has 4"):
+    with pytest.raises(IndexError, match=r"tokens 2..5 of document 3 were asked for, but it has 4 tokens"):
         dataset.get(3, 2, 3)
     with pytest.raises(ValueError, match="read-only"):
         dataset.get(0)[0] = 1
@@ -103,8 +103,8 @@ def change(path: Path, at: int, new: bytes) -> None:
         (0, b"TNTIDX\x00\x00\x00", "fairseq's old 'cached' format"),
         (9, struct.pack("<Q", 2), "has format version 2"),
         (17, b"\x09", "unknown token type code 9"),
-        (18, struct.pack("<Q", 5), r"is cut short: .* are needed for its 5 documents"),
-        (18, struct.pack("<Q", 3), r"is too long: .* are needed for its 3 documents"),
+        (18, struct.pack("<Q", 5), r"is cut short: .* but its 5 documents need"),
+        (18, struct.pack("<Q", 3), r"is too long: .* but its 3 documents need"),
         (34 + 4 * 4, struct.pack("<q", 2), "document sizes and byte offsets contradict each other"),
         (34, struct.pack("<2i", -1, 6), "document sizes and byte offsets contradict each other"),
     ],
@@ -116,7 +116,9 @@ def test_a_damaged_index_is_explained(tmp_path: Path, at: int, new: bytes, messa
         IndexedDataset(prefix)
 
 
-@pytest.mark.parametrize(("length", "message"), [(0, "is not an index"), (20, "20 bytes, 34 are the header alone"), (60, "is cut short: 60 bytes")])
+@pytest.mark.parametrize(
+    ("length", "message"), [(0, "is not an index"), (20, "20 bytes, and the header alone needs 34"), (60, "is cut short: it has 60 bytes")]
+)
 def test_a_truncated_index_is_explained(tmp_path: Path, length: int, message: str) -> None:
     prefix = write(tmp_path / "text", DOCUMENTS)
     os.truncate(f"{prefix}.idx", length)
@@ -157,7 +159,7 @@ def test_type_codes_are_neox_s(tmp_path: Path, code: int, dtype: str) -> None:
 def test_a_document_too_long_for_the_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(indexed, "LONGEST", 3)
     with (
-        pytest.raises(DatasetError, match=r"text: a document of 4 tokens; the format holds at most 3 in one, cut it up"),
+        pytest.raises(DatasetError, match=r"text: a document has 4 tokens; the format holds at most 3 in one document\. Cut it into parts"),
         IndexedDatasetWriter(tmp_path / "text", np.dtype("<u2")) as writer,
     ):
         writer.add([1, 2, 3, 4])
@@ -165,9 +167,7 @@ def test_a_document_too_long_for_the_format_is_refused(tmp_path: Path, monkeypat
 
 def test_what_is_given_in_place_of_a_pair_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x"}')
-    with pytest.raises(
-        DatasetError, match=r"a\.jsonl is a file of another kind, and training reads \.bin/\.idx pairs: `python prepare_data\.py .*a\.jsonl`"
-    ):
+    with pytest.raises(DatasetError, match=r"a\.jsonl is not a \.bin/\.idx pair, which training needs\. `python prepare_data\.py .*a\.jsonl`"):
         IndexedDataset(tmp_path / "a.jsonl")
     (tmp_path / "mine").mkdir()
     for name in ("train.idx", "train.bin"):

@@ -211,7 +211,7 @@ def test_a_part_shorter_than_a_sequence_is_repeated_and_gives_a_step_s_samples(
     assert (len(data.train) >= 4, len(data.valid) >= 4) == (True, True)
     assert set(data.train[0]["text"].tolist()) == {0, 1, 2}
     assert set(data.valid[3]["text"].tolist()) == {3, 4}
-    assert f"{path}: the valid part, 1 document(s) with 2 tokens, is shorter than one sequence and is repeated in each." in caplog.text
+    assert f"{path}: the valid part, 1 document(s) with 2 tokens, is shorter than one sequence, so it is repeated in each sequence." in caplog.text
 
 
 def test_a_tiny_corpus_among_several(numbered: Callable[..., Path], data_config: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
@@ -228,7 +228,7 @@ def test_a_tiny_corpus_among_several(numbered: Callable[..., Path], data_config:
 
 def test_one_sample_is_too_few(numbered: Callable[..., Path]) -> None:
     file = IndexedDataset(numbered([5]))
-    with pytest.raises(DatasetError, match=r"the train documents give 1 sample\(s\), and the last one is not used"):
+    with pytest.raises(DatasetError, match=r"the train documents give 1 sample\(s\)\. The last one is never used, so no sample is left"):
         PackedDataset(Source(file), load_or_build(file, range(1), seq_length=4, num_samples=1, seed=1), "train")
 
 

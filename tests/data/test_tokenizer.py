@@ -121,7 +121,7 @@ def test_missing_and_broken_files_are_explained(tmp_path: Path) -> None:
             load_tokenizer("HFTokenizer", broken)
     with pytest.raises(TokenizerError, match=r"vocab_file: .* is a folder; give the tokenizer\.json in it"):
         load_tokenizer("HFTokenizer", tmp_path)
-    with pytest.raises(TokenizerError, match=f"'BertWordPiece' is not one of those there are: {', '.join(TYPES)}"):
+    with pytest.raises(TokenizerError, match=f"'BertWordPiece' is unknown; the tokenizer types are: {', '.join(TYPES)}"):
         load_tokenizer("BertWordPiece", None)
 
 

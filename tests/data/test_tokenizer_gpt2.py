@@ -102,7 +102,7 @@ def test_a_merge_without_its_token_is_left_out_and_said(files: tuple[Path, Path]
     fewer = {token: number for token, number in ids.items() if token != last}
     (tmp_path / "vocab.json").write_text(json.dumps(fewer), encoding="utf-8")
     lacking = load_tokenizer("GPT2BPETokenizer", tmp_path / "vocab.json", merges)
-    assert f"1 of the 50,000 merges in {merges} make a token that vocab.json has not ({last}): left out." in caplog.text
+    assert f"1 of the 50,000 merges in {merges} make a token that vocab.json does not have ({last}). These merges are left out." in caplog.text
     assert lacking.encode("on the hill") == whole.encode("on the hill")
     text = last.replace("\u0120", " ")
     assert len(lacking.encode(text)) > len(whole.encode(text)) == 1
@@ -116,15 +116,19 @@ def test_names_on_the_hub_are_not_looked_for_unasked(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        TokenizerError, match=r"without vocab_file means `gpt2` .* has not been downloaded: give a folder .*, or vocab_file: gpt2 to download"
+        TokenizerError, match=r"without vocab_file means `gpt2` .* has not been downloaded. Give a folder .*, or write vocab_file: gpt2 to download"
     ):
         load_tokenizer("HFGPT2Tokenizer", None)
-    with pytest.raises(TokenizerError, match=r"there is no folder gpt2, and nothing of that name .* \(no network, HF_HUB_OFFLINE, or no such name\)"):
+    with pytest.raises(
+        TokenizerError,
+        match=r"there is no folder gpt2\. It was not downloaded before, .* \(no network, HF_HUB_OFFLINE, or no "
+        r"such name\)",
+    ):
         load_tokenizer("HFGPT2Tokenizer", "gpt2")
     for path in ("./gpt2", "/no/such/folder", "data/gpt2/tokenizer.json"):
         with pytest.raises(TokenizerError, match=f"vocab_file: no folder {path}; HFGPT2Tokenizer takes a folder or a name"):
             load_tokenizer("HFGPT2Tokenizer", path)
-    with pytest.raises(TokenizerError, match=r"is no folder with a tokenizer\.json, or with vocab\.json and merges\.txt"):
+    with pytest.raises(TokenizerError, match=r"is not a folder with a tokenizer\.json, or with vocab\.json and merges\.txt"):
         load_tokenizer("HFGPT2Tokenizer", tmp_path)
 
 

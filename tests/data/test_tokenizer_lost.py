@@ -153,9 +153,7 @@ def run(tmp_path: Path) -> Callable[..., Summary]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_preprocessing_counts_or_ends(workers: int, run: Callable[..., Summary], tmp_path: Path) -> None:
-    with pytest.raises(
-        DatasetError, match=r"in\.jsonl:2: the tokenizer has no tokens for 1 character \('z' 1 time\) of this text, so that they would be"
-    ):
+    with pytest.raises(DatasetError, match=r"in\.jsonl:2: the tokenizer has no tokens for 1 character \('z' 1 time\) of this text, so they would be"):
         run(workers=workers)
     assert not (tmp_path / "out_text_document.bin").exists()
     lines = run(on_error="skip", workers=workers).lines()

@@ -30,7 +30,7 @@ def test_ids_beyond_the_vocabulary_are_named(tmp_path: Path, data_config: Callab
 def test_negative_ids_and_numbers_that_are_no_ids_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"token ids -1\.\.3"):
         check_vocabulary(IndexedDataset(write(tmp_path / "signed", [[3, -1]], "<i4")), 10)
-    with pytest.raises(DatasetError, match="holds float32 values, not token ids"):
+    with pytest.raises(DatasetError, match="holds float32 values and not token ids"):
         check_vocabulary(IndexedDataset(write(tmp_path / "floats", [[3, 1]], "<f4")), 10)
     check_vocabulary(IndexedDataset(write(tmp_path / "empty", [])), 10)
 
@@ -71,7 +71,7 @@ def label_file(tmp_path: Path, documents: list[list[int]], dtype: str = "<i4") -
         ([[1, 2], [3]], "<i4", "labels do not fit the tokens .*text: 2 and 3 documents; both come from one run"),
         ([[1, 2], [3], [4]], "<i4", r"document 1 \(counted from 0\) has 1 labels and 2 tokens, and 1 more documents differ; both come from"),
         ([[1, 2], [3, -100], []], "<i4", r"document 2 \(counted from 0\) has 0 labels and 3 tokens; both come from"),
-        ([[1, 2], [3, 9], [4, 5, 6]], "<i4", r"labels.bin holds labels up to 9 but the vocabulary has 9 \(0..8\); masked places have -100"),
+        ([[1, 2], [3, 9], [4, 5, 6]], "<i4", r"labels.bin holds labels up to 9 but the vocabulary has 9 \(0..8\); masked tokens have the label -100"),
         ([[1, 2], [3, 65436], [4, 5, 6]], "<u2", r"labels up to 65436 .* which needs a signed type such as int32"),
         ([[1, 2], [3, 4], [4, 5, 6]], "<f4", "labels.bin holds float32 values, not labels"),
     ],

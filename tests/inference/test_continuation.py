@@ -133,8 +133,8 @@ class NoZTokenizer(CharLevelTokenizer):
 def test_what_a_prompt_loses_is_said(ready: ReadyModel, caplog: pytest.LogCaptureFixture) -> None:
     lossy = replace(ready, tokenizer=NoZTokenizer())
     assert encode_prompt(lossy, "lazy") == [*b"lay"]
-    assert "The tokenizer has no tokens for 1 character ('z' 1 time) of the prompt: the model does not see them." in caplog.text
-    with pytest.raises(InferenceError, match="The tokenizer has no tokens for the prompt 'zz': write it in characters that it knows"):
+    assert "The tokenizer has no tokens for 1 character ('z' 1 time) of the prompt, so the model does not see them." in caplog.text
+    with pytest.raises(InferenceError, match="The tokenizer has no tokens for the prompt 'zz': write it with characters that the tokenizer has"):
         encode_prompt(lossy, "zz")
 
 
@@ -164,14 +164,14 @@ def test_an_empty_prompt_starts_at_the_end_of_a_document(ready: ReadyModel) -> N
 
 
 def test_without_such_a_token_there_is_nothing_to_start_from(ready: ReadyModel) -> None:
-    with pytest.raises(InferenceError, match=r"cannot start from nothing: give a prompt \(sample_input_file\)"):
+    with pytest.raises(InferenceError, match=r"cannot start without a prompt\. Give a prompt \(sample_input_file\)"):
         encode_prompt(replace(ready, tokenizer=NoEndTokenizer()), "")
 
 
 def test_a_model_that_puts_out_nan_is_named() -> None:
     broken = build_ready(lively_config())
     next(broken.gpt.parameters()).fill_(float("nan"))
-    with pytest.raises(InferenceError, match=r"The model in global_step2 puts out NaN or infinite numbers"):
+    with pytest.raises(InferenceError, match=r"The model in global_step2 gives NaN or infinite numbers"):
         generate(broken, PROMPT, 1)
 
 

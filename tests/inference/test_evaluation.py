@@ -64,7 +64,7 @@ def test_each_file_is_scored_as_a_text(keys: dict[str, Any], ready: ReadyModel) 
 def test_stride(keys: dict[str, Any], ready: ReadyModel) -> None:
     found, _, _ = run(keys, eval_stride=1)
     assert found["results"]["a.txt"]["loss"] == pytest.approx(score_text(ready, TEXT, stride=1).loss)
-    with pytest.raises(ConfigError, match=r"'eval_stride' = 33: must be at most seq_length \(32\); a window that moves further skips tokens"):
+    with pytest.raises(ConfigError, match=r"'eval_stride' = 33: must be at most seq_length \(32\); a larger step would skip tokens"):
         run(keys, eval_stride=33)
 
 
@@ -99,7 +99,7 @@ def test_text_that_the_tokenizer_loses_is_pointed_out(
     with caplog.at_level(logging.WARNING, "megatron"):
         found, _, _ = run(keys, eval_text_files=["zero.txt"])
     assert not found["results"]["zero.txt"]["exact"]
-    assert "zero.txt: the tokenizer does not give this text back as it was" in caplog.text
+    assert "zero.txt: the tokenizer changes this text (decoding its tokens does not give the same text)" in caplog.text
 
 
 def test_results_that_cannot_be_written_leave_nothing(tmp_path: Path) -> None:
@@ -121,5 +121,7 @@ def test_json_lines_are_measured_without_their_braces(tmp_path: Path, caplog: py
     assert f"{lines} is read as JSON lines, as its first bytes say; eval_text_format: text stores it as plain text." in caplog.text
     assert f"{lines} holds 2 texts under 'text'" in caplog.text
     assert read_texts(EvaluationConfig(eval_text_files=[str(lines)], eval_text_format="text")) == {str(lines): content.decode()}
-    with pytest.raises(InferenceError, match=r"no key 'body'; it has text under: text \(eval_jsonl_key\)\. To measure the file as it is"):
+    with pytest.raises(
+        InferenceError, match=r"no key 'body'; the keys with text are: text \(choose one with eval_jsonl_key\)\. To measure the file as it is"
+    ):
         read_texts(EvaluationConfig(eval_text_files=[str(lines)], eval_jsonl_key="body"))

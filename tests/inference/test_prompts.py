@@ -45,7 +45,7 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
 def test_a_file_without_prompts(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("\n \n")
-    with pytest.raises(InferenceError, match=r"prompts.txt holds no prompt; write one before each '\\n' \(prompt_end\)"):
+    with pytest.raises(InferenceError, match=r"prompts.txt holds no prompt; write each prompt with '\\n' \(prompt_end\) after it"):
         read_prompts(path, "\n")
 
 

@@ -114,7 +114,7 @@ def test_filters_without_a_temperature_are_pointed_out(
     with caplog.at_level(logging.WARNING, "megatron"):
         run(keys, top_k=5)
     assert caplog.messages == [
-        "temperature is 0, which takes the most likely token always: top_k and top_p have no effect. Add -o temperature=1.0 to sample."
+        "temperature is 0, so the most likely token is always taken: top_k and top_p have no effect. Add -o temperature=1.0 to sample."
     ]
 
 
@@ -126,7 +126,7 @@ def test_prompts_that_are_not_read_are_pointed_out(
     monkeypatch.setattr(logging.getLogger("megatron"), "handlers", [])
     with caplog.at_level(logging.WARNING, "megatron"):
         run(keys, sample_input_file="prompts.txt", text_gen_type="unconditional")
-    assert caplog.messages == ["sample_input_file prompts.txt is not read: text_gen_type is unconditional."]
+    assert caplog.messages == ["sample_input_file prompts.txt is not read, because text_gen_type is unconditional."]
 
 
 def test_an_unwritable_file_is_named_before_anything_is_generated(keys: dict[str, Any], tmp_path: Path) -> None:

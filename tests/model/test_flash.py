@@ -90,7 +90,7 @@ def test_the_log_says_once_why_flash_is_not_used(caplog: pytest.LogCaptureFixtur
         model = chosen(model_section(attention_config=[[["flash", "global"], "all"]]))
         chosen(model_section(attention_config=[[["global"], "all"]]))
     lines = [record.message for record in caplog.records if "attention" in record.message]
-    reason = "flash_attn runs on CUDA devices only, and this is cpu"
+    reason = "flash_attn runs on CUDA devices only, and this device is cpu"
     assert lines == [f"attention_config: flash in 1 of 2 layers, computed by PyTorch's SDPA: {reason}."]
     assert all(isinstance(layer.attention.attend, CausalSdpa) for layer in model.layers)
 
@@ -100,7 +100,7 @@ def test_the_log_says_once_why_flash_is_not_used(caplog: pytest.LogCaptureFixtur
     [
         ({}, torch.float32, "flash_attn computes in fp16 and bfloat16 only, and this model is in float32"),
         ({"pos_emb": "rpe"}, torch.bfloat16, "flash_attn cannot add the biases of pos_emb: rpe"),
-        ({"hidden_size": 2048}, torch.bfloat16, "flash_attn takes heads of up to 256 dimensions, and these have 512"),
+        ({"hidden_size": 2048}, torch.bfloat16, "flash_attn takes heads of up to 256 dimensions, and this model's heads have 512"),
     ],
 )
 def test_why_a_model_cannot_use_flash(keys: dict[str, Any], dtype: torch.dtype, reason: str) -> None:

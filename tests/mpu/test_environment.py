@@ -68,18 +68,18 @@ def test_processes_of_an_mpi_are_ranks(prefix: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"RANK": "0"}, "RANK is '0' in the environment, and WORLD_SIZE is missing; set both, or neither for one process"),
-        ({"WORLD_SIZE": "4"}, "WORLD_SIZE is '4' in the environment, and RANK is missing; set both, or neither for one process"),
-        ({**WORKER, "RANK": "one"}, "RANK is 'one' in the environment: it has to be a number; the launcher sets it"),
-        ({**WORKER, "LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1' in the environment: it has to be a number; the launcher sets it"),
-        ({**WORKER, "RANK": "4"}, "RANK is 4 in the environment: it has to be from 0 to 3, as WORLD_SIZE is 4"),
+        ({"RANK": "0"}, "RANK is '0' in the environment, but WORLD_SIZE is missing; set both, or neither of them for one process"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE is '4' in the environment, but RANK is missing; set both, or neither of them for one process"),
+        ({**WORKER, "RANK": "one"}, "RANK is 'one' in the environment: it must be a number. The launcher sets it"),
+        ({**WORKER, "LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1' in the environment: it must be a number. The launcher sets it"),
+        ({**WORKER, "RANK": "4"}, "RANK is 4 in the environment: it must be from 0 to 3, because WORLD_SIZE is 4"),
         (
             {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"},
-            "WORLD_SIZE is 2 in the environment, and MASTER_ADDR is missing; deepy.py and torchrun set all of them",
+            "WORLD_SIZE is 2 in the environment, but MASTER_ADDR is missing; deepy.py and torchrun set all of them",
         ),
-        (SRUN, "srun started 7 processes without a place to meet; set master_addr, or MASTER_ADDR"),
+        (SRUN, "srun started 7 processes but gave no address where they can meet; set master_addr or MASTER_ADDR"),
         ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS is '2' in the environment, as srun sets it, but SLURM_PROCID is missing"),
-        (SRUN | {"SLURM_NODEID": "9"}, "SLURM_STEP_TASKS_PER_NODE is '4,3' in the environment, which has nothing for SLURM_NODEID 9"),
+        (SRUN | {"SLURM_NODEID": "9"}, "SLURM_STEP_TASKS_PER_NODE is '4,3' in the environment, but it has no number for SLURM_NODEID 9"),
     ],
 )
 def test_half_an_environment_is_a_sentence(given: dict[str, str], message: str) -> None:
@@ -95,5 +95,5 @@ def test_a_script_says_the_sentence(script: str) -> None:
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert (process.returncode, process.stderr) == (
         1,
-        "RANK is '0' in the environment, and WORLD_SIZE is missing; set both, or neither for one process\n",
+        "RANK is '0' in the environment, but WORLD_SIZE is missing; set both, or neither of them for one process\n",
     )

@@ -26,7 +26,7 @@ def test_every_process_is_a_replica() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"world_size": 0}, "world_size = 0: there is at least one process"),
+        ({"world_size": 0}, "world_size = 0: must be at least 1"),
         ({"world_size": 2, "rank": 2}, "rank = 2: must be from 0 to 1"),
         ({"world_size": 2, "local_rank": -1}, "local_rank = -1: must be from 0 to 1"),
     ],

@@ -50,7 +50,7 @@ def test_the_arguments_act(given: list[str], tmp_path: Path, capsys: pytest.Capt
 def test_arguments_that_contradict_each_other(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     for more, message in (
         (("--no-mask", "--for-rm"), "argument --for-rm: not allowed with argument --no-mask"),
-        (("--binary-reward",), "--binary-reward says what the rewards are, and --reward-key, which says where they are, is missing"),
+        (("--binary-reward",), "--binary-reward needs --reward-key, the key of a record that holds its reward"),
     ):
         with pytest.raises(SystemExit):
             command.main([*given, *more])

@@ -137,31 +137,34 @@ def test_labels_behind_a_pattern_of_tokens(corpus: Path, vocab: Path, tmp_path: 
 def test_masks_that_cannot_be_had(corpus: Path, vocab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = arguments(corpus, vocab, tmp_path / "qa")
     for more, message in (
-        ((), "--mask-before-token is missing: which tokens end the part to be masked? Without masks, use preprocess_data.py"),
+        ((), "--mask-before-token is missing: give the tokens at the end of the masked part. To prepare text without masks, use preprocess_data.py"),
         (("--mask-before-token", "1,two"), "argument --mask-before-token: '1,two': give token ids separated by commas, such as 0,1,1270"),
         (("--mask-before-token", ","), "argument --mask-before-token: ',': give token ids"),
     ):
         with pytest.raises(SystemExit):
             preprocess_data_with_mask.main([*given, *more])
         assert message in capsys.readouterr().err
-    with pytest.raises(TokenizerError, match=r"--mask-before-token: 99999 is no id of this tokenizer, which has \d+ \(from 0\)"):
+    with pytest.raises(TokenizerError, match=r"--mask-before-token: 99999 is not an id of this tokenizer; its ids are 0\.\.\d+"):
         preprocess_data_with_mask.main([*given, "--mask-before-token", "1,99999"])
     for keys in (("text", "title"), ("label",)):
-        with pytest.raises(DatasetError, match=f"--jsonl-keys {' '.join(keys)}: masking takes one key, and not 'label'"):
+        with pytest.raises(DatasetError, match=f"--jsonl-keys {' '.join(keys)}: masking needs exactly one key. The key must not be 'label'"):
             preprocess_data_with_mask.main([*given, "--mask-before-token", "1", "--jsonl-keys", *keys])
 
 
 def test_wrong_arguments_are_explained(corpus: Path, vocab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = arguments(corpus, vocab, tmp_path / "out")
     for more, message in (
-        (("--workers", "0"), "--workers 0: give a number from 1"),
-        (("--log-interval", "0"), "--log-interval 0: give a number from 1"),
-        (("--num-docs", "-1"), "--num-docs -1: give a number from 1"),
-        (("--jsonl-keys", "text", "text"), "--jsonl-keys text text: a key stands there twice"),
+        (("--workers", "0"), "--workers 0: give 1 or more"),
+        (("--log-interval", "0"), "--log-interval 0: give 1 or more"),
+        (("--num-docs", "-1"), "--num-docs -1: give 1 or more"),
+        (("--jsonl-keys", "text", "text"), "--jsonl-keys text text: the same key is given twice"),
         (("--jsonl-keys", "a/b"), "a key is part of a file's name, so it cannot have a slash in it"),
         (("--output-prefix", "out/"), "--output-prefix 'out/': give the start of a file name, such as data/mine"),
         (("--input", "none.jsonl"), "no file or folder none.jsonl; give files"),
-        (("--jsonl-keys", "body"), r"corpus.jsonl:1: no key 'body'; it has text under: text, title \(--jsonl-key\). Nothing was written"),
+        (
+            ("--jsonl-keys", "body"),
+            r"corpus.jsonl:1: no key 'body'; the keys with text are: text, title \(choose one with --jsonl-key\). Nothing was written",
+        ),
     ):
         with pytest.raises(DatasetError, match=message):
             preprocess_data.main([*given, *more])
@@ -187,7 +190,7 @@ def test_a_tokenizer_without_an_end_of_document(corpus: Path, vocab: Path, tmp_p
 def test_bad_input_stops_or_is_left_out(vocab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"text": "fine"}\noops\n{"other": 1}\n{"text": ""}\n\xff\n{"text": "fine too"}\n')
-    with pytest.raises(DatasetError, match=r"bad\.jsonl:2: not JSON .*\. Nothing was written; mend the input, or .* --on-error skip"):
+    with pytest.raises(DatasetError, match=r"bad\.jsonl:2: not JSON .*\. Nothing was written. Correct the input, or .* --on-error skip"):
         preprocess_data.main(arguments(path, vocab, tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
     preprocess_data.main(arguments(path, vocab, tmp_path / "out", "--on-error", "skip"))

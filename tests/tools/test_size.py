@@ -60,7 +60,7 @@ def test_active_match(repository: Path) -> None:
     [
         (["configs/nowhere.yml"], 2, "configs/nowhere.yml: no such file"),
         (["configs/slurm.yml"], 2, "'num_layers' must be given"),
-        (["configs/19M.yml", "--match", "configs/49M.yml"], 2, "has no experts, so there is no number of experts"),
+        (["configs/19M.yml", "--match", "configs/49M.yml"], 2, "has no experts, so it has no key (number of experts"),
         (["configs/19M.yml", "--vocab", "many"], 2, "must be a whole number of 1 or more, not 'many'"),
         (["configs/19M.yml", "--processes", "0"], 2, "must be a whole number of 1 or more, not '0'"),
         (["configs/19M.yml", "--zero", "4"], 2, "invalid choice"),

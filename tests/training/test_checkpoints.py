@@ -239,7 +239,7 @@ def test_asked_for_and_not_there(corpus: Path, tmp_path: Path, straight: tuple[P
         train_losses({**values, "load": str(straight[0]), "iteration": 5})
     nowhere = re.escape(f"{tmp_path / 'run'} holds no checkpoint")
     with pytest.raises(
-        CheckpointError, match=rf"{nowhere} .*To start from new weights leave `load` out; .*write `resume_if_exists: true` in its place"
+        CheckpointError, match=rf"{nowhere} .*To start from new weights, leave `load` out\. .*write `resume_if_exists: true` in place of `load`"
     ):
         train_losses({**values, "load": str(tmp_path / "run")})
 

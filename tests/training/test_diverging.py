@@ -29,7 +29,8 @@ def test_a_checkpoint_that_falls_on_skipped_steps_waits_for_a_good_one(corpus: P
     values = run_values(corpus, tmp_path / "run", train_iters=14, eval_iters=0, keep_last_n_checkpoints=1, checkpoint_factor=3)
     train_with_bad_losses(values, bad(6, 7, 10))
     printed = capsys.readouterr().out
-    assert "suspect/global_step6 and not as the latest checkpoint: step 6 changed nothing, because the loss is nan" in printed.replace("\n", "")
+    why = "step 6 changed nothing, because the loss is nan"
+    assert f"suspect/global_step6 and does not become the latest checkpoint: {why}" in printed.replace("\n", "")
     assert "global_step8 in" in printed
     assert (tmp_path / "run/latest").read_text() == "global_step14"
     assert names(tmp_path / "run") == ["global_step14"], "what was in doubt is not any more"

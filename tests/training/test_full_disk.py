@@ -41,7 +41,7 @@ def test_a_line_of_metrics_that_does_not_fit(corpus: Path, tmp_path: Path, disk:
     saved = find_checkpoint(tmp_path / "run")
     assert saved == tmp_path / f"run/global_step{steps[-1] + 1}", "the step whose line did not fit is saved"
     assert str(raised.value).startswith(f"{metrics}: No space left on device (disk {disk}, ")
-    assert str(raised.value).endswith(f"The last good checkpoint is {saved}. Free space, or write elsewhere, then start again.")
+    assert str(raised.value).endswith(f"The last good checkpoint is {saved}. Free space or choose another disk, then start again.")
     assert metrics.read_text().endswith("}\n"), "no half line"
     (disk / "filling").unlink()
     train_losses({**values, "resume_if_exists": True})

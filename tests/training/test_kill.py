@@ -82,7 +82,7 @@ def test_told_to_stop(corpus: Path, tmp_path: Path, number: signal.Signals) -> N
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, output
-    assert f"{number.name} received: finishing what is under way, then saving and stopping." in output
+    assert f"{number.name} received: the run finishes the current step, then saves and stops." in output
     stopped_at = len(losses_of(run.metrics))
     assert 0 < stopped_at < 150
     assert (tmp_path / f"stopped/global_step{stopped_at}").is_dir()

@@ -192,16 +192,16 @@ def test_a_batch_without_labels_is_skipped_and_said(corpus: Path, tmp_path: Path
     assert not any("lm_loss" in key for record in records for key in record), "a loss of nothing is no number"
     assert torch.equal(weights(tmp_path / "run", 3), weights(tmp_path / "run", 0))
     said = capsys.readouterr().out
-    assert "Step 1: in 4 of its 4 micro-batches no token counts in the loss. There is nothing to learn from this step, so it changes nothing." in said
+    assert "Step 1: no token counts in the loss in 4 of its 4 micro-batches. There is nothing to learn from this step, so it changes nothing." in said
     assert "12 of 12 micro-batches of this run had no token that counts in the loss; 3 steps had none at all and changed nothing." in said
-    assert "validation results at iteration 2: in 8 micro-batches no token counts in the loss" in said
+    assert "validation results at iteration 2: no token of the 8 micro-batches counts in the loss" in said
     assert "nan" not in said.replace("number of nan iterations:   0", "")
 
 
 def test_some_micro_batches_without_labels_are_said_once(corpus: Path, tmp_path: Path, write_labels: Callable[..., Path], capsys: Any) -> None:
     train_losses(values(corpus, write_labels(uneven), tmp_path / "run", (1, 8), eval_iters=0))
     said = capsys.readouterr().out
-    assert said.count("micro-batches no token counts in the loss. They add nothing to the step's loss") == 1
+    assert said.count("micro-batches. They add nothing to the step's loss") == 1
 
 
 def test_a_log_line_over_several_steps_weighs_them_by_what_counts(

@@ -57,9 +57,9 @@ def test_a_schedule_whose_past_would_change_says_what_to_set(keys: dict[str, Any
     with pytest.raises(ConfigError) as raised:
         followed(keys, at=at)
     (problem,) = raised.value.problems
-    assert "lr_decay_iters is 1000 steps in the checkpoint and 3000 steps in this run" in problem
+    assert "lr_decay_iters is 1000 steps in the checkpoint and 3000 steps in the configuration" in problem
     assert (
-        "Only its length differs, which follows train_iters: with this one, the steps taken so far would have had other learning rates. " in problem
+        "Only the length differs, which follows train_iters. With the new length, the steps so far would have had other learning rates. " in problem
     )
     assert "Set lr_decay_iters: 1000 to keep the schedule as it was" in problem
     assert ("the rate rises again after them" in problem) == (keys["lr_decay_style"] == "cosine")
@@ -76,7 +76,7 @@ def test_another_schedule_is_still_refused(changed: dict[str, Any]) -> None:
     """A constant rate at which both stand, but keys of the schedule itself were changed."""
     with pytest.raises(ConfigError, match="was trained with another learning-rate schedule") as raised:
         followed({"lr_decay_style": "constant", "warmup": 0.05}, at=1000, **changed)
-    assert "Only its length differs" not in str(raised.value)
+    assert "Only the length differs" not in str(raised.value)
 
 
 def test_a_finished_run_is_made_longer(corpus: Path, tmp_path: Path, capsys: Any) -> None:
@@ -89,7 +89,7 @@ def test_a_finished_run_is_made_longer(corpus: Path, tmp_path: Path, capsys: Any
     assert losses_of(tmp_path / "run" / "metrics.jsonl", "train/learning_rate")[2:] == [1e-2] * 4
     said = capsys.readouterr().out
     assert "belongs to a training of 4 steps; this run has 6." in said
-    assert "The learning-rate schedule is now one over 6 steps, where it was one over 4; until here both are the same." in said
+    assert "The learning-rate schedule now has 6 steps; before it had 4. Both give the same learning rate up to here." in said
 
 
 def test_fields_are_known() -> None:

@@ -179,7 +179,7 @@ def test_learning_rate_reaches_every_group() -> None:
 @pytest.mark.parametrize(
     ("spec", "device_type", "sentence"),
     [
-        ({"implementation": "apex"}, "cpu", "optimizer.implementation: apex runs on CUDA only, and this is cpu: leave it out"),
+        ({"implementation": "apex"}, "cpu", "optimizer.implementation: apex runs on CUDA only, and this device is cpu: leave the key out"),
         (
             {"implementation": "apex"},
             "cuda",
@@ -188,7 +188,7 @@ def test_learning_rate_reaches_every_group() -> None:
         (
             {"implementation": "deepspeed"},
             "cuda",
-            "optimizer.implementation: deepspeed needs DeepSpeed installed with DS_BUILD_FUSED_ADAM=1, which this one is not",
+            "optimizer.implementation: deepspeed needs DeepSpeed installed with DS_BUILD_FUSED_ADAM=1. The installed DeepSpeed was built without it",
         ),
     ],
 )

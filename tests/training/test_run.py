@@ -135,7 +135,7 @@ def test_a_second_run_in_the_same_directory_is_refused(corpus: Path, tmp_path: P
 def test_other_checkpoints_are_not_written_over(corpus: Path, tmp_path: Path) -> None:
     values = run_values(corpus, tmp_path / "run", train_iters=4, eval_iters=0)
     train_losses(values)
-    with pytest.raises(CheckpointError, match=r"already holds checkpoints \(up to step 4\) and nothing says to go on from them"):
+    with pytest.raises(CheckpointError, match=r"already holds checkpoints \(up to step 4\), and the configuration does not say to go on from them"):
         train_losses(values)
 
 

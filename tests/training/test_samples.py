@@ -152,7 +152,7 @@ def test_epochs_give_the_steps_and_the_schedule(corpus: Path, tmp_path: Path) ->
 
 
 def test_an_epoch_shorter_than_a_step_is_explained(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"train_epochs: 1 time\(s\) the \d+ samples of the training data are less than one step of 4,000"):
+    with pytest.raises(DatasetError, match=r"train_epochs: 1 epoch\(s\) of \d+ training samples are less than one step of 4,000 samples"):
         train_losses(run_values(corpus, tmp_path / "run", train_iters=None, train_epochs=1, eval_iters=0, gradient_accumulation_steps=2000))
 
 

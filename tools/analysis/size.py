@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How large models are, from their configurations alone, and which setting makes one as large as another.
+"""Compute the sizes of models from their configurations, and the settings that make one model as large as another.
 
 python tools/analysis/size.py CONFIG [CONFIG ...] [--match OTHER [--active]] [--vocab N] [--processes N] [--zero STAGE]
 """
@@ -25,17 +25,25 @@ def at_least_one(text: str) -> int:
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="How large models are, from their configurations alone. FLOPs: of training, without recomputation.")
+    parser = argparse.ArgumentParser(
+        description="Compute the sizes of models from their configurations. FLOPs are those of training, without recomputation."
+    )
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="a model file, such as configs/mixtral/8x7B.yml")
-    parser.add_argument("--match", metavar="OTHER", help="the rank, number of LoREs or of experts that makes each CONFIG as large as this one")
-    parser.add_argument("--active", action="store_true", help="with --match: the parameters that one token meets, instead of all")
-    vocab = "tokens of the vocabulary; by default the config's tokenizer's, or what the file's head says"
+    parser.add_argument(
+        "--match", metavar="OTHER", help="find the rank, the number of LoREs or the number of experts that makes each CONFIG as large as this one"
+    )
+    parser.add_argument(
+        "--active", action="store_true", help="with --match: compare the active parameters (those that one token uses) and not all parameters"
+    )
+    vocab = "number of tokens in the vocabulary (default: from the config's tokenizer, or from the comment at the top of the file)"
     parser.add_argument("--vocab", type=at_least_one, metavar="N", help=vocab)
-    parser.add_argument("--processes", type=at_least_one, default=1, metavar="N", help="processes that ZeRO divides over (default 1)")
-    parser.add_argument("--zero", type=int, choices=range(4), metavar="STAGE", help="ZeRO stage 0 to 3; by default each config's")
+    parser.add_argument(
+        "--processes", type=at_least_one, default=1, metavar="N", help="number of processes that share the memory under ZeRO (default: 1)"
+    )
+    parser.add_argument("--zero", type=int, choices=range(4), metavar="STAGE", help="ZeRO stage 0 to 3 (default: each config's own)")
     options = parser.parse_args(argv)
     if options.active and options.match is None:
-        parser.error("--active says what --match compares; give --match OTHER too")
+        parser.error("--active changes what --match compares: give --match OTHER too")
     return options
 
 
@@ -61,7 +69,7 @@ def main(argv: list[str]) -> int:
                 f"\n[bold]{escape(model.name)} as large as {escape(other.name)}[/bold] ({'active' if options.active else 'all'} parameters)"
             )
             found = matches(model, other, active=options.active)
-            console.print(match_table(found) if found else "no value of one key alone reaches it")
+            console.print(match_table(found) if found else "no value of a single key reaches this size")
 
     return exit_status(work)
 

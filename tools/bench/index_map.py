@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Time and memory to work out the order of samples of many documents, with the compiled builders and with NumPy's, each in a process of its own.
+"""Measure time and memory to compute the order of samples of many documents, with the compiled builders and with NumPy's, each in its own process.
 
-Measured is what the first start of a training run does: digest of the index, building, writing the maps. The tokens are a hole in a file.
+The measured work is that of the first start of a training run: digest of the index, building the maps, writing them. The token file is sparse
+(empty).
 """
 
 from __future__ import annotations

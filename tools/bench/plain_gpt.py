@@ -1,4 +1,4 @@
-"""The yardstick: the dense model of `train_step.py` as anybody would write it in PyTorch, trained without DeepSpeed.
+"""The reference of the benchmark: the dense model of `train_step.py` in plain PyTorch, trained without DeepSpeed.
 
 Shapes: B batch, S sequence, H heads, N head width, D model width
 """

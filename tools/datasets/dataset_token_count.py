@@ -16,7 +16,7 @@ from megatron.script import exit_status
 
 
 def table(counts: list[tuple[str, int, int]]) -> str:
-    """A line for each (name, documents, tokens) and, of several, one for all of them."""
+    """A table with a line for each (name, documents, tokens). If there are several, a last line has their sums."""
     if len(counts) > 1:
         counts = [*counts, ("total", sum(documents for _, documents, _ in counts), sum(tokens for _, _, tokens in counts))]
     rows = [("", "documents", "tokens"), *((name, f"{documents:,}", f"{tokens:,}") for name, documents, tokens in counts)]

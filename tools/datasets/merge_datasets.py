@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Merge every .bin/.idx pair of a folder into one, in natural order of their names.
+"""Merge all .bin/.idx pairs of a folder into one pair, in natural order of their names.
 
 python tools/datasets/merge_datasets.py --input FOLDER --output-prefix PREFIX
 """
@@ -17,7 +17,7 @@ from megatron.script import exit_status
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        description="Merge every .bin/.idx pair of a folder into one, in natural order of their names (part-2 before part-10)."
+        description="Merge all .bin/.idx pairs of a folder into one pair, in natural order of their names (part-2 before part-10)."
     )
     parser.add_argument("--input", required=True, type=Path, metavar="FOLDER", help="the folder that holds the pairs")
     parser.add_argument("--output-prefix", required=True, type=Path, metavar="PREFIX", help="path of the merged pair without .bin/.idx")

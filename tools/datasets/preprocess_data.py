@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Text to token files: python tools/datasets/preprocess_data.py --input corpus.jsonl --tokenizer-type HFTokenizer --vocab-file tokenizer.json \\
+"""Turn text into token files: python tools/datasets/preprocess_data.py --input corpus.jsonl --tokenizer-type HFTokenizer --vocab-file
+tokenizer.json \\
     --append-eod --output-prefix data/mine
 
-writes data/mine_text_document.bin and .idx; in a configuration, data_path: data/mine_text_document. GPT-NeoX's arguments, and --on-error. Each of
-several --jsonl-keys is tokenized on its own (GPT-NeoX writes the text under "text" for all of them).
+This writes data/mine_text_document.bin and .idx. In a configuration, write data_path: data/mine_text_document. The arguments are GPT-NeoX's, and
+--on-error. If several --jsonl-keys are given, the text of each key is tokenized (GPT-NeoX writes the text under "text" for all of them).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def get_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(input_args: list[str] | None = None) -> None:
-    """What the command does. Raises DatasetError, TokenizerError or WorkerError."""
+    """Runs the command. Raises DatasetError, TokenizerError or WorkerError."""
     values = vars(get_args(input_args))
     from megatron.data.preprocessing.encode import TextTask
     from megatron.data.preprocessing.preprocess import preprocess, text_job

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Text to token files with labels that leave the beginning of each document out of the loss:
+"""Turn text into token files, with labels that keep the beginning of each document out of the loss:
 
 python tools/datasets/preprocess_data_with_mask.py --input qa.jsonl --tokenizer-type HFTokenizer --vocab-file tokenizer.json --append-eod \\
     --mask-before-token 23182,27 --output-prefix data/qa
 
-writes data/qa_text_document and data/qa_label_document, whose labels are the tokens, but -100 up to and including the first place where the given
-tokens stand; where they stand nowhere, all tokens. In a configuration, train_data_paths and train_label_data_paths. GPT-NeoX's arguments, and
---on-error.
+This writes data/qa_text_document and data/qa_label_document. The labels are the tokens, but -100 up to and including the first place of the given
+tokens. A document without them has all its tokens as labels. In a configuration, write train_data_paths and train_label_data_paths. The arguments
+are GPT-NeoX's, and --on-error.
 """
 
 from __future__ import annotations
@@ -32,17 +32,21 @@ def get_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_input_options(parser, "text")
-    parser.add_argument("--mask-before-token", type=token_pattern, metavar="IDS", help="token ids, separated by commas, that end what is masked")
+    parser.add_argument(
+        "--mask-before-token", type=token_pattern, metavar="IDS", help="token ids, separated by commas, at the end of the masked part"
+    )
     add_text_tokenizer_options(parser)
     add_output_options(parser)
     arguments = parser.parse_args(input_args)
     if arguments.mask_before_token is None:
-        parser.error("--mask-before-token is missing: which tokens end the part to be masked? Without masks, use preprocess_data.py")
+        parser.error(
+            "--mask-before-token is missing: give the tokens at the end of the masked part. To prepare text without masks, use preprocess_data.py"
+        )
     return arguments
 
 
 def main(input_args: list[str] | None = None) -> None:
-    """What the command does. Raises DatasetError, TokenizerError or WorkerError."""
+    """Runs the command. Raises DatasetError, TokenizerError or WorkerError."""
     values = vars(get_args(input_args))
     from megatron.data.preprocessing.encode import TextTask
     from megatron.data.preprocessing.preprocess import preprocess, text_job

@@ -18,30 +18,30 @@ COMPILED = "megatron.data.builders.compiled"
 
 @functools.cache
 def builders() -> ModuleType:
-    """The module whose `cut_samples`, `pack_documents` and `blend` this process uses. Chosen, and said in the log, once."""
+    """The module whose `cut_samples`, `pack_documents` and `blend` this process uses. It is chosen and logged once."""
     compiled, reason = load_compiled()
     if compiled is not None:
-        logger.info("Index builders: the compiled ones.")
+        logger.info("Index builders: compiled.")
         return compiled
-    logger.info("Index builders: NumPy's, %s; `python csrc/build.py` compiles faster ones.", reason)
+    logger.info("Index builders: NumPy, because %s. `python csrc/build.py` compiles faster ones.", reason)
     return reference
 
 
 def load_compiled() -> tuple[ModuleType | None, str]:
-    """The compiled builders, or None and why not: they were never built, cannot be loaded, or were built from other sources than lie here."""
+    """The compiled builders, or None and the reason: they were never built, cannot be loaded, or were built from other sources."""
     try:
         compiled = importlib.import_module(COMPILED)
     except ModuleNotFoundError:
-        return None, "for none were compiled"
+        return None, "none were compiled"
     except ImportError as error:
-        return None, f"for the compiled ones cannot be loaded ({error})"
+        return None, f"the compiled ones cannot be loaded ({error})"
     if SOURCES.is_dir() and compiled.source_digest != source_digest(SOURCES):
-        return None, "for the compiled ones are of other sources than those in csrc/data"
+        return None, "the compiled ones were built from other sources than those in csrc/data"
     return compiled, ""
 
 
 def source_digest(folder: Path) -> str:
-    """Tells whether something was compiled from these sources."""
+    """A digest of the sources. Compiled code holds it, so a change of the sources is noticed."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(folder.glob("*.cpp")):
         digest.update(path.name.encode() + path.read_bytes())

@@ -1,4 +1,4 @@
-"""The index builders in NumPy: what the compiled ones are compared with, and what runs where none were compiled.
+"""The index builders in NumPy. Tests compare the compiled builders with them, and they run if no builders were compiled.
 
 Shapes: N documents of the data file; P positions in a shuffled order of documents; R rows = samples + 1; D data sets; I samples; B blocks simulated
 side by side; K samples begun in one pass
@@ -62,8 +62,8 @@ def pack_documents(sizes_P: np.ndarray, filled: int, limit: int) -> tuple[np.nda
 def blend(weights_D: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """(data set uint8 [I], sample in it int64 [I]): argmax_d(weights_D[d] * max(i, 1) - count_d), the first of equals.
 
-    Every choice depends on the one before, so blocks are simulated side by side from guessed starting counts, and a block
-    whose guess was not what the block before it ended with is done again: the result is exact, guesses only save time.
+    Every choice depends on the one before. So blocks are simulated side by side from guessed starting counts. If a guess differs from the counts at
+    the end of the block before, the block is computed again. The result is exact; guesses only save time.
     """
     blocks = -(-size // BLOCK)
     begin_B = np.arange(blocks) * BLOCK

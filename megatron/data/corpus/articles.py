@@ -13,7 +13,7 @@ END = "</page>\n"
 
 
 def read_articles(path: Path, on_problem: OnProblem, meter: Meter | None) -> Iterator[Document]:
-    """Each page with its markup, as it is in the dump; together they are the dump, what stands before and behind the pages included."""
+    """Each page with its markup, unchanged. Together the pages are the whole dump, with the text before the first and after the last page."""
     place, text = f"{path}", ""
     for part in read_documents(path, "text", on_problem, meter, form="text"):
         place, text = (place if text else part.origin), text + part.text

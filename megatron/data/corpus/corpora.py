@@ -40,7 +40,8 @@ FETCHED = "fetched"
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the command line says about where text comes from. `subset` None: the corpus's usual one; `form`: what is in the user's own files."""
+    """What the command line says about the source of the text. `subset` None means the corpus's usual subset. `form`: the format of the user's own
+    files."""
 
     inputs: tuple[str, ...] = ()
     jsonl_key: str = "text"
@@ -61,22 +62,23 @@ class Corpus(ABC):
 
     @abstractmethod
     def documents(self, on_problem: OnProblem, meter: Meter | None = None) -> Generator[Document]:
-        """All documents, the same ones each time; `meter` is told how far it is."""
+        """All documents, in the same order each time. `meter` is told how much has been read."""
 
     @abstractmethod
     def begin(self, reporter: Reporter) -> None:
-        """Gets from the network what has to be there before documents can be read, with a progress bar."""
+        """Downloads what is needed before documents can be read. Shows a progress bar."""
 
     @abstractmethod
     def meter(self) -> Meter:
-        """For `documents`; a total of 0 where nobody knows how much there is."""
+        """The meter for `documents`. Its total is 0 when the amount is not known."""
 
 
 @dataclass(frozen=True)
 class FileCorpus(Corpus):
-    """Files in a fixed order and how to read one. `url` is where the only file comes from when it is not there; None: files are there.
+    """Files in a fixed order, and the function that reads one. `url`: where to download the only file from if it is missing; None: the files are
+    local.
 
-    `passed_over`: what is to be said about files that are not among them.
+    `passed_over`: sentences about files that are not read.
     """
 
     files: tuple[Path, ...]
@@ -169,7 +171,7 @@ def enwik8_corpus(request: Request) -> Corpus:
 
 
 def streamed_corpus(request: Request) -> Corpus:
-    """The corpus on the Hugging Face hub that the only input names. How much of it has to be said: they are larger than most disks."""
+    """The corpus on the Hugging Face hub that is the only input. The user must give a limit: these corpora are larger than most disks."""
     name = request.inputs[0]
     corpus = hub_corpus(name, request.jsonl_key)
     assert corpus is not None
@@ -203,8 +205,8 @@ def local_corpus(request: Request) -> Corpus:
     pipe = next((path for path in files if path.is_fifo()), None)
     if pipe is not None:
         raise DatasetError(
-            f"{pipe} is a pipe, which can be read once, and prepare_data.py reads its input twice: write it to a file first, or use "
-            "tools/datasets/preprocess_data.py, which reads once"
+            f"{pipe} is a pipe. A pipe can be read only once, but prepare_data.py reads its input twice. Write the text to a file first, or use "
+            "tools/datasets/preprocess_data.py, which reads its input once"
         )
     identity = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     first = Path(request.inputs[0]).expanduser().resolve()
@@ -223,14 +225,16 @@ def find_corpus(request: Request) -> Corpus:
     named = [name for name in names if name in CORPORA or name.startswith(GENERIC)]
     if named and len(names) > 1:
         raise DatasetError(
-            f"{named[0]!r} is a corpus of its own and is not mixed with other input; prepare each alone and blend with train_data_weights"
+            f"{named[0]!r} is a named corpus and cannot be mixed with other input. Prepare each input alone and blend them with train_data_weights"
         )
     if request.subset is not None and (not named or hub_corpus(names[0], "") is None):
         raise DatasetError(
             f"--subset {request.subset}: only corpora on the Hugging Face hub have subsets ({', '.join(HUB_CORPORA)}, {GENERIC}OWNER/NAME)"
         )
     if named and request.form != "auto":
-        raise DatasetError(f"--input-format {request.form} says what is in files of your own; {named[0]!r} is a corpus, which is known")
+        raise DatasetError(
+            f"--input-format {request.form} is for your own files only; the format of the corpus {named[0]!r} is known. Leave the option out"
+        )
     if named:
         return CORPORA.get(names[0], streamed_corpus)(request)
     for name in names:

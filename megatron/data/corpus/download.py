@@ -1,4 +1,4 @@
-"""A file from the network that appears whole or not at all, and goes on where an interrupted download ended."""
+"""Downloads a file. The file appears only when it is complete. An interrupted download continues where it ended."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RANGE_NOT_SATISFIABLE = 416
 
 
 def download(url: str, path: Path, reporter: Reporter) -> None:
-    """Fetches `url` to `path`. Raises DatasetError, after which the same call goes on with what is missing."""
+    """Downloads `url` to `path`. After a DatasetError, the same call continues with the missing bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("ab") as file:
@@ -66,6 +66,6 @@ def network_errors(url: str, path: Path) -> Iterator[None]:
         yield
     except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
         raise DatasetError(
-            f"{url} could not be fetched ({getattr(error, 'reason', None) or error}). Is there a network? What was fetched is kept and the same "
-            f"command goes on from there; without a network, bring the file here as {path}"
+            f"{url} could not be downloaded ({getattr(error, 'reason', None) or error}). Check the network. What was downloaded is kept: the same "
+            f"command continues from there. Without a network, copy the file to {path}"
         ) from error

@@ -1,4 +1,4 @@
-"""Which text is kept from training: rules that depend on the corpus alone, so that every preparation of it agrees.
+"""Which text is held out of training. The rules depend on the corpus alone, so every preparation of it holds out the same text.
 
 Shapes: N documents in corpus order
 """
@@ -25,7 +25,7 @@ SNAP_BYTES = 10_000
 
 @dataclass
 class Survey:
-    """What a first reading of the corpus notes of every document: UTF-8 bytes and a hash of its text."""
+    """What the first reading of the corpus records for every document: its UTF-8 bytes and a hash of its text."""
 
     sizes: array[int] = field(default_factory=lambda: array("q"))
     hashes: array[int] = field(default_factory=lambda: array("Q"))
@@ -94,7 +94,8 @@ def snap(data: bytes, position: int) -> int:
 
 @dataclass(frozen=True)
 class Newest:
-    """Documents in order of time. test: the newest that make up `test_bytes`; valid: the newest before them; recent: the newest before those."""
+    """Documents in order of time. The newest `test_bytes` are for test, the ones before them for validation, and the ones before those are
+    `recent`."""
 
     valid_bytes: int
     test_bytes: int
@@ -125,8 +126,8 @@ class Fraction:
     def __post_init__(self) -> None:
         if min(self.valid, self.test) < 0 or self.valid + self.test >= 1 or (self.valid == 0) != (self.test == 0):
             raise DatasetError(
-                f"--valid-fraction {self.valid:g} and --test-fraction {self.test:g}: give shares above 0 that leave something to train on, "
-                "or 0 for both to hold nothing out"
+                f"--valid-fraction {self.valid:g} and --test-fraction {self.test:g}: both must be above 0 and leave some text to train on; "
+                "give 0 for both to hold nothing out"
             )
 
     def divide(self, survey: Survey) -> Parts:

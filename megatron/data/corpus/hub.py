@@ -1,4 +1,4 @@
-"""Corpora on the Hugging Face hub, streamed through the package `datasets`: nothing is downloaded but what is read."""
+"""Corpora on the Hugging Face hub, streamed through the package `datasets`: only what is read is downloaded."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ THE_MACHINE_S = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """A repository of texts. `subset` is the configuration read unless another is asked for (None: the only one); `size` is for whoever must choose.
+    """A repository of texts. `subset` is the default configuration (None: the only one). `size` is shown to a user who must choose a limit.
 
-    `files` is a pattern, with {subset} in it, for repositories whose configurations are not to be relied on.
+    `files` is a pattern with {subset} in it, for repositories whose configurations are not reliable.
     """
 
     path: str
@@ -107,31 +107,32 @@ class HubStream:
 def datasets_for(path: str) -> Any:
     return import_optional(
         "datasets",
-        f"{path} is read through the package datasets (`pip install datasets`, its version is in "
-        "requirements/requirements-corpora.txt). Without it, download the corpus's files (jsonl, parquet, compressed or not) and give "
+        f"{path} needs the package datasets (`pip install datasets`; the version is in "
+        "requirements/requirements-corpora.txt). Without the package, download the corpus's files (jsonl, parquet, compressed or not) and give "
         "them as input: python prepare_data.py FOLDER --name NAME",
     )
 
 
 @contextmanager
 def hub_errors(path: str) -> Iterator[None]:
-    """Whatever `datasets` and the libraries below it raise, as a sentence: there is no list of what that can be."""
+    """Turns every error of `datasets` and the libraries below it into a sentence. They document no list of their errors."""
     try:
         yield
     except DatasetError:
         raise
     except ConnectionError as error:
         raise DatasetError(
-            f"{path}: the Hugging Face hub cannot be reached ({first_line(error)}). Is there a network, and HF_HUB_OFFLINE not set? What was fetched "
-            "is kept and the same command goes on from there. Without a network, bring the corpus's files here and give them as input: "
+            f"{path}: the Hugging Face hub cannot be reached ({first_line(error)}). Check the network, and that HF_HUB_OFFLINE is not set. "
+            "What was downloaded is kept: the same command continues from there. "
+            "Without a network, copy the corpus's files to this machine and give them as input: "
             "python prepare_data.py FOLDER --name NAME"
         ) from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno in THE_MACHINE_S:
             raise  # a full disk or a missing permission is no fault of the name
         raise DatasetError(
-            f"{path} could not be read ({type(error).__name__}: {first_line(error)}). Check the name and --subset; what was fetched is kept, and the "
-            "same command goes on from there"
+            f"{path} could not be read ({type(error).__name__}: {first_line(error)}). Check the name and --subset. What was downloaded is kept: the "
+            "same command continues from there"
         ) from error
 
 

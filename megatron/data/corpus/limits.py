@@ -22,7 +22,7 @@ CountTokens = Callable[[Sequence[str]], list[int]]
 
 @dataclass(frozen=True)
 class Limits:
-    """At most this much. None: no limit. ALL says the same where something has to be said."""
+    """At most this much of a corpus. None means no limit. ALL means no limit too, for corpora where the user must give one."""
 
     documents: int | str | None = None
     bytes: int | str | None = None
@@ -33,12 +33,12 @@ class Limits:
         return any(limit is not None for limit in asdict(self).values())
 
     def numbers(self) -> dict[str, int]:
-        """The limits that there are."""
+        """The limits that are set."""
         return {name: limit for name, limit in asdict(self).items() if isinstance(limit, int)}
 
 
 class Limiter:
-    """Takes documents up to the limits and tells how near they are."""
+    """Takes documents up to the limits and tells how much of them is used."""
 
     def __init__(self, limits: Limits, count_tokens: CountTokens | None = None) -> None:
         """`count_tokens` is asked only when tokens are limited; raises DatasetError when it is missing then."""
@@ -47,12 +47,13 @@ class Limiter:
         self._count = count_tokens
         if "tokens" in self.limits and count_tokens is None:
             raise DatasetError(
-                "--max-tokens counts tokens while the text is read, which needs a tokenizer that is there before: give -v FILE (and -t TYPE), or "
+                "--max-tokens counts tokens while the text is read, so it needs a tokenizer that exists already. Give -v FILE (and -t TYPE), or "
                 "limit the text by --max-bytes or --max-documents"
             )
 
     def take(self, documents: Generator[Document]) -> Generator[Document]:
-        """Documents until the next would exceed a limit; `documents` is closed then. Raises DatasetError when already the first does."""
+        """Documents until the next one would exceed a limit; `documents` is closed then. Raises DatasetError if the first document already exceeds
+        one."""
         with closing(documents):
             if self._is_reached():
                 return
@@ -77,7 +78,7 @@ class Limiter:
     def _check_some(self, size: dict[str, int]) -> None:
         if not any(self.used.values()):
             over = next(name for name, amount in size.items() if amount > self.limits[name])
-            raise DatasetError(f"--max-{over} {self.limits[over]:,} leaves no document: already the first has {size[over]:,} {over}")
+            raise DatasetError(f"--max-{over} {self.limits[over]:,} leaves no document: the first one already has {size[over]:,} {over}")
 
     def _sized(self, documents: Iterable[Document]) -> Iterator[tuple[Document, dict[str, int]]]:
         """Documents with what they take of each limit. Tokens are counted for many at once, which is several times faster than one by one."""
@@ -113,7 +114,7 @@ def add_limit_options(parser: argparse.ArgumentParser) -> None:
             f"--max-{what}",
             type=amount_of,
             metavar="N",
-            help=f"take the first documents, at most this many {what} in all ({example}, say, or all)",
+            help=f"take the first documents, at most this many {what} in all (for example {example}; all = no limit)",
         )
 
 
@@ -124,5 +125,5 @@ def amount_of(text: str) -> Any:
     found = re.fullmatch(r"(\d+(?:[_,]\d{3})*(?:\.\d+)?)\s*([kmgbt]?)(b?)", text.strip(), re.IGNORECASE)
     amount = round(float(re.sub("[_,]", "", found[1])) * FACTORS[found[2].lower()]) if found else 0
     if amount < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no amount; give a number above 0, with k, M, B or G, or T behind it if you like, or {ALL!r}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount; give a number above 0, which may end in k, M, B, G or T, or give {ALL!r}")
     return amount

@@ -1,4 +1,4 @@
-"""The data sets that GPT-NeoX's prepare_data.py knows and that nobody can download any more."""
+"""The data sets that GPT-NeoX's prepare_data.py knows but that can no longer be downloaded."""
 
 from __future__ import annotations
 

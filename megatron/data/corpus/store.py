@@ -1,6 +1,6 @@
-"""What was fetched of a corpus, kept as JSON lines: the first part of an endless file that grows when more of it is asked for.
+"""The downloaded part of a corpus, kept as JSON lines. It grows when a later command asks for more.
 
-A fetch that was stopped, however it was stopped, goes on where the last whole part ends; so does a later one that wants more.
+A download that was stopped for any reason continues where the last complete part ends. So does a later download that asks for more.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COMPRESSION = 3
 
 
 class Stream(Protocol):
-    """A corpus that can be read from its beginning or from a position that it named before."""
+    """A corpus that can be read from its beginning or from a `position` that it gave earlier."""
 
     def records(self) -> Iterator[Record]: ...
 
@@ -36,7 +36,8 @@ class Stream(Protocol):
 
 
 class Store:
-    """`folder` holds what was fetched of `source` (JSON that says what it is). `open_stream` reaches for the network, only when more is wanted."""
+    """`folder` holds the downloaded part of `source` (JSON that describes the corpus). `open_stream` uses the network; it is called only when more
+    is needed."""
 
     def __init__(self, folder: Path, source: Any, open_stream: Callable[[], Stream], key: str) -> None:
         self.folder = folder
@@ -45,7 +46,7 @@ class Store:
         self._key = key
 
     def restart(self) -> None:
-        """Forgets what was fetched, once the network turns out to be there. Raises DatasetError when it is not."""
+        """Deletes what was downloaded, after a check that the network works. Raises DatasetError if it does not."""
         self._open_stream()
         for path in (*self.folder.glob("part-*"), *self.folder.glob(f"{STATE}*"), self.folder / LOCK):
             path.unlink(missing_ok=True)
@@ -53,7 +54,8 @@ class Store:
             self.folder.rmdir()
 
     def documents(self, on_problem: OnProblem) -> Generator[Document]:
-        """All documents there are, first from the folder, then fetched and kept. Close it when enough is read. Raises DatasetError."""
+        """All documents: first those in the folder, then new ones, which are downloaded and kept. Close it when enough is read. Raises
+        DatasetError."""
         state = self._read_state()
         for part in state["parts"]:
             yield from read_documents(self.folder / part["name"], self._key, on_problem)
@@ -75,7 +77,7 @@ class Store:
             )
         if state["source"] != self.source:
             raise DatasetError(
-                f"{self.folder} holds {state['source']}, not {self.source}; --force-redownload replaces it, another directory (-d) keeps both"
+                f"{self.folder} holds {state['source']}, not {self.source}; --force-redownload replaces it, and another directory (-d) keeps both"
             )
         return state
 

@@ -46,6 +46,6 @@ def zip_members(file: IO[bytes], name: str, on_problem: OnProblem) -> Iterator[t
 
 
 def hidden(member: str) -> bool:
-    """What file managers leave in archives is nobody's text: `.DS_Store`, `._a.txt`, `__MACOSX/a.txt`."""
+    """Whether a file manager left this file in the archive: `.DS_Store`, `._a.txt`, `__MACOSX/a.txt`. Such files are not text."""
     parts = PurePosixPath(member).parts
     return parts[-1].startswith(".") or parts[0] == "__MACOSX" if parts else True

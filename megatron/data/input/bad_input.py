@@ -1,4 +1,5 @@
-"""What happens to input that cannot be read: the first of it ends the work (`--on-error fail`), or it is counted, named and left out (`skip`)."""
+"""What happens to input that cannot be read. `--on-error fail`: the first problem ends the work. `skip`: such input is counted, named and left
+out."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ SHOWN_NOTICES = 3
 
 
 class Kind(StrEnum):
-    """What can be wrong with input; the words stand in the summary."""
+    """What can be wrong with input. The summary uses these words."""
 
     NOT_JSON = "broken JSON"
     TOO_LONG = "line too long"
@@ -33,7 +34,7 @@ class Kind(StrEnum):
     NOT_STREAMABLE = "format that cannot be read packed"
     NOT_READ = "format that is not read"
     BLANK = "document without text"
-    """Never fatal: there is nothing in it to lose."""
+    """Never fatal: no text is lost."""
     READ_AS = "file read as something else than its name says"
     """Never fatal and never counted: a notice about what is read."""
     PASSED_OVER = "file of a folder that is not read"
@@ -58,7 +59,7 @@ OnProblem = Callable[[Problem], None]
 
 
 def ignore(problem: Problem) -> None:
-    """An OnProblem for who reads a second time, or wants none of it."""
+    """An OnProblem that ignores problems, for a second reading of the same input."""
 
 
 class BadInput:
@@ -76,7 +77,7 @@ class BadInput:
             return
         if self._on_error == "fail" and problem.kind is not Kind.BLANK:
             reading = "".join(f" ({notice.what})" for notice in self._notices[-1:] if problem.where.startswith(notice.where))
-            raise DatasetError(f"{problem}{reading}. Nothing was written; mend the input, or leave such parts out with --on-error skip")
+            raise DatasetError(f"{problem}{reading}. Nothing was written. Correct the input, or leave such parts out with --on-error skip")
         self.counts[problem.kind] += 1
         if self.counts[problem.kind] <= SHOWN_OF_A_KIND:
             self._shown.append(problem)
@@ -86,10 +87,10 @@ class BadInput:
         return self.counts.total()
 
     def summary(self) -> list[str]:
-        """Lines for the end of the work; none when everything could be read and was what its name says."""
+        """Lines for the end of the work. Empty if everything could be read and had the format that its name says."""
         notices = [f"note: {notice}" for notice in self._notices[:SHOWN_NOTICES]]
         if len(self._notices) > SHOWN_NOTICES:
-            notices.append(f"note: the same of {len(self._notices) - SHOWN_NOTICES:,} more files")
+            notices.append(f"note: the same holds for {len(self._notices) - SHOWN_NOTICES:,} more files")
         return [*notices, *self._left_out()]
 
     def _left_out(self) -> list[str]:
@@ -101,18 +102,18 @@ class BadInput:
 
 
 def add_format_option(parser: argparse.ArgumentParser) -> None:
-    """--input-format, alike in every command that reads text."""
+    """Adds --input-format, the same option in every command that reads text."""
     parser.add_argument(
         "--input-format",
         choices=FORMATS,
         default="auto",
-        help="what is in the input files: auto = what their first bytes say (JSON, parquet, an archive, compressed), else their names; "
+        help="format of the input files: auto = recognised by the first bytes (JSON, parquet, an archive, compressed), else by the name; "
         "text = whole texts, stored as they are; json = JSON (default: %(default)s)",
     )
 
 
 def add_on_error_option(parser: argparse.ArgumentParser) -> None:
-    """--on-error, alike in every command that reads text."""
+    """Adds --on-error, the same option in every command that reads text."""
     parser.add_argument(
         "--on-error",
         choices=ON_ERROR,

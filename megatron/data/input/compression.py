@@ -1,4 +1,4 @@
-"""Compressed files as plain bytes, by suffix, read as they are unpacked; damage in them carries the place where it was met."""
+"""Compressed files as plain bytes, chosen by suffix and unpacked while they are read. Damage is reported with its place."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def zstandard_for(name: str) -> Any:
 
 
 class ZstandardStream(io.RawIOBase):
-    """What the frames of a .zst file hold. Damage and a missing end raise EOFError, as with the standard library's readers."""
+    """The content of a .zst file's frames. Damage or a missing end raises EOFError, as in the standard library's readers."""
 
     def __init__(self, zstandard: Any, file: IO[bytes]) -> None:
         self._file = file

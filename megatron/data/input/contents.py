@@ -1,6 +1,6 @@
-"""What the first bytes of a file say that it is, whatever its name says: compressed, an archive, parquet, JSON, UTF-16, or none of these.
+"""Recognises a file by its first bytes and not by its name: compressed, an archive, parquet, JSON, UTF-16, or none of these.
 
-Nothing here reads a file: each function takes the bytes that stand at its start.
+Nothing here reads a file: each function is given the first bytes.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ UNREAD = {
     b"\xff\xff\xff\xff": "an Arrow stream (save_to_disk of the package datasets); write it as parquet or JSON lines (to_parquet, to_json)",
     b"%PDF-": "a PDF file; take its text out first",
     b"SQLite format 3\x00": "an SQLite data base; write its table as JSON lines",
-    b"\x93NUMPY": "a NumPy array; text is wanted, or the .bin/.idx pair that training reads",
+    b"\x93NUMPY": "a NumPy array; give text, or a .bin/.idx pair where training reads data",
     b"MMIDIDX\x00\x00": "the index of a .bin/.idx pair, which is prepared data already: name its path without .idx as data_path",
 }
-"""First bytes of what people have and what is not read: what it is, and what to do."""
+"""First bytes of common formats that cannot be read here: the name of the format, and what to do."""
 UNICODE_MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -47,7 +47,7 @@ UNICODE_MARKS = (
 
 
 class JsonForm(StrEnum):
-    """How JSON values stand in a file; the words stand in notices."""
+    """How JSON values are arranged in a file. Notices use these words."""
 
     LINES = "JSON lines"
     VALUES = "JSON objects that span several lines"
@@ -72,7 +72,7 @@ def container_of(head: bytes) -> str:
 
 
 def unread_format(head: bytes) -> str | None:
-    """What a file is that nothing here reads, and what to do about it; None: nothing known."""
+    """The name of a format that cannot be read here, and what to do. None: not one of those formats."""
     return next((what for mark, what in UNREAD.items() if head.startswith(mark)), None)
 
 
@@ -93,10 +93,11 @@ def encoding_of(head: bytes) -> str | None:
 
 
 def json_form(head: bytes, *, whole: bool) -> JsonForm | None:
-    """How the JSON stands that the bytes begin with; None for anything else, also for prose that begins with a bracket. `whole`: there is no more.
+    """How the JSON at the start of the bytes is arranged. None: it is not JSON, such as prose that begins with a bracket. `whole`: `head` is the
+    whole file.
 
-    JSON is told by its values, not by its first character: most lines are objects, or the first value is one object or an array of objects, lists or
-    strings, with nothing but more of the kind behind it.
+    JSON is recognised by its values and not by its first character. Either most lines are objects, or the first value is an object or an array of
+    objects, lists or strings, and only values of the same kind follow.
     """
     text = start_of(head, whole=whole)
     if text.startswith("["):
@@ -118,17 +119,17 @@ def json_form(head: bytes, *, whole: bool) -> JsonForm | None:
 
 
 def start_of(head: bytes, *, whole: bool) -> str:
-    """The text that the bytes begin with, byte order mark and white space taken off."""
+    """The text at the start of the bytes, without a byte order mark and white space."""
     return head.removeprefix(codecs.BOM_UTF8).decode(errors="replace" if whole else "ignore").lstrip()
 
 
 def is_cut(error: json.JSONDecodeError, text: str) -> bool:
-    """Whether the mistake may be no more than the end of the text that was looked at."""
+    """Whether the error may come only from the end of the text that was looked at."""
     return error.msg.startswith("Unterminated") or error.pos >= len(text) - NEAR_THE_END
 
 
 def form_of_array(text: str, *, whole: bool) -> JsonForm | None:
-    """Of text that begins with a bracket: an array, or lines that are lists."""
+    """The form of text that begins with a bracket: an array, or lines that are lists."""
     try:
         values, end = SCANNER.raw_decode(text)
     except (ValueError, RecursionError) as error:
@@ -140,7 +141,8 @@ def form_of_array(text: str, *, whole: bool) -> JsonForm | None:
 
 
 def form_of_first(element: str, *, may_be_cut: bool) -> JsonForm | None:
-    """Of an array that cannot be read to its end, from its first element on: a mistake that follows an object is a mistake in an array of objects."""
+    """The form of an array that cannot be read to its end, judged by its first element. An error after an object is an error in an array of
+    objects."""
     try:
         first, end = SCANNER.raw_decode(element)
     except (ValueError, RecursionError):
@@ -150,7 +152,7 @@ def form_of_first(element: str, *, may_be_cut: bool) -> JsonForm | None:
 
 
 def mostly_objects(text: str, *, whole: bool) -> bool:
-    """Whether more than half of the lines begin as objects do, and one of them is one, or there are more than two."""
+    """Whether more than half of the lines begin like objects. Besides, one of them must be an object, or there must be more than two."""
     lines = text.split("\n")
     complete = lines if whole or len(lines) == 1 else lines[:-1]
     filled = [line.strip() for line in complete if line.strip()]
@@ -161,7 +163,8 @@ def mostly_objects(text: str, *, whole: bool) -> bool:
 
 
 def values_of_line(line: str) -> list[Any]:
-    """The objects of a line, one or several glued together, a comma behind each at most; empty when it holds anything else."""
+    """The objects of a line: one, or several without a line break between them, each with at most one comma after it. Empty if the line holds
+    anything else."""
     values: list[Any] = []
     place = 0
     while place < len(line):

@@ -23,7 +23,7 @@ GIVE = "give files (.jsonl, .json, .txt, .parquet, compressed or in .tar or .zip
 
 
 def kind_of(name: str) -> tuple[str, str]:
-    """What is in a file and how it is compressed, by its name: ('.jsonl', '.gz'); ('', '') for a name that says nothing."""
+    """The format and the compression that a file's name says: ('.jsonl', '.gz'). ('', '') for a name that says neither."""
     path = Path(name)
     suffix = path.suffix.lower()
     if suffix in SHORT_SUFFIXES:
@@ -33,9 +33,9 @@ def kind_of(name: str) -> tuple[str, str]:
 
 
 def find_files(inputs: Sequence[str], on_problem: OnProblem = ignore) -> tuple[Path, ...]:
-    """The files of each input in turn; of a folder or a pattern in natural order (part-2 before part-10). `-` is the standard input.
+    """The files of each input in turn. The files of a folder or a pattern come in natural order (part-2 before part-10). `-` is the standard input.
 
-    What is left out of folders is told to `on_problem` (Kind.PASSED_OVER). Raises DatasetError.
+    Files of a folder that are not read are reported to `on_problem` (Kind.PASSED_OVER). Raises DatasetError.
     """
     return tuple(file for text in inputs for file in files_of(text, on_problem))
 
@@ -58,7 +58,8 @@ def files_of(text: str, on_problem: OnProblem) -> Iterator[Path]:
 
 
 def files_below(folder: Path, on_problem: OnProblem) -> list[Path]:
-    """Files whose suffix or whose first bytes say that they hold text, hidden ones aside; an explicitly named file may be any."""
+    """The files of a folder whose suffix or first bytes say that they hold text, without hidden ones. A file that the user names may have any
+    name."""
     found = [path for path in folder.rglob("*") if path.is_file() and not is_hidden(path.relative_to(folder))]
     files = [path for path in found if kind_of(path.name)[0] in SEARCHED_SUFFIXES or begins_as_corpus(path)]
     taken = set(files)
@@ -67,18 +68,21 @@ def files_below(folder: Path, on_problem: OnProblem) -> list[Path]:
     if not files:
         there = f"; it has {names}, which you can give by name or by a pattern" if others else ""
         raise DatasetError(
-            f"{folder}: no {', '.join(SEARCHED_SUFFIXES)} files in this folder ({', '.join(COMPRESSED_SUFFIXES)} of them count){there}"
+            f"{folder}: no {', '.join(SEARCHED_SUFFIXES)} files in this folder (compressed ones, {', '.join(COMPRESSED_SUFFIXES)}, would "
+            f"count too){there}"
         )
     if others:
         what = (
-            f"{len(others):,} file(s) in it are passed over, as neither name nor first bytes say that they hold text: {names}; name them to take them"
+            f"{len(others):,} file(s) in it are not read, because neither the name nor the first bytes say that they hold text: {names}. "
+            "To read one, give its path"
         )
         on_problem(Problem(Kind.PASSED_OVER, str(folder), what))
     return sorted(files, key=lambda path: natural_order(str(path)))
 
 
 def begins_as_corpus(path: Path) -> bool:
-    """Whether a file whose name does not say so begins as JSON, parquet, or a compressed file or archive without a name of another kind."""
+    """Whether a file begins like JSON or parquet, or like a compressed file or an archive, although its name does not say so. A compressed file or an
+    archive does not count if its name says another kind."""
     if path.name.startswith("_"):
         return False  # `_SUCCESS`, `_metadata`: what writers of many parts leave beside them
     try:

@@ -23,7 +23,7 @@ Placed = tuple[str, Any]
 
 
 def json_lines(file: IO[bytes], name: str, on_problem: OnProblem) -> Iterator[Placed]:
-    """The value of every line. Blank lines and byte order marks are passed over, a line that is no value is reported. Raises Damaged."""
+    """The value of every line. Blank lines and byte order marks are skipped. A line that is not a JSON value is reported. Raises Damaged."""
     number = 0
     with naming_damage(lambda: f"{name}:{number + 1}"):
         while line := file.readline(MAX_VALUE_BYTES + 1):
@@ -50,7 +50,7 @@ def json_lines(file: IO[bytes], name: str, on_problem: OnProblem) -> Iterator[Pl
 
 
 def json_values(file: IO[bytes], name: str, on_problem: OnProblem) -> Iterator[Placed]:
-    """Values one behind the other, each on any number of lines, a comma between two allowed. As in an array, the first mistake ends the file."""
+    """Values one after the other, each on any number of lines, with an optional comma between two. As in an array, the first error ends the file."""
     text = Window(file, name)
     with reporting_mistakes(text, on_problem):
         while text.next_character():
@@ -60,7 +60,7 @@ def json_values(file: IO[bytes], name: str, on_problem: OnProblem) -> Iterator[P
 
 
 def json_array(file: IO[bytes], name: str, on_problem: OnProblem) -> Iterator[Placed]:
-    """The elements of one array. What follows a mistake cannot be told apart from it, so the first one ends the file. Raises Damaged."""
+    """The elements of one array. After an error nobody knows where the next value begins, so the first error ends the file. Raises Damaged."""
     text = Window(file, name)
     with reporting_mistakes(text, on_problem):
         text.take("[")
@@ -78,7 +78,7 @@ def json_array(file: IO[bytes], name: str, on_problem: OnProblem) -> Iterator[Pl
 
 @contextmanager
 def reporting_mistakes(text: Window, on_problem: OnProblem) -> Iterator[None]:
-    """What is wrong with the JSON in `text` goes to `on_problem`, with its line."""
+    """Reports errors of the JSON in `text` to `on_problem`, with their line."""
     try:
         yield
     except UnicodeDecodeError as error:

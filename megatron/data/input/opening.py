@@ -1,4 +1,4 @@
-"""A file's first bytes without losing them, and text in UTF-16 as UTF-8."""
+"""Looks at a file's first bytes and then reads the whole file; reads UTF-16 text as UTF-8."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Begun(NamedTuple):
 
 
 def begin(file: Any, *, seekable: bool) -> Begun:
-    """Looks at the first bytes: HEAD_BYTES of them, more where they are nothing but white space. Damage in them is raised by who reads as far."""
+    """Looks at the first HEAD_BYTES bytes, or more if they are only white space. Damage in them is raised later, when they are read from the
+    result."""
     head, failure, ended = bytearray(), None, False
     if seekable:
         file.peek(1)  # fills the buffer, in which going back is free: nothing is read, and counted, twice
@@ -63,7 +64,7 @@ class Rewound(io.RawIOBase):
 
 
 class Recoded(io.RawIOBase):
-    """Text in another encoding, as UTF-8. What is not in that encoding raises EOFError, as damage does."""
+    """Text in another encoding, as UTF-8. Bytes that are wrong in that encoding raise EOFError, as damage does."""
 
     def __init__(self, file: Any, encoding: str) -> None:
         self._file, self._encoding, self._decoder = file, encoding, codecs.getincrementaldecoder(encoding)()

@@ -30,7 +30,9 @@ def parquet_rows(file: IO[bytes], name: str, keys: Sequence[str] | None, on_prob
         columns = table.schema_arrow.names
     missing = [key for key in keys or () if key not in columns]
     if missing:
-        on_problem(Problem(Kind.NO_KEY, f"{name}:row 1", f"no column {missing[0]!r}; it has: {', '.join(columns)} (--jsonl-key)"))
+        on_problem(
+            Problem(Kind.NO_KEY, f"{name}:row 1", f"no column {missing[0]!r}; the columns are: {', '.join(columns)} (choose one with --jsonl-key)")
+        )
         return
     batches = iter(table.iter_batches(ROWS_AT_A_TIME, columns=list(keys) if keys else None))
     while True:

@@ -1,6 +1,6 @@
-"""Files to documents, one at a time: plain text, JSON lines, JSON arrays and parquet, compressed or in archives, however large.
+"""Reads files into documents, one at a time: plain text, JSON lines, JSON arrays and parquet, compressed or in archives, of any size.
 
-Whatever cannot be read is reported to a callback with its place, which raises or counts (`bad_input.BadInput`).
+Input that cannot be read is reported with its place to a callback. The callback raises or counts (`bad_input.BadInput`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron.data.input.parquet import parquet_rows
 from megatron.data.input.recognise import Taken, compression_taken, container_taken, form_taken, is_plain
 
 MAX_TEXT_BYTES = 16 << 20
-"""A longer plain text becomes several documents, cut at an empty line, else a line's end, else a space in its second half."""
+"""A longer plain text becomes several documents. It is cut in its second half: at an empty line, else at the end of a line, else at a space."""
 PIECE_BYTES = 1 << 16
 CUTS = (b"\n\n", b"\n", b" ")
 MOST_COMPRESSIONS = 3
@@ -37,7 +37,7 @@ class Document(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What a line, an array element or a row holds: any JSON value. A plain text is a record that is a string."""
+    """The value of a line, an array element or a row: any JSON value. The record of a plain text is a string."""
 
     origin: str
     value: Any
@@ -45,7 +45,7 @@ class Record(NamedTuple):
 
 @dataclass
 class Meter:
-    """How far the reading of files is, in bytes as they lie on disk."""
+    """How much of the files has been read, in bytes on the disk."""
 
     total: int = 0
     done: int = 0
@@ -68,8 +68,8 @@ def read_records(
 ) -> Iterator[Record]:
     """The records of one file. Of parquet files only the columns `keys` are read (None: all). Counts what is read in `meter`.
 
-    `form`: auto takes the file for what its first bytes say, and says so (Kind.READ_AS) where its name says something else; text and json force
-    what is inside. Compression and archives are recognised in every case.
+    `form`: auto recognises the format by the first bytes. If the name says something else, this is reported (Kind.READ_AS). text and json force
+    the format of the content. Compression and archives are recognised in every case.
     """
     before = meter.done if meter is not None else 0
     with path.open("rb") as raw:
@@ -84,14 +84,15 @@ def read_records(
 
 
 def text_of(record: Record, key: str, on_problem: OnProblem) -> str | None:
-    """The text of a record: itself, or what is under `key`, a list of strings being paragraphs as in GPT-NeoX. None, reported, when there is none."""
+    """The text of a record: the record itself, or the value under `key`. A list of strings is read as paragraphs, as in GPT-NeoX. A record without
+    text is reported and gives None."""
     value = record.value
     if isinstance(value, dict):
         if key not in value:
             others = ", ".join(sorted(name for name, other in value.items() if isinstance(other, str)))
             inside = ", ".join(f"{name}.{inner}" for name, part in value.items() if isinstance(part, dict) for inner in part if inner == key)
-            hint = f"; it has text under: {others} (--jsonl-key)" if others else ""
-            hint += f"; it has {inside}, and only keys of the record itself are read: bring it to the top" if inside else ""
+            hint = f"; the keys with text are: {others} (choose one with --jsonl-key)" if others else ""
+            hint += f"; it has {inside}, but only keys of the record itself are read: move the text to the top level" if inside else ""
             on_problem(Problem(Kind.NO_KEY, record.origin, f"no key {key!r}{hint}"))
             return None
         value = value[key]
@@ -118,7 +119,7 @@ def name_of_type(value: Any) -> str:
 
 
 class Reader:
-    """Opens what a file holds, archives included: what its first bytes say, and where they say nothing, what its name does."""
+    """Opens a file, also an archive. The format is what the first bytes say; if they say nothing, it is what the name says."""
 
     def __init__(self, on_problem: OnProblem, keys: Sequence[str] | None, form: Format = "auto") -> None:
         self._on_problem = on_problem
@@ -127,7 +128,7 @@ class Reader:
         self._noticed = 0  # records and problems: a file without any is empty
 
     def records(self, file: IO[bytes], name: str, *, inside: bool = False, seekable: bool = False) -> Iterator[Record]:
-        """The records of an open file, which is `inside` an archive or not; `seekable`: it lies on a disk. Raises Damaged."""
+        """The records of an open file. `inside`: the file is in an archive. `seekable`: the file lies on a disk. Raises Damaged."""
         before = self._noticed
         start, kind, packed = self._unpacked(begin(file, seekable=seekable), name)
         what = unread_format(start.head)
@@ -136,7 +137,9 @@ class Reader:
         elif inside and kind in ARCHIVE_SUFFIXES:
             self._report(Problem(Kind.NESTED, name, "an archive inside an archive is not opened; unpack the outer one"))
         elif (packed or not seekable) and kind in (".zip", ".parquet"):
-            self._report(Problem(Kind.NOT_STREAMABLE, name, f"a {kind} file is read from its end, which needs it plain on disk; unpack it first"))
+            self._report(
+                Problem(Kind.NOT_STREAMABLE, name, f"a {kind} file is read from its end, so it must lie uncompressed on the disk; unpack it first")
+            )
         elif kind in ARCHIVE_SUFFIXES:
             yield from self._members(start.file, name, kind)
         else:
@@ -174,7 +177,7 @@ class Reader:
     def _explained(self, problem: Problem) -> None:
         """Reports a problem of a file that is called JSON and begins as plain text."""
         if problem.kind is Kind.NOT_JSON:
-            problem = problem._replace(what=f"{problem.what}; the file looks like plain text, which --input-format text takes as it is")
+            problem = problem._replace(what=f"{problem.what}; the file looks like plain text: --input-format text stores it as it is")
         self._report(problem)
 
     def _said(self, name: str, taken: Taken) -> str:

@@ -1,4 +1,4 @@
-"""What a file is taken for: its first bytes and its name weighed against each other, and the sentence that says so where the two differ."""
+"""Decides the format of a file by its first bytes and its name. If the two differ, a sentence says which of them was believed."""
 
 from __future__ import annotations
 
@@ -24,30 +24,33 @@ class Taken(NamedTuple):
 
 
 def compression_taken(start: Begun, named: str) -> Taken:
-    """The suffix of the compression; empty for none. Where the bytes are nothing that is known, the name is believed: then the file is damaged."""
+    """The suffix of the compression; empty for none. If the bytes are of no known format, the name is believed, and reading will say that the file
+    is damaged."""
     found = compression_of(start.head)
     if found == named:
         return Taken(found)
     if found:
-        return Taken(found, f"is compressed ({found}), which its name does not say; it is unpacked")
+        return Taken(found, f"is compressed ({found}), although its name does not say so; it is unpacked")
     if container_of(start.head) or json_form(start.head, whole=start.whole) is not None:
         return Taken("", f"is not compressed, though its name ends in {named}; it is read as it is")
     return Taken(named)
 
 
 def container_taken(start: Begun, kind: str) -> Taken:
-    """.zip, .tar or .parquet where the bytes begin as such a file does, else the name's kind; a name that falsely says one of these gives ''."""
+    """.zip, .tar or .parquet if the bytes begin like such a file, else the kind that the name says. A name that wrongly says one of these gives
+    ''."""
     found = container_of(start.head)
     if found == ".zip" and not says_nothing(kind) and kind not in SEARCHED_SUFFIXES:
         return Taken(kind)  # office documents and many others are zip archives within
     if found:
-        return Taken(found, None if found == kind else f"is a {found} file, which its name does not say; it is read as one")
+        return Taken(found, None if found == kind else f"is a {found} file, although its name does not say so; it is read as one")
     false = kind in (*ARCHIVE_SUFFIXES, ".parquet") and json_form(start.head, whole=start.whole) is not None
     return Taken("" if false else kind)
 
 
 def form_taken(start: Begun, kind: str, keys: Sequence[str] | None, form: Format) -> tuple[JsonForm | None, str | None]:
-    """How the JSON in a file stands, or None for plain text; and what to say about it, None where its name says the same. `form`: what is forced."""
+    """How the JSON in a file is arranged, or None for plain text; and a notice, or None if the name says the same. `form`: the format that the user
+    forces."""
     found = None if form == "text" else json_form(start.head, whole=start.whole)
     if kind in JSON_SUFFIXES or form != "auto":
         if found is None and form != "text":
@@ -73,10 +76,10 @@ def has_key(start: Begun, keys: Sequence[str]) -> bool:
 
 
 def looks_like(start: Begun, kind: str, keys: Sequence[str] | None) -> str | None:
-    """What to say about a file that is stored as plain text and looks like something else; None: nothing."""
+    """A notice about a file that is stored as plain text but looks like something else. None: there is nothing to say."""
     text = start_of(start.head, whole=start.whole)
     if OPENING.match(text) or text.startswith('[{"'):
-        return "begins like JSON, and as a whole it is not; it is stored as it is, as plain text (--input-format json reads it as JSON)"
+        return "begins like JSON but is not valid JSON as a whole; it is stored as plain text (--input-format json reads it as JSON)"
     columns = [name.strip('" ') for name in SEPARATORS.split(text.partition("\n")[0].strip())]
     if kind in TABLE_SUFFIXES or (len(columns) > 1 and any(key in columns for key in keys or ())):
         return "looks like a table (CSV, TSV) and is stored as it is, header and separators too; to take one column, write JSON lines or parquet"

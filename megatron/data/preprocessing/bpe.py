@@ -20,7 +20,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> int:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < SMALLEST_VOCABULARY:
-        raise DatasetError(f"--vocab-size {vocab_size}: at least {SMALLEST_VOCABULARY} are needed, 256 bytes and {END_OF_TEXT}")
+        raise DatasetError(f"--vocab-size {vocab_size}: give at least {SMALLEST_VOCABULARY}, for 256 bytes and {END_OF_TEXT}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

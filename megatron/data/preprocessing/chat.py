@@ -27,11 +27,11 @@ REWARD_DTYPE = np.dtype("<f8")
 
 
 class CannotMask(ValueError):
-    """A conversation that the template does not write, or in which it does not show who says what."""
+    """The template refuses the conversation, or its text does not show which role wrote which part."""
 
 
 class Written(NamedTuple):
-    """A conversation as text, and the ranges of characters in it that are to be learned. `fault` says why there is no text."""
+    """A conversation as text, and the ranges of its characters to learn. `fault` says why there is no text."""
 
     text: str = ""
     spoken: Sequence[tuple[int, int]] = ()
@@ -40,11 +40,12 @@ class Written(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ChatTask:
-    """Records, each (conversations, one a key; rewards), to columns: of every key its tokens, its labels unless `mask` is off, and its rewards where
-    `rewards` is on.
+    """Turns records into columns. A record is (one conversation for each key; rewards). The columns of a key are its tokens, its labels unless
+    `mask` is
+    off, and its rewards if `rewards` is on.
 
-    A label is the token where `generation_role` speaks (`only_last`: in the last turn only), else IGNORED; the end-of-document token that closes a
-    conversation is labelled like the token before it. `for_rm`: that token alone is labelled.
+    A token is its own label where `generation_role` speaks (`only_last`: in its last turn only); elsewhere the label is IGNORED. The end-of-document
+    token that closes a conversation is labelled like the token before it. `for_rm`: only that token is labelled.
     """
 
     tokenizer_path: str
@@ -55,7 +56,7 @@ class ChatTask:
     ftfy: bool = False
     rewards: bool = False
     trust_remote_code: bool = False
-    """Runs Python code of the tokenizer's folder, if its tokenizer_config.json asks for some."""
+    """Allows Python code of the tokenizer's folder to run, if its tokenizer_config.json names some."""
 
     def start(self) -> Callable[[Sequence[tuple[tuple[list[Turn], ...], list[float]]]], Encoded]:
         return ChatEncoder(self)
@@ -63,7 +64,8 @@ class ChatTask:
 
 @dataclass(frozen=True)
 class ChatJob:
-    """A conversation under each of `conversations`. `reward_key` None: there are no rewards. `binary_reward`: 1 for what is true, -1 for the rest."""
+    """Reads a conversation under each key of `conversations`. `reward_key` None: there are no rewards. `binary_reward`: 1 for true values, -1 for
+    others."""
 
     conversations: tuple[str, ...]
     task: ChatTask
@@ -92,18 +94,18 @@ class ChatJob:
         for key in self.conversations:
             problem = fault_in(value[key])
             if problem:
-                on_problem(Problem(Kind.NO_CHAT, record.origin, f"the value of {key!r} is no conversation: {problem}"))
+                on_problem(Problem(Kind.NO_CHAT, record.origin, f"the value of {key!r} is not a conversation: {problem}"))
                 return None
         rewards = [] if self.reward_key is None else self.rewards_of(value[self.reward_key])
         if rewards is None:
-            what = f"the value of {self.reward_key!r} is {name_of_type(value[str(self.reward_key)])}, not a number (finite, or a list of such)"
+            what = f"the value of {self.reward_key!r} is {name_of_type(value[str(self.reward_key)])}, not a finite number or a list of finite numbers"
             on_problem(Problem(Kind.NO_REWARD, record.origin, what))
             return None
         size = sum(len(turn["content"].encode()) for key in self.conversations for turn in value[key])
         return (tuple(value[key] for key in self.conversations), rewards), size
 
     def rewards_of(self, value: Any) -> list[float] | None:
-        """None: it is no reward."""
+        """The rewards of a value. None: it is not a reward."""
         if self.binary_reward:
             return [1 if value else -1]
         values = value if isinstance(value, list) and value else [value]
@@ -112,12 +114,12 @@ class ChatJob:
 
 
 def chat_job(task: ChatTask, keys: tuple[str, ...], reward_key: str | None, *, binary_reward: bool) -> ChatJob:
-    """Raises TokenizerError or DatasetError for what will not do."""
+    """Raises TokenizerError or DatasetError for keys and options that cannot be used."""
     job = ChatJob(keys, task, reward_key, binary_reward)
     names = [output.name for output in job.outputs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise DatasetError(f"--jsonl-keys {' '.join(keys)}: {twice!r} is the name of what is written for another key; rename it in the input")
+        raise DatasetError(f"--jsonl-keys {' '.join(keys)}: {twice!r} would also be the name of another key's output; rename the key in the input")
     ChatEncoder(task)
     return job
 
@@ -137,7 +139,7 @@ def fault_in(conversation: Any) -> str | None:
 
 
 def load_chat_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
-    """Of the transformers library. Raises TokenizerError, also when it has no chat template, and when it needs code that is not trusted."""
+    """A tokenizer of the transformers library. Raises TokenizerError, also if it has no chat template or needs code that is not trusted."""
     from transformers import AutoTokenizer
 
     try:
@@ -162,7 +164,7 @@ def load_chat_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def document_end(tokenizer: Any) -> int | None:
-    """The token that ends a document, which in a chat model is not its `eos_token`, which ends a turn. None: the tokenizer has neither."""
+    """The token that ends a document. In a chat model this is not the `eos_token`, which ends a turn. None: the tokenizer has neither token."""
     vocabulary = tokenizer.get_vocab()
     template = tokenizer.chat_template
     return choose_end(vocabulary.get, tokenizer.eos_token, template if isinstance(template, str) else "\n".join(map(str, template.values())))
@@ -257,8 +259,8 @@ class ChatEncoder:
             if text.startswith(start):
                 return len(start)
         raise CannotMask(
-            f"the chat template writes the first {len(beginning)} turn(s) of this conversation otherwise than as the start of all of it, so what "
-            f"{self._task.generation_role!r} says cannot be told apart; --only-last or --no-mask may do, or a template without such changes"
+            f"the chat template writes the first {len(beginning)} turn(s) of this conversation differently when more turns follow, so the text of "
+            f"{self._task.generation_role!r} cannot be found. Try --only-last or --no-mask, or a template without such changes"
         )
 
     def _render(self, conversation: list[Turn], *, ask: bool = False) -> str:
@@ -269,5 +271,5 @@ class ChatEncoder:
         except (TemplateError, ValueError, TypeError, IndexError) as error:
             raise CannotMask(f"the chat template refuses it: {error}") from None
         if not text:
-            raise CannotMask("the chat template makes nothing of it")
+            raise CannotMask("the chat template gives no text for it")
         return text

@@ -1,4 +1,4 @@
-"""Texts to token ids in bulk: a batch goes in as strings and comes out as arrays, one an output.
+"""Encodes texts in batches: a batch of strings becomes arrays, one array for each output.
 
 Shapes: N documents of a batch, T tokens of all of them
 """
@@ -34,7 +34,7 @@ class Column(NamedTuple):
 
 
 class Unusable(NamedTuple):
-    """Document `row` of a batch came to nothing: it has no tokens in any column."""
+    """Document `row` of a batch has no tokens in any column."""
 
     row: int
     kind: Kind
@@ -42,7 +42,7 @@ class Unusable(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """`lost`: of each document (its row) of which the tokenizer cannot give something back, the pieces and how often they come up."""
+    """`lost`: the rows of documents of which the tokenizer loses pieces, with these pieces and their counts."""
 
     columns: list[Column]
     unusable: list[Unusable]
@@ -55,7 +55,7 @@ def column(documents: Sequence[Sequence[float]], dtype: np.dtype[Any]) -> Column
 
 
 def batches(pieces: Iterable[Piece], size: Callable[[Piece], int]) -> Iterator[list[Piece]]:
-    """Lists of at least BATCH_BYTES by `size`, but for the last."""
+    """Lists whose sizes (by `size`) sum to at least BATCH_BYTES; the last one may be smaller."""
     batch: list[Piece] = []
     filled = 0
     for piece in pieces:
@@ -70,8 +70,9 @@ def batches(pieces: Iterable[Piece], size: Callable[[Piece], int]) -> Iterator[l
 
 @dataclass(frozen=True)
 class TextTask:
-    """Documents, each a tuple of texts (one a key), to one column a key. With `mask_before` (not empty), of a single key, a column of labels follows:
-    the tokens, but IGNORED up to and including the first place where `mask_before` stands, if there is one."""
+    """Turns documents into one column for each key. A document is a tuple of texts, one for each key. If `mask_before` is not empty, there is a
+    single
+    key, and a column of labels follows: the tokens, but IGNORED up to and including the first place of `mask_before`, if it occurs."""
 
     tokenizer_type: str
     vocab_file: str | None = None
@@ -88,7 +89,7 @@ class TextTask:
         return tokenizer
 
     def dtype(self, tokenizer: Tokenizer) -> np.dtype[Any]:
-        """NeoX's: labels have a negative id among them, and their tokens are of the same type."""
+        """The type that NeoX stores. With labels it must be signed, because IGNORED is negative; tokens with labels have the same type."""
         return np.dtype("<i4") if self.mask_before else token_dtype(tokenizer.vocab_size)
 
     def start(self) -> Callable[[Sequence[tuple[str, ...]]], Encoded]:
@@ -114,7 +115,7 @@ class TextTask:
 
 
 def find_lost(finder: LossFinder, texts: Sequence[Sequence[str]], ids: Sequence[Sequence[Sequence[int]]]) -> list[tuple[int, Counter[str]]]:
-    """(row, what is lost of it) of a batch; `texts` and their `ids` are lists of a document each, for each key."""
+    """(row, lost pieces) of a batch. `texts` and `ids` hold one list for each key, with an entry for each document."""
     lost: dict[int, Counter[str]] = {}
     for of_key, ids_of_key in zip(texts, ids, strict=True):
         for row, (text, tokens) in enumerate(zip(of_key, ids_of_key, strict=True)):

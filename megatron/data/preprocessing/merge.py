@@ -1,4 +1,4 @@
-"""Several `.bin/.idx` pairs become one that holds their documents one after the other."""
+"""Merges several `.bin/.idx` pairs into one that holds their documents one after the other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron.data.progress import Reporter
 
 @dataclass(frozen=True)
 class Merged:
-    """`notices` are sentences about inputs that were not quite as they should be."""
+    """`notices` are sentences about faults of the inputs that did not stop the merge."""
 
     inputs: tuple[Path, ...]
     documents: int
@@ -23,9 +23,9 @@ class Merged:
 
 
 def merge(folder: Path, output: Path, reporter: Reporter) -> Merged:
-    """Writes the pair `output` from every other pair in `folder`, in natural order of their names: whole or not at all.
+    """Writes the pair `output` from every other pair in `folder`, in natural order of their names. The pair is written completely or not at all.
 
-    Raises DatasetError when there is none, when a half is missing or damaged, when their tokens are of different types, and when texts lie among
+    Raises DatasetError if there is no pair, if a file is missing or damaged, if the token types differ, and if the folder mixes texts and
     labels.
     """
     prefixes = pairs_in(folder, output)
@@ -57,7 +57,8 @@ def merge(folder: Path, output: Path, reporter: Reporter) -> Merged:
 
 
 def pairs_in(folder: Path, output: Path) -> list[Path]:
-    """Prefixes of the pairs in a folder; `output` is none of them, it is what an earlier run wrote. Halves count: whoever opens them says so."""
+    """Prefixes of the pairs in a folder, without `output`, which an earlier run may have written. A pair with a missing file counts: opening it
+    says so."""
     if not folder.is_dir():
         raise DatasetError(f"--input {folder}: no such folder; give the folder that holds the .bin/.idx pairs")
     halves = itertools.chain(folder.glob("*.bin"), folder.glob("*.idx"))
@@ -75,6 +76,6 @@ def _check_kinds(prefixes: Sequence[Path]) -> None:
     other = next((prefix for prefix in others if kinds[prefix] != kinds[first]), None)
     if other is not None:
         raise DatasetError(
-            f"{first} and {other} are of different kinds by their names ({kinds[first]} and {kinds[other]}), and would become documents of one file; "
-            "put each kind into a folder of its own and merge it from there"
+            f"{first} and {other} are of different kinds by their names ({kinds[first]} and {kinds[other]}) and must not become "
+            "documents of one file. Put each kind into its own folder and merge the folders one by one"
         )

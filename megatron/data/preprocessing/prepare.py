@@ -1,4 +1,4 @@
-"""A corpus to a folder that training reads: vocabulary, `.bin/.idx` of each split, held-out text, and a manifest of how it was made."""
+"""Makes the folder that training reads from a corpus: vocabulary, `.bin/.idx` of each split, held-out text, and a manifest of how it was made."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WHOLE = 1_000_000  # what a progress bar counts to where bytes are not what is m
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
-    """What the command line says; see `prepare_data.py --help`. `workers` 0: as many as the text is worth."""
+    """The command line's options; see `prepare_data.py --help`. `workers` 0: chosen by the amount of text."""
 
     inputs: tuple[str, ...] = ()
     directory: str = "data"
@@ -79,23 +79,23 @@ class Totals:
 
 
 def prepare(options: PrepareOptions, reporter: Reporter) -> Prepared:
-    """Makes `directory/name`, whole or not at all; does nothing when it is there and was made from the same input and settings.
+    """Makes `directory/name` completely or not at all. Does nothing if the folder exists and was made from the same input and settings.
 
     Raises DatasetError or TokenizerError with a sentence for the user.
     """
     corpus = choose_corpus(options)
     target = Path(options.directory) / (corpus.name if options.name is None else options.name)
     if target.name in ("", "..") or options.name not in (None, target.name):
-        raise DatasetError(f"--name {options.name!r}: give the name of one folder; -d says where it goes")
+        raise DatasetError(f"--name {options.name!r}: give the name of one folder, without a path; -d is the directory of that folder")
     if options.workers < 0:
-        raise DatasetError(f"--workers {options.workers}: give a number from 1, or 0 for as many as the text is worth")
+        raise DatasetError(f"--workers {options.workers}: give 1 or more, or 0 to choose by the amount of text")
     settings = settings_of(options, corpus)
     known = read_manifest(target)
     anew = options.force or options.force_redownload
     if known is not None and known["settings"] == settings and not anew and whole(target, known):
         return Prepared(target, True, known)
     if known is not None and not anew:
-        raise DatasetError(f"{target} {difference(target, known, settings)}; --force replaces it, another --name keeps both")
+        raise DatasetError(f"{target} {difference(target, known, settings)}; --force replaces it, and another --name keeps both")
     target = followed(target)
     check_replaceable(target, {MANIFEST, INDEX_MAPS, LOCK, *(known["files"] if known else ())})
     with naming(target.parent), staging_folder(target) as stage:
@@ -143,7 +143,7 @@ def settings_of(options: PrepareOptions, corpus: Corpus) -> dict[str, Any]:
 
 
 def identity_of(path: str | None) -> list[int] | str | None:
-    """What a file's content shows itself by; what is no file stands for itself."""
+    """A value that changes when the file's content changes. A text that is not a file's path is its own value."""
     if path is None or not Path(path).is_file():
         return path
     status = Path(path).stat()
@@ -164,7 +164,7 @@ class Preparation:
         self.count = 0
 
     def run(self, name: str) -> tuple[dict[str, Any], list[str]]:
-        """(the manifest's facts, what was left out). `name`: what the pair is called when nothing is held out, as GPT-NeoX calls it."""
+        """(the manifest's facts, the lines about input that was left out). `name`: GPT-NeoX's name of the pair if nothing is held out."""
         given = self.given_tokenizer()  # what is wrong with it is said before hours of reading
         self.corpus.begin(self.reporter)
         survey = self.survey(given)
@@ -180,7 +180,7 @@ class Preparation:
         return {**facts, "left_out": dict(self.bad_input.counts)}, [*self.losses.summary(), *self.bad_input.summary()]
 
     def survey(self, tokenizer: Tokenizer | None) -> Survey:
-        """Reads all that is taken of the corpus once, fetching what is not there yet. `tokenizer` None: there is none yet to count tokens with."""
+        """Reads the wanted part of the corpus once, and downloads missing parts. `tokenizer` None: there is no tokenizer yet that counts tokens."""
         counter = partial(count_tokens, tokenizer, int(self.options.append_eod)) if tokenizer is not None else None
         survey, meter, limiter = Survey(), self.corpus.meter(), Limiter(self.options.limits, counter)
         total = WHOLE if meter.total or limiter.limits else None
@@ -193,13 +193,13 @@ class Preparation:
         return survey
 
     def pieces(self, parts: Parts) -> Iterator[tuple[str, str]]:
-        """(split, text) of the documents that the survey counted; what it reported is passed over."""
+        """(split, text) of the documents that the survey counted. Problems are not reported a second time."""
         with closing(self.corpus.documents(ignore)) as documents:
             for number, document in zip(range(self.count), documents):  # noqa: B905  # the corpus goes on where a limit ended the survey
                 yield from parts.pieces(number, document.text)
 
     def given_tokenizer(self) -> Tokenizer | None:
-        """The one that the options name, its files copied into the folder; None: one is to be trained."""
+        """The tokenizer that the options name; its files are copied into the folder. None: a tokenizer must be trained."""
         options = self.options
         if options.tokenizer_type == "HFTokenizer" and options.tokenizer_file is None:
             return None
@@ -209,7 +209,7 @@ class Preparation:
         return tokenizer
 
     def task(self) -> TextTask:
-        """With the tokenizer that is given, or that `trained_tokenizer` makes."""
+        """The encoding task, with the given tokenizer or with the one that `trained_tokenizer` makes."""
         options = self.options
         trained = options.tokenizer_type == "HFTokenizer" and options.tokenizer_file is None
         vocab_file = str(self.stage / TRAINED) if trained else options.tokenizer_file
@@ -233,7 +233,7 @@ class Preparation:
         return self.task().load()
 
     def tokenise(self, parts: Parts, dtype: np.dtype[Any], total: int, prefixes: dict[str, str]) -> dict[str, Totals]:
-        """A text without tokens is left out."""
+        """Encodes and writes all texts. A text without tokens is left out."""
         outputs: dict[str, SplitOutput] = {}
         done = 0
         batched = (([(text,) for _, text in batch], batch) for batch in batches(self.pieces(parts), lambda piece: len(piece[1])))
@@ -259,12 +259,12 @@ class Preparation:
 
 
 def count_tokens(tokenizer: Tokenizer, ends: int, texts: Sequence[str]) -> list[int]:
-    """The tokens of each text and `ends` more."""
+    """The number of tokens of each text, plus `ends`."""
     return [len(ids) + ends for ids in tokenizer.encode_batch(texts)]
 
 
 def default_workers(total_bytes: int) -> int:
-    """A process for each core that may be used, but none for less than BYTES_A_WORKER."""
+    """One process for each core that may be used, but at least BYTES_A_WORKER of text for each process."""
     return max(1, min(usable_cores(), total_bytes // BYTES_A_WORKER))
 
 

@@ -1,4 +1,4 @@
-"""A prepared folder: its manifest, whether it is what is wanted, and what to tell about it."""
+"""A prepared folder: its manifest, its differences from what the user asks for, and its description."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MANIFEST = "prepared.json"
 
 @dataclass(frozen=True)
 class Prepared:
-    """`left_out` tells of the input that could not be read, in lines; empty when there is none."""
+    """`left_out`: lines about input that could not be read. Empty if everything was read."""
 
     folder: Path
     up_to_date: bool
@@ -25,7 +25,7 @@ class Prepared:
 
 
 def read_manifest(target: Path) -> dict[str, Any] | None:
-    """None: the folder was not made here, or not to the end."""
+    """The manifest of a prepared folder. None: the folder was not made here, or its preparation did not finish."""
     try:
         manifest = json.loads((target / MANIFEST).read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -51,7 +51,7 @@ def difference(target: Path, known: dict[str, Any], settings: dict[str, Any]) ->
 
 
 def describe(prepared: Prepared) -> str:
-    """What lies in the folder and which config keys read it."""
+    """The content of the folder, and the config keys that read it."""
     manifest, folder = prepared.manifest, prepared.folder
     lines = [f"{folder} is up to date" if prepared.up_to_date else f"{folder} written", ""]
     lines.append(f"{'split':8}{'documents':>12}{'bytes':>16}{'tokens':>14}{'bytes/token':>13}")

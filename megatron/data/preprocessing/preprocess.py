@@ -1,4 +1,4 @@
-"""Files of documents to `PREFIX_{name}_document.bin/.idx`, all of them or none: what tools/datasets/preprocess_data*.py do."""
+"""The work of tools/datasets/preprocess_data*.py: files of documents become `PREFIX_{name}_document.bin/.idx`. All files are written, or none."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megatron.data.tokenizer.lost import Losses
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions:
-    """What the three commands have in common; see their --help. `num_docs` None: how many documents there are is not known."""
+    """The options that the three commands share; see their --help. `num_docs` None: the number of documents is not known."""
 
     inputs: tuple[str, ...]
     keys: tuple[str, ...]
@@ -46,14 +46,14 @@ class Output(NamedTuple):
 
 
 class Job(Protocol):
-    """What makes columns of records. `outputs` are the columns' files, in order. `keys` are what it reads of a record."""
+    """Makes columns from records. `outputs` are the columns' files, in order. `keys` are the keys that it reads of a record."""
 
     keys: tuple[str, ...]
     outputs: tuple[Output, ...]
     task: Task[Any, Encoded]
 
     def payload(self, record: Record, on_problem: OnProblem) -> tuple[Any, int] | None:
-        """What the task gets of a record, and its bytes of text; None, reported, when it is no use."""
+        """The part of a record that the task gets, and its bytes of text. A record that cannot be used is reported and gives None."""
 
 
 class Item(NamedTuple):
@@ -64,7 +64,7 @@ class Item(NamedTuple):
 
 @dataclass
 class Summary:
-    """What was written. `left_out` tells of the input that could not be used, in lines."""
+    """What was written. `left_out`: lines about input that could not be used."""
 
     prefixes: list[Path] = field(default_factory=list)
     documents: int = 0
@@ -77,7 +77,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class TextJob:
-    """The text under each key to an output of that name; with `task.mask_before`, the one key's labels to `label`."""
+    """Writes the text under each key to an output of that name. With `task.mask_before`, the labels of the only key go to `label`."""
 
     keys: tuple[str, ...]
     outputs: tuple[Output, ...]
@@ -91,16 +91,19 @@ class TextJob:
 
 
 def text_job(task: TextTask, keys: tuple[str, ...]) -> TextJob:
-    """Raises TokenizerError or DatasetError for what will not do."""
+    """Raises TokenizerError or DatasetError for keys and tokens that cannot be used."""
     tokenizer = task.load()
     dtype = task.dtype(tokenizer)
     outputs = [Output(key, dtype) for key in keys]
     if task.mask_before:
         if len(keys) != 1 or "label" in keys:
-            raise DatasetError(f"--jsonl-keys {' '.join(keys)}: masking takes one key, and not 'label', which is the name of what it writes")
+            raise DatasetError(
+                f"--jsonl-keys {' '.join(keys)}: masking needs exactly one key. The key must not be 'label', because the labels are written "
+                "under that name"
+            )
         if max(task.mask_before) >= tokenizer.vocab_size:
             raise TokenizerError(
-                f"--mask-before-token: {max(task.mask_before)} is no id of this tokenizer, which has {tokenizer.vocab_size:,} (from 0)"
+                f"--mask-before-token: {max(task.mask_before)} is not an id of this tokenizer; its ids are 0..{tokenizer.vocab_size - 1:,}"
             )
         outputs.append(Output("label", dtype, counts=False))
     return TextJob(keys, tuple(outputs), task)
@@ -145,9 +148,9 @@ def preprocess(job: Job, options: PreprocessOptions, reporter: Reporter) -> Summ
 def check(options: PreprocessOptions) -> None:
     for flag, value in (("--workers", options.workers), ("--log-interval", options.log_interval), ("--num-docs", options.num_docs)):
         if value is not None and value < 1:
-            raise DatasetError(f"{flag} {value}: give a number from 1")
+            raise DatasetError(f"{flag} {value}: give 1 or more")
     if len(set(options.keys)) < len(options.keys):
-        raise DatasetError(f"--jsonl-keys {' '.join(options.keys)}: a key stands there twice")
+        raise DatasetError(f"--jsonl-keys {' '.join(options.keys)}: the same key is given twice")
     if any("/" in key for key in options.keys):
         raise DatasetError(f"--jsonl-keys {' '.join(options.keys)}: a key is part of a file's name, so it cannot have a slash in it")
     if Path(options.output_prefix).name in ("", "..") or options.output_prefix.endswith("/"):
@@ -162,7 +165,7 @@ def read_items(job: Job, records: Iterable[Record], on_problem: OnProblem) -> It
 
 
 class Progress:
-    """Tells the stage of the work every `log_interval` documents."""
+    """Updates the progress display every `log_interval` documents."""
 
     def __init__(self, stage: Stage, meter: Meter, options: PreprocessOptions) -> None:
         self._stage, self._meter, self._options = stage, meter, options
@@ -184,7 +187,7 @@ class Progress:
 
 
 class NumbersWriter:
-    """A pair of plain numbers, whose type shows only when all of them are there. Leaving the context normally writes it."""
+    """Writes a pair of plain numbers. Their type is known only when all are there, so the pair is written when the context ends without an error."""
 
     def __init__(self, prefix: Path) -> None:
         self._prefix = prefix

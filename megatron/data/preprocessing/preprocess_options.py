@@ -31,7 +31,7 @@ def add_input_options(parser: argparse.ArgumentParser, default_key: str) -> None
         metavar="KEY",
         help="keys of each record to prepare, each to files of its own (default: %(default)s)",
     )
-    add("--num-docs", type=int, metavar="N", help="number of documents in the input, if known: what progress is measured against")
+    add("--num-docs", type=int, metavar="N", help="number of documents in the input, if known; progress is shown as a share of it")
     add_format_option(parser)
     add_on_error_option(parser)
 
@@ -39,23 +39,23 @@ def add_input_options(parser: argparse.ArgumentParser, default_key: str) -> None
 def add_text_tokenizer_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("tokenizer").add_argument
     add("--tokenizer-type", required=True, choices=TYPES)
-    add("--vocab-file", help="the tokenizer's file, or what else its type takes (a folder, a name)")
+    add("--vocab-file", help="the tokenizer's file, or a folder or a name if its type takes one")
     add("--merge-file", help="merges.txt of GPT2BPETokenizer")
     add("--append-eod", action="store_true", help="end every document with the end-of-document token")
-    add("--ftfy", action="store_true", help="mend text with the package ftfy first")
+    add("--ftfy", action="store_true", help="first repair the text with the package ftfy")
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output data").add_argument
-    add("--output-prefix", required=True, metavar="P", help="start of the path of what is written: P_KEY_document.bin and .idx")
-    add("--dataset-impl", type=dataset_impl, default="mmap", metavar="mmap", help="how it is stored (mmap is the one way)")
+    add("--output-prefix", required=True, metavar="P", help="start P of the output paths P_KEY_document.bin and .idx")
+    add("--dataset-impl", type=dataset_impl, default="mmap", metavar="mmap", help="storage format (only mmap exists)")
     add = parser.add_argument_group("runtime").add_argument
     add("--workers", type=int, default=1, metavar="N", help="processes that encode, one thread each; 1 is this process (default: %(default)s)")
     add("--log-interval", type=int, default=100, metavar="N", help="documents between updates of the progress display (default: %(default)s)")
 
 
 def common_options(values: dict[str, Any]) -> PreprocessOptions:
-    """Of what a parser with all of these arguments gave."""
+    """The options from the parsed arguments."""
     return PreprocessOptions(
         inputs=(values["input"],),
         keys=tuple(values["jsonl_keys"]),

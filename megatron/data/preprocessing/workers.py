@@ -1,4 +1,5 @@
-"""Work on batches in several processes: results in order, a bounded number on the way, and a sentence when a process dies."""
+"""Work on batches in several processes. Results come in order, the number of unfinished batches is bounded, and a process that dies gives a
+sentence."""
 
 from __future__ import annotations
 
@@ -25,17 +26,17 @@ BatchIn = TypeVar("BatchIn", contravariant=True)
 ResultOut = TypeVar("ResultOut", covariant=True)
 
 AHEAD = 2
-"""Batches on the way for each process: one being worked on, one waiting."""
+"""Unfinished batches for each process: one in work, one waiting."""
 THREADS = "TOKENIZERS_PARALLELISM"
 SECONDS_TO_END = 5.0
 
 
 class WorkerError(RuntimeError):
-    """A process that ended in the middle of its work, or failed in a way it could not explain."""
+    """A worker process ended in the middle of its work, or failed with an error that cannot be sent back."""
 
 
 class Task(Protocol[BatchIn, ResultOut]):
-    """What is to be done, small and picklable. `start` is called once in every process and loads what the work needs."""
+    """The work to do: a small object that can be pickled. `start` is called once in every process and loads what the work needs."""
 
     def start(self) -> Callable[[BatchIn], ResultOut]: ...
 
@@ -84,7 +85,7 @@ class Failure(NamedTuple):
 
 
 class Workers(Generic[Batch, Result]):
-    """Processes that each hold a started task. A thread here waits for each of them, so that neither side ever waits for the other to read."""
+    """Processes that each hold a started task. One thread of this process waits for each of them, so the two sides never block each other."""
 
     def __init__(self, task: Task[Batch, Result], count: int) -> None:
         self._task = task
@@ -140,12 +141,12 @@ def obituary(process: BaseProcess) -> str:
         ended = f"ended with status {code}"
     return (
         f"a worker process {ended}; nothing was written. Fewer --workers need less memory. "
-        "A script of your own that asks for several has to do so under `if __name__ == '__main__':`"
+        "If your own script starts several workers, it must do so under `if __name__ == '__main__':`"
     )
 
 
 def serve(task: Task[Batch, Result], connection: Connection) -> None:
-    """The life of a worker process; it ends when the other side of the connection does, whatever ended that."""
+    """The loop of a worker process. It ends when the other side of the connection ends, for any reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     os.environ[THREADS] = "false"
     work: Callable[[Batch], Result] | None = None
@@ -162,7 +163,7 @@ def serve(task: Task[Batch, Result], connection: Connection) -> None:
 
 
 def portable(error: Exception) -> Exception:
-    """The error itself where it survives the way to the other process, else one with its traceback as text."""
+    """The error itself if it can be sent to the other process, else an error with its traceback as text."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

@@ -25,16 +25,18 @@ class IndexMaps(NamedTuple):
 
 
 def build_index_maps(sizes_N: np.ndarray, documents: np.ndarray, *, seq_length: int, num_samples: int | None, seed: int) -> IndexMaps:
-    """E epochs, the fewest that give `num_samples` (None: one), documents shuffled over all of them together.
+    """The maps of E epochs, the fewest that give `num_samples` (None: one epoch). Documents are shuffled over all epochs together.
 
-    Raises DatasetError when `documents` hold no tokens, or for one epoch of them fewer than seq_length + 1, or when the maps are larger than the
-    memory.
+    Raises DatasetError if `documents` hold no tokens, if one epoch was asked for and holds fewer than seq_length + 1 tokens, or if the maps do not
+    fit
+    into the memory.
     """
     documents = np.asarray(documents, dtype=np.int32)
     tokens = int(sizes_N[documents].sum(dtype=np.int64))
     if not tokens or (num_samples is None and tokens <= seq_length):
         raise DatasetError(
-            f"{len(documents):,} documents with {tokens:,} tokens in all are less than one sample of seq_length + 1 = {seq_length + 1:,} tokens; "
+            f"{len(documents):,} documents with {tokens:,} tokens in all are not enough for one sample of seq_length + 1 = {seq_length + 1:,} "
+            "tokens; "
             "use more text or a shorter seq_length"
         )
     epochs = epochs_for(tokens, num_samples, seq_length)
@@ -64,6 +66,6 @@ def check_memory(num_samples: int, *, positions: int, rows: int) -> None:
     needed, free = positions * BYTES_PER_POSITION + rows * BYTES_PER_ROW, psutil.virtual_memory().available
     if needed > free:
         raise DatasetError(
-            f"the order of {num_samples:,} samples from {positions:,} documents (repeated ones counted again) takes {needed / 2**30:,.1f} GiB "
-            f"to work out, and {free / 2**30:,.1f} GiB of memory are free: fewer steps or a smaller batch ask for fewer samples"
+            f"the order of {num_samples:,} samples from {positions:,} documents (repeated ones counted again) needs {needed / 2**30:,.1f} GiB "
+            f"of memory, but {free / 2**30:,.1f} GiB are free. Use fewer steps or a smaller batch, so that fewer samples are needed"
         )

@@ -1,4 +1,4 @@
-"""Index maps are built once and found again under a name that holds everything they depend on."""
+"""Builds index maps once and keeps them under a name that contains everything they depend on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron.data.vocabulary import bin_identity
 
 logger = logging.getLogger(__name__)
 ALGORITHMS = {"packed": "packed-1", "pack_until_overflow": "overflow-1", "unpacked": "unpacked-1"}
-"""Part of every name: change one whenever its order changes."""
+"""These are part of every name. Change one of them whenever its order changes."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Packing:
     impl: Literal["packed", "pack_until_overflow", "unpacked"] = "packed"
     allow_chopped: bool = True
     labels: IndexedDataset | None = None
-    """Documents without any label are left out of samples of whole documents. None: all are used."""
+    """The labels. Samples of whole documents leave out documents without any label. None: all documents are used."""
 
     def facts(self) -> dict[str, Any]:
         if self.impl == "packed":
@@ -99,11 +99,11 @@ def save(maps: IndexMaps, directory: Path) -> None:
 
 
 def load(directory: Path) -> IndexMaps | None:
-    """Mapped from `directory`; None when a file in it cannot be read, or is damaged; what is damaged is removed."""
+    """The maps in `directory`, memory-mapped. None: a file cannot be read or is damaged. Damaged maps are removed."""
     try:
         maps = IndexMaps(*(np.load(directory / f"{name}.npy", mmap_mode="r") for name in IndexMaps._fields))
     except PermissionError as error:
-        logger.warning("%s cannot be read (%s); building it again", directory, error.strerror)
+        logger.warning("%s cannot be read (%s); it is built again", directory, error.strerror)
         return None
     except OSError as error:
         if error.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):  # the machine's fault, not the file's
@@ -117,5 +117,5 @@ def load(directory: Path) -> IndexMaps | None:
 
 
 def remove_damaged(directory: Path, error: Exception) -> None:
-    logger.warning("%s is damaged (%s); building it again", directory, error)
+    logger.warning("%s is damaged (%s); it is built again", directory, error)
     shutil.rmtree(directory, ignore_errors=True)

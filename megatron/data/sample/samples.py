@@ -1,4 +1,4 @@
-"""A sample: stretches of documents, the labels of their tokens, and which document each token is from.
+"""A sample: pieces of documents, the labels of their tokens, and the document of each token.
 
 Shapes: S sequence length
 """
@@ -31,7 +31,7 @@ class Source:
 
     tokens: IndexedDataset
     labels: IndexedDataset | None = None
-    """Documents of the same sizes: what to predict at each token, negative where it does not count. None: the tokens themselves."""
+    """Documents of the same sizes, which hold the label of each token; a negative label does not count. None: the tokens are their own labels."""
     number_documents: bool = False
     """Whether samples say which document each token is from."""
 
@@ -48,8 +48,8 @@ class Source:
 class SampleDataset(Dataset[dict[str, np.ndarray]], ABC):
     """Item i is {"text": int64 [S + 1]}, and "label" and "document" of the same shape where there are any: see Source.
 
-    Inputs are the first S tokens, targets the last S. `len` is one less than the shuffle index has, as in NeoX. Raises DatasetError when that leaves
-    no sample at all.
+    Inputs are the first S tokens, targets the last S. `len` is one less than the length of the shuffle index, as in NeoX. Raises DatasetError if no
+    sample is left.
     """
 
     def __init__(self, source: Source, maps: IndexMaps, name: str) -> None:
@@ -58,8 +58,9 @@ class SampleDataset(Dataset[dict[str, np.ndarray]], ABC):
         self.name = name
         if len(self) < 1:
             raise DatasetError(
-                f"{source.tokens.prefix}: the {name} documents give {len(maps.shuffle_index)} sample(s), and the last one is not used: "
-                "too few for one; use more text, a shorter seq_length or a larger share in 'split'"
+                f"{source.tokens.prefix}: the {name} documents give {len(maps.shuffle_index)} sample(s). The last one is never used, so no "
+                "sample is left. "
+                "Use more text, a shorter seq_length or a larger share in 'split'"
             )
 
     def __len__(self) -> int:

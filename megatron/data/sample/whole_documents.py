@@ -17,10 +17,11 @@ PADDING = 0
 
 
 class WholeDocumentDataset(SampleDataset):
-    """Samples that begin with a document: the documents of a row, the first token of the next one, padding, cut at S + 1 tokens.
+    """Samples that begin with a document: the documents of a row, the first token of the next document, padding. They are cut at S + 1 tokens.
 
-    That one token is NeoX's way of ending a sample where the next begins, kept because losses depend on it; so is the first sample in place of the
-    last row, after which no document comes. There is always a "label": the tokens themselves where the source has none, and -100 at padding.
+    The one token of the next document is there because NeoX does the same and losses depend on it. For the same reason the first sample takes the
+    place
+    of the last row, which has no next document. There is always a "label": the tokens themselves if the source has no labels, and -100 at padding.
     """
 
     def __init__(self, source: Source, maps: IndexMaps, name: str, *, seq_length: int) -> None:

@@ -17,7 +17,8 @@ from megatron.data.sample.index_map import IndexMaps, check_memory, shuffled_ran
 
 logger = logging.getLogger(__name__)
 IGNORED_LABEL = -100
-"""Where the loss does not count, in NeoX's files and padding. Any negative label has that effect; documents of nothing but these are left out."""
+"""The label of tokens that do not count in the loss, in NeoX's files and in padding. Any negative label has this effect, but only documents in which
+every label is this one are left out."""
 LABELS_AT_ONCE = 1 << 24
 
 
@@ -50,7 +51,7 @@ def build_overflow_maps(sizes_N: np.ndarray, usable_N: np.ndarray, documents: ra
 
 
 def build_unpacked_maps(usable_N: np.ndarray, documents: range, *, num_samples: int, seed: int) -> IndexMaps:
-    """NeoX's unpacked: the usable documents in the order of the file, over and over, one a sample; the samples shuffled."""
+    """NeoX's unpacked: one usable document for each sample, in the order of the file and repeated as needed. Then the samples are shuffled."""
     check_memory(num_samples, positions=num_samples + 1, rows=num_samples + 1)
     shuffle_index = shuffled_range(num_samples, np.random.RandomState(seed))
     usable = np.flatnonzero(usable_N[documents.start : documents.stop]) + documents.start
@@ -68,9 +69,10 @@ def rows_at(position_R: np.ndarray, positions: int) -> np.ndarray:
 def usable_documents(
     tokens: IndexedDataset, labels: IndexedDataset | None, documents: range, *, longest: int | None, labelled_within: int
 ) -> np.ndarray:
-    """bool [N]: neither empty, nor longer than `longest` tokens (None: any length), nor without a label in its first `labelled_within` tokens.
+    """bool [N]: whether a document is not empty, has at most `longest` tokens (None: any length), and has a label in its first `labelled_within`
+    tokens.
 
-    What is left out is logged. Raises DatasetError when nothing in `documents` is left.
+    The numbers of unusable documents are logged. Raises DatasetError if no document is left.
     """
     sizes_N = tokens.sizes
     reasons = {"empty": sizes_N == 0}
@@ -83,7 +85,7 @@ def usable_documents(
     counts = [f"{count:,} {why}" for why, hit in reasons.items() if (count := int(hit[part].sum()))]
     sentence = f"of {len(documents):,} documents {', '.join(counts)}"
     if not usable_N[part].any():
-        raise DatasetError(f"no document is left to make samples of: {sentence}")
+        raise DatasetError(f"no document is left for samples: {sentence}")
     if counts:
         logger.info("%s: left out %s.", tokens.prefix, sentence)
     return usable_N

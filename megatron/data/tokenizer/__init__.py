@@ -25,11 +25,11 @@ NULL = "NullTokenizer"
 
 
 class TokenizerError(ValueError):
-    """A tokenizer that cannot be had. The message says which file or setting and what to do."""
+    """A tokenizer that cannot be loaded or used. The message names the file or setting and says what to do."""
 
 
 class Tokenizer(Protocol):
-    """What training, generation and data preparation need of a tokenizer."""
+    """The interface that training, generation and data preparation use."""
 
     @property
     def vocab_size(self) -> int:
@@ -44,13 +44,13 @@ class Tokenizer(Protocol):
 
     @property
     def unknown(self) -> int | None:
-        """The id that stands for what the vocabulary has not; None when there is none."""
+        """The id that stands for text outside the vocabulary. None: there is no such id."""
 
     def loses(self, character: str) -> bool:
-        """Whether no token stands for a character, so that it is left out; what becomes `unknown` is not meant."""
+        """Whether encoding drops this character, because no token stands for it. A character that becomes `unknown` is not dropped."""
 
     def unknown_pieces(self, text: str) -> list[str]:
-        """The pieces of a text that become `unknown`, each as often as it does."""
+        """The pieces of a text that become `unknown`, once for every time."""
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -62,7 +62,7 @@ class Tokenizer(Protocol):
 
 
 def build_tokenizer(data: DataConfig) -> Tokenizer:
-    """The tokenizer of a config (`tokenizer_type`, `vocab_file`, `merge_file`, `vocab_size`). Raises TokenizerError."""
+    """The tokenizer that a config names (`tokenizer_type`, `vocab_file`, `merge_file`, `vocab_size`). Raises TokenizerError."""
     if data.tokenizer_type == NULL:
         from megatron.data.tokenizer.null import NullTokenizer
 
@@ -71,9 +71,9 @@ def build_tokenizer(data: DataConfig) -> Tokenizer:
 
 
 def load_tokenizer(tokenizer_type: str, vocab_file: str | Path | None, merge_file: str | Path | None = None) -> Tokenizer:
-    """Either file may be None for kinds that read none. Raises TokenizerError."""
+    """A tokenizer by its type. Either file may be None for types that do not read it. Raises TokenizerError."""
     if tokenizer_type not in _CLASSES:
-        raise TokenizerError(f"tokenizer_type = {tokenizer_type!r} is not one of those there are: {', '.join(TYPES)}")
+        raise TokenizerError(f"tokenizer_type = {tokenizer_type!r} is unknown; the tokenizer types are: {', '.join(TYPES)}")
     module, name = _CLASSES[tokenizer_type]
     kind: Any = getattr(importlib.import_module(f"megatron.data.tokenizer.{module}"), name)
     tokenizer: Tokenizer = kind(vocab_file, merge_file)
@@ -85,6 +85,6 @@ def end_of_document(tokenizer: Tokenizer, purpose: str) -> int:
     if tokenizer.eod is None:
         raise TokenizerError(
             f"{purpose} needs a token that ends a document, and this tokenizer has none: no <|endoftext|>, <|end_of_text|>, </s> or <eos> in its "
-            "vocabulary and no eos_token in a tokenizer_config.json beside its file; add one there, or do without"
+            f"vocabulary and no eos_token in a tokenizer_config.json beside its file. Add an eos_token there, or switch {purpose} off"
         )
     return tokenizer.eod

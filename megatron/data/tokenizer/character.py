@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class CharLevelTokenizer:
-    """Ids 0..255 are bytes (0 doubles as end of document, as in NeoX), 256..511 are never produced and decode to nothing. The files are not read."""
+    """Ids 0..255 are bytes (0 is also the end of a document, as in NeoX). 256..511 are never produced and decode to nothing. Files are not read."""
 
     vocab_size = 512
     eod = 0

@@ -1,4 +1,4 @@
-"""What lies beside a tokenizer's file and says how a model uses it: Hugging Face's settings, named tokens, chat templates, ids that end a text."""
+"""The files beside a tokenizer that say how a model uses it: Hugging Face's settings, named tokens, chat templates, ids that end a text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 CONFIG, SPECIAL_TOKENS, ADDED_TOKENS = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 GENERATION = "generation_config.json"
 TOKEN_IDS = "token_ids.json"
-"""The ids of bos, eos and pad as config.json of an imported model has them. Ours: there is no config.json beside our tokenizers."""
+"""Our own file: the ids of bos, eos and pad from the config.json of an imported model. Our tokenizers have no config.json beside them."""
 TEMPLATES = "additional_chat_templates"
 """A folder of further chat templates."""
 TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
@@ -23,7 +23,7 @@ FILES = (CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, GENERATION, TOKEN_IDS, "chat_temp
 
 
 def copy_companions(folder: Path, target: Path, *, templates: bool = True) -> None:
-    """Copies what there is of FILES in `folder`, and of TEMPLATES where `templates` is on."""
+    """Copies those of FILES that `folder` has, and with `templates` those of TEMPLATES."""
     if folder.resolve() == target.resolve():
         return
     for name in FILES:
@@ -34,8 +34,8 @@ def copy_companions(folder: Path, target: Path, *, templates: bool = True) -> No
 
 
 def folder_of(data: DataConfig) -> Path | None:
-    """Where the companions of a configured tokenizer lie: beside `generation_config` if given, else beside `vocab_file` (or in it, if it is
-    a folder). None: nothing names a place."""
+    """The folder of a tokenizer's companions: that of `generation_config` if given, else that of `vocab_file` (or `vocab_file` itself, if it is
+    a folder). None: neither is given."""
     if data.generation_config is not None:
         return Path(data.generation_config).parent
     if data.vocab_file is None:
@@ -45,7 +45,7 @@ def folder_of(data: DataConfig) -> Path | None:
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """A file of settings by their names; empty where there is none, or where it is something else."""
+    """The settings of a JSON file. Empty if the file is missing or holds no settings."""
     content: Any = None
     with contextlib.suppress(OSError, ValueError):  # a file that is not JSON belongs to something else
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -53,8 +53,8 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def named_token(folder: Path, name: str) -> str | None:
-    """The text of `eos_token` and its like, written as a string or as a dictionary: of tokenizer_config.json, else of special_tokens_map.json, where
-    older versions of transformers wrote it. None: neither names it."""
+    """The text of `eos_token` or a similar setting, which may be a string or a dictionary. It is read from tokenizer_config.json, else from
+    special_tokens_map.json (older versions of transformers). None: neither file names it."""
     for file in (CONFIG, SPECIAL_TOKENS):
         value = token_text(read_settings(folder / file).get(name))
         if value is not None:
@@ -63,7 +63,7 @@ def named_token(folder: Path, name: str) -> str | None:
 
 
 def token_text(value: Any) -> str | None:
-    """The text of a token in a settings file. None: it is none."""
+    """The text of a token in a settings file. None: the value is not a token."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) and value else None
 
@@ -86,7 +86,7 @@ def id_list(value: Any) -> list[int]:
 
 
 def stated_ends(folder: Path) -> list[int]:
-    """The ids at which the model of `folder` stops, in the order of its files: generation_config.json, then config.json as TOKEN_IDS keeps it."""
+    """The ids at which the model of `folder` stops: first those of generation_config.json, then those of config.json, which TOKEN_IDS keeps."""
     stated: list[Mapping[str, Any]] = [read_settings(folder / GENERATION), read_settings(folder / TOKEN_IDS)]
     ids = [number for settings in stated for number in id_list(settings.get("eos_token_id"))]
     return list(dict.fromkeys(ids))

@@ -15,12 +15,16 @@ TURN_ENDS = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|end_of_turn|>", "<|endofturn|>"),
     *("<|END_OF_TURN_TOKEN|>", "<|return|>", "<|call|>", "[EOT]", "<|user|>", "<|observation|>", "<|eoa|>", "<|end_of_role|>", "<|role_end|>"),
 )
-"""Names that chat models give to the end of a turn. One of them as `eos_token` ends a document only where the vocabulary has no other end."""
+"""Names that chat models give to the end of a turn. If `eos_token` is one of them, it ends a document only if the vocabulary has no other end."""
 
 
 def find_end_of_document(token_to_id: Callable[[str], int | None], folder: Path) -> int | None:
-    """The id of <|endoftext|> (NeoX's only rule) or <|end_of_text|> (Llama 3), else of the `eos_token` in the settings of `folder` unless it ends the
-    turns of a chat, else of another usual name, else of that `eos_token` all the same. None: the vocabulary has none of them."""
+    """The id of the token that ends a document. None: the vocabulary has none of those below.
+
+    The first one that exists is taken: <|endoftext|> (NeoX's only rule); <|end_of_text|> (Llama 3); the `eos_token` in the settings of `folder`, if
+    it
+    does not end the turns of a chat; another usual name; the `eos_token` even if it ends turns.
+    """
     return choose_end(token_to_id, named_token(folder, "eos_token"), chat_templates(folder))
 
 
@@ -34,12 +38,12 @@ def choose_end(token_to_id: Callable[[str], int | None], eos_token: str | None, 
 
 
 def ends_turns(token: str, template: str) -> bool:
-    """Whether a token ends the turns of a chat and is no usual end of a text: by its name, or because the chat template writes it."""
+    """Whether a token ends the turns of a chat, by its name or because the chat template writes it, and is not a usual end of a text."""
     return token in TURN_ENDS or (token in template and token not in (*BEFORE_CONFIG, *AFTER_CONFIG))
 
 
 def find_stop_tokens(token_to_id: Callable[[str], int | None], folder: Path | None, eod: int | None) -> tuple[int, ...]:
-    """The ids at which an answer is over: the end of a document, the `eos_token` of the settings in `folder`, and every id that the model's
+    """The ids that end an answer: the end of a document, the `eos_token` of the settings in `folder`, and every end that the model's
     generation_config.json and config.json name. `folder` None: there are no settings."""
     ids = [] if eod is None else [eod]
     if folder is not None:

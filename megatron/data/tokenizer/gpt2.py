@@ -17,12 +17,12 @@ log = logging.getLogger(__name__)
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 MOST_MISSING = 1e-3
-"""Share of merges into tokens that are not in vocab.json with which the two files may still belong together: GPT-NeoX reads such files too."""
+"""Up to this share of the merges may make a token that vocab.json does not have: GPT-NeoX reads such files too."""
 FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
 class GPT2BPETokenizer(RustTokenizer):
-    """NeoX's: text that spells `<|endoftext|>` is text and never becomes the special token. Raises TokenizerError."""
+    """As in NeoX, text that spells `<|endoftext|>` stays text and never becomes the special token. Raises TokenizerError."""
 
     def __init__(self, vocab_file: str | Path | None, merge_file: str | Path | None) -> None:
         for key, value, name in (("vocab_file", vocab_file, "vocab.json"), ("merge_file", merge_file, "merges.txt")):
@@ -39,10 +39,10 @@ class GPT2BPETokenizer(RustTokenizer):
 
 
 class HFGPT2Tokenizer(RustTokenizer):
-    """GPT-2's as Hugging Face has it, with NeoX's `<|padding|>` added: text that spells a special token becomes that token.
+    """GPT-2's tokenizer as Hugging Face has it, with NeoX's `<|padding|>` added. Text that spells a special token becomes that token.
 
-    `vocab_file` is a folder with a tokenizer.json, or with vocab.json and merges.txt, or the name of one on the Hugging Face hub. A name is looked
-    up among the files downloaded before, then downloaded; None stands for `gpt2` and is never downloaded. Raises TokenizerError.
+    `vocab_file` is a folder with a tokenizer.json, or with vocab.json and merges.txt, or the name of such a folder on the Hugging Face hub. A name
+    is searched among earlier downloads, then downloaded. None stands for `gpt2`, which is never downloaded. Raises TokenizerError.
     """
 
     def __init__(self, vocab_file: str | Path | None, merge_file: str | Path | None = None) -> None:
@@ -53,7 +53,8 @@ class HFGPT2Tokenizer(RustTokenizer):
 
 
 def read_gpt2(vocab: Path, merges: Path) -> Tokenizer:
-    """A byte-level BPE without special tokens. A few merges into tokens that there are not are left out with a warning. Raises TokenizerError."""
+    """A byte-level BPE without special tokens. If a few merges make tokens that do not exist, they are left out with a warning. Raises
+    TokenizerError."""
     try:
         tokenizer = Tokenizer(_model(vocab, merges))
     except Exception as error:  # the library raises plain Exception
@@ -73,7 +74,14 @@ def _model(vocab: Path, merges: Path) -> models.BPE:
     if not 0 < missing <= MOST_MISSING * len(pairs):
         return models.BPE(ids, pairs)
     first = next("".join(pair) for pair, kept in zip(pairs, [*usable, None], strict=False) if pair != kept)
-    log.warning("%d of the %s merges in %s make a token that %s has not (%s): left out.", missing, f"{len(pairs):,}", merges, vocab.name, first)
+    log.warning(
+        "%d of the %s merges in %s make a token that %s does not have (%s). These merges are left out.",
+        missing,
+        f"{len(pairs):,}",
+        merges,
+        vocab.name,
+        first,
+    )
     return models.BPE(ids, usable)
 
 
@@ -92,8 +100,8 @@ def read_folder(folder: Path) -> Tokenizer:
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     if not (vocab.is_file() and merges.is_file()):
         raise TokenizerError(
-            f"vocab_file: {folder} is no folder with a tokenizer.json, or with vocab.json and merges.txt; HFGPT2Tokenizer takes such a folder or a "
-            "name on the Hugging Face hub, HFTokenizer the path of a tokenizer.json"
+            f"vocab_file: {folder} is not a folder with a tokenizer.json, or with vocab.json and merges.txt. HFGPT2Tokenizer takes such a "
+            "folder or a name on the Hugging Face hub; HFTokenizer takes the path of a tokenizer.json"
         )
     tokenizer = read_gpt2(vocab, merges)
     if tokenizer.token_to_id(END_OF_TEXT) is not None:
@@ -113,17 +121,17 @@ def fetch(vocab_file: str | Path | None) -> Path:
         return found
     if vocab_file is None:
         raise TokenizerError(
-            "tokenizer_type HFGPT2Tokenizer without vocab_file means `gpt2` of the Hugging Face hub, which has not been downloaded: give a folder "
-            "with its files, or vocab_file: gpt2 to download it"
+            "tokenizer_type HFGPT2Tokenizer without vocab_file means `gpt2` of the Hugging Face hub, which has not been downloaded. Give a folder "
+            "with its files, or write vocab_file: gpt2 to download it"
         )
     raise TokenizerError(
-        f"vocab_file: there is no folder {name}, and nothing of that name was downloaded before or can be had from the Hugging Face hub now "
-        "(no network, HF_HUB_OFFLINE, or no such name); give a folder with a tokenizer.json, or with vocab.json and merges.txt"
+        f"vocab_file: there is no folder {name}. It was not downloaded before, and the Hugging Face hub does not give it now "
+        "(no network, HF_HUB_OFFLINE, or no such name). Give a folder with a tokenizer.json, or with vocab.json and merges.txt"
     )
 
 
 def lookup(name: str, *, local_files_only: bool) -> Path | None:
-    """None: not to be had."""
+    """None: it cannot be found."""
     from huggingface_hub import hf_hub_download
 
     for files in FILES:

@@ -13,13 +13,13 @@ from megatron.data.tokenizer import TokenizerError
 from megatron.data.tokenizer.eod import find_end_of_document
 
 INCOMPLETE = "\ufffd"
-"""What bytes decode to that do not make a character."""
+"""Decoding gives this for bytes that are not a character."""
 
 
 class RustTokenizer:
-    """A tokenizer of the library, used whole: what its file says of truncation and padding is for batches of sentences and is switched off.
+    """A tokenizer of the library. Truncation and padding, which its file may ask for, are switched off.
 
-    `folder` is where a `tokenizer_config.json` may lie.
+    `folder` may hold a `tokenizer_config.json`.
     """
 
     def __init__(self, tokenizer: Tokenizer, folder: Path) -> None:
@@ -29,9 +29,7 @@ class RustTokenizer:
         ids = tokenizer.get_vocab(with_added_tokens=True).values()
         self.vocab_size: int = max(len(ids), max(ids, default=0) + 1)  # ids may have gaps
         if not tokenizer.get_vocab(with_added_tokens=False):
-            raise TokenizerError(
-                f"vocab_file: the vocabulary is empty: the tokenizer in {folder} has no entries, so that no text could be read with it"
-            )
+            raise TokenizerError(f"vocab_file: the vocabulary is empty: the tokenizer in {folder} has no entries, so it cannot encode any text")
         self.unknown: int | None = unknown_token(tokenizer)
         self._by_character = isinstance(tokenizer.model, models.BPE | models.Unigram)  # the other models know a word whole or not at all
         self._unknown: dict[str, bool] = {}
@@ -42,12 +40,12 @@ class RustTokenizer:
         return number
 
     def entry(self, number: int) -> str | None:
-        """The text of an entry. None: there is none with this id."""
+        """The text of an entry. None: no entry has this id."""
         text: str | None = self._tokenizer.id_to_token(number)
         return text
 
     def added_tokens(self) -> dict[str, int]:
-        """The entries that text is searched for before it is cut, special ones among them, with their ids."""
+        """The added entries, special ones included, with their ids. The tokenizer searches the text for them before it cuts the rest."""
         return {token.content: number for number, token in self._tokenizer.get_added_tokens_decoder().items()}
 
     def save(self, path: Path) -> None:
@@ -64,7 +62,7 @@ class RustTokenizer:
         return bool(normal) and (bool(normal.strip()) if not pieces else any(piece.strip() for piece in pieces))
 
     def encode_alone(self, text: str) -> list[int]:
-        """Without what the file's own template adds."""
+        """The ids of `text` without the tokens that the file's own template adds."""
         with _explained():
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
@@ -87,7 +85,7 @@ class RustTokenizer:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """On the library's own threads (TOKENIZERS_PARALLELISM=false: on this one)."""
+        """Uses the library's own threads; with TOKENIZERS_PARALLELISM=false only this one."""
         with _explained():
             return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
 
@@ -106,7 +104,7 @@ def _explained() -> Iterator[None]:
 
 
 def unknown_token(tokenizer: Tokenizer) -> int | None:
-    """The id of the token for what the vocabulary has not. None: there is none."""
+    """The id of the token for text outside the vocabulary. None: there is no such token."""
     if isinstance(tokenizer.model, models.Unigram):
         number: int | None = json.loads(tokenizer.to_str())["model"]["unk_id"]
         return number
@@ -115,7 +113,7 @@ def unknown_token(tokenizer: Tokenizer) -> int | None:
 
 
 class HFTokenizer(RustTokenizer):
-    """Encodes as NeoX's does, including the special tokens that the file's own template adds. `merge_file` is not read.
+    """Encodes as NeoX's HFTokenizer does, with the special tokens that the file's own template adds. `merge_file` is not read.
 
     Raises TokenizerError when the file is missing or not a tokenizer.
     """

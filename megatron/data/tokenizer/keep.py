@@ -16,8 +16,8 @@ KEPT_NAMES = {
 
 
 def keep_tokenizer(tokenizer_type: str, given: dict[str, str | None], folder: Path) -> dict[str, str]:
-    """Copies the files of the config keys `given` into `folder`, with what lies beside the vocabulary (settings, chat template). Returns the keys
-    with the names of the copies; what is no file (a folder, a name on a hub) stays as it was given, and keys without a value go."""
+    """Copies the files of the config keys `given` into `folder`, and the settings and chat template beside the vocabulary. Returns the keys with
+    the names of the copies. A value that is not a file (a folder, a name on a hub) stays as it is. A key without a value is left out."""
     kept = {}
     for key, value in given.items():
         if value is None:

@@ -1,7 +1,7 @@
-"""What a tokenizer cannot give back of a text: characters that no token stands for, and pieces that become its token for the unknown.
+"""The parts of a text that a tokenizer loses: characters that no token stands for, and pieces that become its unknown token.
 
-A tokenizer that changes text by its rules (lower case, NFKC, one space for several) loses nothing by that. The check costs a look at each distinct
-character, once, and a search for the unknown token in the ids.
+Changes by the tokenizer's rules (lower case, NFKC, one space for several) are not losses. The check looks once at each distinct character, and it
+searches the ids for the unknown token.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class LossFinder:
         self._lost: set[str] = set()
 
     def find(self, text: str, ids: Sequence[int]) -> Counter[str]:
-        """The pieces of `text` that its `ids` do not stand for, and how often they come up; empty where nothing is lost."""
+        """The pieces of `text` that are lost in its `ids`, and how often each is. Empty if nothing is lost."""
         characters = set(text)
         new = characters - self._seen
         if new:
@@ -49,7 +49,7 @@ def lost_text(pieces: Counter[str]) -> str:
 
 
 class Losses:
-    """What was lost of many texts. With `on_error` fail the first loss raises DatasetError."""
+    """Collects the losses of many texts. With `on_error` fail the first loss raises DatasetError."""
 
     def __init__(self, on_error: Literal["fail", "skip"]) -> None:
         self._on_error = on_error
@@ -61,8 +61,8 @@ class Losses:
         """`origin` says which text it is (file:line). Raises DatasetError."""
         if self._on_error == "fail":
             raise DatasetError(
-                f"{origin}: the tokenizer has no tokens for {lost_text(pieces)} of this text, so that they would be lost. Nothing was written; take "
-                "a tokenizer that has them, or --on-error skip to go on without these characters"
+                f"{origin}: the tokenizer has no tokens for {lost_text(pieces)} of this text, so they would be lost. Nothing was written. Use "
+                "a tokenizer that has them, or --on-error skip to continue without these characters"
             )
         self.documents += 1
         self.pieces.update(pieces)

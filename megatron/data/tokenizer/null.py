@@ -9,14 +9,14 @@ from megatron.data.tokenizer import TokenizerError
 
 
 class NullTokenizer:
-    """Knows how many tokens there are and no more. Everything that needs text raises TokenizerError."""
+    """Knows only the number of tokens. Everything that needs text raises TokenizerError."""
 
     eod = None
     unknown = None
 
     def __init__(self, vocab_size: int | None) -> None:
         if vocab_size is None:
-            raise TokenizerError("tokenizer_type NullTokenizer needs vocab_size: how many tokens the data is made of")
+            raise TokenizerError("tokenizer_type NullTokenizer needs vocab_size: the number of different tokens in the data")
         self.vocab_size: int = vocab_size
 
     def token_to_id(self, token: str) -> int | None:

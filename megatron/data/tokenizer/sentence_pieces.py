@@ -13,7 +13,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class SPMTokenizer:
-    """Ids as the library gives them, with neither <s> nor </s> around; text that spells them stays text. `merge_file` is not read.
+    """The library's ids, without <s> before and </s> after them. Text that spells these tokens stays text. `merge_file` is not read.
 
     `eod` is <|endoftext|> where the model has that piece, else its end-of-sentence piece (</s>); None when it has neither.
     Raises TokenizerError when the file is missing or not such a model.

@@ -38,7 +38,7 @@ class TiktokenTokenizer:
     """Text that spells a special token stays text. `vocab_file` is the name of an encoding (the library downloads it once) or Llama 3's file;
     `merge_file` is not read.
 
-    Raises TokenizerError when the package is missing, the name is unknown or cannot be downloaded, or the file is another one.
+    Raises TokenizerError when the package is missing, the name is unknown or cannot be downloaded, or the file is not Llama 3's.
     """
 
     def __init__(self, vocab_file: str | Path | None, merge_file: str | Path | None = None) -> None:
@@ -102,7 +102,7 @@ class TiktokenTokenizer:
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Cut every 400,000 characters, then after every 25,000 characters of white space, or of anything else, in a row."""
+    """Text cut every 400,000 characters, then after every 25,000 characters in a row that are all white space or all something else."""
     for start in range(0, len(text), LONGEST_TEXT):
         part = text[start : start + LONGEST_TEXT] if len(text) > LONGEST_TEXT else text
         if len(part) <= LONGEST_RUN or (max(map(len, part.split()), default=0) <= LONGEST_RUN and not LONG_SPACE.search(part)):
@@ -121,14 +121,15 @@ def get_encoding(library: Any, name: str) -> Any:
     known = library.list_encoding_names()
     if name not in known:
         raise TokenizerError(
-            f"vocab_file: {name!r} is neither a file nor an encoding of tiktoken ({', '.join(known)}); of files, Llama 3's tokenizer.model is read"
+            f"vocab_file: {name!r} is neither a file nor an encoding of tiktoken ({', '.join(known)}). The only file that can be given here is "
+            "Llama 3's tokenizer.model"
         )
     try:
         return library.get_encoding(name)
     except OSError as error:  # what `requests` raises, too
         raise TokenizerError(
-            f"vocab_file: tiktoken could not download {name} ({type(error).__name__}); where there is no network, set TIKTOKEN_CACHE_DIR to a folder "
-            "that holds its download from elsewhere"
+            f"vocab_file: tiktoken could not download {name} ({type(error).__name__}); without a network, set TIKTOKEN_CACHE_DIR to a folder "
+            "that holds this encoding, downloaded on another machine"
         ) from None
 
 
@@ -144,7 +145,8 @@ def read_llama3_ranks(path: Path) -> dict[bytes, int]:
             raise TokenizerError(f"vocab_file: line {number} of {path} is not `base64 rank`, so it is no tiktoken file; {hint}") from None
     if sorted(ranks.values()) != list(range(LLAMA3_RANKS)):
         raise TokenizerError(
-            f"vocab_file: {path} holds {len(ranks):,} ranks; of tiktoken files only Llama 3's is known here (0..{LLAMA3_RANKS - 1}), since such "
-            "a file does not say how text is cut. Is it cut short, or another model's? Then use that model's tokenizer.json with HFTokenizer"
+            f"vocab_file: {path} holds {len(ranks):,} ranks. A tiktoken file does not say how text is cut, so only Llama 3's file "
+            f"(ranks 0..{LLAMA3_RANKS - 1}) can be read here. "
+            "This one is cut short or from another model: use that model's tokenizer.json with HFTokenizer"
         )
     return ranks

@@ -1,5 +1,5 @@
-"""Causal self-attention. `self_attention.py` reads top to bottom; `split.py` makes queries, keys and values, `mask.py` says who sees whom,
-`sdpa.py` and `flash.py` compute, `choice.py` chooses between them, `cache.py` remembers.
+"""Causal self-attention. Begin with `self_attention.py`. `split.py` makes queries, keys and values. `mask.py` says which keys a query sees.
+`sdpa.py` and `flash.py` compute, `choice.py` chooses between them, and `cache.py` keeps keys and values.
 """
 
 from megatron.model.attention.cache import CacheError, LayerCache, build_cache

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class CacheError(ValueError):
-    """Tokens that a cache cannot take."""
+    """The tokens do not fit into the cache."""
 
 
 @dataclass
@@ -44,7 +44,7 @@ class LayerCache:
 
 
 def build_cache(model: ModelConfig, batch: int, max_length: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[LayerCache]:
-    """Empty caches for one request, one a layer. Raises CacheError where the model has no position for `max_length` tokens."""
+    """Empty caches for one request, one for each layer. Raises CacheError if the model has fewer than `max_length` positions."""
     if max_length > model.max_positions:
         raise CacheError(f"a cache of {max_length} positions: the model has at most {model.max_positions} (max_position_embeddings)")
     shape = (batch, model.attended_kv_heads, max_length, model.head_width)

@@ -16,9 +16,9 @@ LOGGER = logging.getLogger(__name__)
 
 
 def choose_attention(model: ModelConfig, gpt: GPT) -> None:
-    """`global` layers compute with PyTorch's SDPA, as all do at first; `flash` layers with flash_attn where it can, else the log says why not.
+    """`flash` layers use flash_attn if it can compute them; if not, the log says why. All other layers keep PyTorch's SDPA.
 
-    Called when the model is where it will run. Calling it twice changes nothing.
+    Call it when the model is on its final device. A second call changes nothing.
     """
     flash = [layer.attention for layer, kind in zip(gpt.layers, model.attention_types, strict=True) if kind == "flash"]
     weight = next(gpt.parameters())

@@ -23,7 +23,7 @@ MAX_HEAD_DIM = 256
 
 
 class FlashAttention:
-    """`plain` computed by flash_attn; where documents are kept apart, `plain` itself."""
+    """Computes the same as `plain` with flash_attn. If documents are kept apart, it calls `plain`."""
 
     def __init__(self, plain: CausalSdpa, alibi: AlibiSlopes | None) -> None:
         from flash_attn import flash_attn_func
@@ -48,15 +48,15 @@ class FlashAttention:
 
 
 def reason_against_flash(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why flash_attn cannot compute this model's attention; None where it can."""
+    """Why flash_attn cannot compute this model's attention. None: it can."""
     if device.type != "cuda":
-        return f"flash_attn runs on CUDA devices only, and this is {device.type}"
+        return f"flash_attn runs on CUDA devices only, and this device is {device.type}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"flash_attn computes in fp16 and bfloat16 only, and this model is in {str(dtype).removeprefix('torch.')}"
     if model.pos_emb == "rpe":
         return "flash_attn cannot add the biases of pos_emb: rpe"
     if model.head_width > MAX_HEAD_DIM:
-        return f"flash_attn takes heads of up to {MAX_HEAD_DIM} dimensions, and these have {model.head_width}"
+        return f"flash_attn takes heads of up to {MAX_HEAD_DIM} dimensions, and this model's heads have {model.head_width}"
     return _reason_against_package()
 
 

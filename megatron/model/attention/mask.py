@@ -15,7 +15,7 @@ from megatron.model.positions.alibi import alibi_slopes
 
 
 class Sight(NamedTuple):
-    """Queries at the end of so many keys, each seeing itself and the `window` positions before it (None: all of them)."""
+    """The queries are the last positions of the keys. Each query sees itself and the `window` positions before it (None: all of them)."""
 
     queries: int
     keys: int
@@ -44,7 +44,7 @@ def visible_SP(sight: Sight) -> Tensor:
 
 @lru_cache(maxsize=2)
 def alibi_mask_HSP(sight: Sight, heads: int, coefficient: float, dtype: torch.dtype) -> Tensor:
-    """ALiBi's bias times `coefficient`, and minus infinity on what is not seen. All layers share it."""
+    """ALiBi's bias times `coefficient`, and minus infinity for keys that a query does not see. All layers share it."""
     with torch.inference_mode(False):
         slope_H = torch.tensor(alibi_slopes(heads), dtype=torch.float32, device=sight.device) * coefficient
         bias_HSP = -slope_H[:, None, None] * distance_SP(sight)
@@ -52,6 +52,6 @@ def alibi_mask_HSP(sight: Sight, heads: int, coefficient: float, dtype: torch.dt
 
 
 def within_documents(mask: Tensor, document_BS: Tensor) -> Tensor:
-    """[B, 1 or H, S, S]: a mask (bool, or added to scores), and nothing of other documents."""
+    """[B, 1 or H, S, S]: the given mask (bool, or added to scores), which also hides other documents."""
     same_B1SS = (document_BS[:, :, None] == document_BS[:, None, :])[:, None]
     return mask & same_B1SS if mask.dtype == torch.bool else mask.masked_fill(~same_B1SS, -torch.inf)

@@ -47,7 +47,7 @@ class CausalSdpa:
         )
 
     def mask(self, sight: Sight, dtype: torch.dtype) -> Tensor | None:
-        """visible_SP. None where a single query sees all keys, or where causality is all there is to it."""
+        """visible_SP. None if a single query sees all keys, or if the causal mask alone is enough."""
         if sight.queries == 1 or (sight.queries == sight.keys and sight.is_plain):
             return None
         return visible_SP(sight)

@@ -1,4 +1,6 @@
-"""Causal self-attention, put together when it is built: how queries, keys and values are made (`split.py`), what computes the rest (`sdpa.py`).
+"""Causal self-attention. Its two parts are chosen when it is built: the one that makes queries, keys and values (`split.py`), and the one that
+computes
+the attention (`sdpa.py`).
 
 Shapes: B batch; S sequence; P positions attended to; H query heads; K key/value heads; d head dimension; D model width.
 """
@@ -38,9 +40,9 @@ if TYPE_CHECKING:
 
 
 class SelfAttention(nn.Module):
-    """dense(softmax(q k^T / sqrt(d)) v), every position seeing itself and what is before it. `rpe` is the table that all layers share, if any.
+    """dense(softmax(q k^T / sqrt(d)) v). Every position sees itself and the positions before it. `rpe` is the table that all layers share, if any.
 
-    The names of what it holds are GPT-NeoX's, except `q_norm` and `k_norm`, which are Hugging Face's.
+    The names of its modules are GPT-NeoX's, except `q_norm` and `k_norm`, which are Hugging Face's.
     """
 
     def __init__(self, model: ModelConfig, init: Initializer, *, index: int = 0, rpe: RelativePositions | None = None) -> None:
@@ -62,7 +64,7 @@ class SelfAttention(nn.Module):
         self.attend = self._build_attend(model, index)
 
     def forward(self, x_BSD: Tensor, places: Places = START, cache: LayerCache | None = None) -> Tensor:
-        """y_BSD. With a cache, `x_BSD` continues the tokens that the cache holds, and is added to them."""
+        """y_BSD. With a cache, `x_BSD` continues the tokens that the cache holds. Its keys and values are added to the cache."""
         query_BHSd, key_BKSd, value_BKSd = (part.transpose(1, 2) for part in self.split(self.query_key_value(x_BSD), places))
         key_BKPd, value_BKPd = (key_BKSd, value_BKSd) if cache is None else cache.append(key_BKSd, value_BKSd)
         dropout = self.dropout if self.training else 0.0

@@ -1,4 +1,4 @@
-"""From the fused projection to queries, keys and values: cut, normalised and turned, as the model has it. One class for each way.
+"""Makes queries, keys and values from the fused projection: it is cut, normalised and rotated as the model needs. There is one class for each way.
 
 Shapes: B batch; S sequence; H query heads; K key/value heads; d head dimension; W = (H + 2K)*d, the fused width.
 """
@@ -18,7 +18,7 @@ Split = Callable[[Tensor, Places], tuple[Tensor, Tensor, Tensor]]
 
 
 Norm = Callable[[Tensor], Tensor]
-"""Of queries BSHd or keys BSKd, the same shape."""
+"""A function of queries BSHd or keys BSKd that keeps the shape."""
 
 
 class PlainSplit:
@@ -64,7 +64,7 @@ class NormedSplit:
         return widened(self.query_norm(query_BSHd)), widened(self.key_norm(key_BSKd)), widened(value_BSKd)
 
     def heads(self, fused_BSW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What is normalised."""
+        """The heads that are normalised."""
         return self.layout.views(fused_BSW)
 
 
@@ -82,7 +82,8 @@ class NormedRotarySplit(NormedSplit):
 
 
 class RepeatedSplit(NormedSplit):
-    """One norm with weights for every query head: each key/value head stands as often as query heads share it, normalised for each (K = H)."""
+    """One norm with weights for every query head. Each key/value head is repeated for the query heads that share it, and normalised for each (K =
+    H)."""
 
     def heads(self, fused_BSW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query_BSHd, key_BSKd, value_BSKd = self.layout.views(fused_BSW)
@@ -91,7 +92,7 @@ class RepeatedSplit(NormedSplit):
 
 
 class RepeatedRotarySplit(RepeatedSplit, NormedRotarySplit):
-    """The same, then turned."""
+    """As RepeatedSplit, then rotated."""
 
 
 def over_all_heads(norm: nn.Module) -> Norm:
@@ -100,5 +101,6 @@ def over_all_heads(norm: nn.Module) -> Norm:
 
 
 def widened(x: Tensor) -> Tensor:
-    """In float32 where a CPU would attend in 16 bits: there the backward of PyTorch's SDPA is five times slower than in float32, cast included."""
+    """Casts to float32 if a CPU would attend in 16 bits. There the backward of PyTorch's SDPA is five times slower in 16 bits, even without the
+    casts."""
     return x.float() if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class MoEOutput(NamedTuple):
-    """What one MoE layer hands on."""
+    """The output of one MoE layer."""
 
     y_BSD: Tensor
     aux_losses_A: Tensor
@@ -67,8 +67,8 @@ class MoELayer(nn.Module):
     def forward(self, x_BSD: Tensor, earlier_rows_E: Tensor | None = None, earlier_usage_2E: Tensor | None = None) -> MoEOutput:
         """Output, losses, loads, statistics.
 
-        `earlier_rows_E` is the load of the step's earlier micro-batches, for losses over the global batch; `earlier_usage_2E` what the layer before
-        this one returned as `usage_2E`, for losses over all layers.
+        `earlier_rows_E` is the load of the step's earlier micro-batches, for losses over the global batch. `earlier_usage_2E` is the `usage_2E`
+        of the MoE layer before this one, for losses over all layers.
         """
         x_TD = x_BSD.flatten(0, 1)
         routing = self.router(x_TD)._replace(batch_shape=tuple(x_BSD.shape[:2]))

@@ -1,4 +1,4 @@
-"""What was decided about which token goes where: values that routers return and that dispatch, losses and analysis read.
+"""The decisions of routers about which expert each token goes to. Routers return these values; dispatch, losses and analysis read them.
 
 Shapes: B batch; S sequence; T = B*S tokens; E experts; K experts per token; R routed rows, sorted by expert; M LoREs per expert; L LoREs per row.
 """
@@ -23,7 +23,7 @@ class Routing(NamedTuple):
     logit_TE: Tensor
     """float32 (float64 in a float64 model)."""
     batch_shape: tuple[int, int] | None = None
-    """(B, S), for who needs the order of tokens; None while only the router has seen it."""
+    """(B, S), for code that needs the order of tokens. None: only the router has seen the routing yet."""
     padded: bool = False
     """Whether tokens may use fewer than K experts: their other places hold expert number E, which does not exist, and weight 0."""
 
@@ -48,12 +48,12 @@ def _over_one_process(count_E: Tensor) -> Tensor:
 
 
 class LossContext(NamedTuple):
-    """What an auxiliary loss may know beside the routing."""
+    """What an auxiliary loss may use besides the routing."""
 
     num_experts: int
     top_k: int
     rows_E: Tensor | None = None
-    """int64: rows that each expert got; None where only a routing is at hand."""
+    """int64: rows that each expert got. None: only a routing is known."""
     lores: LoreRouting | None = None
     """The experts' second routing; None without LoREs."""
     earlier_rows_E: Tensor | None = None

@@ -1,4 +1,4 @@
-"""What stands beside the routed experts and sees every token.
+"""Modules beside the routed experts, which every token goes through.
 
 Shapes: ... any leading dimensions; D model width.
 """
@@ -61,7 +61,7 @@ class ResidualMLP(nn.Module):
 
 
 def build_beside(model: ModelConfig, moe: MoEConfig, init: Initializer) -> nn.ModuleList:
-    """What the config puts beside the routed experts: each maps (x, y so far) to y."""
+    """The modules that the config puts beside the routed experts. Each maps (x, y so far) to y."""
     beside: list[nn.Module] = []
     if moe.shared_width(model):
         beside.append((GatedSharedExpert if moe.moe_shared_expert_gate else SharedExpert)(model, moe, init))

@@ -1,4 +1,4 @@
-"""Positions: where tokens stand (`places.py`), and one file for each way of telling the model.
+"""Positions: `places.py` says where tokens are in their text. There is one file for each way to give this to the model.
 
 learned, sinusoidal    added to the word embeddings            rotary        turn queries and keys
 alibi, rpe             added to the attention scores           none          nothing at all

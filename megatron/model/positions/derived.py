@@ -1,4 +1,4 @@
-"""Numbers that follow from the configuration and stand in GPT-NeoX's checkpoints all the same."""
+"""Numbers that follow from the configuration, but are also stored in GPT-NeoX's checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class DerivedBuffer(nn.Module):
-    """A buffer under GPT-NeoX's name, exact in float32 in a model of any dtype: written into state dictionaries, never taken from them."""
+    """A buffer under GPT-NeoX's name, exact in float32 in a model of any dtype. It is written into state dictionaries but never read from them."""
 
     def __init__(self, name: str, values: Sequence[float]) -> None:
         super().__init__()

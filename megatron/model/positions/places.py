@@ -1,4 +1,4 @@
-"""Where the tokens of one call stand in their text, for whatever wants to know it.
+"""The positions of the tokens of one call in their text.
 
 Shapes: B batch; S tokens of the call; P positions of a table; n numbers a position.
 """
@@ -19,7 +19,7 @@ class Places(NamedTuple):
     position_BS: Tensor | None = None
     """int64: positions that start again at every document. None: they count on from `start`."""
     document_BS: Tensor | None = None
-    """int64: number of each token's document, where it sees no other. None: it sees everything before it."""
+    """int64: the number of each token's document; a token sees only its own document. None: it sees everything before it."""
 
     def rows(self, table_Pn: Tensor, length: int) -> Tensor:
         """The table's rows of `length` tokens: [S, n], or [B, S, n] where positions start again."""

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Override the moments you need. Every process calls every callback in the same order (the end in reverse), so collectives are allowed."""
+    """Override the methods you need. Every process calls the callbacks in the same order (in reverse order at the end), so collectives are
+    allowed."""
 
     def before_training(self, trainer: Trainer) -> None:
         """Once, before the first step of this launch."""
@@ -22,7 +23,7 @@ class Callback:
         """After each step; `trainer.state.iteration` already counts it."""
 
     def after_training(self, trainer: Trainer) -> None:
-        """Once, after the last step, also when the run was asked to stop; not when it failed."""
+        """Once, after the last step, also if the run was asked to stop. It is not called after a failure."""
 
     def close(self) -> None:
-        """Once, whatever happened: give back what is open. No collectives here; another process may have failed."""
+        """Once, also after a failure: close everything that is open. Collectives are not allowed here, because another process may have failed."""

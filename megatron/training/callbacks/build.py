@@ -35,9 +35,9 @@ from megatron.training.trainer import Trainer
 
 
 def build_callbacks(trainer: Trainer, loaded: LoadedConfig, sinks: Sequence[Sink], display: ProgressDisplay | None) -> list[Callback]:
-    """Measure, then judge, then save: a checkpoint of step n follows everything that was to be said about step n.
+    """The order is: measure, judge, save. So a checkpoint of step n comes after all measurements of step n.
 
-    The end of the run goes through them backwards: save first, so that nothing after it can lose the last checkpoint, then evaluate, close, draw.
+    At the end of the run the order is reversed: save first, so that a later failure cannot lose the last checkpoint, then evaluate, close and draw.
     """
     config = loaded.config
     vocabulary = trainer.checkpoint_args["padded_vocab_size"]
@@ -83,7 +83,7 @@ def optional_callbacks(trainer: Trainer, sinks: Sequence[Sink]) -> list[Callback
 
 
 def build_sinks(trainer: Trainer) -> list[Sink]:
-    """Where this process writes its numbers: the first one everywhere, the others to Weights & Biases when `wandb_init_all_ranks` is on.
+    """The sinks of this process. The first process writes to all sinks, the others to Weights & Biases if `wandb_init_all_ranks` is on.
 
     Raises SinkUnavailable when Weights & Biases or Comet refuses the run.
     """
@@ -101,7 +101,7 @@ def build_sinks(trainer: Trainer) -> list[Sink]:
 
 
 def check_sinks(logging: LoggingConfig) -> None:
-    """Raises SinkUnavailable for a package that a sink needs and that is not installed: on every process alike, before anything long begins."""
+    """Raises SinkUnavailable if a package that a sink needs is not installed. It is raised on every process, before any long work."""
     wanted = {"wandb": logging.use_wandb, "comet_ml": logging.use_comet, "tensorboard": logging.tensorboard_dir is not None}
     files = {"wandb": "wandb", "comet_ml": "comet", "tensorboard": "tensorboard"}
     for package, key in (("wandb", "use_wandb: true"), ("comet_ml", "use_comet: true"), ("tensorboard", "tensorboard_dir")):
@@ -111,10 +111,10 @@ def check_sinks(logging: LoggingConfig) -> None:
 
 
 def metrics_path(logging: LoggingConfig, save: str | None) -> Path | None:
-    """The metrics file; None when neither it nor `save` is configured."""
+    """The path of the metrics file. None: neither this path nor `save` is configured."""
     return Path(logging.metrics_file) if logging.metrics_file is not None else Path(save) / "metrics.jsonl" if save is not None else None
 
 
 def plot_path(logging: LoggingConfig, save: str | None) -> Path | None:
-    """The picture's file; None when neither it nor `save` is configured."""
+    """The path of the plot. None: neither this path nor `save` is configured."""
     return Path(logging.plot_file) if logging.plot_file is not None else Path(save) / "training.png" if save is not None else None

@@ -1,4 +1,4 @@
-"""Saving: at the steps the configuration names, and at the end of the run however it ends well."""
+"""Saves checkpoints at the steps that the configuration names, and at the end of a run that did not fail."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ DATA = "training_data"
 
 
 class CheckpointCallback(Callback):
-    """`args`: NeoX's entries that a later load compares; `documents`: file name -> text for the checkpoint's configs/ folder;
-    `layer_files`: the weights are written as a file for each layer.
+    """`args`: NeoX's entries that a later load compares. `documents`: file name -> text for the checkpoint's configs/ folder.
+    `layer_files`: the weights are written as one file for each layer.
 
-    Only weights that are known to be good become a checkpoint of <save>: they are finite, the model's output for a text of the training data is, the
-    last step was taken and the last evaluation gave a number. Others are saved in <save>/suspect, for whoever looks for the cause, and `latest`
-    stays; the checkpoint that was due is written at the next step at which they are good, and that one in <save>/suspect goes then.
-    Weights that are not finite are not saved at all.
-    A save that fails raises CheckpointError and ends the run; the checkpoints that were there stay as they are.
+    Only good weights become a checkpoint of <save>. Good means: the weights are finite, the model's output for a text of the training data is finite,
+    the last step was not skipped, and the last evaluation gave a finite loss.
+    Weights in doubt are saved in <save>/suspect, where a user can look for the cause, and `latest` stays as it is. The checkpoint that was due is
+    written at the next step with good weights, and the one in <save>/suspect is deleted then. Weights that are not finite are not saved.
+    A save that fails raises CheckpointError and ends the run. Earlier checkpoints stay as they are.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CheckpointCallback(Callback):
         self._saved: int | None = None
         self._overdue = False
         self._suspect = False
-        """This launch has written one in <save>/suspect."""
+        """Whether this launch has written a checkpoint in <save>/suspect."""
 
     def before_training(self, trainer: Trainer) -> None:
         if trainer.last_checkpoint is not None and trainer.last_checkpoint.parent.resolve() == self.directory.resolve():
@@ -107,7 +107,7 @@ class CheckpointCallback(Callback):
         if trainer.topology.is_first:
             prune(path.parent, 1)
         self._suspect = True
-        log.warning("Step %d is saved as %s and not as the latest checkpoint: %s.", trainer.state.iteration, path, trouble)
+        log.warning("Step %d is saved as %s and does not become the latest checkpoint: %s.", trainer.state.iteration, path, trouble)
 
     def _write(self, trainer: Trainer, directory: Path) -> Path:
         return save_checkpoint(
@@ -151,7 +151,8 @@ class CheckpointCallback(Callback):
 
 
 class KeepGoodCallback(Callback):
-    """When the last evaluation is done: a checkpoint of this step that gave NaN or infinity is moved to <save>/suspect, then old ones are deleted."""
+    """Acts after the last evaluation. If it gave NaN or infinity, the checkpoint of this step is moved to <save>/suspect. Then old checkpoints are
+    deleted."""
 
     def __init__(self, config: CheckpointConfig, directory: Path) -> None:
         self.config = config

@@ -23,9 +23,9 @@ MAX_EXPONENT = 700.0
 
 
 class EvaluateCallback(Callback):
-    """The n-th evaluation reads the n-th `eval_iters` batches of the validation data, whether or not the run was resumed in between.
+    """The n-th evaluation reads the n-th group of `eval_iters` batches of the validation data, also in a resumed run.
 
-    A batch is as large as one of a training step, in as many micro-batches (`accumulation`), as in NeoX.
+    A batch is as large as the batch of a training step and has as many micro-batches (`accumulation`), as in NeoX.
     """
 
     def __init__(self, config: TrainingConfig, accumulation: int, sinks: Sequence[Sink]) -> None:
@@ -61,7 +61,9 @@ class EvaluateCallback(Callback):
             per_token=self.config.calculate_per_token_loss,
         )
         if found.loss is None:
-            log.warning("%s: in %d micro-batches no token counts in the loss, so there is none to report; raise eval_iters.", title, self.num_batches)
+            log.warning(
+                "%s: no token of the %d micro-batches counts in the loss, so there is no loss to report. Raise eval_iters.", title, self.num_batches
+            )
             return
         trainer.health.after_evaluation(name, found.loss, iteration=trainer.state.iteration)
         losses = {name: (title, found.loss)} | {f"{name}/{corpus}": (f"{title} of {corpus}", loss) for corpus, loss in found.by_corpus.items()}

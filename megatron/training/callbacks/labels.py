@@ -1,4 +1,4 @@
-"""Says when micro-batches have nothing to predict in them."""
+"""Warns of micro-batches in which no token counts in the loss."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LabelsCallback(Callback):
             return
         if labels.without and not self.without:
             of_them = f"{labels.without} of its {labels.micro_batches} micro-batches"
-            log.warning("Step %d: in %s no token counts in the loss. %s", trainer.state.iteration, of_them, consequence(trainer, metrics))
+            log.warning("Step %d: no token counts in the loss in %s. %s", trainer.state.iteration, of_them, consequence(trainer, metrics))
         self.micro_batches += labels.micro_batches
         self.without += labels.without
         self.empty_steps += metrics.is_empty

@@ -1,4 +1,5 @@
-"""Numbers of each step to every sink, NeoX's log line and the routers' every `log_interval` steps, the progress display in between."""
+"""Writes the numbers of each step to every sink, and NeoX's log line and the routers' line every `log_interval` steps. Updates the progress
+display."""
 
 from __future__ import annotations
 
@@ -32,14 +33,15 @@ PHASES = ("forward", "backward", "optimizer", "batch generator")
 
 
 class FlopsPerToken(NamedTuple):
-    """Of one training step, active parameters only: what the model needs, and what the hardware does with recomputation."""
+    """FLOPs of one training step for each token, active parameters only: those that the model needs, and those that the hardware does with
+    recomputation."""
 
     model: float
     hardware: float
 
 
 class Window:
-    """What happened since the last log line. Only steps count as time, not evaluating or saving."""
+    """The steps since the last log line. The time of evaluations and saving does not count."""
 
     def __init__(self) -> None:
         self.metrics: list[StepMetrics] = []
@@ -50,7 +52,7 @@ class Window:
 
     @property
     def phase_seconds(self) -> dict[str, float]:
-        """Per step, by name."""
+        """Seconds of each phase in one step, by name."""
         names = [name for name in PHASES if name in self.metrics[0].phase_seconds]
         return {name: sum(m.phase_seconds[name] for m in self.metrics) / len(self.metrics) for name in names}
 
@@ -64,13 +66,13 @@ class Window:
 
     @property
     def with_labels(self) -> list[StepMetrics]:
-        """The steps in which something counted."""
+        """The steps in which at least one prediction counted."""
         return [m for m in self.metrics if not m.is_empty]
 
     def mean_losses(self, names: Sequence[str], *, per_token: bool = True) -> dict[str, float]:
-        """Means by name over the steps that were taken (all of them when none was); empty where nothing counted in any of them.
+        """Means by name over the steps that were not skipped (over all steps if all were skipped). Empty if no prediction counted in any of them.
 
-        Where predictions are left out, a step weighs in the mean of `lm_loss` by those that counted, unless `per_token` is False.
+        If some predictions do not count, a step's weight in the mean of `lm_loss` is the number of those that count, unless `per_token` is False.
         """
         chosen = [m for m in self.metrics if m.applied] or self.with_labels
         if not chosen:
@@ -83,14 +85,14 @@ class Window:
         return means
 
     def router(self) -> RouterReport:
-        """What the MoE layers said of themselves: losses and statistics averaged, loads summed over the steps."""
+        """The reports of the MoE layers: losses and statistics are averaged over the steps, loads are summed."""
         ran = self.with_labels or self.metrics
         losses, experts, lores, statistics = (torch.stack(part) for part in zip(*(m.router for m in ran), strict=True))
         return RouterReport(losses.mean(0), experts.sum(0), lores.sum(0), statistics.mean(0))
 
 
 class LogCallback(Callback):
-    """`display` is None where there is none to see it."""
+    """`display` is None on a process that shows no progress."""
 
     def __init__(self, config: LoggingConfig, sinks: Sequence[Sink], display: ProgressDisplay | None, *, flops_per_token: FlopsPerToken) -> None:
         self.config = config
@@ -133,7 +135,7 @@ class LogCallback(Callback):
         self.close()
 
     def close(self) -> None:
-        """Ends the display and the sinks; called at the end of training, and by whoever catches a failure."""
+        """Ends the display and the sinks. It is called at the end of training and after a failure."""
         self._open.close()
         for sink in self.sinks:
             sink.close()
@@ -190,7 +192,7 @@ class LogCallback(Callback):
 
 
 def step_values(metrics: StepMetrics, aux_names: Iterable[str]) -> dict[str, Value]:
-    """A step's numbers under NeoX's names, plus `train/grad_norm` and each auxiliary loss by its own name; no losses where nothing counted."""
+    """A step's numbers under NeoX's names, plus `train/grad_norm` and each auxiliary loss by its own name. No losses if no prediction counted."""
     values: dict[str, Value] = {"train/learning_rate": metrics.learning_rate}
     if not metrics.is_empty:
         values = {"train/lm_loss": metrics.lm_loss} | values | {"train/grad_norm": metrics.grad_norm}
@@ -203,7 +205,7 @@ def step_values(metrics: StepMetrics, aux_names: Iterable[str]) -> dict[str, Val
 
 
 def memory_sizes(device: torch.device) -> dict[str, int]:
-    """Bytes, by upstream's names on a GPU; elsewhere what the process has in memory and has had at most."""
+    """Bytes of memory. On a GPU by upstream's names; elsewhere the memory of the process now and at most."""
     if device.type != "cuda":
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         now = psutil.Process().memory_info().rss

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 class NoiseScaleCallback(Callback):
-    """Writes `train/noise_scale` whenever there is a new one. The first process keeps the sum of gradients; a resumed run measures anew."""
+    """Writes `train/noise_scale` whenever there is a new value. The first process keeps the sum of gradients. A resumed run starts the measurement
+    again."""
 
     def __init__(self, config: LoggingConfig, batch: int, sinks: Sequence[Sink]) -> None:
         device = torch.device("cpu") if config.gradient_noise_scale_cpu_offload else None

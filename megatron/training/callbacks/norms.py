@@ -1,4 +1,4 @@
-"""Norms of single parameters, of their gradients and of the optimizer's averages, for those who look for what went wrong."""
+"""Norms of single parameters, of their gradients and of the optimizer's averages. They help to find the cause of a bad run."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class Measures(NamedTuple):
-    """What to measure: name of the sinks' group -> a number of one gradient; and what there is to measure after the update."""
+    """What to measure: of the gradients (name of the sinks' group -> a function of one gradient), and after the update."""
 
     of_gradients: dict[str, Callable[[Tensor], Tensor]]
     after_update: dict[str, Callable[[Any], dict[str, Tensor]]]
 
 
 def measures(config: LoggingConfig) -> Measures | None:
-    """What the configuration asks for; None when it asks for nothing."""
+    """The measurements that the configuration asks for. None: it asks for none."""
     gradients = {"gradient_norms": (config.log_grad_norm, _norm), "pct_grad_zeros": (config.log_grad_pct_zeros, _per_cent_zeros)}
     after = {
         "parameter_norms": (config.log_param_norm, _parameter_norms),
@@ -37,7 +37,7 @@ def measures(config: LoggingConfig) -> Measures | None:
 
 
 class NormsCallback(Callback):
-    """Writes them at every step, as GPT-NeoX does. Under ZeRO each gradient is put together on every process, one at a time."""
+    """Writes the norms at every step, as GPT-NeoX does. Under ZeRO each gradient is gathered on every process, one at a time."""
 
     def __init__(self, chosen: Measures, sinks: Sequence[Sink]) -> None:
         self.chosen = chosen

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class PrintStepsCallback(Callback):
-    """As DeepSpeed's pipeline engine prints it: the loss of the last step, and the time of a step since the last line."""
+    """Prints the line of DeepSpeed's pipeline engine: the loss of the last step, and the mean time of the steps since the last line."""
 
     def __init__(self, interval: int) -> None:
         self.interval = interval

@@ -1,4 +1,4 @@
-"""Where the time and the memory of a few steps go."""
+"""Profiles the time and the memory of a few steps."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ log = logging.getLogger(__name__)
 
 
 class ProfileCallback(Callback):
-    """Records the steps after profile_step_start up to profile_step_stop, or up to the end of a run that ends in between.
+    """Records the steps after profile_step_start up to profile_step_stop, or up to the end of the run if that comes first.
 
     `profile`: a trace of PyTorch's profiler for TensorBoard, Perfetto or chrome://tracing; on CUDA it also marks the steps for
     `nsys profile -c cudaProfilerApi`. `memory_profiling`: on CUDA the allocator's history for https://pytorch.org/memory_viz, elsewhere a table of
-    what each operator allocated. Every process writes files of its own, named by host and rank.
+    the memory that each operator allocated. Every process writes its own files, named by host and rank.
     """
 
     def __init__(self, config: LoggingConfig, *, rank: int) -> None:
@@ -50,7 +50,7 @@ class ProfileCallback(Callback):
         self._stop(trainer)
 
     def close(self) -> None:
-        """After a failure, with nothing written."""
+        """Ends the profiler after a failure. Nothing is written."""
         if self._running and self._profile is not None:
             with suppress(RuntimeError):
                 self._profile.stop()
@@ -91,7 +91,7 @@ class ProfileCallback(Callback):
         file = self._file(self.config.trace_dir, ".pt.trace.json")
         self._profile.export_chrome_trace(str(file))
         if not _is_whole(file):
-            raise OSError(errno.ENOSPC, "the trace could not be written whole", str(file))
+            raise OSError(errno.ENOSPC, "the trace could not be written completely", str(file))
         log.info("Trace of the profiled steps: %s", file)
 
     def _write_memory(self) -> None:

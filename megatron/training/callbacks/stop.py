@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CANNOT_WRITE = 1000
-"""What the processes tell each other in place of a signal's number when one of them could not write a file."""
+"""The processes exchange this number, in place of a signal's number, if one of them could not write a file."""
 FAILURE = 1
 """Exit status after a failure to write."""
 
 
 class StopCallback(Callback):
-    """Turns a signal to any process, or its failure to write, into `trainer.stop_requested` on all of them, at the same step.
+    """Sets `trainer.stop_requested` on all processes at the same step, if one process got a signal or could not write a file.
 
-    A second Ctrl-C ends the process at once. A signal that the process was started to ignore (`nohup`, `&` in a script) stays ignored.
+    A second Ctrl-C ends the process at once. If the process was started with a signal ignored (`nohup`, `&` in a script), it stays ignored.
 
-    It goes last after each step, so that nothing that takes time comes between its look at the signals and the next step.
+    This callback is the last one after each step, so that no slow work comes between its look at the signals and the next step.
     """
 
     def __init__(self, exit_interval: int | None) -> None:
@@ -58,7 +58,7 @@ class StopCallback(Callback):
         if self._received is signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self._received is None:  # not through a stream: the signal may have come in the middle of writing to one
-            os.write(2, f"\n{signal.Signals(number).name} received: finishing what is under way, then saving and stopping.\n".encode())
+            os.write(2, f"\n{signal.Signals(number).name} received: the run finishes the current step, then saves and stops.\n".encode())
         self._received = signal.Signals(number)
 
     def _look(self, trainer: Trainer) -> None:

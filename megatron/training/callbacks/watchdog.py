@@ -1,4 +1,4 @@
-"""Steps that could not be taken: counted, and too many in a row end the run."""
+"""Counts steps that were skipped. Too many in a row end the run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class WatchdogCallback(Callback):
-    """Warns of each skipped step. Raises TrainingDiverged after `limit` in a row; nothing is saved then, so the last checkpoint is a good one."""
+    """Warns of each skipped step. Raises TrainingDiverged after `limit` in a row. Nothing is saved then, so the last checkpoint stays good."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

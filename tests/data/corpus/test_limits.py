@@ -82,9 +82,9 @@ def test_who_stops_early_closes_the_source() -> None:
 
 
 def test_what_cannot_be_is_explained() -> None:
-    with pytest.raises(DatasetError, match=r"--max-bytes 5 leaves no document: already the first has 6 bytes"):
+    with pytest.raises(DatasetError, match=r"--max-bytes 5 leaves no document: the first one already has 6 bytes"):
         list(Limiter(Limits(bytes=5)).take(Source().documents()))
-    with pytest.raises(DatasetError, match=r"--max-tokens counts tokens .* needs a tokenizer that is there before: give -v FILE"):
+    with pytest.raises(DatasetError, match=r"--max-tokens counts tokens .* needs a tokenizer that exists already\. Give -v FILE"):
         Limiter(Limits(tokens=5))
 
 
@@ -108,7 +108,5 @@ def test_amounts(text: str, amount: int | str) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "-3", "ten", "1e9", "0.1", "k"])
 def test_what_is_no_amount(text: str) -> None:
-    with pytest.raises(
-        argparse.ArgumentTypeError, match=r"is no amount; give a number above 0, with k, M, B or G, or T behind it if you like, or 'all'"
-    ):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"is not an amount; give a number above 0, which may end in k, M, B, G or T, or give 'all'"):
         amount_of(text)

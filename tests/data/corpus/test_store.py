@@ -99,7 +99,7 @@ def test_bad_rows_stop_every_run_or_are_left_out(tmp_path: Path) -> None:
     bad = [*rows(TEXTS[:20]), {"url": "u"}, {"text": None}, *rows(TEXTS[20:])]
     store = Store(tmp_path / "store", ["rows"], lambda: Rows(bad), "text")
     for _ in range(2):
-        with pytest.raises(DatasetError, match=r"rows:20: no key 'text'; it has text under: url"):
+        with pytest.raises(DatasetError, match=r"rows:20: no key 'text'; the keys with text are: url"):
             take(store, None, BadInput("fail"))
     problems: list[Problem] = []
     assert take(store, None, problems.append) == TEXTS
@@ -109,7 +109,9 @@ def test_bad_rows_stop_every_run_or_are_left_out(tmp_path: Path) -> None:
 def test_another_source_and_damage_are_explained(tmp_path: Path) -> None:
     store = Store(tmp_path / "store", ["rows", None], lambda: Rows(rows(TEXTS)), "text")
     take(store, 30)
-    with pytest.raises(DatasetError, match=r"store holds \['rows', None\], not \['other', None\]; --force-redownload replaces it, another directory"):
+    with pytest.raises(
+        DatasetError, match=r"store holds \['rows', None\], not \['other', None\]; --force-redownload replaces it, and another directory"
+    ):
         take(Store(tmp_path / "store", ["other", None], lambda: Rows([]), "text"), 1)
     os.truncate(store.folder / "part-00000.jsonl.gz", 20)
     with pytest.raises(DatasetError, match=r"store is damaged: a part is missing or cut short; remove the folder, or .* --force-redownload"):

@@ -131,7 +131,7 @@ def test_what_only_begins_like_json_stays_text(tmp_path: Path, text: str) -> Non
 
 def test_what_is_doubtful_is_said(tmp_path: Path) -> None:
     cases = {
-        "a.txt": ('{"a": "b"}\nprose\nprose\n', "begins like JSON, and as a whole it is not; it is stored as it is"),
+        "a.txt": ('{"a": "b"}\nprose\nprose\n', "begins like JSON but is not valid JSON as a whole; it is stored as plain text"),
         "a.csv": ("text,label\nx,1\n", "looks like a table (CSV, TSV) and is stored as it is, header and separators too; to take one column"),
         "train": ("text\tlabel\nx\t1\n", "looks like a table (CSV, TSV)"),
         "a.ipynb": (json.dumps({"cells": [], "nbformat": 4}, indent=1), "is JSON without the key 'text', and its name ends in .ipynb; it is stored"),
@@ -148,9 +148,12 @@ def test_what_is_doubtful_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b'{"content": "x"}\n{"content": "y"}\n', "part:1: no key 'text'; it has text under: content (--jsonl-key)"),
-        (b'{"content": "x"}', "part:1: no key 'text'; it has text under: content (--jsonl-key)"),
-        (b'{"doc": {"text": "x"}}\n', "part:1: no key 'text'; it has doc.text, and only keys of the record itself are read: bring it to the top"),
+        (b'{"content": "x"}\n{"content": "y"}\n', "part:1: no key 'text'; the keys with text are: content (choose one with --jsonl-key)"),
+        (b'{"content": "x"}', "part:1: no key 'text'; the keys with text are: content (choose one with --jsonl-key)"),
+        (
+            b'{"doc": {"text": "x"}}\n',
+            "part:1: no key 'text'; it has doc.text, but only keys of the record itself are read: move the text to the top level",
+        ),
         (b'{"text": 1}\n{"text": 2}\n', "part:1: the value of 'text' is a number, not a string"),
         (b'{"text": "x"}\n{"text": oops\n', "part:2: not JSON (Expecting value at column 10)"),
         (b'ext": "cut"}\n{"text": "x"}\n{"text": "y"}\n', "part:1: not JSON (Expecting value at column 1)"),
@@ -170,7 +173,7 @@ def test_what_is_wrong_in_a_file_without_a_telling_name(tmp_path: Path, content:
 
 def test_a_name_that_says_json_and_text_inside(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("Call me Ishmael.\nSome years ago.\n")
-    plain = "not JSON (Expecting value at column 1); the file looks like plain text, which --input-format text takes as it is"
+    plain = "not JSON (Expecting value at column 1); the file looks like plain text: --input-format text stores it as it is"
     assert read(tmp_path / "a.jsonl")[2] == [f"a.jsonl:1: {plain}", f"a.jsonl:2: {plain}"]
     assert read(tmp_path / "a.jsonl", form="text") == (["Call me Ishmael.\nSome years ago.\n"], [], [])
     (tmp_path / "a.txt").write_bytes(b'{"text": "x"}\nprose\nprose\n')
@@ -181,7 +184,7 @@ def test_parquet_under_any_name_and_json_under_parquet_s(tmp_path: Path) -> None
     arrow = pytest.importorskip("pyarrow", reason="the package pyarrow is not installed")
     parquet = pytest.importorskip("pyarrow.parquet", reason="the package pyarrow is not installed")
     parquet.write_table(arrow.table({"text": ["one", "two"], "content": ["a", "b"]}), tmp_path / "part-00000")
-    assert read(tmp_path / "part-00000") == (["one", "two"], ["is a .parquet file, which its name does not say; it is read as one"], [])
+    assert read(tmp_path / "part-00000") == (["one", "two"], ["is a .parquet file, although its name does not say so; it is read as one"], [])
     (tmp_path / "a.parquet").write_bytes(LINES)
     assert read(tmp_path / "a.parquet") == (["one", "two"], [READ], [])
 
@@ -190,7 +193,9 @@ def test_a_parquet_file_without_the_column_is_not_called_damaged(tmp_path: Path)
     arrow = pytest.importorskip("pyarrow", reason="the package pyarrow is not installed")
     parquet = pytest.importorskip("pyarrow.parquet", reason="the package pyarrow is not installed")
     parquet.write_table(arrow.table({"content": ["one", "two"]}), tmp_path / "g.parquet")
-    with pytest.raises(DatasetError, match=r"g\.parquet:row 1: no column 'text'; it has: content \(--jsonl-key\)\. Nothing was written"):
+    with pytest.raises(
+        DatasetError, match=r"g\.parquet:row 1: no column 'text'; the columns are: content \(choose one with --jsonl-key\)\. Nothing was written"
+    ):
         list(read_documents(tmp_path / "g.parquet", "text", BadInput("fail")))
 
 
@@ -201,7 +206,7 @@ def test_folders_take_what_begins_as_a_corpus_and_say_what_they_pass_over(tmp_pa
     found: list[Problem] = []
     assert [path.name for path in find_files([str(tmp_path)], found.append)] == ["packed", "part-00000", "part-00001.dat"]
     assert [problem.kind for problem in found] == [Kind.PASSED_OVER]
-    assert "2 file(s) in it are passed over, as neither name nor first bytes say that they hold text: LICENSE, a.png;" in found[0].what
+    assert "2 file(s) in it are not read, because neither the name nor the first bytes say that they hold text: LICENSE, a.png. " in found[0].what
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "book").write_text("Call me Ishmael.")
     with pytest.raises(DatasetError, match=r"files in this folder .*; it has book, which you can give by name or by a pattern"):
@@ -219,7 +224,7 @@ def test_notices_stand_in_the_summary_and_in_the_error_they_explain() -> None:
         skip(item)
     assert skip.counts == {Kind.NO_KEY: 1}
     assert skip.summary() == [f"note: part: {READ}"] * 3 + [
-        "note: the same of 1 more files",
+        "note: the same holds for 1 more files",
         "left out: 1 (missing key 1)",
         "  part:1: no key 'text'",
     ]

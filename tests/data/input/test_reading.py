@@ -112,7 +112,12 @@ def test_a_long_text_comes_in_parts_that_are_the_text(tmp_path: Path, monkeypatc
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', Kind.NOT_JSON, "a.jsonl:2: not JSON (Expecting value at column 9)"),
         ("a.jsonl", b'{"text": "x"}\n' + b"[" * 10**6, Kind.NOT_JSON, "a.jsonl:2: not JSON (nested too deeply)"),
         ("a.jsonl", b'{"text": "x"}\n{"n": ' + b"1" * 5000 + b"}", Kind.NOT_JSON, "a.jsonl:2: not JSON (Exceeds the limit (4300 digits) for"),
-        ("a.jsonl", b'{"text": "x"}\n{"body": "x", "n": 1}\n', Kind.NO_KEY, "a.jsonl:2: no key 'text'; it has text under: body (--jsonl-key)"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"body": "x", "n": 1}\n',
+            Kind.NO_KEY,
+            "a.jsonl:2: no key 'text'; the keys with text are: body (choose one with --jsonl-key)",
+        ),
         ("a.jsonl", b'{"text": "x"}\n{}', Kind.NO_KEY, "a.jsonl:2: no key 'text'"),
         ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', Kind.NOT_TEXT, "a.jsonl:2: the value of 'text' is a number, not a string"),
         ("a.jsonl", b'{"text": "x"}\n{"text": null}\n', Kind.NOT_TEXT, "a.jsonl:2: the value of 'text' is null, not a string"),
@@ -135,7 +140,12 @@ def test_a_long_text_comes_in_parts_that_are_the_text(tmp_path: Path, monkeypatc
         ("a.json", b'[{"text": "x"},\n' + b"[" * 10**5, Kind.NOT_JSON, "a.json:2: not JSON (nested too deeply); the rest of"),
         ("a.zip", b"PK\x03\x04 and no more", Kind.DAMAGED, "a.zip:byte 16: the file is damaged or cut short (File is not a zip file)"),
         ("a.tar", b"no tar " * 100, Kind.DAMAGED, "a.tar:byte 0: the file is damaged or cut short (invalid header)"),
-        ("a.zip.gz", b"", Kind.NOT_STREAMABLE, "a.zip.gz: a .zip file is read from its end, which needs it plain on disk; unpack it first"),
+        (
+            "a.zip.gz",
+            b"",
+            Kind.NOT_STREAMABLE,
+            "a.zip.gz: a .zip file is read from its end, so it must lie uncompressed on the disk; unpack it first",
+        ),
         ("a.parquet.gz", b"", Kind.NOT_STREAMABLE, "a.parquet.gz: a .parquet file is read from its end"),
     ],
 )
@@ -225,7 +235,7 @@ def test_what_an_archive_may_not_hold_is_named_and_the_rest_is_read(tmp_path: Pa
     assert problems == [
         f"{name}/a.tar.gz: an archive inside an archive is not opened; unpack the outer one",
         f"{name}/b.zip: an archive inside an archive is not opened; unpack the outer one",
-        f"{name}/c.parquet: a .parquet file is read from its end, which needs it plain on disk; unpack it first",
+        f"{name}/c.parquet: a .parquet file is read from its end, so it must lie uncompressed on the disk; unpack it first",
         f"{name}/d.txt: no text in it",
         f"{name}/e.txt:1: not UTF-8 (byte 0xff); convert the file or leave it out",
         f"{name}/f.jsonl:2: not JSON (Expecting value at column 1)",
@@ -261,7 +271,7 @@ def test_parquet_rows(tmp_path: Path) -> None:
     assert [record.origin for record in read_records(path, pytest.fail, ["text"])] == [f"{path}:row {row}" for row in range(1, 6)]
     assert [record.value for record in read_records(path, pytest.fail, ["n"])][-1] == {"n": 5}
     assert next(read_records(path, pytest.fail)).value == {"text": "one", "n": 1}
-    assert documents(path, "body") == ([], ["a.parquet:row 1: no column 'body'; it has: text, n (--jsonl-key)"])
+    assert documents(path, "body") == ([], ["a.parquet:row 1: no column 'body'; the columns are: text, n (choose one with --jsonl-key)"])
     assert documents(path, "n")[1][0] == "a.parquet:row 1: the value of 'n' is a number, not a string"
     data = path.read_bytes()
     path.write_bytes(data[:-20])
@@ -300,7 +310,7 @@ def test_the_meter_tells_how_far_the_reading_is(tmp_path: Path) -> None:
 def test_bad_input_fails_at_once_or_is_counted_and_summed_up() -> None:
     problems = [Problem(Kind.NOT_JSON, f"a.jsonl:{line}", "not JSON") for line in range(1, 6)] + [Problem(Kind.EMPTY, "b.txt", "no text in it")]
     with pytest.raises(
-        DatasetError, match=r"a\.jsonl:1: not JSON\. Nothing was written; mend the input, or leave such parts out with --on-error skip"
+        DatasetError, match=r"a\.jsonl:1: not JSON\. Nothing was written. Correct the input, or leave such parts out with --on-error skip"
     ):
         BadInput()(problems[0])
     bad = BadInput("skip")
@@ -350,7 +360,9 @@ def test_paths_folders_patterns_and_comma_lists(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(DatasetError, match=r"no file matches \*\.csv; give files"):
         find_files(["*.csv"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DatasetError, match=r"empty: no \.txt, .*\.zip files in this folder \(\.gz, \.bz2, \.xz, \.zst of them count\)"):
+    with pytest.raises(
+        DatasetError, match=r"empty: no \.txt, .*\.zip files in this folder \(compressed ones, \.gz, \.bz2, \.xz, \.zst, would count too\)"
+    ):
         find_files(["empty"])
 
 

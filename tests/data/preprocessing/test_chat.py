@@ -186,13 +186,17 @@ def test_records_that_are_no_conversations(chat_model: Callable[..., Path], tmp_
     assert summary.documents == 1
     assert summary.left_out[0] == "left out: 6 (value that is no conversation 4, missing key 2)"
     for reward, name in (("good", "str"), (None, "null"), ([1, "x"], "a list"), (float("nan"), "a number")):
-        with pytest.raises(DatasetError, match=rf"the value of 'score' is {name}, not a number \(finite, or a list of such\)"):
+        with pytest.raises(DatasetError, match=rf"the value of 'score' is {name}, not a finite number or a list of finite numbers"):
             run(tmp_path, write(tmp_path, {"conversation": CHAT, "score": reward}), model, reward_key="score")
 
 
 def test_templates_that_do_not_show_who_speaks(chat_model: Callable[..., Path], tmp_path: Path) -> None:
     model, path = chat_model(FORGETFUL), write(tmp_path, {"conversation": CHAT})
-    with pytest.raises(DatasetError, match=r"chats\.jsonl:1: the chat template writes the first 2 turn\(s\) .* --only-last or --no-mask may do"):
+    with pytest.raises(
+        DatasetError,
+        match=r"chats\.jsonl:1: the chat template writes the first 2 turn\(s\) .* Try --only-last or --no-mask, or "
+        r"a template",
+    ):
         run(tmp_path, path, model)
     assert run(tmp_path, path, model, mask=False).documents == 1
     chat = [{"role": "user", "content": "hello"}, {"role": "tool", "content": "x"}]
@@ -215,7 +219,7 @@ def test_tokenizers_that_will_not_do(chat_model: Callable[..., Path], tmp_path: 
         run(tmp_path, path, tmp_path / "empty")
     with pytest.raises(TokenizerError, match="--tokenizer-path no/such is neither a folder nor a tokenizer on the hub"):
         run(tmp_path, path, Path("no/such"))
-    with pytest.raises(DatasetError, match="--jsonl-keys chat chat_label: 'chat_label' is the name of what is written for another key"):
+    with pytest.raises(DatasetError, match="--jsonl-keys chat chat_label: 'chat_label' would also be the name of another key's output"):
         run(tmp_path, path, chat_model(), keys=("chat", "chat_label"))
 
 

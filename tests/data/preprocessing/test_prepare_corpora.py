@@ -95,7 +95,7 @@ def test_enwik8_is_downloaded_once_and_lies_where_neox_s_users_look(
     (enwik8 / "enwik8.zip").unlink()
     assert prepare(wanted, reporter).up_to_date
     assert not prepare(options(inputs=("enwik8",), force=True), reporter).up_to_date, "prepared again from what was fetched"
-    with pytest.raises(DatasetError, match=r"enwik8\.zip could not be fetched \(File not found\)\. Is there a network\?"):
+    with pytest.raises(DatasetError, match=r"enwik8\.zip could not be downloaded \(File not found\)\. Check the network\."):
         prepare(options(inputs=("enwik8",), force_redownload=True), reporter)
     assert "".join(texts_of(prefix, tokenizer_file)) == DUMP, "what was there stays"
 
@@ -114,7 +114,7 @@ def test_limits_take_the_first_documents(options: Callable[..., PrepareOptions],
     split = prepare(options(name="split", max_documents=120), reporter)
     assert sum(total["documents"] for total in split.manifest["splits"].values()) == 120
     assert set(split.manifest["splits"]) == {"train", "valid", "test"}
-    with pytest.raises(DatasetError, match=r"--max-tokens counts tokens .* needs a tokenizer that is there before"):
+    with pytest.raises(DatasetError, match=r"--max-tokens counts tokens .* needs a tokenizer that exists already"):
         prepare(options(name="none", tokenizer_file=None, max_tokens=100), reporter)
 
 
@@ -209,4 +209,4 @@ def test_neox_s_flags(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert parse(["c4", "--max-tokens", "1B", "--subset", "realnewslike"]).limits.numbers() == {"tokens": 10**9}
     with pytest.raises(SystemExit):
         parse(["c4", "--max-tokens", "many"])
-    assert "argument --max-tokens: 'many' is no amount; give a number above 0" in capsys.readouterr().err
+    assert "argument --max-tokens: 'many' is not an amount; give a number above 0" in capsys.readouterr().err

@@ -39,6 +39,6 @@ def test_one_epoch_whatever_it_gives() -> None:
 
 def test_maps_larger_than_the_memory_are_refused_before_they_are_built() -> None:
     """More samples than 32 bits can count are fine as such; the memory is the limit."""
-    message = r"the order of 9,000,000,000,\d+ samples from 10,285,714,[\d,]+ documents .* GiB to work out, and .* are free"
+    message = r"the order of 9,000,000,000,\d+ samples from 10,285,714,[\d,]+ documents .* needs .* GiB of memory, but .* GiB are free"
     with pytest.raises(DatasetError, match=message):
         build_index_maps(np.array([3, 2, 4, 5], np.int32), np.arange(4), seq_length=4, num_samples=9 * 10**12, seed=1)

@@ -109,7 +109,7 @@ def test_no_place_to_write_keeps_the_maps_in_memory(numbered: Callable[..., Path
 def test_too_little_text_is_explained(numbered: Callable[..., Path]) -> None:
     dataset = IndexedDataset(numbered([3, 2]))
     with pytest.raises(
-        DatasetError, match=r"text: 2 documents with 5 tokens in all are less than one sample of seq_length \+ 1 = 9 tokens; use more"
+        DatasetError, match=r"text: 2 documents with 5 tokens in all are not enough for one sample of seq_length \+ 1 = 9 tokens; use more"
     ):
         load_or_build(dataset, range(2), seq_length=8, num_samples=None, seed=1)
     with pytest.raises(DatasetError, match="2 documents with 0 tokens in all"):

@@ -22,7 +22,7 @@ class ExpertBias(nn.Module):
 
 
 class NoBias(nn.Module):
-    """y."""
+    """No bias: y stays as it is."""
 
     def forward(self, y_RN: Tensor, rows_E: Tensor) -> Tensor:
         """The rows as they are."""
@@ -30,5 +30,5 @@ class NoBias(nn.Module):
 
 
 def build_bias(num_experts: int, width: int, *, bias: bool) -> ExpertBias | NoBias:
-    """What adds the biases of a projection, or nothing."""
+    """The module that adds the biases of a projection, or one that adds nothing."""
     return ExpertBias(num_experts, width) if bias else NoBias()

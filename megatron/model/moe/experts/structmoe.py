@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from megatron.config.moe import MoEConfig
 
 Decision = tuple[LoreChoice, LoreRouting | None]
-"""What the LoREs' kernels need, and the routing; None where nothing is routed."""
+"""The input of the LoREs' kernels, and the routing. Routing None: nothing is routed."""
 
 
 class LoREs(nn.Module):
@@ -48,7 +48,7 @@ class LoREs(nn.Module):
         self.fill(moe, init)
 
     def fill(self, moe: MoEConfig, init: Initializer) -> None:
-        """Initial factors: A like the layer's weights, B so or zero."""
+        """Fills the factors: A like the layer's weights, B the same way or with zeros."""
         fill_each(init.into, self.a.data, len(self.a) // self.rank)
         fill_each(zeros if moe.moe_lore_init == "zero" else init.into, self.b.data, len(self.b) // self.rank)
 
@@ -158,7 +158,7 @@ class BothEntangledGatedExperts(StructMoEExperts):
 
 
 class UnchosenLoREs(LoREs):
-    """Factors of the shape of other LoREs, for who chooses with those."""
+    """Factors with the shape of other LoREs. The choice of those LoREs is used for them too."""
 
     def __init__(self, like: LoREs, moe: MoEConfig, init: Initializer) -> None:
         nn.Module.__init__(self)

@@ -47,7 +47,7 @@ def global_load_balance_loss(routing: Routing, context: LossContext) -> Tensor:
 
 
 def joint_load_balance_loss(routing: Routing, context: LossContext) -> Tensor:
-    """What this layer adds to the loss of transformers' own models (`load_balancing_loss_func`), which has one sum for all layers:
+    """This layer's part of the loss of transformers' own models (`load_balancing_loss_func`), which is one sum over all layers:
 
         E * sum_e F_e P_e:  F_e the mean over tokens and layers of how often a token uses expert e (no gradient), P_e its mean probability there.
 

@@ -50,7 +50,9 @@ class SigmoidRouter(nn.Module):
 
 
 def within_best_groups(preference_TE: Tensor, groups: int, chosen: int) -> Tensor:
-    """The preferences, minus infinity outside the `chosen` groups of each token whose two best experts are preferred most."""
+    """The preferences, with minus infinity outside the best groups. The best `chosen` groups of a token are those with the largest sum of the two
+    highest
+    preferences."""
     preference_TNe = preference_TE.unflatten(-1, (groups, -1))
     group_TN = preference_TNe.topk(min(2, preference_TNe.shape[-1]), dim=-1).values.sum(-1)
     excluded_TN = torch.ones_like(group_TN, dtype=torch.bool).scatter_(1, group_TN.topk(chosen, dim=-1).indices, False)
