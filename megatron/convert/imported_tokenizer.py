@@ -11,6 +11,7 @@ from typing import Any
 from megatron.convert.errors import ConversionError
 from megatron.convert.json_files import read_json, write_json
 from megatron.convert.sentence_pieces import as_tokenizer, read_piece_model
+from megatron.convert.tokenizers import without_warnings
 from megatron.convert.vocabulary import NewRows, drop_entries
 from megatron.data.tokenizer import NULL, Tokenizer, load_tokenizer
 from megatron.data.tokenizer.companions import (
@@ -136,16 +137,12 @@ def _take_pieces(directory: Path, pieces: Path, stage: Path, fitting: Fitting) -
 def read_byte_level(directory: Path) -> Any:
     """vocab.json and merges.txt as a `tokenizers.Tokenizer`: with the rules of the class that the settings name, if transformers has it and it reads
     these files (Qwen's cuts text otherwise than GPT-2's), else with GPT-2's. Raises TokenizerError for files that are damaged."""
-    import logging
-
     plain = read_gpt2(directory / "vocab.json", directory / "merges.txt")
     from transformers import AutoTokenizer
 
-    log = logging.getLogger("transformers")
-    before = log.level
-    log.setLevel(logging.ERROR)
     try:
-        theirs = AutoTokenizer.from_pretrained(directory, trust_remote_code=False).backend_tokenizer
+        with without_warnings():
+            theirs = AutoTokenizer.from_pretrained(directory, trust_remote_code=False).backend_tokenizer
         vocabulary, own = theirs.get_vocab(with_added_tokens=True), plain.get_vocab()
         alike = all(vocabulary.get(text) == number for text, number in own.items())
         sample = "Four score, and 1863.\n"
@@ -153,8 +150,6 @@ def read_byte_level(directory: Path) -> Any:
             return theirs
     except Exception:  # each class refuses in its own way, and some read other files
         return plain
-    finally:
-        log.setLevel(before)
     return plain
 
 

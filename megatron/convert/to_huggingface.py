@@ -168,7 +168,8 @@ def compare_logits(opened: Opened, export: Export, directory: Path, architecture
     data = tokenizer_config(opened, export)
     tokenizer = build_tokenizer(data) if export.save_tokenizer and data.tokenizer_type != NULL else None
     texts = tokens_to_compare(opened.source, tokenizer)
-    ours = our_logits(opened.source, opened.weights.read, texts, dtype_of(opened, export))
+    exact = {entry.ours for entry in architecture.table(opened.source) if entry.exact and entry.ours is not None}
+    ours = our_logits(opened.source, opened.weights.read, texts, precision=dtype_of(opened, export), exact=exact)
     from transformers import AutoModelForCausalLM
 
     allowed = Allowed(trusted=architecture.code is not None)  # this version's code, which was just written there

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,13 +123,26 @@ def check_tokenizer(data: DataConfig, directory: Path) -> str | None:
 def reads_alike(ours: Tokenizer, directory: Path, loader: Any) -> bool:
     """Whether what `loader`, a class of transformers, loads from `directory` reads SAMPLE as ours does, and has the same special tokens."""
     try:
-        theirs = loader.from_pretrained(directory, trust_remote_code=False)
+        with without_warnings():  # a class of ours has no tokenizer of its own there
+            theirs = loader.from_pretrained(directory, trust_remote_code=False)
         read = theirs.encode(SAMPLE, add_special_tokens=False, verbose=False)
     except Exception:  # each class refuses in its own way
         return False
     if isinstance(ours, RustTokenizer) and any(theirs.convert_tokens_to_ids(name) != number for name, number in ours.added_tokens().items()):
         return False
     return bool(read == without_added(ours, ours.encode(SAMPLE), theirs))
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """transformers says errors alone while it loads a tokenizer: what it thinks of the model beside it is no news."""
+    log = logging.getLogger("transformers")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def without_added(ours: Tokenizer, ids: list[int], theirs: Any) -> list[int]:
