@@ -7,6 +7,7 @@ inference needs no DeepSpeed.
 
 from __future__ import annotations
 
+import errno
 import pickle
 import zipfile
 from pathlib import Path
@@ -62,7 +63,7 @@ def read_file(file: Path, *, mmap: bool, classes: list[Any] | None = None) -> An
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing.") from error
     except OSError as error:
-        if error.errno is None:
+        if error.errno in (None, errno.EINVAL):  # EINVAL: PyTorch goes to a place before the beginning of a file that was cut short
             raise CheckpointError(f"{file} cannot be read: it is damaged, or not a PyTorch file ({error}).") from error
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:

@@ -14,7 +14,17 @@ from megatron.convert.sentence_pieces import as_tokenizer, read_piece_model
 from megatron.convert.tokenizers import quiet_transformers
 from megatron.convert.vocabulary import NewRows, drop_entries
 from megatron.data.tokenizer import NULL, Tokenizer, load_tokenizer
-from megatron.data.tokenizer.companions import ADDED_TOKENS, CONFIG, GENERATION, TOKEN_IDS, TOKENS, copy_companions, token_text
+from megatron.data.tokenizer.companions import (
+    ADDED_TOKENS,
+    CONFIG,
+    GENERATION,
+    ROUTER_LOGITS,
+    STATED,
+    TOKEN_IDS,
+    TOKENS,
+    copy_companions,
+    token_text,
+)
 from megatron.data.tokenizer.eod import find_stop_tokens
 from megatron.data.tokenizer.gpt2 import read_gpt2
 from megatron.data.tokenizer.huggingface import RustTokenizer, read_tokenizer_json
@@ -59,8 +69,9 @@ def import_tokenizer(directory: Path, stage: Path, final: Path, *, rows: int, fi
     Raises TokenizerError, and ConversionError for tokens without rows unless `fitting` says what to do.
     """
     copy_companions(directory, stage)
-    ids = {key: value for key, value in read_json(directory / "config.json").items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    write_json(stage / TOKEN_IDS, ids)
+    stated = {key: value for key, value in read_json(directory / "config.json").items() if key in STATED}
+    ids = {key: value for key, value in stated.items() if key != ROUTER_LOGITS}
+    write_json(stage / TOKEN_IDS, stated)
     kind, name, notices = _take(directory, stage, fitting)
     if name is None:
         if fitting.new:
@@ -147,10 +158,16 @@ def read_byte_level(directory: Path) -> Any:
 
 
 def stated_tokens(directory: Path) -> dict[int, str]:
-    """The entries by their ids that the settings of a tokenizer name beside its vocabulary."""
+    """The entries by their ids that the settings of a tokenizer name beside its vocabulary. Raises ConversionError for an id that is no number."""
     decoder = read_json(directory / CONFIG).get("added_tokens_decoder")
-    stated = {int(number): str(token_text(token)) for number, token in (decoder if isinstance(decoder, dict) else {}).items()}
-    return stated | {int(number): text for text, number in read_json(directory / ADDED_TOKENS).items()}
+    try:
+        stated = {int(number): str(token_text(token)) for number, token in (decoder if isinstance(decoder, dict) else {}).items()}
+    except ValueError as error:
+        raise ConversionError(f"{directory / CONFIG}: added_tokens_decoder names a token by something that is no number ({error}).") from error
+    try:
+        return stated | {int(number): text for text, number in read_json(directory / ADDED_TOKENS).items()}
+    except (ValueError, TypeError) as error:
+        raise ConversionError(f"{directory / ADDED_TOKENS} gives a token an id that is no number ({error}).") from error
 
 
 def add_stated(tokenizer: Any, directory: Path) -> None:

@@ -7,6 +7,7 @@ Shapes: B texts; S tokens; V rows of the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,15 +70,18 @@ def tokens_to_compare(source: Source, tokenizer: Tokenizer | None) -> list[Tenso
     return texts
 
 
-def our_logits(source: Source, read: Callable[[str], Tensor], texts: list[Tensor], precision: torch.dtype | None = None) -> Logits:
-    """Of our model with the weights that `read` gives, rounded to `precision` first (None: as they are)."""
+def our_logits(
+    source: Source, read: Callable[[str], Tensor], texts: list[Tensor], *, precision: torch.dtype | None = None, exact: Collection[str] = ()
+) -> Logits:
+    """Of our model with the weights that `read` gives, rounded to `precision` first (None: as they are); those named in `exact` never are."""
 
     def run(dtype: torch.dtype, parts: Parts) -> list[Tensor]:
         gpt = build_model(source.config.model, source.config.moe, source.vocabulary, seed=0, dtype=dtype).eval().requires_grad_(False)
         for name, tensor in gpt.state_dict().items():
             if not is_derived(name):
                 stored = read(name)
-                tensor.copy_(stored if precision is None or not stored.is_floating_point() else stored.to(precision))
+                kept = precision is None or name in exact or not stored.is_floating_point()
+                tensor.copy_(stored if kept else stored.to(precision))
         with recorded(our_parts(gpt), parts):
             return [_logits(gpt(text).logits_BSV) for text in texts]
 
@@ -109,6 +113,9 @@ def their_logits(directory: Path, texts: list[Tensor], *, precision: torch.dtype
             if names := sorted(set(map(str, report[kind])) - set(allowed.left_out)):
                 raise ConversionError(f"transformers loads the model with {kind.replace('_', ' ')}: {', '.join(names[:4])} ({len(names)} in all).")
         model = model.eval().to(dtype)
+        if dtype == torch.float64:
+            with suppress(ValueError):  # a class without experts refuses it
+                model.set_experts_implementation("eager")  # the fused ones have no float64
         try:
             with torch.no_grad(), recorded(their_parts(model), parts):
                 return [_logits(model(text, return_dict=True).logits) for text in texts]

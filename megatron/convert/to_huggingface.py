@@ -12,7 +12,7 @@ import torch
 
 from megatron.config.data import DataConfig
 from megatron.convert.architecture import Architecture
-from megatron.convert.architectures.balance import export_notices
+from megatron.convert.architectures.balance import COEFFICIENT, export_notices
 from megatron.convert.card import model_card
 from megatron.convert.choice import AUTO, choose_architecture, left_origin
 from megatron.convert.dropped import finite
@@ -24,12 +24,20 @@ from megatron.convert.opened import EMBEDDING, Opened, open_checkpoint
 from megatron.convert.shapes import checked_read, model_shapes
 from megatron.convert.staging import check_written_by_export, checked_target, write_record
 from megatron.convert.tensor_files import ShardWriter
-from megatron.convert.tokenizers import SpecialTokens, check_tokenizer, kept_generation, save_tokenizer, stated_tokens
+from megatron.convert.tokenizers import (
+    SpecialTokens,
+    check_tokenizer,
+    imported_ids,
+    kept_generation,
+    save_tokenizer,
+    stated_tokens,
+    token_settings,
+)
 from megatron.data.locking import naming
 from megatron.data.progress import Reporter, Stage
 from megatron.data.staging import publish, staging_folder
 from megatron.data.tokenizer import NULL, build_tokenizer
-from megatron.data.tokenizer.companions import GENERATION
+from megatron.data.tokenizer.companions import GENERATION, ROUTER_LOGITS
 from megatron.training.engine import DTYPES
 from megatron.training.memory import check_comparison_fits
 
@@ -139,10 +147,13 @@ def write_weights(opened: Opened, architecture: Architecture, export: Export, di
 
 def write_settings(opened: Opened, architecture: Architecture, special: SpecialTokens, directory: Path, dtype: torch.dtype) -> None:
     """config.json, generation_config.json and the code that the class needs."""
-    tokens = {f"{kind}_token_id": token for kind, token in special._asdict().items()}
+    tokens = token_settings(opened.source.config.data, special)
     name = str(dtype).removeprefix("torch.")
     settings: dict[str, Any] = {"architectures": [architecture.class_name], "model_type": architecture.model_type}
     settings |= architecture.settings(opened.source) | tokens | {"dtype": name, "torch_dtype": name, "use_cache": True}
+    stated = imported_ids(opened.source.config.data) or {}
+    if COEFFICIENT in settings and ROUTER_LOGITS in stated:
+        settings[ROUTER_LOGITS] = stated[ROUTER_LOGITS]
     if architecture.code is not None:
         settings["auto_map"] = architecture.code.auto_map
         for file in architecture.code.files:
@@ -157,7 +168,8 @@ def compare_logits(opened: Opened, export: Export, directory: Path, architecture
     data = tokenizer_config(opened, export)
     tokenizer = build_tokenizer(data) if export.save_tokenizer and data.tokenizer_type != NULL else None
     texts = tokens_to_compare(opened.source, tokenizer)
-    ours = our_logits(opened.source, opened.weights.read, texts, dtype_of(opened, export))
+    exact = {entry.ours for entry in architecture.table(opened.source) if entry.exact and entry.ours is not None}
+    ours = our_logits(opened.source, opened.weights.read, texts, precision=dtype_of(opened, export), exact=exact)
     from transformers import AutoModelForCausalLM
 
     allowed = Allowed(trusted=architecture.code is not None)  # this version's code, which was just written there

@@ -63,22 +63,35 @@ def save_tokenizer(data: DataConfig, directory: Path) -> SpecialTokens:
 
 def stated_tokens(data: DataConfig) -> SpecialTokens:
     """The ids that config.json of the imported model has; none where the model was not imported."""
-    folder = folder_of(data)
-    stated = read_json(folder / TOKEN_IDS) if folder is not None else {}
+    stated = imported_ids(data) or {}
     return SpecialTokens(**{kind: stated.get(f"{kind}_token_id") for kind in NAMED})
 
 
+def imported_ids(data: DataConfig) -> dict[str, Any] | None:
+    """The STATED entries as config.json of the imported model has them; None where the model was not imported."""
+    folder = folder_of(data)
+    return read_json(folder / TOKEN_IDS) if folder is not None and (folder / TOKEN_IDS).is_file() else None
+
+
 def special_tokens(data: DataConfig, ours: Tokenizer, settings: dict[str, Any]) -> SpecialTokens:
-    """What config.json is to say: the ids of the model that was imported, else those of the tokens that `settings` (tokenizer_config.json) names.
+    """What config.json is to say: the ids of the model that was imported, or those of the tokens that `settings` (tokenizer_config.json) names.
     A tokenizer of ours without such settings ends a text where it ends a document."""
-    found: dict[str, Any] = stated_tokens(data)._asdict()
+    if imported_ids(data) is not None:
+        return stated_tokens(data)
+    found: dict[str, Any] = {}
     for kind in NAMED:
         text = token_text(settings.get(f"{kind}_token"))
-        if found[kind] is None and text is not None:
-            found[kind] = ours.token_to_id(text)
+        found[kind] = None if text is None else ours.token_to_id(text)
     if found["eos"] is None:
         found["eos"] = ours.eod
     return SpecialTokens(**found)
+
+
+def token_settings(data: DataConfig, special: SpecialTokens) -> dict[str, Any]:
+    """`special` as entries of config.json. What the config.json of an imported model did not have stays out: its class has values of its own."""
+    stated = imported_ids(data)
+    entries = {f"{kind}_token_id": token for kind, token in special._asdict().items()}
+    return {key: token for key, token in entries.items() if stated is None or token is not None or key in stated}
 
 
 def check_tokenizer(data: DataConfig, directory: Path) -> str | None:

@@ -58,7 +58,7 @@ def drop_entries(folder: Path, rows: int) -> list[str]:
         if settings := read_json(folder / name):
             write_json(folder / name, _without(settings, dropped, rows))
     if added := read_json(folder / ADDED_TOKENS):
-        write_json(folder / ADDED_TOKENS, {text: number for text, number in added.items() if number < rows})
+        write_json(folder / ADDED_TOKENS, {text: number for text, number in added.items() if not isinstance(number, int) or number < rows})
     for name in (GENERATION, TOKEN_IDS):
         if settings := read_json(folder / name):
             write_json(folder / name, {key: _fitting(value, rows) if key.endswith("_token_id") else value for key, value in settings.items()})
@@ -89,12 +89,12 @@ def _without(settings: dict[str, Any], dropped: set[str], rows: int) -> dict[str
             kept[key] = {name: value for name, value in kept[key].items() if token_text(value) not in dropped}
     decoder = kept.get("added_tokens_decoder")
     if isinstance(decoder, dict):
-        kept["added_tokens_decoder"] = {number: token for number, token in decoder.items() if int(number) < rows}
+        kept["added_tokens_decoder"] = {number: token for number, token in decoder.items() if not number.isdecimal() or int(number) < rows}
     return kept
 
 
 def _fitting(value: Any, rows: int) -> Any:
     """A token id, or a list of them, without those that are gone."""
     if isinstance(value, list):
-        return [number for number in value if number < rows]
+        return [number for number in value if not isinstance(number, int) or number < rows]
     return None if isinstance(value, int) and value >= rows else value

@@ -116,6 +116,32 @@ def test_several_ends_in_config_json_come_back(chat: Path, main: Callable[..., i
         assert json.loads((tmp_path / "back" / name).read_text())["eos_token_id"] == [VOCABULARY - 1, 5, 0]
 
 
+def test_ids_that_config_json_does_not_have_are_not_made_up(chat: Path, main: Callable[..., int], tmp_path: Path, export: Any) -> None:
+    """Published models of the Qwen and Pythia families name a pad_token for the tokenizer, and no pad_token_id for the model."""
+    stated = json.loads((chat / "config.json").read_text())
+    for key in ("pad_token_id", "bos_token_id"):
+        del stated[key]
+    (chat / "config.json").write_text(json.dumps(stated))
+    change(chat / "generation_config.json", pad_token_id=None)
+    assert main("--model_path", chat, "--output_dir", tmp_path / "run", "--skip-check") == 0
+    export(tmp_path / "run", tmp_path / "back")
+    config, generation = (json.loads((tmp_path / "back" / name).read_text()) for name in ("config.json", "generation_config.json"))
+    assert config.keys() & {"pad_token_id", "bos_token_id", "eos_token_id"} == {"eos_token_id"}
+    assert generation.get("pad_token_id") is None
+
+
+@pytest.mark.parametrize("said", [True, False, None])
+def test_whether_transformers_adds_the_balance_loss_comes_back(said: bool | None, main: Callable[..., int], tmp_path: Path, export: Any) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.MixtralConfig(**sizes, intermediate_size=48, max_position_embeddings=64, num_local_experts=4)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "theirs")
+    stated = {key: value for key, value in json.loads((tmp_path / "theirs" / "config.json").read_text()).items() if key != "output_router_logits"}
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(stated if said is None else {**stated, "output_router_logits": said}))
+    assert main("--model_path", tmp_path / "theirs", "--output_dir", tmp_path / "run", "--skip-check") == 0
+    export(tmp_path / "run", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text()).get("output_router_logits") is said
+
+
 @pytest.fixture(params=[False, True], ids=["head", "tied"])
 def larger(request: pytest.FixtureRequest, tmp_path: Path, tokenizer_file: Path) -> Path:
     """A model whose tokenizer has three entries more than it has rows, as Code Llama's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,19 @@ def test_the_command(main: Callable[..., int], run: Path, tmp_path: Path, capsys
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     text = model.generate(**tokenizer("our fathers", return_tensors="pt"), max_new_tokens=5, do_sample=False)
     assert tokenizer.decode(text[0]).startswith("our fathers")
+
+
+def test_transformers_does_not_warn_of_our_own_class(run: Path, tmp_path: Path, export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading the tokenizer alone, it says that the model "is otherwise not supported", which alarms and is not so."""
+    said: list[str] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: said.append(record.getMessage()))
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        export(run, tmp_path / "hf", architecture="structmoe")
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert said == []
 
 
 WIDE_HEADS = {**DECODER, "num_kv_heads": 2, "head_dim": 24, "add_qkv_bias": True}

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 CONFIG, SPECIAL_TOKENS, ADDED_TOKENS = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 GENERATION = "generation_config.json"
 TOKEN_IDS = "token_ids.json"
-"""Our own file: the ids of bos, eos and pad from the config.json of an imported model. Our tokenizers have no config.json beside them."""
+"""Our own file: the STATED entries of the config.json of an imported model. Our tokenizers have no config.json beside them."""
+ROUTER_LOGITS = "output_router_logits"
+STATED = ("bos_token_id", "eos_token_id", "pad_token_id", ROUTER_LOGITS)
+"""Entries of config.json that go back as they came: whether transformers adds the balance loss is among them."""
 TEMPLATES = "additional_chat_templates"
 """A folder of further chat templates."""
 TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
@@ -71,7 +74,8 @@ def token_text(value: Any) -> str | None:
 def chat_templates(folder: Path) -> str:
     """All chat templates in `folder`, as one text."""
     stored = read_settings(folder / CONFIG).get("chat_template")
-    texts = [stored] if isinstance(stored, str) else [str(item.get("template")) for item in stored or () if isinstance(item, dict)]
+    named = stored if isinstance(stored, list) else []
+    texts = [stored] if isinstance(stored, str) else [str(item.get("template")) for item in named if isinstance(item, dict)]
     files = [folder / "chat_template.jinja", *sorted((folder / TEMPLATES).glob("*.jinja"))]
     for file in files:
         with contextlib.suppress(OSError, ValueError):
