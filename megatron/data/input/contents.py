@@ -19,6 +19,7 @@ SCANNER = json.JSONDecoder()
 OPENING = re.compile(r"\{\s*[\"']")  # how a line begins that is meant as a JSON object, or as a Python dictionary
 KEYED = re.compile(r"\{\s*\"(?:[^\"\\]|\\.)*\"\s*:")  # how a JSON object begins
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
+NEXT_OBJECT = re.compile(r"(?:,\s*)?(?:\{|$)")  # what may stand behind an object: another one, a comma between them, or nothing
 COMMA = re.compile(r"\s*,?\s*")
 NEAR_THE_END = 16
 
@@ -114,7 +115,7 @@ def json_form(head: bytes, *, whole: bool) -> JsonForm | None:
     except (ValueError, RecursionError):
         return None
     rest = text[end:].lstrip()
-    return JsonForm.VALUES if not rest or rest.startswith(("{", ",")) else None
+    return JsonForm.VALUES if NEXT_OBJECT.match(rest) else None
 
 
 def start_of(head: bytes, *, whole: bool) -> str:

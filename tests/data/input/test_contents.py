@@ -112,6 +112,7 @@ def test_archives_and_their_members_under_any_name(tmp_path: Path) -> None:
         '["a", "b"] is a list in Python.\nSo is [].\n',
         '{"a": "b"} is an object in JSON.\nArrays stand in brackets.\n',
         '{"a": "b"}\nThat was an object.\nThis is prose.\n',
+        '{"a": 1}, he said, and went on.\nThis is prose.\n',
         "{" + "x" * 2 * HEAD_BYTES,
         '{"I wonder", she said, "whether' + " it goes on" * HEAD_BYTES,
         "1\n2\n3\n",
