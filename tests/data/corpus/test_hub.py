@@ -143,10 +143,10 @@ def test_without_a_network_the_user_is_told_what_to_do(tmp_path: Path, monkeypat
 
 def test_without_the_package_the_user_is_told_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(name: str) -> Any:
-        raise ImportError(name)
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(importlib, "import_module", refuse)
-    with pytest.raises(DatasetError, match=r"allenai/c4 is read through the package datasets, which is not installed: `pip install datasets`"):
+    with pytest.raises(DatasetError, match=r"allenai/c4 is read through the package datasets \(`pip install datasets`, .* Without it, .* --name NAME\.?$"):
         texts(corpus(tmp_path, "c4"))
 
 
