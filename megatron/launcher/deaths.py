@@ -26,8 +26,11 @@ class Death(NamedTuple):
     number: int
 
     def __str__(self) -> str:
-        cause = CAUSES.get(signal.Signals(self.number), "another process or a person sent it")
-        name = signal.Signals(self.number).name
+        known = next((known for known in signal.Signals if known == self.number), None)  # most real-time signals have no name
+        cause, name = (
+            CAUSES.get(known or signal.SIGTERM, "another process or a person sent it"),
+            known.name if known is not None else "a real-time signal",
+        )
         return f"Process {self.rank} (pid {self.pid}) was ended by signal {self.number}, {name}: {cause}. The other processes were stopped."
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron.launcher.deaths import Death
+
 # Stands in for DeepSpeed's local launcher where only its behaviour towards signals and statuses matters (DeepSpeed's own takes seconds to import).
 # Its path must contain the name by which the real one is recognised.
 STAND_IN = """import signal, subprocess, sys, time
@@ -126,6 +128,11 @@ def test_a_process_that_was_killed_is_named(folder: Path) -> None:
     assert process.returncode == 128 + signal.SIGKILL
     assert error.decode().startswith(f"Process 1 (pid {pid}) was ended by signal 9, SIGKILL: probably the machine had no memory left")
     assert error.decode().count("\n") == 1, "the others, which the launcher ends, are not named"
+
+
+@pytest.mark.parametrize(("number", "named"), [(signal.SIGTERM, "15, SIGTERM: "), (40, "40, a real-time signal: "), (9, "9, SIGKILL: probably")])
+def test_every_signal_is_named(number: int, named: str) -> None:
+    assert f"Process 1 (pid 5) was ended by signal {named}" in str(Death("1", 5, number))
 
 
 def test_a_run_that_was_started_to_ignore_ctrl_c_goes_on(folder: Path) -> None:
