@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +28,9 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tell DeepSpeed which accelerator to use while it can still listen: CUDA for `pytest -m gpu`, the CPU for everything else."""
+    """Hear Ctrl-C; tell DeepSpeed which accelerator to use while it can still listen: CUDA for `pytest -m gpu`, the CPU for everything else."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # `nohup make test &`: what the tests start is to hear Ctrl-C all the same
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if config.getoption("markexpr").strip() == "gpu" else "cpu")
 
 

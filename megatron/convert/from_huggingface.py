@@ -310,7 +310,8 @@ def compare_logits(request: Import, theirs: Theirs, stage: Path, tokens: Importe
     known = opened.source.vocabulary if tokens.rows is None else tokens.rows.first
     texts, dtype = tokens_to_compare(replace(opened.source, vocabulary=known), tokens.tokenizer), DTYPES[opened.source.config.precision]
     ours = our_logits(opened.source, opened.weights.read, texts)
-    allowed = Allowed(request.trust_remote_code, later_layers(theirs.settings, theirs.stored))
+    later = {name[: name.index(".", len("model.layers."))] + "." for name in later_layers(theirs.settings, theirs.stored)}
+    allowed = Allowed(request.trust_remote_code, later)
     with loadable(theirs, trusted=request.trust_remote_code) as (folder, loader):
         both = ours, their_logits(folder, texts, precision=dtype, loader=loader, allowed=allowed)
         return compare(*(both if tokens.rows is None else (first_rows(logits, known) for logits in both)), limit=limit)

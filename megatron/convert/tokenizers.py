@@ -56,7 +56,9 @@ def save_tokenizer(data: DataConfig, directory: Path) -> SpecialTokens:
         (directory / TOKEN_IDS).unlink(missing_ok=True)
     if stored and folder is not None and (folder / TOKEN_IDS).is_file():
         settings = {}  # an import goes back as it came
-    settings |= {key: value for key, value in stored.items() if key != "auto_map"}  # its code does not go along
+    settings |= stored
+    if settings.pop("auto_map", None) is not None:  # its code does not go along, nor the name of a class in it
+        settings["tokenizer_class"] = FAST
     write_json(directory / CONFIG, settings)
     return special_tokens(data, ours, settings)
 

@@ -64,7 +64,7 @@ def test_missing_directory(tmp_path: Path) -> None:
         find_checkpoint(tmp_path / "nowhere" / "deep")
     make_checkpoint(tmp_path / "first run", 3)
     make_checkpoint(tmp_path / "second", 3)
-    with says(f"{tmp_path} is there. There are checkpoints in these directories below it: first run, second. Give one of them.", NoCheckpointError):
+    with says(f"{tmp_path} exists. There are checkpoints in these directories below it: first run, second. Give one of them.", NoCheckpointError):
         find_checkpoint(tmp_path / "nowhere")
 
 
@@ -150,7 +150,7 @@ def test_damaged_ones_are_not_offered(run: Path) -> None:
     with says("holds no other undamaged checkpoint."):
         find_checkpoint(run)
     (run / "latest").unlink()
-    with says("is whole: "):
+    with says("is damaged or incomplete: "):
         find_checkpoint(run)
 
 
@@ -162,7 +162,7 @@ def test_damaged_manifest(run: Path) -> None:
 
 def test_directory_without_weights(tmp_path: Path) -> None:
     (tmp_path / "global_step4").mkdir()
-    with says("global_step4 is unfinished: it holds no model weights"):
+    with says("global_step4 is incomplete: it holds no model weights"):
         find_checkpoint(tmp_path, 4)
 
 

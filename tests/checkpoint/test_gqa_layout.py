@@ -59,7 +59,7 @@ def test_fresh_weights_do_not_tell(seed: int) -> None:
     ordered = todays_order([shard(weight)], heads=HEADS, layout="auto")
     assert torch.equal(ordered.shards[0]["sequential.2.attention.query_key_value.weight"], weight)
     assert ordered.notice is not None
-    assert "the weights do not tell" in ordered.notice
+    assert "the weights do not show the order" in ordered.notice
     assert "-o gqa_layout=per_head" in ordered.notice
 
 

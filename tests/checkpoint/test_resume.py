@@ -107,11 +107,19 @@ def test_stages_1_and_2_read_each_other(saved: Saved, two: list[dict[str, Any]])
 @pytest.mark.parametrize(
     ("case", "parts"),
     [
-        ("width", ["checkpoint of another shape", "layers.0.weight is [7, 7] in the checkpoint and [5, 5] in this run", "and 3 more", "configs"]),
-        ("depth", ["checkpoint of another shape", "layers.2.weight [7, 7] is missing in the checkpoint"]),
+        (
+            "width",
+            [
+                "a model with other weights",
+                "layers.0.weight is [7, 7] in the checkpoint and [5, 5] in this run",
+                "and 3 more",
+                "configs",
+            ],
+        ),
+        ("depth", ["a model with other weights", "layers.2.weight [7, 7] is missing in the checkpoint"]),
         ("args", ["checkpoint of another model", "num_attention_heads is 1 in the checkpoint and 2 in this run"]),
-        ("stage", ["saved with zero_optimization stage 0, this run uses stage 1", "no_load_optim=true"]),
-        ("precision", ["trained in float32, this run uses bfloat16", "no_load_optim=true"]),
+        ("stage", ["saved with zero_optimization stage 0, but this run uses stage 1", "no_load_optim=true"]),
+        ("precision", ["trained in float32, but this run uses bfloat16", "no_load_optim=true"]),
         ("world", ["saved by 2 data-parallel processes with zero_optimization stage 1", "this run has 1: start 2 processes", "no_load_optim=true"]),
     ],
 )

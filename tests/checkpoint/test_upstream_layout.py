@@ -156,7 +156,7 @@ def test_parts_that_do_not_fit_are_named_with_their_path(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [([1], " does not hold a dictionary of weights"), ({1: torch.ones(1)}, " does not hold"), ({"a": 1}, ": a is a int, no tensor")],
+    [([1], " does not hold a dictionary of weights"), ({1: torch.ones(1)}, " does not hold"), ({"a": 1}, ": a is a int, not a tensor")],
 )
 @pytest.mark.parametrize("layers", [True, False])
 def test_something_else_in_the_place_of_weights(tmp_path: Path, content: Any, message: str, layers: bool) -> None:
@@ -251,7 +251,7 @@ def test_optimizer_states_that_cannot_be_read(
     path = write_layers(tmp_path, parts, content, stages=stages) if stages else write_sequential(tmp_path, parts, content)
     with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
         check_optimizer(inspect_checkpoint(path), zero_stage, 1)
-    assert "add `-o no_load_optim=true` to go on from the weights alone" in str(caught.value)
+    assert "add `-o no_load_optim=true` to continue from the weights with a new optimizer state" in str(caught.value)
 
 
 def test_its_random_states_are_taken(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_layers_that_predict_later_tokens_are_left_out_and_named(tmp_path: Path)
     save_file({**weights, **later}, tmp_path / "theirs" / "model.safetensors", {"format": "pt"})
     imported = import_model(Import(tmp_path / "theirs", tmp_path / "run"), build_reporter())
     assert imported.compared is not None
-    assert imported.notices[0].startswith(f"{len(later)} weights of layers after the model's 2 are left out (model.layers.2.")
+    assert imported.notices[1].startswith(f"{len(later)} weights of layers after the model's 2 are left out (model.layers.2.")
     assert load_ready_model(load_config([tmp_path / "run" / "config.yml"]).config).gpt.num_layers == model.config.num_hidden_layers == 2
     weights["model.layers.2.input_layernorm.weight"] = torch.ones(40)
     save_file(weights, tmp_path / "theirs" / "model.safetensors", {"format": "pt"})

@@ -54,7 +54,7 @@ def test_two_of_them(run: Path, tmp_path: Path, main: Callable[..., int], capsys
     gpt.state_dict()["sequential.2.input_layernorm.scale"][3] += 0.5
     save_model(tmp_path / "other", config, gpt)
     assert main(run, tmp_path / "other") == 1
-    assert capsys.readouterr().out == "sequential.2.input_layernorm.scale: 1 of 32 numbers differ, by up to 0.5\n"
+    assert capsys.readouterr().out == "sequential.2.input_layernorm.scale: 1 of 32 numbers differ, by at most 0.5\n"
     smaller = config_of({**DECODER, "num_layers": 2, "ffn_hidden_size": 24})
     save_model(tmp_path / "smaller", smaller, lively_model(smaller))
     assert main(run, tmp_path / "smaller") == 1

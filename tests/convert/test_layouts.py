@@ -110,11 +110,14 @@ def changed(change: Callable[[Tensor], Tensor], which: str = "gate_up_proj") -> 
     [
         (half_fused, "holds the experts of one layer twice: as single weights (model.layers.0.mlp.experts."),
         (half_there, "holds the experts of one layer twice: as single weights (model.layers.0.mlp.experts.0."),
-        (changed(lambda tensor: tensor[:3]), "gate_up_proj is [3, 48, 32], and config.json asks for [4, 48, 32] (experts, rows, columns"),
-        (changed(lambda tensor: tensor.mT), "gate_up_proj is [4, 32, 48], and config.json asks for [4, 48, 32] (experts, rows, columns"),
-        (changed(lambda tensor: tensor.mT, "down_proj"), "down_proj is [4, 24, 32], and config.json asks for [4, 32, 24] (experts, rows, columns"),
-        (changed(lambda tensor: tensor.flatten(0, 1)), "gate_up_proj is [192, 32], and config.json asks for [4, 48, 32]"),
-        (changed(lambda tensor: torch.cat([tensor, tensor])), "gate_up_proj is [8, 48, 32], and config.json asks for [4, 48, 32]"),
+        (changed(lambda tensor: tensor[:3]), "gate_up_proj has the shape [3, 48, 32], but config.json needs [4, 48, 32] (experts, rows, columns"),
+        (changed(lambda tensor: tensor.mT), "gate_up_proj has the shape [4, 32, 48], but config.json needs [4, 48, 32] (experts, rows, columns"),
+        (
+            changed(lambda tensor: tensor.mT, "down_proj"),
+            "down_proj has the shape [4, 24, 32], but config.json needs [4, 32, 24] (experts, rows, columns",
+        ),
+        (changed(lambda tensor: tensor.flatten(0, 1)), "gate_up_proj has the shape [192, 32], but config.json needs [4, 48, 32]"),
+        (changed(lambda tensor: torch.cat([tensor, tensor])), "gate_up_proj has the shape [8, 48, 32], but config.json needs [4, 48, 32]"),
         (
             lambda _, fused: {name: tensor for name, tensor in fused.items() if not name.endswith("layers.0.mlp.experts.down_proj")},
             "holds no weight model.layers.0.mlp.experts.0.down_proj.weight.",

@@ -31,7 +31,7 @@ def test_close_in_float32_needs_no_more() -> None:
 def test_float64_tells_rounding_from_mistakes() -> None:
     compared = compare(model(1.0, 1.0), model(1.0005, 1.00001))
     assert str(compared).endswith("in float32 (1.0e-05 in float64; the rest is rounding)")
-    with pytest.raises(ConversionError, match=r"difference of a logit 5\.0e-04 on .* in float32, 4\.0e-04 in float64, above the 1e-04"):
+    with pytest.raises(ConversionError, match=r"difference of a logit: 5\.0e-04 on .* in float32, 4\.0e-04 in float64, more than the 1e-04"):
         compare(model(1.0, 1.0), model(1.0005, 1.0004))
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from megatron.convert.architectures.structmoe import CODE
 from megatron.convert.to_huggingface import Exported
@@ -170,7 +172,7 @@ def tokenizer(directory: Path, mark: str) -> None:
         json.dumps({"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "tokenization_mine.Mine"]}})
     )
     words = {f"word{number}": number for number in range(VOCABULARY)}
-    (directory / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordLevel", "vocab": words, "unk_token": "word0"}}))
+    Tokenizer(WordLevel(words, "word0")).save(str(directory / "tokenizer.json"))
 
 
 def kernels_of_the_hub(directory: Path, mark: str) -> None:
