@@ -42,7 +42,7 @@ def test_a_missing_or_broken_pair_is_a_sentence(
     assert "a.bin has 4 bytes but a.idx describes 6 (3 tokens of 2 bytes)" in capsys.readouterr().err
     os.truncate(tmp_path / "a.idx", 40)
     assert main(tmp_path / "a") == 1
-    assert "a.idx is cut short: 40 bytes" in capsys.readouterr().err
+    assert "a.idx is cut short: it has 40 bytes" in capsys.readouterr().err
     os.remove(tmp_path / "a.bin")
     command = [sys.executable, str(repository / "tools/datasets/dataset_token_count.py"), str(tmp_path / "a")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
