@@ -31,7 +31,7 @@ def test_both_read_it_alike(split: str, shares: tuple[float, float, float]) -> N
     config_from_dict({**MODEL, "split": split})
 
 
-@pytest.mark.parametrize("split", ["", "a,b", "1,2,3,4", "-1,2", "0,0,0", "nan", "inf,1", "969,30,1,", "969,,1", "8/2,1", "969 30 1"])
+@pytest.mark.parametrize("split", ["", "a,b", "1,2,3,4", "-1,2", "0,0,0", "0,50,50", "nan", "inf,1", "969,30,1,", "969,,1", "8/2,1", "969 30 1"])
 def test_both_refuse_it_with_the_same_words(split: str) -> None:
     with pytest.raises(DatasetError) as run:
         parse_split(split)
