@@ -194,7 +194,7 @@ def test_what_is_not_wanted_is_not_mentioned(
     assert caplog.text == ""
 
 
-@pytest.mark.parametrize(("split", "documents"), [("0,1,0", 7), ("0.1,0.9,0", 1)])
+@pytest.mark.parametrize(("split", "documents"), [("0.001,1,0", 7), ("0.1,0.9,0", 1)])
 def test_nothing_to_train_on_is_an_error(numbered: Callable[..., Path], data_config: Callable[..., Any], split: str, documents: int) -> None:
     config = data_config(data_path=str(numbered([10] * documents)), split=split)
     with pytest.raises(DatasetError, match=rf"split = '{split}' leaves no document of .* for train, so there is nothing to train on; give train a"):
