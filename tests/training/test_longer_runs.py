@@ -62,7 +62,7 @@ def test_a_schedule_whose_past_would_change_says_what_to_set(keys: dict[str, Any
         "Only the length differs, which follows train_iters. With the new length, the steps so far would have had other learning rates. " in problem
     )
     assert "Set lr_decay_iters: 1000 to keep the schedule as it was" in problem
-    assert ("the rate rises again after them" in problem) == (keys["lr_decay_style"] == "cosine")
+    assert ("the rate then rises again" in problem) == (keys["lr_decay_style"] == "cosine")
     assert "Set override_lr_scheduler: true to follow this configuration" in problem
 
 
