@@ -69,11 +69,11 @@ def _draw_losses(axis: Any, train: tuple[list[int], list[float]], valid: tuple[l
 
 
 def means_around(values: list[float], reach: int) -> list[float]:
-    """For each value the mean of itself and up to `reach` neighbours on each side. Both sides have the same number, so the line ends at the last
-    value."""
+    """For each value the mean of itself and of up to `reach` neighbours on each side. The line begins at the first value, where losses fall fast, and
+    ends at the mean of the last `reach` + 1 values, where single ones are noise."""
     sums = [0.0, *itertools.accumulate(values)]
-    sides = [min(reach, place, len(values) - 1 - place) for place in range(len(values))]
-    return [(sums[place + side + 1] - sums[place - side]) / (2 * side + 1) for place, side in enumerate(sides)]
+    bounds = [(place - min(reach, place), min(place + min(reach, place), len(values) - 1) + 1) for place in range(len(values))]
+    return [(sums[end] - sums[begin]) / (end - begin) for begin, end in bounds]
 
 
 def _line(steps: list[int]) -> str:
