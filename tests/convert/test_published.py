@@ -26,12 +26,16 @@ from megatron.convert.dropped import BUFFER
 from megatron.convert.from_huggingface import Import, import_model
 from megatron.data.indexed import IndexedDatasetWriter
 from megatron.data.progress import build_reporter
-from tests.convert.published.models import MODELS
+from tests.convert.published.models import LAST, MODELS
 from tests.training.runs import train_losses
 
-RECORDED = sorted((Path(__file__).parent / "published").glob("*.json"))
+RECORDED = [
+    pytest.param(file, id=file.stem, marks=[pytest.mark.slow] * file.stem.endswith(LAST))  # the last of the 4 line writes as today's does
+    for file in sorted((Path(__file__).parent / "published").glob("*.json"))
+]
 EXPERTS = [name for name, published in MODELS.items() if "Moe" in published.class_name or "Mixtral" in published.class_name]
 TODAY = [*((name, True) for name in MODELS), *((name, False) for name in EXPERTS)]
+ROUTERS = (".mlp.gate.weight", "_moe.gate.weight")
 HOW = {"train_iters": 3, "train_micro_batch_size_per_gpu": 2, "log_interval": 1, "seq_length": 16, "num_workers": 0, "precision": "fp32"}
 HOW |= {"optimizer": {"type": "Adam", "params": {"lr": 1e-2}}, "split": "1,0,0", "eval_interval": 100, "eval_iters": 0, "checkpoint_factor": 3}
 
@@ -96,6 +100,11 @@ def stored(directory: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in weights.items() if not BUFFER.search(name)}
 
 
+def without_experts(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An export writes the experts one by one, and Mixtral's router beside them under its older name."""
+    return {name: tensor for name, tensor in weights.items() if ".experts." not in name and not name.endswith(ROUTERS)}
+
+
 def shapes(directory: Path) -> dict[str, list[int]]:
     with safe_open(directory / "model.safetensors", "pt") as file:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
@@ -108,8 +117,7 @@ def there_and_back(theirs: Path, name: str, tmp_path: Path, corpus: Path, export
     exported = export(tmp_path / "run", tmp_path / "untrained")
     before, after = stored(theirs), stored(tmp_path / "untrained")
     if any("gate_up_proj" in key for key in before):
-        before = {key: tensor for key, tensor in before.items() if ".experts." not in key}
-        after = {key: tensor for key, tensor in after.items() if ".experts." not in key}
+        before, after = (without_experts(weights) for weights in (before, after))
     assert before.keys() == after.keys()
     assert [key for key in before if not torch.equal(before[key], after[key])] == []
     assert exported.class_name == MODELS[name].class_name
@@ -123,7 +131,7 @@ def there_and_back(theirs: Path, name: str, tmp_path: Path, corpus: Path, export
     assert shapes(tmp_path / "after") == shapes(tmp_path / "untrained")
 
 
-@pytest.mark.parametrize("file", RECORDED, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", RECORDED)
 def test_as_written_by_transformers_4(file: Path, tmp_path: Path, corpus: Path, tokenizer_file: Path, export: Any) -> None:
     write_recorded(file, tmp_path / "theirs")
     shutil.copy(tokenizer_file, tmp_path / "theirs")

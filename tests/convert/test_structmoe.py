@@ -123,7 +123,7 @@ def test_a_component_of_a_plugin_is_an_obstacle(key: str, sentence: str) -> None
         ),
         (
             {"norm_type": "batchnorm"},
-            r"The settings of this StructMoEForCausalLM do not fit together: norm_type = 'batchnorm': must be one of layernorm",
+            r"The settings of this StructMoEForCausalLM contradict each other: norm_type = 'batchnorm': must be one of layernorm",
         ),
     ],
 )

@@ -147,7 +147,7 @@ def test_what_an_architecture_cannot_represent_is_said_key_by_key(run: Path, tmp
 def test_a_router_from_outside_is_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ROUTERS, "mine", ROUTERS["topk"])
     source = source_of({**EXPERTS, "moe_router_type": "mine"})
-    with pytest.raises(ConversionError, match=r"What StructMoEForCausalLM lacks:\n  moe_router_type: mine \(.*what a plugin adds cannot"):
+    with pytest.raises(ConversionError, match=r"What StructMoEForCausalLM cannot represent:\n  moe_router_type: mine \(.*what a plugin adds cannot"):
         choose_architecture(source, "auto", lambda name: torch.zeros(1))
 
 
