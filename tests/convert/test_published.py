@@ -34,7 +34,10 @@ RECORDED = [
     for file in sorted((Path(__file__).parent / "published").glob("*.json"))
 ]
 EXPERTS = [name for name, published in MODELS.items() if "Moe" in published.class_name or "Mixtral" in published.class_name]
-TODAY = [*((name, True) for name in MODELS), *((name, False) for name in EXPERTS)]
+TODAY = [
+    *(pytest.param((name, True), id=name, marks=pytest.mark.slow) for name in MODELS),  # test_in_and_out.py has every class as it is written today
+    *(pytest.param((name, False), id=f"{name}-fused") for name in EXPERTS),
+]
 ROUTERS = (".mlp.gate.weight", "_moe.gate.weight")
 HOW = {"train_iters": 3, "train_micro_batch_size_per_gpu": 2, "log_interval": 1, "seq_length": 16, "num_workers": 0, "precision": "fp32"}
 HOW |= {"optimizer": {"type": "Adam", "params": {"lr": 1e-2}}, "split": "1,0,0", "eval_interval": 100, "eval_iters": 0, "checkpoint_factor": 3}
@@ -138,7 +141,7 @@ def test_as_written_by_transformers_4(file: Path, tmp_path: Path, corpus: Path, 
     there_and_back(tmp_path / "theirs", file.stem.rsplit("-", 1)[0], tmp_path, corpus, export)
 
 
-@pytest.mark.parametrize("case", TODAY, ids=lambda case: case[0] + ("" if case[1] else "-fused"))
+@pytest.mark.parametrize("case", TODAY)
 def test_as_written_today(case: tuple[str, bool], tmp_path: Path, corpus: Path, tokenizer_file: Path, export: Any) -> None:
     name, original_format = case
     write_today(name, tmp_path / "theirs", original_format=original_format)

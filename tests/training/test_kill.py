@@ -72,7 +72,7 @@ def test_killed_at_random_moments(corpus: Path, tmp_path: Path, kills: int) -> N
     check_same(run.metrics, tmp_path / "straight/metrics.jsonl")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_told_to_stop(corpus: Path, tmp_path: Path, number: signal.Signals) -> None:
     values = run_values(corpus, tmp_path / "straight", train_iters=150, checkpoint_factor=1000)
     train_losses(values)
