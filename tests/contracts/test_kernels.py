@@ -12,7 +12,9 @@ from torch import Tensor
 from megatron.kernels import grouped_gemm as gemm
 from megatron.kernels import grouped_lore as lore
 from megatron.kernels import permute as perm
+from megatron.kernels.activations import ACTIVATIONS
 from megatron.kernels.backends import OPS
+from megatron.kernels.grouped_lore.interface import HiddenLayer, LoreChoice, Projection
 from megatron.testing.devices import DEVICES
 
 ROWS = {"even": [3, 3, 3], "empty_expert": [5, 0, 4], "all_on_one": [0, 9, 0], "single_row": [1, 0, 0], "no_rows": [0, 0, 0]}
@@ -84,19 +86,74 @@ def lore_case(rows: list[int], choices: int) -> tuple[perm.Order, list[list[int]
     return perm.sort_by_group(chosen, len(rows) * M), chosen.tolist()
 
 
-def lore_definition(rows: list[int], chosen: list[list[int]]) -> Callable[..., Tensor]:
-    """Equation 2, a row at a time."""
+PARTS = ("weight", "a", "b", "bias")
+KINDS = {
+    "plain": (("weight",), ()),
+    "plain with biases and a gate": (("weight", "bias"), ("weight", "bias")),
+    "entangled": (("weight", "a", "b"), ()),
+    "entangled up": (("weight", "a", "b"), ("weight",)),
+    "entangled gate with biases": (("weight", "bias"), ("weight", "a", "b", "bias")),
+    "entangled both": (("weight", "a", "b"), ("weight", "a", "b")),
+    "multiplied": (("a", "b"), ("weight",)),
+    "decomposed": (("a", "b", "bias"), ()),
+    "decomposed with a gate": (("a", "b"), ("a", "b")),
+}
+"""Which parts the projections `up` and `gate` have."""
 
-    def compute(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, pi: Tensor) -> Tensor:
-        parts = []
+
+def lore_definition(rows: list[int], chosen: list[list[int]] | None, kind: str, activation: str) -> Callable[..., Tensor]:
+    """Equation 2 and the activation, a row at a time; without `chosen` every expert has one LoRE, with pi = 1."""
+    act = ACTIVATIONS[activation].value
+
+    def project(x: Tensor, r: int, e: int, there: dict[str, Tensor], pi: Tensor) -> Tensor:
+        p = there["weight"][e] @ x[r] if "weight" in there else x.new_zeros(F)
+        if "a" in there:
+            for choice, g in enumerate([e] if chosen is None else chosen[r]):
+                p = p + (1 if chosen is None else pi[r, choice]) * (there["a"][g] @ x[r]) @ there["b"][g]
+        return p + there["bias"][e] if "bias" in there else p
+
+    def compute(x: Tensor, pi: Tensor, *parts: Tensor) -> Tensor:
+        up_names, gate_names = KINDS[kind]
+        up, gate = dict(zip(up_names, parts, strict=False)), dict(zip(gate_names, parts[len(up_names) :], strict=True))
+        hidden = [0 * sum(t.sum() for t in (x, pi, *parts)) + x.new_zeros(0, F)]
         for r, e in enumerate(owners(rows)):
-            h = weight[e] @ x[r]
-            for choice, g in enumerate(chosen[r]):
-                h = h + pi[r, choice] * (a[g] @ x[r]) @ b[g]
-            parts.append(h)
-        return torch.stack(parts) if parts else 0 * sum(t.sum() for t in (x, weight, a, b, pi)) + x.new_zeros(0, F)
+            p = project(x, r, e, up, pi)
+            hidden.append((act(project(x, r, e, gate, pi)) * p if gate else act(p))[None])
+        return torch.cat(hidden)
 
     return compute
+
+
+def lore_inputs(draw: Draw, rows: list[int], kind: str, lores: int) -> list[Tensor]:
+    """The parts that the kind has."""
+    shapes = {"weight": (len(rows), F, D), "a": (lores, Q, D), "b": (lores, Q, F), "bias": (len(rows), F)}
+    return [draw(*shapes[name]) for names in KINDS[kind] for name in names]
+
+
+def lore_layer(kind: str, parts: tuple[Tensor, ...], counts: Tensor, activation: str, choice: LoreChoice | None) -> HiddenLayer:
+    """What the op takes."""
+    up_names, gate_names = KINDS[kind]
+    places = {"weight": "weight_EFD", "a": "a_GQD", "b": "b_GQF", "bias": "bias_EF"}
+    up = Projection(**{places[name]: t for name, t in zip(up_names, parts, strict=False)})
+    gate = Projection(**{places[name]: t for name, t in zip(gate_names, parts[len(up_names) :], strict=True)})
+    return HiddenLayer(counts, activation, up, gate if gate_names else None, choice)
+
+
+def check_lore(backend: str, rows: list[int], kind: str, draw: Draw, *, choices: int | None, activation: str = "silu") -> None:
+    """`choices`: LoREs of each row; None: nothing is chosen."""
+    device, counts = draw.device, torch.tensor(rows, dtype=torch.int64, device=draw.device)
+    order, chosen = lore_case(rows, choices or 1)
+    order = perm.Order(*(t.to(device) for t in order))
+    pi = draw(sum(rows), choices or 1)
+
+    def ours(x: Tensor, pi: Tensor, *parts: Tensor) -> Tensor:
+        choice = None if choices is None else LoreChoice(pi, order)
+        y = lore.grouped_lore(x, lore_layer(kind, parts, counts, activation, choice), backend=backend)
+        return y if choices is not None and "a" in (*KINDS[kind][0], *KINDS[kind][1]) else y + 0 * pi.sum()
+
+    parts = lore_inputs(draw, rows, kind, len(rows) * (1 if choices is None else M))
+    definition = lore_definition(rows, chosen if choices is not None else None, kind, activation)
+    check(ours, definition, (draw(sum(rows), D), pi, *parts))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -106,10 +163,27 @@ def lore_definition(rows: list[int], chosen: list[list[int]]) -> Callable[..., T
 @pytest.mark.parametrize("backend", implementations("grouped_lore"))
 def test_grouped_lore(backend: str, rows: list[int], choices: int, dtype: torch.dtype, device: str) -> None:
     skip_unless_it_runs("grouped_lore", backend, device)
-    draw, (order, chosen), groups = Draw(dtype, device), lore_case(rows, choices), len(rows) * M
-    inputs = draw(sum(rows), D), draw(len(rows), F, D), draw(groups, Q, D), draw(groups, Q, F), draw(sum(rows), choices)
-    order = perm.Order(*(t.to(device) for t in order))
-    check(lambda x, w, a, b, pi: lore.grouped_lore(x, w, a, b, lore.LoreChoice(pi, order), backend=backend), lore_definition(rows, chosen), inputs)
+    check_lore(backend, rows, "entangled", Draw(dtype, device), choices=choices)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("choices", [None, 1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", implementations("grouped_lore"))
+def test_every_kind_of_hidden_layer(backend: str, kind: str, choices: int | None, device: str) -> None:
+    skip_unless_it_runs("grouped_lore", backend, device)
+    for rows in ROWS.values():
+        check_lore(backend, rows, kind, Draw(torch.float32, device), choices=choices)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("backend", implementations("grouped_lore"))
+def test_every_activation(backend: str, activation: str, dtype: torch.dtype, device: str) -> None:
+    skip_unless_it_runs("grouped_lore", backend, device)
+    for kind in ("plain", "entangled both"):
+        check_lore(backend, ROWS["empty_expert"], kind, Draw(dtype, device), choices=1, activation=activation)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -161,7 +235,8 @@ def test_the_ops_keep_pytorch_rules() -> None:
     x, pi = draw(6, D), draw(6, 2)
     weights = [draw(3, F, D), draw(6, Q, D), draw(6, Q, F)]
     torch.library.opcheck(gemm._grouped_gemm, (x, weights[0], counts, True, "reference"))
-    torch.library.opcheck(lore._grouped_lore, (x, weights, pi, list(order), "reference"))
+    for there, parts in (([True] * 3 + [False] * 5, weights), ([True] * 3 + [False, True] + [False] * 3, [*weights, draw(3, F, D)])):
+        torch.library.opcheck(lore._grouped_lore, (x, counts, parts, there, [pi, *order], "silu", True, "reference"))
     order = perm.sort_by_group(torch.tensor([[0, 1], [1, 0], [2, 0]]), 3)
     torch.library.opcheck(perm._permute, (draw(3, D), order.order_R, order.inverse_TK, "reference"))
     torch.library.opcheck(perm._combine, (x, order.order_R, order.inverse_TK, "reference"))
@@ -173,7 +248,12 @@ def test_gradcheck_of_the_lore_op(choices: int) -> None:
     rows = [3, 0, 2]
     draw, (order, _) = Draw(torch.float64, "cpu"), lore_case(rows, choices)
     inputs = draw(5, 4), draw(3, 3, 4), draw(6, 2, 4), draw(6, 2, 3), draw(5, choices)
-    assert torch.autograd.gradcheck(lambda x, w, a, b, pi: lore.grouped_lore(x, w, a, b, lore.LoreChoice(pi, order)), inputs)
+
+    def compute(x: Tensor, w: Tensor, a: Tensor, b: Tensor, pi: Tensor) -> Tensor:
+        layer = HiddenLayer(torch.tensor(rows), "silu", Projection(w, a, b), choice=LoreChoice(pi, order))
+        return lore.grouped_lore(x, layer, backend="reference")
+
+    assert torch.autograd.gradcheck(compute, inputs)
 
 
 def test_two_runs_are_equal_bit_for_bit() -> None:
@@ -189,11 +269,16 @@ def test_two_runs_are_equal_bit_for_bit() -> None:
 
 COUNTS = torch.tensor([1, 1])
 ORDER = perm.sort_by_group(torch.tensor([[0], [1]]), 2)
-CHOICE = lore.LoreChoice(torch.ones(2, 1), ORDER)
+CHOICE = LoreChoice(torch.ones(2, 1), ORDER)
 
 
 def z(*shape: int) -> Tensor:
     return torch.zeros(shape)
+
+
+def compute(x: Tensor, up: Projection, gate: Projection | None = None, choice: LoreChoice | None = None, activation: str = "gelu") -> Tensor:
+    """The hidden layer of two experts that have a row each."""
+    return lore.grouped_lore(x, HiddenLayer(COUNTS, activation, up, gate, choice))
 
 
 @pytest.mark.parametrize(
@@ -203,11 +288,20 @@ def z(*shape: int) -> Tensor:
         (lambda: gemm.grouped_gemm(z(2, 3), z(2, 3, 5), COUNTS, transposed=True), r"\[experts, out, in\]"),
         (lambda: gemm.grouped_gemm(z(2, 3), z(3, 3, 5), COUNTS), r"row counts of shape \(2,\) for 3 experts; give one count for each"),
         (lambda: gemm.grouped_gemm(z(3, 3), z(2, 3, 5), COUNTS), "row counts sum to 2, but there are 3 rows"),
-        (lambda: lore.grouped_lore(z(2), z(2, 5, 3), z(2, 2, 3), z(2, 2, 5), CHOICE), "weights three-dimensional"),
-        (lambda: lore.grouped_lore(z(2, 3), z(2, 5, 3), z(2, 2, 4), z(2, 2, 5), CHOICE), "do not fit: weight is"),
-        (lambda: lore.grouped_lore(z(2, 3), z(2, 5, 3), z(3, 2, 3), z(3, 2, 5), CHOICE), "3 LoREs cannot be shared out among 2 experts"),
-        (lambda: lore.grouped_lore(z(2, 3), z(2, 5, 3), z(4, 2, 3), z(4, 2, 5), CHOICE), r"row counts of shape \(2,\) for 4 LoREs"),
-        (lambda: lore.grouped_lore(z(3, 3), z(2, 5, 3), z(2, 2, 3), z(2, 2, 5), CHOICE), r"weights \(2, 1\) and order of \(2, 1\) for 3 rows"),
+        (lambda: compute(z(2), Projection(z(2, 5, 3))), r"x \(2,\) must be \[rows, in\]"),
+        (lambda: compute(z(2, 3), Projection(z(5, 3))), "must be three-dimensional"),
+        (lambda: compute(z(2, 3), Projection()), "a projection needs a weight, or the factors a and b, or all three"),
+        (lambda: compute(z(2, 3), Projection(z(2, 5, 3), z(2, 2, 3))), "a projection needs a weight, or the factors a and b, or all three"),
+        (lambda: compute(z(2, 3), Projection(z(2, 5, 3), z(2, 2, 4), z(2, 2, 5))), "do not fit: weight is"),
+        (lambda: compute(z(2, 3), Projection(z(2, 5, 3), bias_EF=z(2, 4))), "do not fit: weight is"),
+        (lambda: compute(z(2, 3), Projection(z(3, 5, 3))), "do not fit: .* one count per expert"),
+        (lambda: compute(z(2, 3), Projection(z(2, 5, 3)), Projection(z(2, 6, 3))), "up and gate have the widths 5 and 6"),
+        (lambda: compute(z(2, 3), Projection(z(2, 5, 3), z(3, 2, 3), z(3, 2, 5))), "3 LoREs for 2 experts and no choice"),
+        (lambda: compute(z(2, 3), Projection(z(2, 5, 3), z(3, 2, 3), z(3, 2, 5)), choice=CHOICE), "3 LoREs cannot be shared out among 2 experts"),
+        (lambda: compute(z(2, 3), Projection(z(2, 5, 3), z(4, 2, 3), z(4, 2, 5)), choice=CHOICE), r"row counts of shape \(2,\) for 4 LoREs"),
+        (lambda: compute(z(3, 3), Projection(z(2, 5, 3)), choice=CHOICE), r"weights \(2, 1\) and order of \(2, 1\) for 3 rows"),
+        (lambda: compute(z(3, 3), Projection(z(2, 5, 3))), "row counts sum to 2, but there are 3 rows"),
+        (lambda: compute(z(2, 3), Projection(z(2, 5, 3)), activation="geluu"), "there is no activation 'geluu'; known: identity, gelu"),
         (lambda: perm.permute(z(3, 4), ORDER), "permute: 3 tokens for an order of 2"),
         (lambda: perm.combine(z(3, 4), ORDER), "combine: 3 rows for an order of 2"),
         (lambda: perm.combine(z(2, 4), ORDER, z(2, 2)), r"weights \(2, 2\) for choices \(2, 1\)"),

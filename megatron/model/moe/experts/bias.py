@@ -20,6 +20,10 @@ class ExpertBias(nn.Module):
         """Same shape. `rows_E`: rows of each expert."""
         return y_RN + self.bias.to(y_RN.dtype).repeat_interleave(rows_E, dim=0, output_size=y_RN.shape[0])
 
+    def values(self) -> Tensor | None:
+        """bias_EN, for an op that adds it."""
+        return self.bias
+
 
 class NoBias(nn.Module):
     """No bias: y stays as it is."""
@@ -27,6 +31,10 @@ class NoBias(nn.Module):
     def forward(self, y_RN: Tensor, rows_E: Tensor) -> Tensor:
         """The rows as they are."""
         return y_RN
+
+    def values(self) -> Tensor | None:
+        """None: there is no bias."""
+        return None
 
 
 def build_bias(num_experts: int, width: int, *, bias: bool) -> ExpertBias | NoBias:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from megatron.kernels.grouped_gemm import grouped_gemm
-from megatron.model.activations import activation_function
+from megatron.kernels.grouped_lore import grouped_lore
+from megatron.kernels.grouped_lore.interface import HiddenLayer, Projection
+from megatron.model.activations import kernel_activation
 from megatron.model.initialization import Fill, Initializer, fill_each
-from megatron.model.moe.experts.bias import build_bias
+from megatron.model.moe.experts.bias import ExpertBias, NoBias, build_bias
 from megatron.model.moe.experts.grouped import GroupedExperts
 
 if TYPE_CHECKING:
@@ -34,7 +36,8 @@ class DecomposedMLP(nn.Module):
         super().__init__()
         self.num_experts, self.rank = moe.num_experts, moe.decomposition_rank(model.hidden_size)
         self.backend = moe.kernel_backends.get("grouped_gemm", "auto")
-        self.activation = activation_function(model.hidden_function)
+        self.hidden_backend = moe.kernel_backends.get("grouped_lore", "auto")
+        self.activation = kernel_activation(model.hidden_function)
         thin = init.normal(1 / math.sqrt(self.rank))
         width, expert_width = model.hidden_size, moe.expert_width(model)
         self.w1_left, self.w1_right = self._factor(self.rank, width, init.into), self._factor(expert_width, self.rank, thin)
@@ -43,22 +46,24 @@ class DecomposedMLP(nn.Module):
         self.b2 = build_bias(self.num_experts, width, bias=moe.moe_expert_bias)
 
     def hidden(self, x_RD: Tensor, rows_E: Tensor) -> Tensor:
-        """h_RF, activated."""
-        return self.activation(self.up(x_RD, rows_E))
+        """h_RF, activated: the grouped LoRE product with no whole matrix, and one pair of factors for each expert."""
+        return grouped_lore(x_RD, HiddenLayer(rows_E, self.activation, self.up(), self.gate()), backend=self.hidden_backend)
 
-    def up(self, x_RD: Tensor, rows_E: Tensor) -> Tensor:
+    def up(self) -> Projection:
         """x L1 R1 + b1."""
-        return self.b1(self._project(x_RD, (self.w1_left, self.w1_right), rows_E), rows_E)
+        return self._projection(self.w1_left, self.w1_right, self.b1)
+
+    def gate(self) -> Projection | None:
+        """None: no gate."""
+        return None
 
     def down(self, h_RF: Tensor, rows_E: Tensor) -> Tensor:
         """y_RD."""
         u_Rr = grouped_gemm(h_RF, self._per_expert(self.w2_left), rows_E, backend=self.backend)
         return self.b2(grouped_gemm(u_Rr, self._per_expert(self.w2_right), rows_E, backend=self.backend), rows_E)
 
-    def _project(self, x_RD: Tensor, factors: tuple[Tensor, Tensor], rows_E: Tensor) -> Tensor:
-        for factor in factors:
-            x_RD = grouped_gemm(x_RD, self._per_expert(factor), rows_E, transposed=True, backend=self.backend)
-        return x_RD
+    def _projection(self, left: Tensor, right: Tensor, bias: ExpertBias | NoBias) -> Projection:
+        return Projection(None, self._per_expert(left), self._per_expert(right).mT, bias.values())
 
     def _per_expert(self, factor: Tensor) -> Tensor:
         return factor.view(self.num_experts, -1, factor.shape[1])
@@ -78,10 +83,9 @@ class GatedDecomposedMLP(DecomposedMLP):
         self.w3_right = self._factor(moe.expert_width(model), self.rank, init.normal(1 / math.sqrt(self.rank)))
         self.b3 = build_bias(self.num_experts, moe.expert_width(model), bias=moe.moe_expert_bias)
 
-    def hidden(self, x_RD: Tensor, rows_E: Tensor) -> Tensor:
-        """h_RF, gated."""
-        gate_RF = self.b3(self._project(x_RD, (self.w3_left, self.w3_right), rows_E), rows_E)
-        return self.activation(gate_RF) * self.up(x_RD, rows_E)
+    def gate(self) -> Projection | None:
+        """x L3 R3 + b3."""
+        return self._projection(self.w3_left, self.w3_right, self.b3)
 
 
 class DecomposedExperts(GroupedExperts):

@@ -6,13 +6,16 @@ Shapes: R routed rows, sorted by expert; E experts; D model width; F expert widt
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron.kernels.grouped_gemm import grouped_gemm
-from megatron.model.activations import activation_function
+from megatron.kernels.grouped_lore import grouped_lore
+from megatron.kernels.grouped_lore.interface import HiddenLayer, LoreChoice, Projection
+from megatron.model.activations import kernel_activation
 from megatron.model.initialization import Fill, Initializer, fill_each
 from megatron.model.moe.experts.bias import build_bias
 from megatron.model.moe.routing import LoreRouting
@@ -22,6 +25,12 @@ if TYPE_CHECKING:
     from megatron.config.moe import MoEConfig
 
 
+Factors = tuple[Tensor | None, Tensor | None]
+"""(a_GQD, b_GQF) of LoREs; None where there are none."""
+NO_FACTORS: Factors = (None, None)
+NO_LORES: Mapping[str, Factors] = {}
+
+
 class ExpertMLP(nn.Module):
     """The weights of all experts of a layer, and what each of them multiplies."""
 
@@ -29,19 +38,25 @@ class ExpertMLP(nn.Module):
         super().__init__()
         self.num_experts, self.width_in, self.width = moe.num_experts, model.hidden_size, moe.expert_width(model)
         self.backend = moe.kernel_backends.get("grouped_gemm", "auto")
-        self.activation = activation_function(model.hidden_function)
+        self.hidden_backend = moe.kernel_backends.get("grouped_lore", "auto")
+        self.activation = kernel_activation(model.hidden_function)
         self.w1 = self._matrix(init.into)
         self.w2 = self._matrix(init.out)
         self.b1 = build_bias(self.num_experts, self.width, bias=moe.moe_expert_bias)
         self.b2 = build_bias(self.num_experts, self.width_in, bias=moe.moe_expert_bias)
 
-    def hidden(self, x_RD: Tensor, rows_E: Tensor) -> Tensor:
-        """h_RF, activated."""
-        return self.activation(self.up(x_RD, rows_E))
+    def hidden(self, x_RD: Tensor, rows_E: Tensor, lores: Mapping[str, Factors] = NO_LORES, choice: LoreChoice | None = None) -> Tensor:
+        """h_RF, activated; with the chosen ones of `lores`, which are the factors for `up` and for `gate`."""
+        layer = HiddenLayer(rows_E, self.activation, self.up(lores.get("up", NO_FACTORS)), self.gate(lores.get("gate", NO_FACTORS)), choice)
+        return grouped_lore(x_RD, layer, backend=self.hidden_backend)
 
-    def up(self, x_RD: Tensor, rows_E: Tensor) -> Tensor:
-        """x W1^T + b1."""
-        return self.b1(self._multiply(x_RD, self.w1, rows_E), rows_E)
+    def up(self, factors: Factors = NO_FACTORS) -> Projection:
+        """x W1^T + b1, with LoREs where there are factors."""
+        return Projection(self.per_expert(self.w1), *factors, self.b1.values())
+
+    def gate(self, factors: Factors = NO_FACTORS) -> Projection | None:
+        """None: no gate."""
+        return None
 
     def down(self, h_RF: Tensor, rows_E: Tensor) -> Tensor:
         """y_RD = h W2 + b2."""
@@ -50,9 +65,6 @@ class ExpertMLP(nn.Module):
     def per_expert(self, weight: Tensor) -> Tensor:
         """A weight as [E, F, D]."""
         return weight.view(self.num_experts, self.width, self.width_in)
-
-    def _multiply(self, x_RD: Tensor, weight: Tensor, rows_E: Tensor) -> Tensor:
-        return grouped_gemm(x_RD, self.per_expert(weight), rows_E, transposed=True, backend=self.backend)
 
     def _matrix(self, fill: Fill) -> nn.Parameter:
         weight = torch.empty(self.num_experts * self.width, self.width_in)
@@ -68,13 +80,9 @@ class GatedExpertMLP(ExpertMLP):
         self.w3 = self._matrix(init.into)
         self.b3 = build_bias(self.num_experts, self.width, bias=moe.moe_expert_bias)
 
-    def hidden(self, x_RD: Tensor, rows_E: Tensor) -> Tensor:
-        """h_RF, gated."""
-        return self.activation(self.gate(x_RD, rows_E)) * self.up(x_RD, rows_E)
-
-    def gate(self, x_RD: Tensor, rows_E: Tensor) -> Tensor:
-        """x W3^T + b3."""
-        return self.b3(self._multiply(x_RD, self.w3, rows_E), rows_E)
+    def gate(self, factors: Factors = NO_FACTORS) -> Projection | None:
+        """x W3^T + b3, with LoREs where there are factors."""
+        return Projection(self.per_expert(self.w3), *factors, self.b3.values())
 
 
 class GroupedExperts(nn.Module):

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron.kernels.grouped_gemm import grouped_gemm
-from megatron.kernels.grouped_lore import LoreChoice, grouped_lore
-from megatron.kernels.permute import combine, permute, sort_by_group
+from megatron.kernels.grouped_lore import grouped_lore
+from megatron.kernels.grouped_lore.interface import HiddenLayer, LoreChoice, Projection
+from megatron.kernels.permute import sort_by_group
 from megatron.model.initialization import Initializer, fill_each, zeros
 from megatron.model.moe.experts.grouped import GroupedExperts
 from megatron.model.moe.routers.topk import top_k
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from megatron.config.model import ModelConfig
     from megatron.config.moe import MoEConfig
 
-Decision = tuple[LoreChoice, LoreRouting | None]
-"""The input of the LoREs' kernels, and the routing. Routing None: nothing is routed."""
+Decision = tuple[LoreChoice | None, LoreRouting | None]
+"""The choice that the kernels take, and the routing. None: nothing is routed, all rows of an expert use its LoRE."""
 
 
 class LoREs(nn.Module):
@@ -84,10 +85,8 @@ class UnroutedLoREs(LoREs):
         self.fill(moe, init)
 
     def forward(self, x_RD: Tensor, rows_E: Tensor) -> Decision:
-        """pi = 1 at the row's own expert."""
-        expert_R = torch.arange(len(rows_E), device=x_RD.device).repeat_interleave(rows_E, output_size=x_RD.shape[0])
-        dtype = torch.promote_types(x_RD.dtype, torch.float32)
-        return LoreChoice(torch.ones(len(x_RD), 1, dtype=dtype, device=x_RD.device), sort_by_group(expert_R[:, None], len(rows_E))), None
+        """Nothing is chosen: the rows of an expert use its LoRE, with pi = 1."""
+        return None, None
 
 
 class StructMoEExperts(GroupedExperts):
@@ -98,49 +97,27 @@ class StructMoEExperts(GroupedExperts):
         width_out = model.hidden_size if moe.moe_lore_interaction == "standalone" else moe.expert_width(model)
         self.lores = (LoREs if moe.moe_lore_routed else UnroutedLoREs)(model, moe, init, width_out=width_out)
         self.num_lores = self.lores.count if moe.moe_lore_routed else 0
-        self.backend = moe.kernel_backends.get("grouped_lore", "auto")
 
     def forward(self, x_RD: Tensor, rows_E: Tensor) -> tuple[Tensor, LoreRouting | None]:
         """(y_RD, the second routing, in the order of the given rows; None where nothing is routed)."""
         choice, routing = self.lores(x_RD, rows_E)
         return self.compute(x_RD, rows_E, choice), routing
 
-    def compute(self, x_RD: Tensor, rows_E: Tensor, choice: LoreChoice) -> Tensor:
+    def compute(self, x_RD: Tensor, rows_E: Tensor, choice: LoreChoice | None) -> Tensor:
         """y_RD."""
-        return self.mlp.down(self.mlp.activation(self.entangled_up(x_RD, rows_E, choice)), rows_E)
+        return self.mlp.down(self.mlp.hidden(x_RD, rows_E, self.entangled(), choice), rows_E)
 
-    def entangled_up(self, x_RD: Tensor, rows_E: Tensor, choice: LoreChoice) -> Tensor:
-        """x W1^T plus the chosen LoREs, equation 2, and the bias where there is one."""
-        return self.mlp.b1(self.entangled(x_RD, self.mlp.w1, self.lores.matrices(), choice), rows_E)
-
-    def entangled(self, x_RD: Tensor, weight: Tensor, matrices: tuple[Tensor, Tensor], choice: LoreChoice) -> Tensor:
-        """x W^T plus the chosen LoREs, equation 2."""
-        return grouped_lore(x_RD, self.mlp.per_expert(weight), *matrices, choice, backend=self.backend)
-
-    def added(self, x_RD: Tensor, choice: LoreChoice) -> Tensor:
-        """The chosen LoREs alone: sum of (x pi_i A_i) B_i."""
-        a_GQD, b_GQF = self.lores.matrices()
-        x_ND = permute(x_RD, choice.order)
-        u_NQ = grouped_gemm(x_ND, a_GQD, choice.order.rows_G, transposed=True, backend=self.mlp.backend)
-        return combine(grouped_gemm(u_NQ, b_GQF, choice.order.rows_G, backend=self.mlp.backend), choice.order, choice.pi_RL)
-
-
-class UpEntangledGatedExperts(StructMoEExperts):
-    """Gated experts, LoREs on the up-projection."""
-
-    def compute(self, x_RD: Tensor, rows_E: Tensor, choice: LoreChoice) -> Tensor:
-        """y_RD."""
-        up_RF = self.entangled_up(x_RD, rows_E, choice)
-        return self.mlp.down(self.mlp.activation(self.mlp.gate(x_RD, rows_E)) * up_RF, rows_E)
+    def entangled(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The projections that LoREs are added to, with their factors: equation 2."""
+        return {"up": self.lores.matrices()}
 
 
 class GateEntangledGatedExperts(StructMoEExperts):
     """Gated experts, LoREs on the gate's projection."""
 
-    def compute(self, x_RD: Tensor, rows_E: Tensor, choice: LoreChoice) -> Tensor:
-        """y_RD."""
-        gate_RF = self.mlp.b3(self.entangled(x_RD, self.mlp.w3, self.lores.matrices(), choice), rows_E)
-        return self.mlp.down(self.mlp.activation(gate_RF) * self.mlp.up(x_RD, rows_E), rows_E)
+    def entangled(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The gate alone."""
+        return {"gate": self.lores.matrices()}
 
 
 class BothEntangledGatedExperts(StructMoEExperts):
@@ -150,11 +127,9 @@ class BothEntangledGatedExperts(StructMoEExperts):
         super().__init__(model, moe, init)
         self.gate_lores = UnchosenLoREs(self.lores, moe, init)
 
-    def compute(self, x_RD: Tensor, rows_E: Tensor, choice: LoreChoice) -> Tensor:
-        """y_RD."""
-        up_RF = self.entangled_up(x_RD, rows_E, choice)
-        gate_RF = self.mlp.b3(self.entangled(x_RD, self.mlp.w3, self.gate_lores.matrices(), choice), rows_E)
-        return self.mlp.down(self.mlp.activation(gate_RF) * up_RF, rows_E)
+    def entangled(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Both projections."""
+        return {"up": self.lores.matrices(), "gate": self.gate_lores.matrices()}
 
 
 class UnchosenLoREs(LoREs):
@@ -170,22 +145,24 @@ class UnchosenLoREs(LoREs):
 class StandaloneExperts(StructMoEExperts):
     """LoREs beside the expert, added to its output."""
 
-    def compute(self, x_RD: Tensor, rows_E: Tensor, choice: LoreChoice) -> Tensor:
+    def compute(self, x_RD: Tensor, rows_E: Tensor, choice: LoreChoice | None) -> Tensor:
         """y_RD."""
-        return self.mlp.down(self.mlp.hidden(x_RD, rows_E), rows_E) + self.added(x_RD, choice)
+        added = HiddenLayer(rows_E, "identity", Projection(None, *self.lores.matrices()), choice=choice)
+        return self.mlp.down(self.mlp.hidden(x_RD, rows_E), rows_E) + grouped_lore(x_RD, added, backend=self.mlp.hidden_backend)
 
 
 class LoreGatedExperts(StructMoEExperts):
-    """LoREs that multiply the activated hidden layer."""
+    """LoREs that multiply the activated hidden layer: act(x W1^T) is the gate."""
 
-    def compute(self, x_RD: Tensor, rows_E: Tensor, choice: LoreChoice) -> Tensor:
+    def compute(self, x_RD: Tensor, rows_E: Tensor, choice: LoreChoice | None) -> Tensor:
         """y_RD."""
-        return self.mlp.down(self.mlp.hidden(x_RD, rows_E) * self.added(x_RD, choice), rows_E)
+        layer = HiddenLayer(rows_E, self.mlp.activation, Projection(None, *self.lores.matrices()), self.mlp.up(), choice)
+        return self.mlp.down(grouped_lore(x_RD, layer, backend=self.mlp.hidden_backend), rows_E)
 
 
 def build_structmoe(model: ModelConfig, moe: MoEConfig, init: Initializer) -> StructMoEExperts:
     """The class for the config's interaction and activation."""
-    gated = {"up": UpEntangledGatedExperts, "gate": GateEntangledGatedExperts, "both": BothEntangledGatedExperts}[moe.moe_lore_projection]
+    gated = {"up": StructMoEExperts, "gate": GateEntangledGatedExperts, "both": BothEntangledGatedExperts}[moe.moe_lore_projection]
     entangled = gated if model.is_gated else StructMoEExperts
     kinds = {"entangled": entangled, "standalone": StandaloneExperts, "gated": LoreGatedExperts}
     return kinds[moe.moe_lore_interaction](model, moe, init)
