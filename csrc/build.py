@@ -1,12 +1,17 @@
 #!/usr/bin/env python
-"""Compiles the index builders of csrc/data into megatron/data/builders. `make setup` does it; where it cannot be done, NumPy does their work.
+"""Compiles csrc: the index builders into megatron/data/builders, the kernels into megatron/kernels. `make setup` does it.
 
-A build that does not compute what the NumPy definition does is thrown away. Exit status 0: they are there; 1: they are not, and why was said.
+    python csrc/build.py [builders] [kernels] [--emulated] [--sanitize]
+
+Without names both are compiled. Where it cannot be done, NumPy and PyTorch do their work. A build that does not compute what the definition in Python
+does is thrown away. Exit status 0: all are there; 1: some are not, and why was said.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -14,16 +19,31 @@ import sys
 import sysconfig
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ROOT / "csrc" / "data"
-TARGET = ROOT / "megatron" / "data" / "builders"
-# A fused multiply-add rounds once where NumPy rounds twice, and the order of blended samples hangs on the last bit.
-FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
+SOURCES = ROOT / "csrc"
 COMPILERS = ("c++", "g++", "clang++")
+BASE = ["-std=c++17", "-fPIC", "-fvisibility=hidden"]
+# Each operation is compiled once for each of these; bindings.cpp chooses at run time. The names are those of include/instruction_sets.h.
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mprefer-vector-width=512"]
+INSTRUCTION_SETS = {
+    "generic": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": AVX512,
+    "avx512bf16": [*AVX512, "-mavx512bf16", "-DNEOX_DOT=1"],
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DNEOX_DOT=2"],
+}
+EMULATED = {name: ["-mavx2", "-mfma", "-DNEOX_EMULATED", f"-DNEOX_DOT={dot}"] for dot, name in ((1, "emulated_avx512bf16"), (2, "emulated_amx"))}
+# GCC warns about the calling convention of wide vectors; no such call leaves a file.
+KERNEL_FLAGS = [*BASE, "-O3", "-Wno-psabi", "-fno-math-errno", "-fno-trapping-math"]
+SANITIZE = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+# A fused multiply-add rounds once where NumPy rounds twice, and the order of blended samples hangs on the last bit.
+BUILDER_FLAGS = [*BASE, "-O2", "-ffp-contract=off"]
 # Run on the fresh build, in a process of its own: a crash is a failure like any other.
-CHECK = """
+CHECK_BUILDERS = """
 import sys
 import numpy as np
 sys.path[:0] = sys.argv[1:3]
@@ -42,28 +62,96 @@ for _ in range(20):
         for ours, right in zip(getattr(compiled, name)(*arguments), getattr(reference, name)(*arguments), strict=True):
             assert np.array_equal(ours, right), name
 """
+CHECK_KERNELS = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import built
+sys.modules["megatron.kernels.built"] = built
+from megatron.kernels.self_check import check
+check(built)
+"""
 
 
 class NotBuilt(Exception):
-    """Why there are no compiled builders."""
+    """Why something could not be compiled."""
 
 
-def build() -> str:
+@dataclass(frozen=True)
+class Product:
+    """A module to be compiled."""
+
+    name: str
+    """As messages have it."""
+    folder: Path
+    """Where it goes."""
+    module: str
+    check: str
+    """A program that fails where the build does not agree with its definition."""
+    without: str
+    """What happens without it."""
+
+
+BUILDERS = Product(
+    "index builders",
+    ROOT / "megatron/data/builders",
+    "compiled",
+    CHECK_BUILDERS,
+    "NumPy's are used; they need more time for many millions of documents.",
+)
+KERNELS = Product("kernels", ROOT / "megatron/kernels", "built", CHECK_KERNELS, "PyTorch's are used; experts take about twice the time.")
+
+
+def build(product: Product, options: argparse.Namespace) -> str:
     """Compiles, checks and puts in place; returns the compiler. Raises NotBuilt."""
+    compiler = choose_compiler()
+    name = f"{product.module}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=product.folder) as folder:
+        output = Path(folder) / name
+        commands, link = builder_commands(folder) if product is BUILDERS else kernel_commands(compiler, Path(folder), options)
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2) as pool:
+            list(pool.map(lambda command: run([*compiler, *command], "the compiler failed"), commands))
+        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        run([*compiler, "-shared", *undefined, *map(str, sorted(Path(folder).glob("*.o"))), *link, "-o", str(output)], "the linker failed")
+        if not options.sanitize:
+            run([sys.executable, "-c", product.check, folder, str(ROOT)], "what was compiled does not agree with the definition in Python")
+        os.replace(output, product.folder / name)
+    return shlex.join(compiler)
+
+
+def builder_commands(folder: str) -> tuple[list[list[str]], list[str]]:
+    """(One compiler call for each source, what the linker is given besides the objects.)"""
     sys.path.insert(0, str(ROOT))
     from megatron.data.builders import source_digest
 
-    compiler = choose_compiler()
-    name = f"compiled{sysconfig.get_config_var('EXT_SUFFIX')}"
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=TARGET) as folder:
-        output = Path(folder) / name
-        includes = [f"-I{path}" for path in include_folders()]
-        link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-        digest = f'-DSOURCE_DIGEST="{source_digest(SOURCES)}"'
-        run([*compiler, *FLAGS, *link, digest, *includes, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(output)], "the compiler failed")
-        run([sys.executable, "-c", CHECK, folder, str(ROOT)], "what was compiled does not agree with the NumPy definition")
-        os.replace(output, TARGET / name)
-    return shlex.join(compiler)
+    flags = [*BUILDER_FLAGS, *(f"-I{path}" for path in include_folders()), f'-DSOURCE_DIGEST="{source_digest(SOURCES / "data")}"']
+    return [[*flags, "-c", str(source), "-o", f"{folder}/{source.stem}.o"] for source in sorted((SOURCES / "data").glob("*.cpp"))], []
+
+
+def kernel_commands(compiler: list[str], folder: Path, options: argparse.Namespace) -> tuple[list[list[str]], list[str]]:
+    """The same for the kernels: every operation for every instruction set, and the bindings."""
+    sys.path.insert(0, str(ROOT))
+    from megatron.kernels.source_digest import source_digest
+
+    sets = dict(INSTRUCTION_SETS) if platform.machine() in ("x86_64", "AMD64") else {"generic": []}
+    sets |= EMULATED if options.emulated else {}
+    threads = openmp_flags(compiler, folder)
+    flags = [*KERNEL_FLAGS, *threads, *(SANITIZE if options.sanitize else []), *(["-DNEOX_WITH_EMULATED"] if options.emulated else [])]
+    digest = f'-DSOURCE_DIGEST="{source_digest(SOURCES)}"'
+    bindings = [*flags, digest, *(f"-I{path}" for path in include_folders()), "-c", str(SOURCES / "bindings.cpp"), "-o", str(folder / "bindings.o")]
+    operations = [
+        [*flags, *extra, f"-DNEOX_ISA={name}", "-c", str(source), "-o", str(folder / f"{source.parent.name}-{name}.o")]
+        for source in sorted(SOURCES.glob("*/cpu.cpp"), key=lambda path: -path.stat().st_size)
+        for name, extra in sets.items()
+    ]
+    return [bindings, *operations], [*threads, *(SANITIZE if options.sanitize else [])]
+
+
+def openmp_flags(compiler: list[str], folder: Path) -> list[str]:
+    """-fopenmp where the compiler has it; else one thread computes."""
+    probe = folder / "probe.cpp"
+    probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+    done = subprocess.run([*compiler, "-fopenmp", str(probe), "-o", str(folder / "probe")], capture_output=True, check=False)
+    return ["-fopenmp"] if done.returncode == 0 else []
 
 
 def choose_compiler() -> list[str]:
@@ -97,14 +185,24 @@ def run(command: list[str], failure: str) -> None:
 
 
 def main() -> int:
-    started = time.monotonic()
-    try:
-        compiler = build()
-    except (NotBuilt, OSError) as reason:
-        print(f"index builders: not compiled, {reason}\nindex builders: NumPy's are used; they need more time for many millions of documents.")
-        return 1
-    print(f"index builders: compiled with {compiler} in {time.monotonic() - started:.0f} s.")
-    return 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("products", nargs="*", choices=["builders", "kernels", []], metavar="builders|kernels", help="what to compile; default: both")
+    parser.add_argument("--emulated", action="store_true", help="also compile the 16-bit instructions written out in C++, for tests")
+    parser.add_argument("--sanitize", action="store_true", help="compile the kernels with ASan and UBSan; they are not checked here")
+    options = parser.parse_args()
+    status = 0
+    for product in (BUILDERS, KERNELS):
+        if options.products and product.folder.name != options.products[0]:
+            continue
+        started = time.monotonic()
+        try:
+            compiler = build(product, options)
+        except (NotBuilt, OSError) as reason:
+            print(f"{product.name}: not compiled, {reason}\n{product.name}: {product.without}")
+            status = 1
+        else:
+            print(f"{product.name}: compiled with {compiler} in {time.monotonic() - started:.0f} s.")
+    return status
 
 
 if __name__ == "__main__":

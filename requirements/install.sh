@@ -18,7 +18,7 @@ venv_python=.venv/bin/python
 fail() { printf 'setup: %s\n' "$1" >&2; exit 1; }
 
 # The place counts too: a checkout that was moved gets its package registered anew.
-stamp_of() { printf '.venv/.installed-%s-%s' "$1" "$({ pwd; cat requirements/*.txt pyproject.toml csrc/build.py csrc/data/*.cpp; } | cksum | cut -d' ' -f1)"; }
+stamp_of() { printf '.venv/.installed-%s-%s' "$1" "$({ pwd; cat requirements/*.txt pyproject.toml csrc/build.py csrc/bindings.cpp csrc/*/*.cpp csrc/*/*.h megatron/kernels/self_check.py; } | cksum | cut -d' ' -f1)"; }
 is_ready() { "$venv_python" -c '' 2>/dev/null && { [ -e "$(stamp_of "$set_name")" ] || [ -e "$(stamp_of dev)" ]; }; }
 is_suitable() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
 
@@ -82,7 +82,7 @@ install_packages() {
         fail "the packages are installed, and one of them does not import. 'make clean-all' and another try give a fresh .venv."
 }
 
-compile_builders() { # nothing needs them: without a compiler set-up goes on, and says so
+compile_sources() { # nothing needs them: without a compiler set-up goes on, and says so
     "$venv_python" csrc/build.py || true
 }
 
@@ -90,7 +90,7 @@ if is_ready; then exit 0; fi
 clean_environment
 make_venv
 install_packages
-compile_builders
+compile_sources
 rm -f .venv/.installed-*
 touch "$(stamp_of "$set_name")"
 echo "setup: done"

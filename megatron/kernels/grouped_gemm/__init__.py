@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron.kernels import compiled
 from megatron.kernels.grouped_gemm.reference import Reference
 from megatron.kernels.registry import Implementation, Op, torch_operator
 
@@ -32,7 +33,14 @@ class GroupedGemm(Protocol):
         ...
 
 
+def _compiled() -> GroupedGemm:
+    from megatron.kernels.grouped_gemm.compiled import Compiled
+
+    return Compiled()
+
+
 OP: Op[GroupedGemm] = Op("grouped_gemm")
+OP.register(compiled.implementation(_compiled))
 OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None, Reference))
 
 

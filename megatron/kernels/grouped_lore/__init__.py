@@ -20,13 +20,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.kernels import compiled
 from megatron.kernels.activations import ACTIVATIONS
 from megatron.kernels.grouped_lore.interface import GroupedLore, HiddenLayer, LoreChoice, Projection, Saved, projection_width
 from megatron.kernels.grouped_lore.reference import Reference
 from megatron.kernels.permute import Order
 from megatron.kernels.registry import Implementation, Op, torch_operator
 
+
+def _compiled() -> GroupedLore:
+    from megatron.kernels.grouped_lore.compiled import Compiled
+
+    return Compiled()
+
+
 OP: Op[GroupedLore] = Op("grouped_lore")
+OP.register(compiled.implementation(_compiled))
 OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None, Reference))
 
 

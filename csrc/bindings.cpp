@@ -1,0 +1,219 @@
+// The module megatron.kernels.built: every operation, in the best instruction set that this processor has.
+//
+// Arguments are addresses, sizes and formats; megatron/kernels/*/compiled.py checks the tensors they come from. Values in memory (counts, choices)
+// are checked here, before an operation runs: it raises ValueError.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "grouped_gemm/op.h"
+#include "grouped_lore/op.h"
+#include "include/instruction_sets.h"
+
+namespace py = pybind11;
+
+#define NEOX_DECLARE(set)                       \
+  namespace set {                               \
+  void grouped_matmul(const GroupedMatmul&);    \
+  void grouped_outer(const GroupedOuter&);      \
+  void lore_forward(const LoreForward&);        \
+  void lore_backward(const LoreBackward&);      \
+  }
+NEOX_SETS(NEOX_DECLARE)
+
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  void (*grouped_matmul)(const GroupedMatmul&);
+  void (*grouped_outer)(const GroupedOuter&);
+  void (*lore_forward)(const LoreForward&);
+  void (*lore_backward)(const LoreBackward&);
+};
+
+#define NEOX_ROW(set) InstructionSet{#set, set::grouped_matmul, set::grouped_outer, set::lore_forward, set::lore_backward},
+const InstructionSet SETS[] = {NEOX_SETS(NEOX_ROW)};
+
+// Linux gives the tiles' registers to a process that asks for them (arch_prctl, ARCH_REQ_XCOMP_PERM, feature 18).
+bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool tiles = d & (1u << 24), products = d & (1u << 22);
+  return tiles && products && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+  return false;
+#endif
+}
+
+bool runs_here(const std::string& set) {
+  if (set == "generic" || set.rfind("emulated", 0) == 0) return true;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (set == "avx2") return avx2;
+  if (set == "avx512") return avx512;
+  if (set == "avx512bf16") return pairs;
+  if (set == "amx") return pairs && has_amx();
+#endif
+  return false;
+}
+
+const InstructionSet* best() {
+  const InstructionSet* found = nullptr;
+  for (const InstructionSet& set : SETS)
+    if (std::string(set.name).rfind("emulated", 0) != 0 && runs_here(set.name)) found = &set;
+  return found;
+}
+
+const InstructionSet* current = best();
+
+void use(const std::string& name) {
+  for (const InstructionSet& set : SETS)
+    if (set.name == name) {
+      if (!runs_here(name)) throw std::invalid_argument("this processor has no " + name);
+      current = &set;
+      return;
+    }
+  throw std::invalid_argument("the kernels are not compiled for " + name);
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const InstructionSet& set : SETS)
+    if (runs_here(set.name)) names.push_back(set.name);
+  return names;
+}
+
+// The set for a format: sets with 16-bit products hold nothing else.
+const InstructionSet& set_for(Dtype dtype) {
+  if (dtype == Dtype::bfloat16) return *current;
+  const std::string name = current->name;
+  const bool real = name == "amx" || name == "avx512bf16", emulated = name.rfind("emulated", 0) == 0;
+  if (!real && !emulated) return *current;
+  const InstructionSet* found = current;
+  for (const InstructionSet& set : SETS) {
+    const std::string other = set.name;
+    if (other == "avx512bf16") break;
+    if (runs_here(other)) found = &set;
+  }
+  return *found;
+}
+
+template <class T>
+const T* at(uintptr_t address) {
+  return reinterpret_cast<const T*>(address);
+}
+void* out(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+// Counts of groups: not negative, summing to the rows that there are.
+void check_counts(const int64_t* rows, int64_t groups, int64_t total) {
+  int64_t left = total;
+  for (int64_t g = 0; g < groups; g++) {
+    if (rows[g] < 0) throw std::invalid_argument("row counts must not be negative, but group " + std::to_string(g) + " has " + std::to_string(rows[g]));
+    if (rows[g] > left) left = -1;  // beyond the rows: never added up, so it cannot overflow
+    if (left < 0) break;
+    left -= rows[g];
+  }
+  if (left != 0) {
+    std::string sum = left < 0 ? "more than " + std::to_string(total) : std::to_string(total - left);
+    throw std::invalid_argument("row counts sum to " + sum + ", but there are " + std::to_string(total) + " rows; every row belongs to exactly one group");
+  }
+}
+
+// Which LoRE row stands where: every place below `choices`, sorted by LoRE as the counts say, and with the expert's own LoREs.
+void check_order(const int64_t* order, int64_t choices) {
+  for (int64_t n = 0; n < choices; n++)
+    if (order[n] < 0 || order[n] >= choices)
+      throw std::invalid_argument("the order holds " + std::to_string(order[n]) + ", but there are " + std::to_string(choices) + " choices");
+}
+
+using Sizes = std::vector<int64_t>;
+
+void matmul(uintptr_t y, uintptr_t x, uintptr_t weight, uintptr_t rows, const Sizes& sizes, bool transposed, int dtype, int threads) {
+  const GroupedMatmul op{at<void>(x), at<void>(weight), out(y), at<int64_t>(rows), sizes.at(0), sizes.at(1), sizes.at(2), sizes.at(3), transposed, Dtype(dtype), threads};
+  check_counts(op.rows, op.E, op.R);
+  set_for(op.dtype).grouped_matmul(op);
+}
+
+void outer(uintptr_t result, uintptr_t x, uintptr_t y, uintptr_t rows, const Sizes& sizes, int dtype, int threads) {
+  const GroupedOuter op{at<void>(x), at<void>(y), out(result), at<int64_t>(rows), sizes.at(0), sizes.at(1), sizes.at(2), sizes.at(3), Dtype(dtype), threads};
+  check_counts(op.rows, op.E, op.R);
+  set_for(op.dtype).grouped_outer(op);
+}
+
+LoreLayer lore_layer(const Sizes& sizes, const std::vector<uintptr_t>& parts, const std::vector<uintptr_t>& choice, int activation, int dtype, int threads) {
+  LoreLayer layer{};
+  layer.E = sizes.at(0), layer.R = sizes.at(1), layer.D = sizes.at(2), layer.F = sizes.at(3), layer.G = sizes.at(4), layer.L = sizes.at(5);
+  for (int p = 0; p < 2; p++) {
+    LoreProjection& projection = layer.projections[p];
+    projection.weight = at<void>(parts.at(p * 4)), projection.a = at<void>(parts.at(p * 4 + 1)), projection.b = at<void>(parts.at(p * 4 + 2));
+    projection.bias = at<void>(parts.at(p * 4 + 3)), projection.Q = sizes.at(6 + p);
+  }
+  layer.gated = layer.projections[1].weight != nullptr || layer.projections[1].a != nullptr;
+  layer.rows = at<int64_t>(choice.at(0)), layer.pi = at<void>(choice.at(1)), layer.order = at<int64_t>(choice.at(2));
+  layer.inverse = at<int64_t>(choice.at(3)), layer.lore_rows = at<int64_t>(choice.at(4));
+  layer.activation = activation, layer.dtype = Dtype(dtype), layer.pi_is_double = sizes.at(8) != 0, layer.chosen = sizes.at(9) != 0, layer.threads = threads;
+  check_counts(layer.rows, layer.E, layer.R);
+  if (layer.chosen) {
+    check_counts(layer.lore_rows, layer.G, layer.R * layer.L);
+    check_order(layer.order, layer.R * layer.L);
+    check_order(layer.inverse, layer.R * layer.L);
+    const int64_t per_expert = layer.E ? layer.G / layer.E : 0;
+    for (int64_t e = 0, g = 0; e < layer.E; e++) {
+      int64_t own = 0;
+      for (int64_t m = 0; m < per_expert; m++) own += layer.lore_rows[g++];
+      if (own != layer.rows[e] * layer.L)
+        throw std::invalid_argument("expert " + std::to_string(e) + " has " + std::to_string(layer.rows[e]) + " rows, but its LoREs have " + std::to_string(own) +
+                                    " of the " + std::to_string(layer.rows[e] * layer.L) + " that these choose");
+    }
+    for (int64_t n = 0, e = 0, end = layer.E ? layer.rows[0] : 0; n < layer.R * layer.L; n++) {
+      while (n >= end * layer.L) end += layer.rows[++e];
+      const int64_t row = layer.order[n] / layer.L;
+      if (row >= end || row < end - layer.rows[e])
+        throw std::invalid_argument("the order puts row " + std::to_string(row) + " among the rows of expert " + std::to_string(e) + ", which it does not belong to");
+    }
+  }
+  return layer;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(built, m) {
+  m.attr("source_digest") = SOURCE_DIGEST;
+  m.def("instruction_sets", &instruction_sets, "Those that this processor has, best last.");
+  m.def("instruction_set", [] { return current->name; });
+  m.def("use_instruction_set", &use);
+  using Free = py::call_guard<py::gil_scoped_release>;
+  m.def("grouped_matmul", &matmul, Free());
+  m.def("grouped_outer", &outer, Free());
+  m.def("lore_forward", [](const Sizes& sizes, const std::vector<uintptr_t>& parts, const std::vector<uintptr_t>& choice, int activation, int dtype, int threads,
+                           uintptr_t x, const std::vector<uintptr_t>& results) {
+    const LoreLayer layer = lore_layer(sizes, parts, choice, activation, dtype, threads);
+    set_for(layer.dtype).lore_forward({layer, at<void>(x), out(results.at(0)), {out(results.at(1)), out(results.at(2))}, {out(results.at(3)), out(results.at(4))}});
+  }, Free());
+  m.def("lore_backward", [](const Sizes& sizes, const std::vector<uintptr_t>& parts, const std::vector<uintptr_t>& choice, int activation, int dtype, int threads,
+                            const std::vector<uintptr_t>& given, const std::vector<uintptr_t>& results) {
+    LoreBackward op{};
+    op.layer = lore_layer(sizes, parts, choice, activation, dtype, threads);
+    op.grad = at<void>(given.at(0)), op.x = at<void>(given.at(1));
+    op.grad_x = out(results.at(0)), op.grad_pi = out(results.at(9));
+    for (int p = 0; p < 2; p++) {
+      op.saved[p] = at<void>(given.at(2 + p)), op.u[p] = at<void>(given.at(4 + p));
+      op.gradients[p] = {out(results.at(1 + 4 * p)), out(results.at(2 + 4 * p)), out(results.at(3 + 4 * p)), out(results.at(4 + 4 * p))};
+    }
+    set_for(op.layer.dtype).lore_backward(op);
+  }, Free());
+}

@@ -1,0 +1,78 @@
+// Blocks of grouped products: what one task computes, and how the tasks are cut.
+#pragma once
+
+#include <vector>
+
+#include "product.h"
+#include "threads.h"
+
+namespace NEOX_ISA {
+
+constexpr int64_t ROW_BLOCK = 96;             // rows whose sums stay in the cache; a multiple of every MR and of 32
+constexpr int64_t PANEL_BYTES = 256 * 1024;   // of packed weights: half of a second cache
+
+struct Task {
+  int64_t expert, begin, end;  // columns
+};
+
+// Columns for one task: a packed panel of K rows fits into PANEL_BYTES, and there are enough tasks for the threads.
+inline int64_t column_block(int64_t right_bytes_per_column, int64_t N, int64_t NR, int64_t threads, int64_t experts) {
+  int64_t block = std::max<int64_t>(1, PANEL_BYTES / std::max<int64_t>(1, right_bytes_per_column) / NR) * NR;
+  block = std::min<int64_t>(block, 256);
+  while (block > NR && experts * ((N + block - 1) / block) < 4 * threads) block = round_up(block / 2, NR);
+  return block;
+}
+
+inline std::vector<Task> column_tasks(const int64_t* rows, int64_t experts, int64_t N, int64_t block, bool also_empty) {
+  std::vector<Task> tasks;
+  for (int64_t e = 0; e < experts; e++)
+    if (rows[e] || also_empty)
+      for (int64_t j = 0; j < N; j += block) tasks.push_back({e, j, std::min(N, j + block)});
+  return tasks;
+}
+
+inline std::vector<int64_t> starts_of(const int64_t* rows, int64_t groups) {
+  std::vector<int64_t> starts(groups + 1, 0);
+  for (int64_t g = 0; g < groups; g++) starts[g + 1] = starts[g] + rows[g];
+  return starts;
+}
+
+// Rows as an operand of a product: themselves where they can be read as they are, else a copy in the operand's type, with K rounded up by zeros.
+template <class P>
+struct Rows {
+  using Left = typename P::Left;
+  const Left* at = nullptr;
+  int64_t ld = 0;
+  Buffer<Left> copied;
+
+  // `place` is nullptr, or says which row of x stands where.
+  template <class S>
+  static bool needs_copy(const S*, int64_t K, const int64_t* place) {
+    return place != nullptr || K % P::K_ALIGN != 0 || !std::is_same<S, Left>::value;
+  }
+  template <class S>
+  void prepare(const S* x, int64_t R, int64_t K, const int64_t* place) {
+    if (!needs_copy(x, K, place)) {
+      at = reinterpret_cast<const Left*>(x);
+      ld = K;
+      return;
+    }
+    ld = round_up(K, P::K_ALIGN);
+    copied = allocate<Left>(R * ld);
+    at = copied.get();
+  }
+  // To be called for every row, by whatever thread.
+  template <class S>
+  void fill(const S* x, int64_t K, const int64_t* place, int64_t per_row, int64_t r) {
+    Left* to = copied.get() + r * ld;
+    copy(to, x + (place == nullptr ? r : place[r] / per_row) * K, K);
+    if (ld > K) clear(to + K, ld - K);
+  }
+};
+
+template <class S, class T>
+inline void store_row(S* to, const T* from, int64_t n) {
+  copy(to, from, n);
+}
+
+}  // namespace NEOX_ISA

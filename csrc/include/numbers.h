@@ -1,0 +1,135 @@
+// Number formats and vectors of one instruction set.
+//
+// Every cpu.cpp is compiled once for each instruction set, with NEOX_ISA as its name. All code of these headers therefore lives in the namespace
+// NEOX_ISA: functions of two instruction sets must never be merged by the linker.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifndef NEOX_ISA
+#error "NEOX_ISA names the instruction set that this file is compiled for"
+#endif
+
+#define NEOX_UNROLL _Pragma("GCC unroll 16")
+
+namespace NEOX_ISA {
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32;
+#else
+constexpr int VECTOR_BYTES = 16;
+#endif
+
+struct bf16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct Vector {
+  typedef T type __attribute__((vector_size(VECTOR_BYTES)));
+  typedef T unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+};
+template <class T>
+using Vec = typename Vector<T>::type;
+template <class T>
+constexpr int LANES = VECTOR_BYTES / sizeof(T);
+
+typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef uint16_t HalvesUnaligned __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+
+template <class T>
+inline Vec<T> load(const T* from) {
+  return *reinterpret_cast<const typename Vector<T>::unaligned*>(from);
+}
+template <class T>
+inline void store(T* to, Vec<T> v) {
+  *reinterpret_cast<typename Vector<T>::unaligned*>(to) = v;
+}
+template <class T>
+inline Vec<T> all(T x) {
+  return Vec<T>{} + x;
+}
+
+inline float widen(bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+inline bf16 narrow(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16{uint16_t((bits >> 16) | 0x40)};
+  return bf16{uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)};
+}
+
+inline Vec<float> load_wide(const float* from) { return load(from); }
+inline Vec<double> load_wide(const double* from) { return load(from); }
+inline Vec<float> load_wide(const bf16* from) {
+  const Halves halves = *reinterpret_cast<const HalvesUnaligned*>(from);
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(halves, Words) << 16);
+}
+
+inline void store_narrow(float* to, Vec<float> v) { store(to, v); }
+inline void store_narrow(double* to, Vec<double> v) { store(to, v); }
+inline void store_narrow(bf16* to, Vec<float> v) {
+  const Words bits = reinterpret_cast<Words>(v);
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words nan = (bits >> 16) | 0x40u;
+  const Words is_nan = reinterpret_cast<Words>(v != v);
+  *reinterpret_cast<HalvesUnaligned*>(to) = __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), Halves);
+}
+
+template <class To>
+inline To convert(float x);
+template <>
+inline float convert<float>(float x) { return x; }
+template <>
+inline bf16 convert<bf16>(float x) { return narrow(x); }
+template <class To>
+inline To convert(double x);
+template <>
+inline double convert<double>(double x) { return x; }
+
+// The type that sums are in.
+template <class S>
+struct Sum {
+  using type = S;
+};
+template <>
+struct Sum<bf16> {
+  using type = float;
+};
+template <class S>
+using SumOf = typename Sum<S>::type;
+
+// to[i] = from[i], converted; whole vectors, then the rest.
+template <class To, class From>
+inline void copy(To* to, const From* from, int64_t n) {
+  using C = SumOf<From>;
+  int64_t i = 0;
+  for (; i + LANES<C> <= n; i += LANES<C>) store_narrow(to + i, load_wide(from + i));
+  for (; i < n; i++) to[i] = convert<To>(widen(from[i]));
+}
+template <class T>
+inline void copy(T* to, const T* from, int64_t n) {
+  std::memcpy(to, from, n * sizeof(T));
+}
+template <class T>
+inline void clear(T* to, int64_t n) {
+  std::memset(static_cast<void*>(to), 0, n * sizeof(T));
+}
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+}  // namespace NEOX_ISA

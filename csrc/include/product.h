@@ -1,0 +1,309 @@
+// Matrix products c[m, n] += a[m, K] b[K, n] of blocks that fit into the caches, for one instruction set.
+//
+// A `Product` says how its operands lie in memory:
+//   a  rows of `Left` numbers, `lda` apart, K contiguous, K rounded up to K_ALIGN with zeros
+//   b  panels of NR columns, [n / NR][K][NR] of `Right` numbers; in pairs of K for 16-bit products, [n / NR][K / 2][NR][2]
+//   c  rows of `Sum` numbers, `ldc` apart, n rounded up to NR
+// Wide<T> multiplies float or double. It serves bf16 too where there are no 16-bit instructions: operands are widened while they are packed.
+// Dot multiplies bf16 pairs into float: AVX512-bf16, or AMX tiles.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+
+#include "../grouped_gemm/op.h"
+#include "numbers.h"
+#ifdef NEOX_DOT
+#include "dot.h"
+#endif
+
+namespace NEOX_ISA {
+
+#if defined(__AVX512F__)
+constexpr int MR = 12;
+#else
+constexpr int MR = 6;
+#endif
+constexpr int NV = 2;  // vectors in a row of a tile
+
+// ---- packing
+
+// to[k][n] = from[n][k] for a square of 8 by 8 floats.
+#if defined(__AVX2__)
+typedef float Eight __attribute__((vector_size(32)));
+typedef float EightUnaligned __attribute__((vector_size(32), aligned(4), may_alias));
+
+inline void transpose8(float* to, int64_t ld_to, const Eight (&row)[8]) {
+  typedef int32_t Index __attribute__((vector_size(32)));
+  const Index low = {0, 8, 1, 9, 4, 12, 5, 13}, high = {2, 10, 3, 11, 6, 14, 7, 15};
+  const Index pair_low = {0, 1, 8, 9, 4, 5, 12, 13}, pair_high = {2, 3, 10, 11, 6, 7, 14, 15};
+  const Index left = {0, 1, 2, 3, 8, 9, 10, 11}, right = {4, 5, 6, 7, 12, 13, 14, 15};
+  Eight t[8], s[8];
+  NEOX_UNROLL for (int i = 0; i < 8; i += 2) {
+    t[i] = __builtin_shuffle(row[i], row[i + 1], low);
+    t[i + 1] = __builtin_shuffle(row[i], row[i + 1], high);
+  }
+  NEOX_UNROLL for (int i = 0; i < 8; i += 4) {
+    s[i] = __builtin_shuffle(t[i], t[i + 2], pair_low);
+    s[i + 1] = __builtin_shuffle(t[i], t[i + 2], pair_high);
+    s[i + 2] = __builtin_shuffle(t[i + 1], t[i + 3], pair_low);
+    s[i + 3] = __builtin_shuffle(t[i + 1], t[i + 3], pair_high);
+  }
+  NEOX_UNROLL for (int i = 0; i < 4; i++) {
+    *reinterpret_cast<EightUnaligned*>(to + i * ld_to) = __builtin_shuffle(s[i], s[i + 4], left);
+    *reinterpret_cast<EightUnaligned*>(to + (i + 4) * ld_to) = __builtin_shuffle(s[i], s[i + 4], right);
+  }
+}
+inline Eight load8(const float* from) { return *reinterpret_cast<const EightUnaligned*>(from); }
+inline Eight load8(const bf16* from) {
+  typedef uint16_t H __attribute__((vector_size(16), aligned(2), may_alias));
+  typedef uint32_t W __attribute__((vector_size(32)));
+  return reinterpret_cast<Eight>(__builtin_convertvector(*reinterpret_cast<const H*>(from), W) << 16);
+}
+#endif
+
+// to[k * ld_to + n] = from[n * ld + k], for n < rows and k < columns.
+template <class To, class From>
+inline void transpose(To* to, int64_t ld_to, const From* from, int64_t ld, int64_t rows, int64_t columns) {
+  int64_t n = 0;
+#if defined(__AVX2__)
+  if constexpr (sizeof(To) == 4) {
+    for (; n + 8 <= rows; n += 8) {
+      int64_t k = 0;
+      for (; k + 8 <= columns; k += 8) {
+        Eight row[8];
+        NEOX_UNROLL for (int i = 0; i < 8; i++) row[i] = load8(from + (n + i) * ld + k);
+        transpose8(to + k * ld_to + n, ld_to, row);
+      }
+      for (; k < columns; k++)
+        for (int i = 0; i < 8; i++) to[k * ld_to + n + i] = widen(from[(n + i) * ld + k]);
+    }
+  }
+#endif
+  for (; n < rows; n++)
+    for (int64_t k = 0; k < columns; k++) to[k * ld_to + n] = widen(from[n * ld + k]);
+}
+
+// ---- the innermost products
+
+// c[M][NV vectors] += sum over k of a[i][k] b[k]; a(i, k) lies at a[i * row + k * step].
+template <class T, int M>
+inline void tile(const T* a, int64_t row, int64_t step, const T* b, int64_t K, T* c, int64_t ldc) {
+  Vec<T> sum[M][NV];
+  NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < NV; j++) sum[i][j] = load(c + i * ldc + j * LANES<T>);
+  const T* at[M];
+  NEOX_UNROLL for (int i = 0; i < M; i++) at[i] = a + i * row;
+  if (step == 1) {
+    for (int64_t k = 0; k < K; k++, b += NV * LANES<T>) {
+      Vec<T> right[NV];
+      NEOX_UNROLL for (int j = 0; j < NV; j++) right[j] = load(b + j * LANES<T>);
+      NEOX_UNROLL for (int i = 0; i < M; i++) {
+        const Vec<T> left = all(at[i][k]);
+        NEOX_UNROLL for (int j = 0; j < NV; j++) sum[i][j] += left * right[j];
+      }
+    }
+  } else {  // a packed panel: row == 1
+    for (int64_t k = 0; k < K; k++, b += NV * LANES<T>, a += step) {
+      Vec<T> right[NV];
+      NEOX_UNROLL for (int j = 0; j < NV; j++) right[j] = load(b + j * LANES<T>);
+      NEOX_UNROLL for (int i = 0; i < M; i++) {
+        const Vec<T> left = all(a[i]);
+        NEOX_UNROLL for (int j = 0; j < NV; j++) sum[i][j] += left * right[j];
+      }
+    }
+  }
+  NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < NV; j++) store(c + i * ldc + j * LANES<T>, sum[i][j]);
+}
+
+template <class T, int M = MR>
+inline void tile_of(int64_t m, const T* a, int64_t row, int64_t step, const T* b, int64_t K, T* c, int64_t ldc) {
+  if (m >= M) {
+    tile<T, M>(a, row, step, b, K, c, ldc);
+  } else if constexpr (M > 1) {
+    tile_of<T, M - 1>(m, a, row, step, b, K, c, ldc);
+  }
+}
+
+constexpr int64_t TURNED_DEPTH = 1024;  // rows of a turned operand that are packed at a time
+constexpr int64_t K_BLOCK = 256;  // a panel of b of this depth stays in the first cache
+
+// ---- float and double, and bf16 widened to float
+
+template <class StorageT>
+struct Wide {
+  using Storage = StorageT;
+  using Sum = SumOf<Storage>;
+  using Left = Sum;
+  using Right = Sum;
+  static constexpr int64_t NR = NV * LANES<Sum>;
+  static constexpr int64_t K_ALIGN = 1;
+  static int64_t right_size(int64_t K, int64_t n) { return round_up(n, NR) * K; }
+  static int64_t turned_size(int64_t K, int64_t m) { return round_up(m, MR) * K; }
+
+  // b[K, n] = from[n, K]^T
+  template <class From>
+  static void pack_transposed(Right* to, const From* from, int64_t ld, int64_t K, int64_t n) {
+    for (int64_t j = 0; j < n; j += NR, to += K * NR) {
+      const int64_t width = std::min(NR, n - j);
+      transpose(to, NR, from + j * ld, ld, width, K);
+      if (width < NR)
+        for (int64_t k = 0; k < K; k++) clear(to + k * NR + width, NR - width);
+    }
+  }
+  // b[K, n] = from[K, n]
+  template <class From>
+  static void pack(Right* to, const From* from, int64_t ld, int64_t K, int64_t n) {
+    for (int64_t j = 0; j < n; j += NR, to += K * NR) {
+      const int64_t width = std::min(NR, n - j);
+      for (int64_t k = 0; k < K; k++) {
+        copy(to + k * NR, from + k * ld + j, width);
+        if (width < NR) clear(to + k * NR + width, NR - width);
+      }
+    }
+  }
+  // a[m, K] = from[K, m]^T, in panels of MR rows: the operand of `turned`.
+  template <class From>
+  static void pack_turned(Left* to, const From* from, int64_t ld, int64_t K, int64_t m) {
+    for (int64_t i = 0; i < m; i += MR, to += K * MR) {
+      const int64_t width = std::min<int64_t>(MR, m - i);
+      for (int64_t k = 0; k < K; k++)
+        for (int64_t r = 0; r < MR; r++) to[k * MR + r] = r < width ? widen(from[k * ld + i + r]) : Left(0);
+    }
+  }
+  static void product(const Left* a, int64_t lda, int64_t m, const Right* b, int64_t K, int64_t n, Sum* c, int64_t ldc) {
+    for (int64_t k = 0; k < K; k += K_BLOCK) {
+      const int64_t depth = std::min(K_BLOCK, K - k);
+      for (int64_t j = 0; j < n; j += NR)
+        for (int64_t i = 0; i < m; i += MR) tile_of<Sum>(m - i, a + i * lda + k, lda, 1, b + j * K + k * NR, depth, c + i * ldc + j, ldc);
+    }
+  }
+  // The same with a from `pack_turned`: `a` holds rows k0 to k0 + K of a panel of `deep` rows.
+  static void turned(const Left* a, int64_t m, const Right* b, int64_t deep, int64_t k0, int64_t K, int64_t n, Sum* c, int64_t ldc) {
+    for (int64_t k = 0; k < K; k += K_BLOCK) {
+      const int64_t depth = std::min(K_BLOCK, K - k);
+      for (int64_t j = 0; j < n; j += NR)
+        for (int64_t i = 0; i < m; i += MR)
+          tile_of<Sum>(m - i, a + i * K + k * MR, 1, MR, b + j * deep + (k0 + k) * NR, depth, c + i * ldc + j, ldc);
+    }
+  }
+};
+
+#ifdef NEOX_DOT
+// ---- bf16 in pairs
+
+struct Dot {
+  using Storage = bf16;
+  using Sum = float;
+  using Left = bf16;
+  using Right = bf16;
+  static constexpr int64_t NR = 32;
+  static constexpr int64_t K_ALIGN = 32;
+  static int64_t right_size(int64_t K, int64_t n) { return round_up(n, NR) * round_up(K, K_ALIGN); }
+  static int64_t turned_size(int64_t K, int64_t m) { return m * round_up(K, K_ALIGN); }
+
+  // Pairs along K lie side by side in a row of `from`: a transposition of 32-bit words.
+  template <class From>
+  static void pack_transposed(Right* to, const From* from, int64_t ld, int64_t K, int64_t n) {
+    const int64_t deep = round_up(K, K_ALIGN);
+    for (int64_t j = 0; j < n; j += NR, to += deep * NR) {
+      const int64_t width = std::min(NR, n - j);
+      if (width < NR || deep > K) clear(to, deep * NR);
+      transpose_pairs(to, from + j * ld, ld, width, K);
+    }
+  }
+  static void transpose_pairs(Right* to, const bf16* from, int64_t ld, int64_t rows, int64_t K) {
+    const int64_t pairs = K / 2;
+    int64_t n = 0;
+    for (; n + 8 <= rows; n += 8) {
+      int64_t p = 0;
+      for (; p + 8 <= pairs; p += 8) {
+        Eight row[8];
+        NEOX_UNROLL for (int i = 0; i < 8; i++) row[i] = *reinterpret_cast<const EightUnaligned*>(from + (n + i) * ld + 2 * p);
+        transpose8(reinterpret_cast<float*>(to) + p * NR + n, NR, row);
+      }
+      for (; p < pairs; p++)
+        for (int i = 0; i < 8; i++) std::memcpy(to + (p * NR + n + i) * 2, from + (n + i) * ld + 2 * p, 4);
+    }
+    for (; n < rows; n++)
+      for (int64_t p = 0; p < pairs; p++) std::memcpy(to + (p * NR + n) * 2, from + n * ld + 2 * p, 4);
+    if (K % 2)
+      for (int64_t i = 0; i < rows; i++) to[(pairs * NR + i) * 2] = from[i * ld + K - 1];
+  }
+  // Two rows of `from` are interleaved.
+  template <class From>
+  static void pack(Right* to, const From* from, int64_t ld, int64_t K, int64_t n) {
+    const int64_t deep = round_up(K, K_ALIGN);
+    for (int64_t j = 0; j < n; j += NR, to += deep * NR) {
+      const int64_t width = std::min(NR, n - j);
+      if (width < NR || deep > K) clear(to, deep * NR);
+      for (int64_t p = 0; p < K / 2; p++) interleave(to + p * NR * 2, from + 2 * p * ld + j, from + (2 * p + 1) * ld + j, width);
+      if (K % 2)
+        for (int64_t i = 0; i < width; i++) to[(K / 2 * NR + i) * 2] = from[(K - 1) * ld + j + i];
+    }
+  }
+  static void interleave(Right* to, const bf16* first, const bf16* second, int64_t n) {
+    typedef uint16_t Row __attribute__((vector_size(32), aligned(2), may_alias));
+    typedef uint16_t Index __attribute__((vector_size(32)));
+    const Index low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+    const Index high = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+      const Row a = *reinterpret_cast<const Row*>(first + i), b = *reinterpret_cast<const Row*>(second + i);
+      *reinterpret_cast<Row*>(to + 2 * i) = __builtin_shuffle(a, b, low);
+      *reinterpret_cast<Row*>(to + 2 * i + 16) = __builtin_shuffle(a, b, high);
+    }
+    for (; i < n; i++) {
+      to[2 * i] = first[i];
+      to[2 * i + 1] = second[i];
+    }
+  }
+  // Rows of a[m, K] = from[K, m]^T, as plain rows.
+  template <class From>
+  static void pack_turned(Left* to, const From* from, int64_t ld, int64_t K, int64_t m) {
+    const int64_t deep = round_up(K, K_ALIGN);
+    for (int64_t i0 = 0; i0 < m; i0 += 32) {  // squares of 32 by 32: the reads and the writes of one stay in the cache
+      const int64_t i1 = std::min(i0 + 32, m);
+      for (int64_t k0 = 0; k0 < deep; k0 += 32)
+        for (int64_t i = i0; i < i1; i++)
+          for (int64_t k = k0; k < k0 + 32; k++) to[i * deep + k] = k < K ? from[k * ld + i] : bf16{0};
+    }
+  }
+  static void product(const Left* a, int64_t lda, int64_t m, const Right* b, int64_t K, int64_t n, Sum* c, int64_t ldc) {
+    dot_product(a, lda, m, b, round_up(K, K_ALIGN), round_up(K, K_ALIGN), n, c, ldc);
+  }
+  // k0 is a multiple of K_ALIGN.
+  static void turned(const Left* a, int64_t m, const Right* b, int64_t deep, int64_t k0, int64_t K, int64_t n, Sum* c, int64_t ldc) {
+    const int64_t depth = round_up(K, K_ALIGN);
+    dot_product(a, depth, m, b + k0 * NR, round_up(deep, K_ALIGN), depth, n, c, ldc);
+  }
+};
+#endif
+
+template <class S>
+struct Of {
+  using type = S;
+};
+
+// Calls f with the storage format. Sets with 16-bit products are compiled for bf16 alone: the other formats are those of the set before them.
+template <class F>
+inline void for_each_dtype([[maybe_unused]] Dtype dtype, F f) {
+#ifndef NEOX_DOT
+  if (dtype == Dtype::float32) return f(Of<float>{});
+  if (dtype == Dtype::float64) return f(Of<double>{});
+#endif
+  f(Of<bf16>{});
+}
+
+// The product that serves a storage format here.
+template <class Storage>
+struct ProductFor {
+  using type = Wide<Storage>;
+};
+#ifdef NEOX_DOT
+template <>
+struct ProductFor<bf16> {
+  using type = Dot;
+};
+#endif
+
+}  // namespace NEOX_ISA

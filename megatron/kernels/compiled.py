@@ -1,0 +1,91 @@
+"""The kernels compiled from csrc, where they were built: loading them, and handing tensors over.
+
+They run on CPUs, on contiguous tensors of float32, float64 and bfloat16, in the best instruction set that the processor has. Nothing is compiled
+here: `python csrc/build.py kernels` does it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from megatron.kernels.registry import Implementation
+from megatron.kernels.source_digest import source_digest
+
+P = TypeVar("P")
+LOGGER = logging.getLogger(__name__)
+SOURCES = Path(__file__).resolve().parents[2] / "csrc"
+MODULE = "megatron.kernels.built"
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+"""The number of each format in csrc (`Dtype` of csrc/grouped_gemm/op.h)."""
+
+
+@functools.cache
+def load() -> tuple[ModuleType | None, str]:
+    """The compiled module, or None and the reason: it was never built, cannot be loaded, or was built from other sources."""
+    try:
+        built = importlib.import_module(MODULE)
+    except ModuleNotFoundError:
+        return None, "not compiled (`python csrc/build.py kernels` does it)"
+    except ImportError as error:
+        return None, f"what was compiled cannot be loaded ({error})"
+    if SOURCES.is_dir() and built.source_digest != source_digest(SOURCES):
+        return None, "compiled from other sources than those in csrc (`python csrc/build.py kernels` compiles them again)"
+    return built, ""
+
+
+def built() -> ModuleType:
+    """The compiled module. Only for an implementation that the registry found available."""
+    module, reason = load()
+    if module is None:
+        raise RuntimeError(f"the compiled kernels cannot be used: {reason}")
+    return module
+
+
+def implementation(make: Callable[[], P]) -> Implementation[P]:
+    """The entry `compiled` of an op."""
+
+    def unavailable() -> str | None:
+        module, reason = load()
+        if module is None:
+            _say_once(reason)
+        return reason or None
+
+    return Implementation("compiled", frozenset({"cpu"}), unavailable, make)
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    LOGGER.info("compiled kernels: %s. PyTorch's products are used; experts take more time.", reason)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where the numbers are; 0 for an absent tensor. The caller keeps the tensor alive and contiguous."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether the compiled code has the tensors' format. float16 and integers are left to the reference. Raises ValueError for mixed formats."""
+    given = [t for t in tensors if t is not None]
+    dtypes = {t.dtype for t in given}
+    if len(dtypes) > 1:
+        raise ValueError(f"the tensors of one product have the formats {', '.join(sorted(map(str, dtypes)))}; give all of them one format")
+    devices = {t.device.type for t in given}
+    if devices != {"cpu"}:
+        raise ValueError(f"the compiled kernels run on CPUs, but there are tensors on {', '.join(sorted(devices))}")
+    return dtypes <= DTYPES.keys()
+
+
+def counts(rows: Tensor) -> Tensor:
+    """Row counts as csrc reads them. Raises ValueError for another format or device."""
+    if rows.dtype != torch.int64 or rows.device.type != "cpu":
+        raise ValueError(f"row counts are {rows.dtype} on {rows.device}; they must be int64 on the CPU, where the rows are")
+    return rows.contiguous()

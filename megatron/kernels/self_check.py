@@ -1,0 +1,56 @@
+"""The compiled kernels against their definitions on small inputs: what `csrc/build.py` runs before a build is put in place."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from megatron.kernels.grouped_gemm import grouped_gemm
+from megatron.kernels.grouped_lore import grouped_lore
+from megatron.kernels.grouped_lore.interface import HiddenLayer, LoreChoice, Projection
+from megatron.kernels.permute import sort_by_group
+
+ROWS = [37, 0, 150, 5]
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 4e-2}
+
+
+def check(built: ModuleType) -> None:
+    """Raises AssertionError that names the instruction set and the product that differ."""
+    for name in built.instruction_sets():
+        built.use_instruction_set(name)
+        for dtype in TOLERANCE:
+            for op in (_gemm, _hidden):
+                ours, right = op(dtype, "compiled"), op(dtype, "reference")
+                for place, (got, wanted) in enumerate(zip(ours, right, strict=True)):
+                    scale = wanted.double().abs().max().item() or 1.0
+                    error = (got.double() - wanted.double()).abs().max().item() / scale
+                    if not error <= TOLERANCE[dtype]:
+                        raise AssertionError(f"{name}, {op.__name__[1:]}, {dtype}: result {place} differs by {error:.1e} of its largest number")
+
+
+def _draw(dtype: torch.dtype) -> tuple[torch.Generator, list[Tensor]]:
+    generator, experts, lores = torch.Generator().manual_seed(0), len(ROWS), 3 * len(ROWS)
+    shapes = [(sum(ROWS), 72), (experts, 100, 72), (lores, 9, 72), (lores, 9, 100), (experts, 100, 72), (experts, 100)]
+    return generator, [torch.randn(shape, generator=generator).mul(0.3).to(dtype).requires_grad_() for shape in shapes]
+
+
+def _gemm(dtype: torch.dtype, backend: str) -> list[Tensor]:
+    _, (x, weight, *_rest) = _draw(dtype)
+    y = grouped_gemm(x, weight, torch.tensor(ROWS), transposed=True, backend=backend)
+    back = grouped_gemm(y, weight, torch.tensor(ROWS), backend=backend)
+    return [y.detach(), back.detach(), *torch.autograd.grad(back.float().square().sum(), (x, weight))]
+
+
+def _hidden(dtype: torch.dtype, backend: str) -> list[Tensor]:
+    generator, (x, weight, a, b, gate, bias) = _draw(dtype)
+    local = torch.stack([torch.randperm(3, generator=generator)[:2] for _ in range(sum(ROWS))])
+    expert = torch.arange(len(ROWS)).repeat_interleave(torch.tensor(ROWS))
+    results = []
+    for per_row in (1, 2):
+        choice = LoreChoice(torch.rand(sum(ROWS), per_row, generator=generator), sort_by_group(local[:, :per_row] + 3 * expert[:, None], len(a)))
+        layer = HiddenLayer(torch.tensor(ROWS), "silu", Projection(weight, a, b, bias), Projection(gate), choice)
+        y = grouped_lore(x, layer, backend=backend)
+        results += [y.detach(), *torch.autograd.grad(y.float().square().sum(), (x, weight, a, b, gate, bias))]
+    return results
