@@ -10,14 +10,29 @@ namespace NEOX_ISA {
 namespace {
 
 // NaN counts as the largest number, as in torch.topk.
-template <class T>
-inline bool above(T a, T b) {
-  return a > b || (a != a && b == b);
-}
+struct NanFirst {
+  template <class T>
+  bool operator()(T a, T b) const {
+    return a > b || (a != a && b == b);
+  }
+};
+struct Larger {
+  template <class T>
+  bool operator()(T a, T b) const {
+    return a > b;
+  }
+};
 
-// The K largest of a row, largest first; of equal ones the first.
-template <class T>
+// The K first of a row in the order of `above`; of equal ones the one with the lowest number.
+template <class Above, class T>
 inline void choose(const T* logit, int64_t C, int64_t K, int64_t* choice) {
+  const Above above;
+  if (K == 1) {
+    int64_t best = 0;
+    for (int64_t c = 1; c < C; c++) best = above(logit[c], logit[best]) ? c : best;
+    *choice = best;
+    return;
+  }
   for (int64_t c = 0; c < C; c++) {
     int64_t place = std::min(c, K);
     if (place == K && !above(logit[c], logit[choice[--place]])) continue;
@@ -109,7 +124,9 @@ void decide(const Route& op, int64_t begin, int64_t end, int64_t* counts, Sums& 
       const T* p = static_cast<const T*>(op.probability) + n * op.C;
       T* weight = static_cast<T*>(op.weight) + n * op.K;
       int64_t* choice = op.choice + n * op.K;
-      choose(static_cast<const T*>(op.logit) + n * op.C, op.C, op.K, choice);
+      const T* logit = static_cast<const T*>(op.logit) + n * op.C;
+      if (p[0] == p[0]) choose<Larger>(logit, op.C, op.K, choice);
+      else choose<NanFirst>(logit, op.C, op.K, choice);
       T chosen = 0;
       for (int64_t k = 0; k < op.K; k++) chosen += p[choice[k]];
       const T scale = op.normalize ? T(op.scale) / chosen : T(op.scale);

@@ -20,8 +20,8 @@ class Compiled:
         """The decision."""
         (rows, candidates), top_k = logit_NC.shape, selection.top_k
         logit_NC = logit_NC.contiguous()
-        rows_P = torch.tensor([rows]) if rows_P is None else rows_P.contiguous()
-        new, parents = logit_NC.new_empty, len(rows_P)
+        rows_P = None if rows_P is None else rows_P.contiguous()
+        new, parents = logit_NC.new_empty, 1 if rows_P is None else len(rows_P)
         numbers = new(rows, top_k), new(rows, candidates), new(rows), new(parents, candidates), new(())
         weight_NK, probability_NC, logsumexp_N, total_PC, entropy = numbers
         choice_NK = torch.empty(rows, top_k, dtype=torch.int64)
@@ -38,11 +38,11 @@ class Compiled:
         assert probability_NC is not None
         assert choice_NK is not None
         (rows, candidates), top_k = probability_NC.shape, choice_NK.shape[1]
-        rows_P = torch.tensor([rows]) if rows_P is None else rows_P
         contiguous = [t if t is None else t.contiguous() for t in grads]
         grad_NC = torch.empty_like(probability_NC)
         given = addresses(*contiguous, probability_NC, choice_NK, rows_P, grad_NC)
-        CPU.route_backward(given, [rows, candidates, top_k, len(rows_P)], *self.options(probability_NC, selection))
+        sizes = [rows, candidates, top_k, 1 if rows_P is None else len(rows_P)]
+        CPU.route_backward(given, sizes, *self.options(probability_NC, selection))
         return grad_NC
 
     def statistics(self, choice_TK: Tensor, num_experts: int, length: int) -> Tensor:

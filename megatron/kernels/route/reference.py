@@ -21,8 +21,9 @@ def refuse_not_a_number(rows: int, total: int) -> None:
 
 def check_rows(rows_P: Tensor, total: int) -> None:
     """Raises ValueError where the counts cannot be those of `total` rows."""
-    if int(rows_P.sum()) != total or bool((rows_P < 0).any()):
-        raise ValueError(f"route: row counts {rows_P.tolist()} for {total} rows; they must not be negative and must sum to the number of rows")
+    rows = rows_P.tolist()  # PyTorch's own sum of huge counts could wrap around
+    if sum(rows) != total or any(count < 0 for count in rows):
+        raise ValueError(f"route: row counts {rows} for {total} rows; they must not be negative and must sum to the number of rows")
 
 
 class Reference:
