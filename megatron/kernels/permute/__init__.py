@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from megatron.kernels import compiled
 from megatron.kernels.permute.reference import Reference
 from megatron.kernels.registry import Implementation, Op, torch_operator
 
@@ -51,15 +52,14 @@ class Permute(Protocol):
         ...
 
 
-def compiled() -> Permute:
-    """The C++ implementation."""
+def _compiled() -> Permute:
     from megatron.kernels.permute.compiled import Compiled
 
     return Compiled()
 
 
 OP: Op[Permute] = Op("permute")
-OP.register(Implementation("compiled", frozenset({"cpu"}), lambda: None, compiled))
+OP.register(compiled.implementation(_compiled))
 OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None, Reference))
 
 
@@ -70,7 +70,9 @@ def sort_by_group(group_TK: Tensor, num_groups: int, *, padded: bool = False, ba
     nothing is transferred. Raises ValueError where groups are not int64 numbers from 0 to `num_groups` - 1; on a GPU that range is not checked.
     """
     if group_TK.dtype != torch.int64 or group_TK.ndim != 2 or num_groups < 0:
-        raise ValueError(f"sort_by_group: groups {tuple(group_TK.shape)} of {group_TK.dtype} for {num_groups} groups; they must be int64, [tokens, choices]")
+        raise ValueError(
+            f"sort_by_group: groups {tuple(group_TK.shape)} of {group_TK.dtype} for {num_groups} groups; they must be int64, [tokens, choices]"
+        )
     return Order(*_sort(group_TK, num_groups, padded, backend))
 
 
@@ -95,7 +97,9 @@ def combine(rows_RD: Tensor, order: Order, weight_TK: Tensor | None = None, *, b
     if weight_TK.shape != order.inverse_TK.shape:
         raise ValueError(f"combine: weights {tuple(weight_TK.shape)} for choices {tuple(order.inverse_TK.shape)}; give one weight for each choice")
     if weight_TK.device != rows_RD.device or not weight_TK.dtype.is_floating_point:
-        raise ValueError(f"combine: weights of {weight_TK.dtype} on {weight_TK.device}; they must be floating-point numbers on {rows_RD.device}, as the rows")
+        raise ValueError(
+            f"combine: weights of {weight_TK.dtype} on {weight_TK.device}; they must be floating-point numbers on {rows_RD.device}, as the rows"
+        )
     return _weighted_combine(rows_RD, order.order_R, order.inverse_TK, weight_TK, backend)
 
 

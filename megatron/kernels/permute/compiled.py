@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron.kernels.compiled import DTYPES, addresses, built, threads_for
 from megatron.kernels.permute.reference import Reference, refuse_group, refuse_index
-from megatron.kernels._cpu import CPU, DTYPES, addresses, threads_for
 
 NONE_BAD = -1
 
@@ -14,12 +14,17 @@ NONE_BAD = -1
 class Compiled(Reference):
     """One pass over the rows in each direction."""
 
+    def __init__(self) -> None:
+        self.built = built()
+
     def sort(self, group_TK: Tensor, num_groups: int, *, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
         """A counting sort."""
         group_TK = group_TK.contiguous()
         choices = group_TK.numel()
         order_N, inverse_TK, rows_G = group_TK.new_empty(choices), torch.empty_like(group_TK), group_TK.new_empty(num_groups)
-        rows, wrong = CPU.sort_by_group(addresses(group_TK, order_N, inverse_TK, rows_G), [choices, num_groups], padded, threads_for(choices * 32))
+        rows, wrong = self.built.sort_by_group(
+            addresses(group_TK, order_N, inverse_TK, rows_G), [choices, num_groups], padded, threads_for(choices * 32)
+        )
         if rows < 0:
             refuse_group(wrong, num_groups, padded=padded)
         return order_N[:rows] if padded else order_N, inverse_TK, rows_G
@@ -31,7 +36,7 @@ class Compiled(Reference):
         rows_RD = x_TD.new_empty(rows, width)
         row_bytes = width * x_TD.element_size()
         sizes = [tokens, top_k, rows, row_bytes]
-        bad = CPU.gather_rows(addresses(x_TD, order_R, rows_RD), sizes, threads_for(2 * rows * row_bytes))
+        bad = self.built.gather_rows(addresses(x_TD, order_R, rows_RD), sizes, threads_for(2 * rows * row_bytes))
         if bad != NONE_BAD:
             refuse_index("permute", int(order_R[bad]), tokens * top_k)
         return rows_RD
@@ -47,7 +52,7 @@ class Compiled(Reference):
         y_TD = rows_RD.new_empty(tokens, width)
         threads = threads_for((rows + tokens) * width * rows_RD.element_size())
         given = addresses(rows_RD, inverse_TK, weight_TK, y_TD)
-        bad = CPU.combine_rows(given, [tokens, top_k, rows, width], DTYPES[rows_RD.dtype], threads)
+        bad = self.built.combine_rows(given, [tokens, top_k, rows, width], DTYPES[rows_RD.dtype], threads)
         if bad != NONE_BAD:
             refuse_index("combine", int(inverse_TK.view(-1)[bad]), rows + (rows < tokens * top_k))
         return y_TD
@@ -62,7 +67,7 @@ class Compiled(Reference):
         grad_RD, grad_weight_TK = torch.empty_like(rows_RD), torch.empty_like(wide_TK)
         threads = threads_for(3 * rows * width * rows_RD.element_size())
         given = addresses(grad_TD, rows_RD, order_R, wide_TK, grad_RD, grad_weight_TK)
-        bad = CPU.combine_backward(given, [tokens, top_k, rows, width], DTYPES[rows_RD.dtype], threads)
+        bad = self.built.combine_backward(given, [tokens, top_k, rows, width], DTYPES[rows_RD.dtype], threads)
         if bad != NONE_BAD:
             refuse_index("combine", int(order_R[bad]), tokens * top_k)
         return grad_RD, grad_weight_TK.to(weight_TK.dtype)

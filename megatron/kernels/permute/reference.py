@@ -23,7 +23,7 @@ class Reference:
     def sort(self, group_TK: Tensor, num_groups: int, *, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(order_R, inverse_TK, rows_G)."""
         flat_N = group_TK.reshape(-1)
-        if (wrong := _outside(flat_N, num_groups + padded)) is not None:
+        if (wrong := outside(flat_N, num_groups + padded)) is not None:
             refuse_group(wrong, num_groups, padded=padded)
         sorted_N, order_N = torch.sort(flat_N, stable=True)
         inverse_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
@@ -58,7 +58,7 @@ class Reference:
         return grad_RD.mul_(weight_R[:, None]), grad_weight_R.view(weight_TK.shape)
 
 
-def _outside(index: Tensor, end: int) -> int | None:
+def outside(index: Tensor, end: int) -> int | None:
     """An index that is not 0 to `end` - 1. None: there is none, or the index is not on the CPU, where looking would wait for the device."""
     if index.device.type != "cpu" or not index.numel():
         return None
@@ -67,5 +67,5 @@ def _outside(index: Tensor, end: int) -> int | None:
 
 
 def _check(what: str, index: Tensor, end: int) -> None:
-    if (wrong := _outside(index, end)) is not None:
+    if (wrong := outside(index, end)) is not None:
         refuse_index(what, wrong, end)

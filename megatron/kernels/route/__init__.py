@@ -21,21 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.kernels import compiled
 from megatron.kernels.permute import Order
 from megatron.kernels.registry import Implementation, Op, torch_operator
 from megatron.kernels.route.interface import Gradients, Route, Routed, Saved, Selection
 from megatron.kernels.route.reference import Reference
 
 
-def compiled() -> Route:
-    """The C++ implementation."""
+def _compiled() -> Route:
     from megatron.kernels.route.compiled import Compiled
 
     return Compiled()
 
 
 OP: Op[Route] = Op("route")
-OP.register(Implementation("compiled", frozenset({"cpu"}), lambda: None, compiled))
+OP.register(compiled.implementation(_compiled))
 OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None, Reference))
 
 
@@ -56,8 +56,9 @@ def choice_statistics(choice_TK: Tensor, num_experts: int, length: int, *, backe
 
     The share is equations 4 and 5 of CoSMoEs (Huber et al., 2025), over sequences of `length` tokens. Choice number `num_experts` marks an empty place.
     """
-    if choice_TK.ndim != 2 or choice_TK.dtype != torch.int64:
-        raise ValueError(f"choice_statistics: choices {tuple(choice_TK.shape)} of {choice_TK.dtype}; they must be int64 and [tokens, choices]")
+    if choice_TK.ndim != 2 or choice_TK.dtype != torch.int64 or num_experts < 0:
+        shape = tuple(choice_TK.shape)
+        raise ValueError(f"choice_statistics: choices {shape} of {choice_TK.dtype} for {num_experts} experts; they must be int64, [tokens, choices]")
     if length < 1 or choice_TK.shape[0] % length:
         raise ValueError(f"choice_statistics: {choice_TK.shape[0]} tokens cannot be cut into sequences of {length}")
     statistics: Tensor = _statistics(choice_TK, num_experts, length, backend)

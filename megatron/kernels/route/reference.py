@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megatron.kernels.permute import Order
 from megatron.kernels.permute.reference import Reference as Permutation
+from megatron.kernels.permute.reference import outside
 from megatron.kernels.route.interface import Gradients, Routed, Saved, Selection
 
 
@@ -24,6 +25,11 @@ def check_rows(rows_P: Tensor, total: int) -> None:
     rows = rows_P.tolist()  # PyTorch's own sum of huge counts could wrap around
     if sum(rows) != total or any(count < 0 for count in rows):
         raise ValueError(f"route: row counts {rows} for {total} rows; they must not be negative and must sum to the number of rows")
+
+
+def refuse_choice(num_experts: int) -> None:
+    """Raises the ValueError for a choice out of range."""
+    raise ValueError(f"choice_statistics: a choice is not 0 to {num_experts - 1}, or {num_experts} for an empty place")
 
 
 class Reference:
@@ -68,6 +74,8 @@ class Reference:
 
     def statistics(self, choice_TK: Tensor, num_experts: int, length: int) -> Tensor:
         """Neighbours are compared over a table of which token uses which expert."""
+        if outside(choice_TK, num_experts + 1) is not None:
+            refuse_choice(num_experts)
         chosen_TE = choice_TK.new_zeros(choice_TK.shape[0], num_experts + 1).scatter_(1, choice_TK, 1)[:, :num_experts]
         chosen_BSE = chosen_TE.reshape(-1, length, num_experts)
         used = chosen_TE.sum().double()
