@@ -74,7 +74,7 @@ def _routes(dtype: torch.dtype, backend: str) -> list[Tensor]:
     for selection, rows in ((Selection(1), None), (Selection(2, normalize=True), torch.tensor(ROWS)), (Selection(5, scale=2.0), None)):
         routed = route(x[:, :37], selection, rows, backend=backend)
         numbers = [routed.weight_NK, routed.logsumexp_N, routed.total_PC]
-        (grad,) = torch.autograd.grad(sum(t.square().sum() for t in numbers), x)
+        (grad,) = torch.autograd.grad(torch.stack([t.square().sum() for t in numbers]).sum(), x)
         results += [*(t.detach() for t in numbers), routed.choice_NK, routed.entropy, *routed.order, grad]
         results.append(choice_statistics(routed.choice_NK, 37, len(x) // 4, backend=backend))
     return results

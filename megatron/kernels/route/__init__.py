@@ -10,7 +10,7 @@ Shapes:  N rows;  C candidates;  K choices per row;  P parents;  G = P*C groups;
     order          = the N*K choices sorted by their key, parent*C + choice; equal keys stay in the order of rows
 and what losses and statistics need: logsumexp_N, total_PC (the sum of the probabilities over a parent's rows) and the mean entropy.
 
-Weights, probabilities, logsumexp and totals carry gradients to the logits; the rest does not. A row with NaN or +inf, or with nothing but -inf, has no
+Weights, probabilities, logsumexp and totals carry gradients to the logits; the rest does not. A row with NaN or +inf, or with only -inf, has no
 probabilities. Its choices are still K different candidates, so that nothing is read out of range, and its numbers are NaN.
 """
 
@@ -47,14 +47,15 @@ def route(logit_NC: Tensor, selection: Selection, rows_P: Tensor | None = None, 
     """
     _check(logit_NC, selection, rows_P)
     wide_NC = logit_NC.to(torch.promote_types(logit_NC.dtype, torch.float32))
-    out = _route(wide_NC, rows_P, selection.top_k, selection.normalize, selection.scale, allow_nan, backend)
-    return Routed(*out[:6], Order(*out[6:]))
+    *decision, order_R, inverse_NK, rows_G = _route(wide_NC, rows_P, *selection, allow_nan, backend)
+    weight_NK, choice_NK, probability_NC, logsumexp_N, total_PC, entropy = decision
+    return Routed(weight_NK, choice_NK, probability_NC, logsumexp_N, total_PC, entropy, Order(order_R, inverse_NK, rows_G))
 
 
 def choice_statistics(choice_TK: Tensor, num_experts: int, length: int, *, backend: str = "auto") -> Tensor:
     """float64 [2]: the share of a token's experts that the token before did not use, and the mean number of experts per token.
 
-    The share is equations 4 and 5 of CoSMoEs (Huber et al., 2025), over sequences of `length` tokens. Choice number `num_experts` marks an empty place.
+    The share is equations 4 and 5 of CoSMoEs (Huber et al., 2025), over sequences of `length` tokens. Choice number `num_experts` is an empty place.
     """
     if choice_TK.ndim != 2 or choice_TK.dtype != torch.int64 or num_experts < 0:
         shape = tuple(choice_TK.shape)
