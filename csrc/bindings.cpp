@@ -18,6 +18,8 @@
 #include "grouped_gemm/op.h"
 #include "grouped_lore/op.h"
 #include "include/instruction_sets.h"
+#include "permute/op.h"
+#include "route/op.h"
 
 namespace py = pybind11;
 
@@ -27,6 +29,13 @@ namespace py = pybind11;
   void grouped_outer(const GroupedOuter&);      \
   void lore_forward(const LoreForward&);        \
   void lore_backward(const LoreBackward&);      \
+  Sorted sort_by_group(const SortByGroup&);     \
+  int64_t gather_rows(const GatherRows&);       \
+  int64_t combine_rows(const CombineRows&);     \
+  int64_t combine_backward(const CombineBackward&); \
+  int64_t route(const Route&);                  \
+  void route_backward(const RouteBackward&);    \
+  bool choice_statistics(ChoiceStatistics&);    \
   }
 NEOX_SETS(NEOX_DECLARE)
 
@@ -38,9 +47,19 @@ struct InstructionSet {
   void (*grouped_outer)(const GroupedOuter&);
   void (*lore_forward)(const LoreForward&);
   void (*lore_backward)(const LoreBackward&);
+  Sorted (*sort_by_group)(const SortByGroup&);
+  int64_t (*gather_rows)(const GatherRows&);
+  int64_t (*combine_rows)(const CombineRows&);
+  int64_t (*combine_backward)(const CombineBackward&);
+  int64_t (*route)(const Route&);
+  void (*route_backward)(const RouteBackward&);
+  bool (*choice_statistics)(ChoiceStatistics&);
 };
 
-#define NEOX_ROW(set) InstructionSet{#set, set::grouped_matmul, set::grouped_outer, set::lore_forward, set::lore_backward},
+#define NEOX_ROW(set)                                                                                          \
+  InstructionSet{#set, set::grouped_matmul, set::grouped_outer, set::lore_forward, set::lore_backward,         \
+                 set::sort_by_group, set::gather_rows, set::combine_rows, set::combine_backward,               \
+                 set::route, set::route_backward, set::choice_statistics},
 const InstructionSet SETS[] = {NEOX_SETS(NEOX_ROW)};
 
 // Linux gives the tiles' registers to a process that asks for them (arch_prctl, ARCH_REQ_XCOMP_PERM, feature 18).
@@ -189,6 +208,59 @@ LoreLayer lore_layer(const Sizes& sizes, const std::vector<uintptr_t>& parts, co
   return layer;
 }
 
+// ---- rows and routes: addresses and sizes in the order of their structs
+
+using Addresses = std::vector<uintptr_t>;
+int64_t* integers(uintptr_t address) { return reinterpret_cast<int64_t*>(address); }
+
+std::pair<int64_t, int64_t> sort_by_group(const Addresses& a, const Sizes& n, bool padded, int threads) {
+  const Sorted sorted = current->sort_by_group({at<int64_t>(a.at(0)), integers(a.at(1)), integers(a.at(2)), integers(a.at(3)), n.at(0), n.at(1), padded, threads});
+  return {sorted.rows, sorted.bad_group};
+}
+
+int64_t gather_rows(const Addresses& a, const Sizes& n, int threads) {
+  return current->gather_rows({at<void>(a.at(0)), at<int64_t>(a.at(1)), out(a.at(2)), n.at(0), n.at(1), n.at(2), n.at(3), threads});
+}
+
+int64_t combine_rows(const Addresses& a, const Sizes& n, int dtype, int threads) {
+  return current->combine_rows(
+      {at<void>(a.at(0)), at<int64_t>(a.at(1)), at<void>(a.at(2)), out(a.at(3)), n.at(0), n.at(1), n.at(2), n.at(3), Dtype(dtype), threads});
+}
+
+int64_t combine_backward(const Addresses& a, const Sizes& n, int dtype, int threads) {
+  return current->combine_backward({at<void>(a.at(0)), at<void>(a.at(1)), at<int64_t>(a.at(2)), at<void>(a.at(3)), out(a.at(4)), out(a.at(5)),
+                                    n.at(0), n.at(1), n.at(2), n.at(3), Dtype(dtype), threads});
+}
+
+Selected selected(const Sizes& n, double scale, bool normalize, int dtype, int threads) {
+  return {n.at(0), n.at(1), n.at(2), n.at(3), scale, normalize, Dtype(dtype), threads};
+}
+
+int64_t route(const Addresses& a, const Sizes& n, double scale, bool normalize, int dtype, int threads) {
+  Route op{selected(n, scale, normalize, dtype, threads), at<void>(a.at(0)), at<int64_t>(a.at(1)), out(a.at(2)), integers(a.at(3)), out(a.at(4)), out(a.at(5)),
+                 out(a.at(6)), out(a.at(7)), integers(a.at(8)), integers(a.at(9)), integers(a.at(10))};
+  if (op.rows_P == nullptr) op.rows_P = &op.N;
+  check_counts(op.rows_P, op.P, op.N);
+  return current->route(op);
+}
+
+void route_backward(const Addresses& a, const Sizes& n, double scale, bool normalize, int dtype, int threads) {
+  RouteBackward op{selected(n, scale, normalize, dtype, threads), at<void>(a.at(0)), at<void>(a.at(1)), at<void>(a.at(2)), at<void>(a.at(3)), at<void>(a.at(4)),
+                         at<int64_t>(a.at(5)), at<int64_t>(a.at(6)), out(a.at(7))};
+  if (op.rows_P == nullptr) op.rows_P = &op.N;
+  check_counts(op.rows_P, op.P, op.N);
+  for (int64_t i = 0; i < op.N * op.K; i++)
+    if (op.choice[i] < 0 || op.choice[i] >= op.C) throw std::invalid_argument("route: there is no candidate " + std::to_string(op.choice[i]));
+  current->route_backward(op);
+}
+
+// (changed, used); (-1, 0) if a choice is out of range.
+std::pair<int64_t, int64_t> choice_statistics(uintptr_t choice, const Sizes& n) {
+  ChoiceStatistics op{at<int64_t>(choice), n.at(0), n.at(1), n.at(2), n.at(3), 0, 0};
+  if (!current->choice_statistics(op)) return {-1, 0};
+  return {op.changed, op.used};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(built, m) {
@@ -216,4 +288,11 @@ PYBIND11_MODULE(built, m) {
     }
     set_for(op.layer.dtype).lore_backward(op);
   }, Free());
+  m.def("sort_by_group", &sort_by_group, Free());
+  m.def("gather_rows", &gather_rows, Free());
+  m.def("combine_rows", &combine_rows, Free());
+  m.def("combine_backward", &combine_backward, Free());
+  m.def("route", &route, Free());
+  m.def("route_backward", &route_backward, Free());
+  m.def("choice_statistics", &choice_statistics, Free());
 }

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2 };
+#include "../include/dtype.h"
 
 struct GroupedMatmul {
   const void* x;       // [R, K]

@@ -21,11 +21,12 @@ from megatron.kernels.registry import Implementation
 from megatron.kernels.source_digest import source_digest
 
 P = TypeVar("P")
+SMALL_WORK = 256 * 1024
 LOGGER = logging.getLogger(__name__)
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 MODULE = "megatron.kernels.built"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-"""The number of each format in csrc (`Dtype` of csrc/grouped_gemm/op.h)."""
+"""The number of each format in csrc (`Dtype` of csrc/include/dtype.h)."""
 
 
 @functools.cache
@@ -70,6 +71,16 @@ def _say_once(reason: str) -> None:
 def address(tensor: Tensor | None) -> int:
     """Where the numbers are; 0 for an absent tensor. The caller keeps the tensor alive and contiguous."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def addresses(*tensors: Tensor | None) -> list[int]:
+    """`address` of each."""
+    return [address(t) for t in tensors]
+
+
+def threads_for(work: int) -> int:
+    """PyTorch's number of threads, or 1 where waking them costs more than they save. `work`: bytes that are moved, or as much."""
+    return torch.get_num_threads() if work > SMALL_WORK else 1
 
 
 def serves(*tensors: Tensor | None) -> bool:

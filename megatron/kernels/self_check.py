@@ -10,7 +10,8 @@ from torch import Tensor
 from megatron.kernels.grouped_gemm import grouped_gemm
 from megatron.kernels.grouped_lore import grouped_lore
 from megatron.kernels.grouped_lore.interface import HiddenLayer, LoreChoice, Projection
-from megatron.kernels.permute import sort_by_group
+from megatron.kernels.permute import combine, permute, sort_by_group
+from megatron.kernels.route import Selection, choice_statistics, route
 
 ROWS = [37, 0, 150, 5]
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 4e-2}
@@ -21,7 +22,7 @@ def check(built: ModuleType) -> None:
     for name in built.instruction_sets():
         built.use_instruction_set(name)
         for dtype in TOLERANCE:
-            for op in (_gemm, _hidden):
+            for op in (_gemm, _hidden, _rows, _routes):
                 ours, right = op(dtype, "compiled"), op(dtype, "reference")
                 for place, (got, wanted) in enumerate(zip(ours, right, strict=True)):
                     scale = wanted.double().abs().max().item() or 1.0
@@ -53,4 +54,27 @@ def _hidden(dtype: torch.dtype, backend: str) -> list[Tensor]:
         layer = HiddenLayer(torch.tensor(ROWS), "silu", Projection(weight, a, b, bias), Projection(gate), choice)
         y = grouped_lore(x, layer, backend=backend)
         results += [y.detach(), *torch.autograd.grad(y.float().square().sum(), (x, weight, a, b, gate, bias))]
+    return results
+
+
+def _rows(dtype: torch.dtype, backend: str) -> list[Tensor]:
+    generator, (x, *_rest) = _draw(dtype)
+    results: list[Tensor] = []
+    for per_row in (1, 2, 3):
+        group = torch.randint(8, (len(x), per_row), generator=generator)
+        order, weight = sort_by_group(group, 7, padded=True, backend=backend), torch.rand(len(x), per_row, generator=generator).requires_grad_()
+        y = combine(permute(x, order, backend=backend), order, weight, backend=backend)
+        results += [*order, y.detach(), *torch.autograd.grad(y.float().square().sum(), (x, weight))]
+    return results
+
+
+def _routes(dtype: torch.dtype, backend: str) -> list[Tensor]:
+    _, (x, *_rest) = _draw(dtype)
+    results: list[Tensor] = []
+    for selection, rows in ((Selection(1), None), (Selection(2, normalize=True), torch.tensor(ROWS)), (Selection(5, scale=2.0), None)):
+        routed = route(x[:, :37], selection, rows, backend=backend)
+        numbers = [routed.weight_NK, routed.logsumexp_N, routed.total_PC]
+        (grad,) = torch.autograd.grad(torch.stack([t.square().sum() for t in numbers]).sum(), x)
+        results += [*(t.detach() for t in numbers), routed.choice_NK, routed.entropy, *routed.order, grad]
+        results.append(choice_statistics(routed.choice_NK, 37, len(x) // 4, backend=backend))
     return results

@@ -217,6 +217,41 @@ def test_permute_and_combine(backend: str, tokens: int, top_k: int, dtype: torch
     check(ours, definition, (x, weight, scale))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("tokens", "top_k", "width"), [(6, 3, 1030), (5, 2, 0), (300, 2, 257), (3, 4, 8)])
+@pytest.mark.parametrize("backend", implementations("permute"))
+def test_rows_with_empty_choices(backend: str, tokens: int, top_k: int, width: int, dtype: torch.dtype) -> None:
+    """A token may have fewer than K rows, or none; rows are longer than what fits into one block, and given in any strides."""
+    skip_unless_it_runs("permute", backend, "cpu")
+    draw = Draw(dtype, "cpu")
+    group_TK = torch.randint(4, (tokens, top_k), generator=torch.Generator().manual_seed(6))
+    group_TK[0] = 3  # the first token has no row
+    order = perm.sort_by_group(group_TK, 3, padded=True, backend=backend)
+
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        rows = perm.permute(x.t(), order, backend=backend)
+        turned = rows.t().contiguous().t()
+        return perm.combine(turned, order, weight.t(), backend=backend) + perm.combine(rows, order, backend=backend)
+
+    def definition(x: Tensor, weight: Tensor) -> Tensor:
+        return x.t() * ((1 + weight.t()) * (group_TK < 3)).sum(1, keepdim=True)
+
+    check(ours, definition, (draw(width, tokens), draw(top_k, tokens)))
+
+
+@pytest.mark.parametrize("backend", implementations("permute"))
+def test_weights_of_another_format(backend: str) -> None:
+    """As in a bf16 model, whose router computes in float32: rows and their gradient in bf16, weights and theirs in float32."""
+    skip_unless_it_runs("permute", backend, "cpu")
+    x, weight = Draw(torch.bfloat16, "cpu")(4, D), Draw(torch.float32, "cpu")(4, 2)
+    order = perm.sort_by_group(torch.tensor([[0, 1], [1, 2], [0, 2], [2, 1]]), 3)
+    y = perm.combine(perm.permute(x, order, backend=backend), order, weight, backend=backend)
+    grad_x, grad_weight = torch.autograd.grad(y.float().sum(), (x, weight))
+    assert (y.dtype, grad_x.dtype, grad_weight.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    torch.testing.assert_close(y.double(), x.double() * weight.double().sum(1, keepdim=True), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(grad_weight, x.float().sum(1, keepdim=True).expand(4, 2), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", implementations("grouped_gemm"))
 def test_grouped_gemm_takes_any_strides(backend: str) -> None:
     skip_unless_it_runs("grouped_gemm", backend, "cpu")
@@ -237,6 +272,8 @@ def test_the_ops_keep_pytorch_rules() -> None:
     torch.library.opcheck(gemm._grouped_gemm, (x, weights[0], counts, True, "reference"))
     for there, parts in (([True] * 3 + [False] * 5, weights), ([True] * 3 + [False, True] + [False] * 3, [*weights, draw(3, F, D)])):
         torch.library.opcheck(lore._grouped_lore, (x, counts, parts, there, [pi, *order], "silu", True, "reference"))
+    for padded in (False, True):
+        torch.library.opcheck(perm._sort, (torch.tensor([[0, 1], [1, 0], [2, 0]]), 3, padded, "reference"))
     order = perm.sort_by_group(torch.tensor([[0, 1], [1, 0], [2, 0]]), 3)
     torch.library.opcheck(perm._permute, (draw(3, D), order.order_R, order.inverse_TK, "reference"))
     torch.library.opcheck(perm._combine, (x, order.order_R, order.inverse_TK, "reference"))
@@ -310,3 +347,52 @@ def compute(x: Tensor, up: Projection, gate: Projection | None = None, choice: L
 def test_shapes_that_do_not_fit(call: Callable[[], Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def made(order_R: list[int], inverse_TK: list[list[int]]) -> perm.Order:
+    """An order that nothing sorted, of two groups."""
+    return perm.Order(torch.tensor(order_R), torch.tensor(inverse_TK), COUNTS)
+
+
+WHOLE = made([0, 1], [[0], [1]])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda b: perm.permute(z(2, 4), made([0, 2], [[0], [1]]), backend=b), "permute: the order holds 2, which is not 0 to 1"),
+        (lambda b: perm.permute(z(2, 4), made([-1, 0], [[0], [1]]), backend=b), "permute: the order holds -1, which is not 0 to 1"),
+        (lambda b: perm.permute(z(2, 4), made([2**62, 0], [[0], [1]]), backend=b), "permute: the order holds 4611686018427387904"),
+        (lambda b: perm.combine(z(2, 4), made([0, 1], [[0], [2]]), backend=b), "combine: the order holds 2, which is not 0 to 1"),
+        (lambda b: perm.combine(z(2, 4), made([0, 1], [[-1], [0]]), backend=b), "combine: the order holds -1, which is not 0 to 1"),
+        (lambda b: perm.combine(z(1, 4), made([0], [[0], [2]]), backend=b), "combine: the order holds 2, which is not 0 to 1"),
+        (lambda b: perm.combine(z(2, 4), made([0, 1], [[0], [2]]), z(2, 1), backend=b), "combine: the order holds 2"),
+        (lambda b: perm.permute(z(2), WHOLE, backend=b), r"shapes \(2,\), \(2,\), \(2, 1\); they must be \[rows, width\], \[rows\] and"),
+        (
+            lambda b: perm.permute(z(2, 4), WHOLE._replace(order_R=z(2)), backend=b),
+            "order of torch.float32 and inverse of torch.int64; both must be int64",
+        ),
+        (lambda b: perm.combine(z(2, 4), WHOLE._replace(inverse_TK=z(2, 1)), backend=b), "inverse of torch.float32"),
+        (lambda b: perm.combine(z(2, 4).to("meta"), WHOLE, backend=b), "rows on meta and an order on cpu and cpu; use one device"),
+        (
+            lambda b: perm.combine(z(2, 4), WHOLE, z(2, 1).long(), backend=b),
+            "weights of torch.int64 on cpu; they must be floating-point numbers on cpu",
+        ),
+        (lambda b: perm.combine(z(2, 4), WHOLE, z(2, 1).to("meta"), backend=b), "weights of torch.float32 on meta"),
+    ],
+)
+@pytest.mark.parametrize("backend", implementations("permute"))
+def test_orders_that_do_not_fit(backend: str, call: Callable[[str], Tensor], message: str) -> None:
+    skip_unless_it_runs("permute", backend, "cpu")
+    with pytest.raises(ValueError, match=message):
+        call(backend)
+
+
+@pytest.mark.parametrize("backend", implementations("permute"))
+def test_a_wrong_order_is_found_in_the_backward_too(backend: str) -> None:
+    """The forward of `combine` reads the inverse alone, its backward the order."""
+    skip_unless_it_runs("permute", backend, "cpu")
+    rows, weight = torch.ones(2, 4, requires_grad=True), torch.ones(2, 1, requires_grad=True)
+    y = perm.combine(rows, made([0, 7], [[0], [1]]), weight, backend=backend)
+    with pytest.raises(ValueError, match="the order holds 7, which is not 0 to 1"):
+        y.sum().backward()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.components import DISPATCHERS, EXPERTS, LOSSES, ROUTERS, resolve_component
+from megatron.kernels.route import choice_statistics
 from megatron.model.initialization import Initializer
-from megatron.model.moe.losses.block_wise_selection import replacement_ratio
+from megatron.model.moe.losses.block_wise_selection import sequences
 from megatron.model.moe.losses.entropy import token_entropy
 from megatron.model.moe.losses.load_balance import expert_usage
 from megatron.model.moe.routing import AuxLoss, LossContext, Routing
@@ -101,7 +102,5 @@ class MoELayer(nn.Module):
 @torch.no_grad()
 def statistics(routing: Routing, context: LossContext) -> Tensor:
     """float32, in the order of STATISTICS. Nothing is transferred to the host."""
-    assert context.rows_E is not None
-    tokens = max(1, routing.logit_TE.shape[0])
-    per_token = context.rows_E.sum() / tokens
-    return torch.stack([token_entropy(routing).mean().float(), replacement_ratio(routing, context).float(), per_token.float()])
+    entropy = token_entropy(routing).mean() if routing.softmax is None else routing.softmax.entropy
+    return torch.cat([entropy.detach().double()[None], choice_statistics(routing.expert_TK, context.num_experts, sequences(routing)[1])]).float()

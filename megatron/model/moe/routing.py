@@ -10,6 +10,20 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from megatron.kernels.permute import Order
+
+
+class Softmax(NamedTuple):
+    """What the op `route` computed along with a router's softmax and choice, so that nobody computes it again."""
+
+    logsumexp_T: Tensor
+    total_E: Tensor
+    """Sum of the probabilities over the tokens."""
+    entropy: Tensor
+    """Mean entropy of the probabilities in nats, without gradient."""
+    order: Order
+    """The choices sorted by expert."""
+
 
 class Routing(NamedTuple):
     """A router's decision for every token."""
@@ -26,6 +40,8 @@ class Routing(NamedTuple):
     """(B, S), for code that needs the order of tokens. None: only the router has seen the routing yet."""
     padded: bool = False
     """Whether tokens may use fewer than K experts: their other places hold expert number E, which does not exist, and weight 0."""
+    softmax: Softmax | None = None
+    """None: the router does not use the op `route`. Whoever replaces the choices, probabilities or logits has to set it to None."""
 
 
 class LoreRouting(NamedTuple):
@@ -41,6 +57,8 @@ class LoreRouting(NamedTuple):
     """float32 (float64 in a float64 model)."""
     rows_G: Tensor
     """int64: rows of each LoRE of each expert, G = E*M."""
+    total_EM: Tensor | None = None
+    """Sum of the probabilities over each expert's rows. None: it has not been computed."""
 
 
 def _over_one_process(count_E: Tensor) -> Tensor:

@@ -39,7 +39,10 @@ class LocalDispatcher:
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, LocalPlan]:
         """(x_RD sorted by expert, plan)."""
-        order = sort_by_group(routing.expert_TK, self.num_experts, padded=routing.padded)
+        if routing.softmax is not None:
+            order = routing.softmax.order
+        else:
+            order = sort_by_group(routing.expert_TK, self.num_experts, padded=routing.padded, backend=self.backend)
         return permute(x_TD, order, backend=self.backend), LocalPlan(order, routing.weight_TK)
 
     def combine(self, y_RD: Tensor, plan: LocalPlan) -> Tensor:

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from megatron.kernels.grouped_gemm import grouped_gemm
 from megatron.kernels.grouped_lore import grouped_lore
 from megatron.kernels.grouped_lore.interface import HiddenLayer, LoreChoice, Projection
-from megatron.kernels.permute import sort_by_group
+from megatron.kernels.route import Selection, route
 from megatron.model.initialization import Initializer, fill_each, zeros
 from megatron.model.moe.experts.grouped import GroupedExperts
-from megatron.model.moe.routers.topk import top_k
 from megatron.model.moe.routing import LoreRouting
 
 if TYPE_CHECKING:
@@ -41,8 +40,8 @@ class LoREs(nn.Module):
     def __init__(self, model: ModelConfig, moe: MoEConfig, init: Initializer, *, width_out: int) -> None:
         super().__init__()
         self.num_experts, self.per_expert, self.rank = moe.num_experts, moe.moe_num_lores, moe.lore_rank
-        self.top_l, self.normalize = moe.moe_lore_top_k, moe.moe_lore_normalize
-        self.backend = moe.kernel_backends.get("grouped_gemm", "auto")
+        self.selection = Selection(moe.moe_lore_top_k, moe.moe_lore_normalize)
+        self.backend, self.route_backend = (moe.kernel_backends.get(op, "auto") for op in ("grouped_gemm", "route"))
         self.router = nn.Parameter(torch.empty(self.num_experts * self.per_expert, model.hidden_size))
         self.a, self.b = _factors(self.num_experts * self.per_expert, self.rank, model.hidden_size, width_out)
         fill_each(init.into, self.router.data, self.num_experts)
@@ -58,12 +57,9 @@ class LoREs(nn.Module):
         dtype = torch.promote_types(x_RD.dtype, torch.float32)
         router_EMD = self.router.to(dtype).view(self.num_experts, self.per_expert, -1)
         logit_RM = grouped_gemm(x_RD.to(dtype), router_EMD, rows_E, transposed=True, backend=self.backend)
-        probability_RM = logit_RM.softmax(-1)
-        weight_RL, lore_RL = top_k(probability_RM, self.top_l, normalize=self.normalize)
-        first_E = torch.arange(0, len(self.router), self.per_expert, device=x_RD.device)
-        first_R = first_E.repeat_interleave(rows_E, output_size=x_RD.shape[0])
-        order = sort_by_group(lore_RL + first_R[:, None], len(self.router))
-        return LoreChoice(weight_RL, order), LoreRouting(lore_RL, weight_RL, probability_RM, logit_RM, order.rows_G)
+        routed = route(logit_RM, self.selection, rows_E, allow_nan=True, backend=self.route_backend)
+        routing = LoreRouting(routed.choice_NK, routed.weight_NK, routed.probability_NC, logit_RM, routed.order.rows_G, routed.total_PC)
+        return LoreChoice(routed.weight_NK, routed.order), routing
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """(a_GQD, b_GQF)."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron.model.moe.losses.load_balance import choices
+from megatron.kernels.route import choice_statistics
 from megatron.model.moe.routing import LossContext, Routing
 
 
@@ -35,11 +35,7 @@ def replacement_ratio(routing: Routing, context: LossContext) -> Tensor:
 
     Where tokens use different numbers of experts, K is their mean over the tokens. Raises ValueError for a routing without `batch_shape`.
     """
-    batch, length = sequences(routing)
-    chosen_BSE = choices(routing, context.num_experts).view(batch, length, -1)
-    replaced = chosen_BSE.diff(dim=1).abs().sum() // 2
-    places = chosen_BSE.sum().double() / length * (length - 1)
-    return replaced / places.clamp(min=1)
+    return choice_statistics(routing.expert_TK, context.num_experts, sequences(routing)[1])[0]
 
 
 def sequences(routing: Routing) -> tuple[int, int]:

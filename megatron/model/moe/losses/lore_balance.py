@@ -9,9 +9,9 @@ is off unless `moe_losses` names it.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from megatron.kernels.route.reference import totals
 from megatron.model.moe.losses.load_balance import shares
 from megatron.model.moe.routing import LossContext, Routing
 
@@ -21,10 +21,7 @@ def lore_balance_loss(routing: Routing, context: LossContext) -> Tensor:
     lores, rows_E = context.lores, context.rows_E
     if lores is None or rows_E is None:
         raise ValueError("lore_balance: these experts have no routed LoREs to balance; take it out of moe_losses")
-    probability_RM = lores.probability_RM
-    rows, per_expert = probability_RM.shape
-    expert_R = torch.arange(context.num_experts, device=rows_E.device).repeat_interleave(rows_E, output_size=rows)
-    one_hot_ER = (torch.arange(context.num_experts, device=rows_E.device)[:, None] == expert_R).to(probability_RM.dtype)
-    total_EM = one_hot_ER @ probability_RM  # R_e * P_em
-    share_EM = shares(lores.rows_G.view(-1, per_expert)).to(probability_RM.dtype)
+    rows, per_expert = lores.probability_RM.shape
+    total_EM = totals(lores.probability_RM, rows_E) if lores.total_EM is None else lores.total_EM  # R_e * P_em
+    share_EM = shares(lores.rows_G.view(-1, per_expert)).to(total_EM.dtype)
     return per_expert * (share_EM * total_EM).sum() / max(1, rows)

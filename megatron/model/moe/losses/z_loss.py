@@ -9,4 +9,5 @@ from megatron.model.moe.routing import LossContext, Routing
 
 def router_z_loss(routing: Routing, context: LossContext) -> Tensor:
     """Mean over tokens of logsumexp(logits)^2."""
-    return routing.logit_TE.logsumexp(-1).square().mean()
+    logsumexp_T = routing.logit_TE.logsumexp(-1) if routing.softmax is None else routing.softmax.logsumexp_T
+    return logsumexp_T.square().mean()

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from megatron.kernels.route import Selection, route
 from megatron.model.initialization import Initializer
 from megatron.model.moe.routers.linear import Jitter, RouterLinear
-from megatron.model.moe.routing import Routing
+from megatron.model.moe.routing import Routing, Softmax
 
 if TYPE_CHECKING:
     from megatron.config.model import ModelConfig
@@ -28,20 +29,13 @@ class TopKRouter(nn.Module):
         super().__init__()
         self.layer = RouterLinear(model.hidden_size, moe.num_experts, init.into)
         self.jitter = Jitter(moe.moe_jitter_eps)
-        self.top_k, self.normalize = moe.top_k, moe.moe_normalize_top_k or not moe.moe_router_pre_softmax
-        self.scale = moe.moe_router_topk_scaling_factor
+        normalize = moe.moe_normalize_top_k or not moe.moe_router_pre_softmax
+        self.selection = Selection(moe.top_k, normalize, moe.moe_router_topk_scaling_factor)
+        self.backend = moe.kernel_backends.get("route", "auto")
 
     def forward(self, x_TD: Tensor) -> Routing:
         """The routing of each token; in training the input is jittered where `moe_jitter_eps` is given."""
         logit_TE = self.layer(self.jitter(x_TD))
-        probability_TE = logit_TE.softmax(-1)
-        weight_TK, expert_TK = top_k(probability_TE, self.top_k, normalize=self.normalize)
-        return Routing(expert_TK, self.scale * weight_TK, probability_TE, logit_TE)
-
-
-def top_k(probability_TE: Tensor, count: int, *, normalize: bool) -> tuple[Tensor, Tensor]:
-    """(weights, choices) of the `count` largest of each row, largest first; `normalize` divides the weights by their sum."""
-    weight_TK, choice_TK = probability_TE.topk(count, dim=-1)
-    if normalize:
-        weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
-    return weight_TK, choice_TK
+        routed = route(logit_TE, self.selection, allow_nan=True, backend=self.backend)
+        softmax = Softmax(routed.logsumexp_N, routed.total_PC[0], routed.entropy, routed.order)
+        return Routing(routed.choice_NK, routed.weight_NK, routed.probability_NC, logit_TE, softmax=softmax)
