@@ -16,7 +16,7 @@ def checkout(repository: Path, tmp_path: Path) -> Path:
     """The sources and the package beside them, under a path with a space in it, nothing compiled."""
     folder = tmp_path / "a checkout"
     shutil.copytree(repository / "csrc", folder / "csrc")
-    for part in ("__init__.py", "data/__init__.py", "data/builders"):
+    for part in ("__init__.py", "data/__init__.py", "data/builders", "kernels"):
         source, target = repository / "megatron" / part, folder / "megatron" / part
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.so", ".build-*")) if source.is_dir() else shutil.copy(source, target)
@@ -25,7 +25,7 @@ def checkout(repository: Path, tmp_path: Path) -> Path:
 
 def build(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     values = {name: value for name, value in os.environ.items() if name not in ("CXX", "PYTHONPATH")} | environment
-    command = [sys.executable, str(checkout / "csrc/build.py")]
+    command = [sys.executable, str(checkout / "csrc/build.py"), "builders"]
     return subprocess.run(command, cwd="/", env=values, capture_output=True, text=True, timeout=170, check=False)
 
 

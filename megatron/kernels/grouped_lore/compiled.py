@@ -1,4 +1,4 @@
-"""The hidden layer of the experts by csrc/grouped_lore: one pass over the rows, with LoREs, bias, activation and gate before the sums leave the cache."""
+"""The hidden layer of the experts by csrc/grouped_lore: LoREs, bias, activation and gate are applied before the sums leave the cache."""
 
 from __future__ import annotations
 
