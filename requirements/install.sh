@@ -18,7 +18,7 @@ venv_python=.venv/bin/python
 fail() { printf 'setup: %s\n' "$1" >&2; exit 1; }
 
 # The place counts too: a checkout that was moved gets its package registered anew.
-stamp_of() { printf '.venv/.installed-%s-%s' "$1" "$({ pwd; cat requirements/*.txt pyproject.toml csrc/build.py csrc/bindings.cpp csrc/*/*.cpp csrc/*/*.h megatron/kernels/self_check.py; } | cksum | cut -d' ' -f1)"; }
+stamp_of() { printf '.venv/.installed-%s-%s' "$1" "$({ pwd; cat requirements/*.txt pyproject.toml csrc/build.py csrc/bindings.cpp csrc/*/*.cpp csrc/*/*.h; } | cksum | cut -d' ' -f1)"; }
 is_ready() { "$venv_python" -c '' 2>/dev/null && { [ -e "$(stamp_of "$set_name")" ] || [ -e "$(stamp_of dev)" ]; }; }
 is_suitable() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
 

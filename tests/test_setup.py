@@ -78,7 +78,8 @@ def test_when_everything_is_there_nothing_is_done(checkout: Path) -> None:
     python.write_text("#!/bin/sh\n[ $# = 2 ]\n")  # runs, and is good for nothing but being asked whether it does
     python.chmod(0o755)
     files = sorted((checkout / "requirements").glob("*.txt"))
-    files += [checkout / "pyproject.toml", checkout / "csrc/build.py", *sorted((checkout / "csrc/data").glob("*.cpp"))]
+    files += [checkout / "pyproject.toml", checkout / "csrc/build.py", checkout / "csrc/bindings.cpp"]
+    files += [*sorted((checkout / "csrc").glob("*/*.cpp")), *sorted((checkout / "csrc").glob("*/*.h"))]
     content = f"{checkout}\n".encode() + b"".join(path.read_bytes() for path in files)
     checksum = subprocess.run(["cksum"], input=content, capture_output=True, check=True).stdout.decode().split()[0]
     (checkout / f".venv/.installed-dev-{checksum}").touch()
