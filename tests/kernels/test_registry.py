@@ -61,6 +61,8 @@ def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_the_config_names_ops_that_exist() -> None:
-    assert choose_backends({"permute": "reference"}, "cpu") == dict.fromkeys(OPS, "reference")
-    with pytest.raises(KernelUnavailable, match="there is no op 'grouped_gem'; known: grouped_gemm"):
+    chosen = choose_backends(dict.fromkeys(OPS, "reference"), "cpu")
+    assert chosen == dict.fromkeys(OPS, "reference")
+    assert choose_backends({}, "cpu").keys() == OPS.keys()
+    with pytest.raises(KernelUnavailable, match="there is no op 'grouped_gem'; known: attention, grouped_gemm"):
         choose_backends({"grouped_gem": "auto"}, "cpu")
