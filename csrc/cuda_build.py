@@ -52,7 +52,7 @@ def sources() -> list[Path]:
 
 def digest(kernels: list[Path]) -> str:
     """Of everything that a library of these kernels is made from."""
-    files = [*kernels, *sorted(path for pattern in ("*/*.cuh", "emulation/*.cpp", "emulation/*.h") for path in CSRC.glob(pattern))]
+    files = [*kernels, *sorted(path for pattern in ("*/*.cuh", "emulation/*.cpp", "emulation/*.hpp") for path in CSRC.glob(pattern))]
     content = b"".join(path.name.encode() + path.read_bytes() for path in [*files, Path(__file__)])
     return hashlib.sha256(content).hexdigest()[:16]
 

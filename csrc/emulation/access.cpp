@@ -2,7 +2,7 @@
 // calls then are these, not those of its own library.
 #include <link.h>
 
-#include "runtime.h"
+#include "runtime.hpp"
 
 namespace emulation {
 
@@ -72,6 +72,7 @@ void access(const void* address, size_t bytes, Kind kind, bool atomic) {
     give_up("out of bounds: " + describe(moment) + (kind == Kind::write ? " writes " : " reads ") + std::to_string(bytes) + " bytes of " + nearest(address));
 }
 
+void touch(const void* address, size_t bytes, bool write) { access(address, bytes, write ? Kind::write : Kind::read, false); }
 void touch_atomically(void* address, size_t bytes) { access(address, bytes, Kind::write, true); }
 
 }  // namespace emulation

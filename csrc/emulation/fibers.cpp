@@ -1,4 +1,4 @@
-#include "fibers.h"
+#include "fibers.hpp"
 
 #include <sys/mman.h>
 

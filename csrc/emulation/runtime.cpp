@@ -1,4 +1,4 @@
-#include "runtime.h"
+#include "runtime.hpp"
 
 #include <cstdlib>
 #include <cstring>

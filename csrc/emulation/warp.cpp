@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "../include/cuda_numbers.cuh"
-#include "runtime.h"
+#include "runtime.hpp"
 
 namespace emulation {
 

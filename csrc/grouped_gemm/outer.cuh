@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(C::THREADS) multiply_outer(OuterProduct p) {
         int m = row + at / CHUNKS, n = column + at % CHUNKS * 8, there = p.right.columns - n;
         if (m >= p.left.columns || there <= 0) continue;
         const float* from = stage + at / CHUNKS * Stage<C>::STRIDE + at % CHUNKS * 8;
-        float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + 4);
+        float4 low = load_whole<float4>(from), high = load_whole<float4>(from + 4);
         float v[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
         int64_t to = (static_cast<int64_t>(group) * p.left.columns + m) * p.right.columns + n;
         store_8<T>(p.out + to, v, there, there >= 8 && p.right.columns % 8 == 0);

@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(C::THREADS) multiply_rows(RowProduct p) {
         int i = at / CHUNKS, chunk = at % CHUNKS;
         if (tile.source[i] < 0 || column + chunk * 8 >= p.width) continue;
         const float* from = stage + i * Stage<C>::STRIDE + chunk * 8;
-        float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + 4);
+        float4 low = load_whole<float4>(from), high = load_whole<float4>(from + 4);
         float v[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
         finish_8<T>(p, v, rows, rows.begin + i, p.scatter ? tile.source[i] : rows.begin + i, column + chunk * 8);
     }

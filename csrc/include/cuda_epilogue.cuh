@@ -56,7 +56,7 @@ __device__ __forceinline__ float activation_slope(int activation, float x) {
 template <class T>
 __device__ __forceinline__ void load_8(float (&values)[8], const uint16_t* from, int there, bool whole) {
     if (whole) {
-        uint4 packed = *reinterpret_cast<const uint4*>(from);
+        uint4 packed = load_whole<uint4>(from);
         uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
         for (int i = 0; i < 8; ++i) values[i] = to_float(T{static_cast<uint16_t>(words[i / 2] >> i % 2 * 16)});
@@ -74,7 +74,7 @@ __device__ __forceinline__ void store_8(uint16_t* to, const float (&values)[8], 
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             words[i] = from_float<T>(values[2 * i]).bits | static_cast<uint32_t>(from_float<T>(values[2 * i + 1]).bits) << 16;
-        *reinterpret_cast<uint4*>(to) = uint4{words[0], words[1], words[2], words[3]};
+        store_whole(to, uint4{words[0], words[1], words[2], words[3]});
         return;
     }
 #pragma unroll

@@ -43,7 +43,7 @@ __device__ __forceinline__ unsigned lanes_with(int value) { return __match_any_s
 
 #else
 
-#include "../emulation/cuda_emulation.h"
+#include "../emulation/cuda_emulation.hpp"
 
 template <class... P, class... A>
 int launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, A... arguments) {
@@ -53,3 +53,19 @@ int launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t
 inline unsigned char* dynamic_shared() { return static_cast<unsigned char*>(emulation::dynamic_shared_memory()); }
 
 #endif
+
+/// Loads or stores a whole uint4, float4 or float2 at a multiple of its size.
+template <class T>
+__device__ __forceinline__ T load_whole(const void* from) {
+#ifndef __CUDACC__
+    emulation::touch(from, sizeof(T), false);
+#endif
+    return *static_cast<const T*>(from);
+}
+template <class T>
+__device__ __forceinline__ void store_whole(void* to, T value) {
+#ifndef __CUDACC__
+    emulation::touch(to, sizeof(T), true);
+#endif
+    *static_cast<T*>(to) = value;
+}

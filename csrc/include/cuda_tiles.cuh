@@ -65,7 +65,7 @@ __device__ __forceinline__ void load_tile(uint16_t* tile, const Matrix& matrix, 
         if (matrix.aligned) {
             copy_async(to, from, there * 2);
         } else {
-            *reinterpret_cast<uint4*>(to) = gather_chunk(from, there);
+            store_whole(to, gather_chunk(from, there));
         }
     }
 }
@@ -153,7 +153,7 @@ struct Stage {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     float* to = stage + (row + m * 16 + half * 8) * STRIDE + column + n * 8;
-                    *reinterpret_cast<float2*>(to) = float2{sums.value[m][n][half * 2], sums.value[m][n][half * 2 + 1]};
+                    store_whole(to, float2{sums.value[m][n][half * 2], sums.value[m][n][half * 2 + 1]});
                 }
     }
 };

@@ -17,16 +17,30 @@ __device__ __forceinline__ void wait_async() {
     asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
 }
 
-/// Four 8x8 matrices; lane 8j+i gives the address of row i of matrix j.
+#define LDMATRIX(kind, registers, ...)                                                                                             \
+    if constexpr (TRANSPOSED)                                                                                                      \
+        asm volatile("ldmatrix.sync.aligned.m8n8." kind ".trans.shared.b16 " registers ";\n" : __VA_ARGS__ : "r"(from) : "memory"); \
+    else                                                                                                                           \
+        asm volatile("ldmatrix.sync.aligned.m8n8." kind ".shared.b16 " registers ";\n" : __VA_ARGS__ : "r"(from) : "memory")
+
+/// One, two or four 8x8 matrices; lane 8j+i gives the address of row i of matrix j, and all lanes give some address.
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[1], const void* row) {
+    auto from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+    LDMATRIX("x1", "{%0}, [%1]", "=r"(r[0]));
+}
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[2], const void* row) {
+    auto from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+    LDMATRIX("x2", "{%0,%1}, [%2]", "=r"(r[0]), "=r"(r[1]));
+}
 template <bool TRANSPOSED>
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
     auto from = static_cast<unsigned>(__cvta_generic_to_shared(row));
-    if constexpr (TRANSPOSED) {
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
-    } else {
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
-    }
+    LDMATRIX("x4", "{%0,%1,%2,%3}, [%4]", "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]));
 }
+
+#undef LDMATRIX
 
 #define MMA_16_8_16(name)                                                                                                    \
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n" \
@@ -47,9 +61,10 @@ template <int N>
 inline void wait_async() {
     emulation::wait_async(N);
 }
-template <bool TRANSPOSED>
-inline void load_matrices(uint32_t (&r)[4], const void* row) {
-    emulation::load_matrices(4, TRANSPOSED, row, r);
+template <bool TRANSPOSED, int COUNT>
+inline void load_matrices(uint32_t (&r)[COUNT], const void* row) {
+    static_assert(COUNT == 1 || COUNT == 2 || COUNT == 4, "ldmatrix loads one, two or four matrices");
+    emulation::load_matrices(COUNT, TRANSPOSED, row, r);
 }
 inline void multiply_accumulate(BFloat16, float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {
     emulation::multiply_accumulate(emulation::Number::bfloat16, d, a, b);

@@ -9,16 +9,20 @@ Shapes:  R rows, sorted by group;  N places, R or the rows' choices sorted by Lo
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from contextlib import nullcontext
 from ctypes import c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from megatron.kernels.registry import Implementation
+
+P = TypeVar("P")
 LIBRARY = Path(__file__).resolve().parent / "libneox_cuda.so"
 HALVES = {torch.bfloat16: 0, torch.float16: 1}
 """The dtypes that the kernels compute in, by their number."""
@@ -279,6 +283,11 @@ def unavailable() -> str | None:
     except OSError as reason:
         return str(reason)
     return None
+
+
+def implementation(make: Callable[[], P]) -> Implementation[P]:
+    """The entry `cuda` of an op."""
+    return Implementation("cuda", frozenset({"cuda"}), unavailable, make)
 
 
 def check_counts(counts: Tensor, total: int) -> None:

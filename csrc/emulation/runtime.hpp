@@ -5,9 +5,9 @@
 #include <string>
 #include <vector>
 
-#include "cuda_emulation.h"
-#include "detector.h"
-#include "fibers.h"
+#include "cuda_emulation.hpp"
+#include "detector.hpp"
+#include "fibers.hpp"
 
 namespace emulation {
 

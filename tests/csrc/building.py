@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -14,19 +16,16 @@ from megatron.kernels.cuda_library import CudaLibrary
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@cache
 def load_cuda_build() -> ModuleType:
     """csrc/cuda_build.py, which is a program and in no package."""
     spec = importlib.util.spec_from_file_location("cuda_build", ROOT / "csrc" / "cuda_build.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules["cuda_build"] = module  # its dataclasses look for it there
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope="session")
-def cuda_build() -> ModuleType:
-    return load_cuda_build()
 
 
 def built(name: str, sources: list[Path]) -> Path:
@@ -41,7 +40,7 @@ def built(name: str, sources: list[Path]) -> Path:
     return target
 
 
-@pytest.fixture(scope="session")
+@cache
 def emulated() -> CudaLibrary:
     """Our kernels."""
     return CudaLibrary(built("emulation", load_cuda_build().sources()))

@@ -54,6 +54,8 @@ enum class Number { bfloat16, float16 };
 void load_matrices(int count, bool transposed, const void* row, uint32_t* registers);
 void multiply_accumulate(Number number, float* d, const uint32_t* a, const uint32_t* b);
 
+/// An access that the compiler may split, where a device would not: checked as a whole before it happens.
+void touch(const void* address, size_t bytes, bool write);
 /// An atomic read-modify-write of `bytes` is about to happen.
 void touch_atomically(void* address, size_t bytes);
 
