@@ -84,6 +84,10 @@ format: setup ## format the code and fix what the linter can fix
 bench: setup-run ## measure training speed on this machine
 	@$(python) tools/bench/train_step.py
 
+.PHONY: cuda
+cuda: ## compile the CUDA kernels for every architecture and print what each needs (needs nvcc)
+	@$(python) csrc/cuda_build.py
+
 .PHONY: docs
 docs: setup-run ## write configs/neox_arguments.md from the configuration sections
 	@$(python) -m megatron.config.reference

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron.kernels import compiled
+from megatron.kernels import compiled, cuda_library
 from megatron.kernels.grouped_gemm.reference import Reference
 from megatron.kernels.registry import Implementation, Op, torch_operator
 
@@ -39,8 +39,15 @@ def _compiled() -> GroupedGemm:
     return Compiled()
 
 
+def _cuda() -> GroupedGemm:
+    from megatron.kernels.grouped_gemm.cuda import Cuda
+
+    return Cuda()
+
+
 OP: Op[GroupedGemm] = Op("grouped_gemm")
 OP.register(compiled.implementation(_compiled))
+OP.register(cuda_library.implementation(_cuda))
 OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None, Reference))
 
 

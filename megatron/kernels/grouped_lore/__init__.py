@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.kernels import compiled
+from megatron.kernels import compiled, cuda_library
 from megatron.kernels.activations import ACTIVATIONS
 from megatron.kernels.grouped_lore.interface import GroupedLore, HiddenLayer, LoreChoice, Projection, Saved, projection_width
 from megatron.kernels.grouped_lore.reference import Reference
@@ -34,8 +34,15 @@ def _compiled() -> GroupedLore:
     return Compiled()
 
 
+def _cuda() -> GroupedLore:
+    from megatron.kernels.grouped_lore.cuda import Cuda
+
+    return Cuda()
+
+
 OP: Op[GroupedLore] = Op("grouped_lore")
 OP.register(compiled.implementation(_compiled))
+OP.register(cuda_library.implementation(_cuda))
 OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None, Reference))
 
 

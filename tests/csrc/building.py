@@ -1,0 +1,46 @@
+"""Kernels of csrc on the emulated GPU: libraries built once for all tests, kept as long as the sources stay the same."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from megatron.kernels.cuda_library import CudaLibrary
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@cache
+def load_cuda_build() -> ModuleType:
+    """csrc/cuda_build.py, which is a program and in no package."""
+    spec = importlib.util.spec_from_file_location("cuda_build", ROOT / "csrc" / "cuda_build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["cuda_build"] = module  # its dataclasses look for it there
+    spec.loader.exec_module(module)
+    return module
+
+
+def built(name: str, sources: list[Path]) -> Path:
+    """The library of these sources for the CPU, from an earlier test run where nothing changed."""
+    build = load_cuda_build()
+    if shutil.which("g++") is None:
+        pytest.skip("the emulation needs g++, which is not on this machine")
+    target = ROOT / "build" / f"{name}-{build.digest(sources)}.so"
+    target.parent.mkdir(exist_ok=True)
+    if not target.is_file():
+        build.build_emulation(target, sources)
+    return target
+
+
+@cache
+def emulated() -> CudaLibrary:
+    """Our kernels."""
+    return CudaLibrary(built("emulation", load_cuda_build().sources()))
