@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron.kernels import compiled
+from megatron.kernels import compiled, triton_kernels
 from megatron.kernels.grouped_gemm.reference import Reference
 from megatron.kernels.registry import Implementation, Op, torch_operator
 
@@ -39,8 +39,15 @@ def _compiled() -> GroupedGemm:
     return Compiled()
 
 
+def _triton() -> GroupedGemm:
+    from megatron.kernels.grouped_gemm.triton import Triton
+
+    return Triton()
+
+
 OP: Op[GroupedGemm] = Op("grouped_gemm")
 OP.register(compiled.implementation(_compiled))
+OP.register(Implementation("triton", triton_kernels.DEVICES, triton_kernels.unavailable, _triton))
 OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None, Reference))
 
 
