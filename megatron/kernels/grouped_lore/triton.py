@@ -104,6 +104,8 @@ def _rows(x_RD: Tensor, layer: HiddenLayer, columns: int) -> Rows:
     total, experts = x_RD.shape[0], layer.rows_E.shape[0]
     check_counts(layer.rows_E, total)
     blocks = blocks_for(x_RD, average(total, experts), columns)
+    if layer.choice is not None and (layer.gate is not None or layer.choice.pi_RL.shape[1] > 1) and blocks.warps == 8:
+        blocks = blocks._replace(columns=64)  # a larger accumulator leaves no registers for several LoREs a row, or for the gate's epilogue
     plan = schedule(layer.rows_E, total, blocks.rows)
     return Rows(x_RD, layer.rows_E, blocks, plan, None if layer.choice is None else _chosen(layer.choice, layer.rows_E))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -18,14 +16,14 @@ MISH_LIMIT = tl.constexpr(40.0)
 
 
 @triton.jit
-def sigmoid(x: Any) -> Any:
+def sigmoid(x):
     """By an exponential that cannot overflow."""
     e = tl.exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, e) / (1.0 + e)
 
 
 @triton.jit
-def tanh_of_softplus(x: Any) -> Any:
+def tanh_of_softplus(x):
     """w / (w + 2) with w = e^x (e^x + 2)."""
     e = tl.exp(tl.where(x > MISH_LIMIT, MISH_LIMIT, x))
     w = e * (e + 2.0)
@@ -33,7 +31,7 @@ def tanh_of_softplus(x: Any) -> Any:
 
 
 @triton.jit
-def activate(x: Any, ACTIVATION: tl.constexpr) -> Any:
+def activate(x, ACTIVATION: tl.constexpr):
     """act(x)."""
     if ACTIVATION == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * INVERSE_SQRT_2))
@@ -55,7 +53,7 @@ def activate(x: Any, ACTIVATION: tl.constexpr) -> Any:
 
 
 @triton.jit
-def derivative(x: Any, ACTIVATION: tl.constexpr) -> Any:
+def derivative(x, ACTIVATION: tl.constexpr):
     """act'(x)."""
     if ACTIVATION == "gelu":
         return 0.5 * (1.0 + tl.erf(x * INVERSE_SQRT_2)) + x * INVERSE_SQRT_2_PI * tl.exp(-0.5 * x * x)

@@ -5,8 +5,6 @@ Shapes: R rows; K depth; N columns; Q rank; L LoREs per row. `place` says where 
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -16,25 +14,25 @@ from megatron.kernels.triton_kernels.products import add_product, source_row
 
 @triton.jit
 def add_lore(
-    acc: Any, u: Any, scale: Any, used: Any, factor: Any, column: Any, Q: Any, N: Any, stride_q: Any, stride_n: Any,
+    acc, u, scale, used, factor, column, Q, N, stride_q, stride_n,
     BQ: tl.constexpr, PRECISION: tl.constexpr,
-) -> Any:  # fmt: skip
+):  # fmt: skip
     """acc + (scale * u) @ factor for the rows that are `used`. `u` points at the LoRE rows, `factor` at the LoRE's [Q, N]."""
-    for q0 in range(0, Q, BQ):
+    for q0 in tl.range(0, Q, BQ, num_stages=1):  # one step for most ranks: a pipeline would only take registers
         q = q0 + tl.arange(0, BQ)
         z = tl.load(u[:, None] + q[None, :], mask=used[:, None] & (q < Q)[None, :], other=0.0)
         z = (z.to(acc.dtype) * scale[:, None]).to(z.dtype)
-        b = tl.load(factor + q[:, None].to(tl.int64) * stride_q + column[None, :] * stride_n, mask=(q < Q)[:, None] & (column < N)[None, :], other=0.0)
+        b = tl.load(factor + q[:, None] * stride_q + column[None, :] * stride_n, mask=(q < Q)[:, None] & (column < N)[None, :], other=0.0)
         acc = tl.dot(z, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     return acc
 
 
 @triton.jit
 def add_chosen_lores(
-    acc: Any, row: Any, inside: Any, u: Any, pi: Any, place: Any, lore: Any, lore_rows: Any, first: Any, last: Any,
-    factor: Any, stride_g: Any, column: Any, Q: Any, N: Any, stride_q: Any, stride_n: Any,
+    acc, row, inside, u, pi, place, lore, lore_rows, first, last,
+    factor, stride_g, column, Q, N, stride_q, stride_n,
     L: tl.constexpr, BQ: tl.constexpr, PRECISION: tl.constexpr,
-) -> Any:  # fmt: skip
+):  # fmt: skip
     """For each choice, a step for every LoRE of `first` to `last` that a row of the tile has chosen; the other rows count as zero in it."""
     for choice in tl.static_range(L):
         stands = tl.load(place + row * L + choice, mask=inside, other=-1)
@@ -43,7 +41,7 @@ def add_chosen_lores(
         chosen = tl.load(lore + stands, mask=there, other=-1).to(tl.int64)  # so that g times a stride does not overflow
         low = tl.maximum(tl.min(tl.where(there, chosen, last)), first)
         high = tl.minimum(tl.max(tl.where(there, chosen, -1)), last)
-        for g in range(low, high + 1):
+        for g in tl.range(low, high + 1, num_stages=1):
             used = there & (chosen == g)
             if tl.max(used.to(tl.int32)) > 0:
                 here = factor + g * stride_g
@@ -72,7 +70,7 @@ def project_kernel(
         if REORDER:
             row = source_row(row, order, inside, 1)
             inside = inside & (row >= 0) & (row < R)
-        column = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
+        column = tl.program_id(1) * BN + tl.arange(0, BN)
         acc = tl.zeros((BM, BN), dtype=ACC)
         if WEIGHT:
             acc = add_product(acc, x + row * K, weight + expert * stride_e, inside, column, K, N, stride_k, stride_n, BK, PRECISION)
@@ -87,15 +85,15 @@ def project_kernel(
             )  # fmt: skip
         if BIAS:
             acc += tl.load(bias + expert * N + column, mask=column < N, other=0.0).to(ACC)[None, :]
-        mask, cell = inside[:, None] & (column < N)[None, :], row[:, None] * N + column[None, :]
+        mask = inside[:, None] & (column < N)[None, :]
         if BEFORE:
-            tl.store(before + cell, acc.to(before.dtype.element_ty), mask=mask)
+            tl.store(before + row[:, None] * N + column[None, :], acc.to(before.dtype.element_ty), mask=mask)
         acc = activate(acc, ACTIVATION)
         if OTHER == "times":
-            acc *= tl.load(other + cell, mask=mask, other=0.0).to(ACC)
+            acc *= tl.load(other + row[:, None] * N + column[None, :], mask=mask, other=0.0).to(ACC)
         elif OTHER == "plus":
-            acc += tl.load(other + cell, mask=mask, other=0.0).to(ACC)
-        tl.store(out + cell, acc.to(out.dtype.element_ty), mask=mask)
+            acc += tl.load(other + row[:, None] * N + column[None, :], mask=mask, other=0.0).to(ACC)
+        tl.store(out + row[:, None] * N + column[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit

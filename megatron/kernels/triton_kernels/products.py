@@ -1,34 +1,33 @@
 """Grouped products in Triton: rows by their group's matrix, and what a group's rows give together. Sums are in ACC.
 
 Shapes: R rows sorted by group; K depth; N columns; G groups. Any size: the edges of tiles are masked. No atomics, and the order of every sum is fixed,
-so two runs are equal bit for bit.
+so two runs are equal bit for bit. Offsets are 64-bit between rows and groups, 32-bit inside one matrix.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def source_row(place: Any, order: Any, inside: Any, CHOICES: tl.constexpr) -> Any:
+def source_row(place, order, inside, CHOICES: tl.constexpr):
     """The row that stands at a place: itself (CHOICES = 0), or that of the flat choice row * CHOICES + k which `order` names."""
     if CHOICES == 0:
         return place
-    return tl.load(order + place, mask=inside, other=0) // CHOICES
+    else:  # noqa: RET505: Triton compiles what follows an `if` even where its condition is a constant
+        return tl.load(order + place, mask=inside, other=0) // CHOICES
 
 
 @triton.jit
 def add_product(
-    acc: Any, x: Any, matrix: Any, inside: Any, column: Any, K: Any, N: Any, stride_k: Any, stride_n: Any, BK: tl.constexpr, PRECISION: tl.constexpr
-) -> Any:
+    acc, x, matrix, inside, column, K, N, stride_k, stride_n, BK: tl.constexpr, PRECISION: tl.constexpr
+):
     """acc + x @ matrix. `x` points at the tile's rows, whose elements lie side by side; `matrix` at the group's [K, N]."""
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
         a = tl.load(x[:, None] + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0)
-        b = tl.load(matrix + k[:, None].to(tl.int64) * stride_k + column[None, :] * stride_n, mask=(k < K)[:, None] & (column < N)[None, :], other=0.0)
+        b = tl.load(matrix + k[:, None] * stride_k + column[None, :] * stride_n, mask=(k < K)[:, None] & (column < N)[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     return acc
 
@@ -46,7 +45,7 @@ def matmul_kernel(
         inside = place < tl.load(bounds + group + 1)
         row = source_row(place, order, inside, CHOICES)
         readable = inside & (row >= 0) & (row < rows_of_x)
-        column = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
+        column = tl.program_id(1) * BN + tl.arange(0, BN)
         acc = tl.zeros((BM, BN), dtype=ACC)
         acc = add_product(acc, x + row * K, weight + group * stride_g, readable, column, K, N, stride_k, stride_n, BK, PRECISION)
         tl.store(out + place[:, None] * N + column[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & (column < N)[None, :])
@@ -61,8 +60,8 @@ def outer_kernel(
 ):  # fmt: skip
     """out[g] = left_g^T @ right_g over the rows of group g, zero without rows. A program makes one tile of it, and passes over the rows in order."""
     group = tl.program_id(0).to(tl.int64)
-    i = (tl.program_id(1) // tiles_j).to(tl.int64) * BI + tl.arange(0, BI)
-    j = (tl.program_id(1) % tiles_j).to(tl.int64) * BJ + tl.arange(0, BJ)
+    i = (tl.program_id(1) // tiles_j) * BI + tl.arange(0, BI)
+    j = (tl.program_id(1) % tiles_j) * BJ + tl.arange(0, BJ)
     begin, end = tl.load(bounds + group), tl.load(bounds + group + 1)
     acc = tl.zeros((BI, BJ), dtype=ACC)
     for r0 in range(begin, end, BR):
@@ -75,14 +74,14 @@ def outer_kernel(
         a = tl.load(left + a_row[None, :] * I + i[:, None], mask=a_there[None, :] & (i < I)[:, None], other=0.0)
         b = tl.load(right + b_row[:, None] * J + j[None, :], mask=b_there[:, None] & (j < J)[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
-    tl.store(out + (group * I + i[:, None]) * J + j[None, :], acc.to(out.dtype.element_ty), mask=(i < I)[:, None] & (j < J)[None, :])
+    tl.store(out + group * I * J + i[:, None] * J + j[None, :], acc.to(out.dtype.element_ty), mask=(i < I)[:, None] & (j < J)[None, :])
 
 
 @triton.jit
 def sum_rows_kernel(x, out, bounds, N, BR: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
     """out[g] = sum of the rows of group g."""
     group = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
     begin, end = tl.load(bounds + group), tl.load(bounds + group + 1)
     acc = tl.zeros((BR, BN), dtype=ACC)
     for r0 in range(begin, end, BR):
