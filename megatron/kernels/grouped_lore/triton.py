@@ -104,8 +104,9 @@ def _rows(x_RD: Tensor, layer: HiddenLayer, columns: int) -> Rows:
     total, experts = x_RD.shape[0], layer.rows_E.shape[0]
     check_counts(layer.rows_E, total)
     blocks = blocks_for(x_RD, average(total, experts), columns)
-    if layer.choice is not None and (layer.gate is not None or layer.choice.pi_RL.shape[1] > 1) and blocks.warps == 8:
-        blocks = blocks._replace(columns=64)  # a larger accumulator leaves no registers for several LoREs a row, or for the gate's epilogue
+    if layer.choice is not None and (layer.gate is not None or layer.choice.pi_RL.shape[1] > 1):
+        # A larger accumulator leaves no registers for several LoREs a row, or for the gate's epilogue.
+        blocks = blocks._replace(columns=64) if blocks.warps == 8 else blocks._replace(rows=min(blocks.rows, 32 if x_RD.element_size() == 4 else 128))
     plan = schedule(layer.rows_E, total, blocks.rows)
     return Rows(x_RD, layer.rows_E, blocks, plan, None if layer.choice is None else _chosen(layer.choice, layer.rows_E))
 
