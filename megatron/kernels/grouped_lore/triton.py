@@ -1,7 +1,7 @@
 """The hidden layer of the experts in Triton: bias, LoREs, activation and gate in the launch of the expert's own product.
 
-Shapes as in the package's docstring. With one LoRE per row, the tiles of a product take their rows in LoRE order, so that a tile of 128 rows meets the
-LoREs of 128 neighbours only. With more, rows keep their place, and a tile takes one step for each LoRE that its rows use.
+Shapes as in the package's docstring. With one LoRE per row, the tiles of a product take their rows in LoRE order, so that a tile meets the LoREs of
+neighbours only. With more, rows keep their place, and a tile takes one step for each LoRE that its rows use.
 The gate's launch multiplies by `up`, which the launch before it wrote. Gradients of parameters come from `outer`, whose sums have a fixed order.
 """
 

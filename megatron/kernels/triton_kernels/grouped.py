@@ -23,7 +23,7 @@ class Source(NamedTuple):
     order: Tensor | None = None
     choices: int = 0
 
-    def count(self) -> int:
+    def height(self) -> int:
         """Rows in the groups."""
         return self.rows.shape[0] if self.order is None else self.order.shape[0]
 
@@ -40,7 +40,7 @@ def accumulator(x: Tensor) -> Any:
 def matmul(source: Source, weight_GKN: Tensor, rows_G: Tensor) -> Tensor:
     """out_RN[r] = row r @ weight[group of r]; the weight has any strides."""
     x, order = source.pointers()
-    rows, (groups, depth, columns) = source.count(), weight_GKN.shape
+    rows, (groups, depth, columns) = source.height(), weight_GKN.shape
     out_RN = x.new_empty(rows, columns)
     blocks = blocks_for(x, average(rows, groups), columns)
     plan = schedule(rows_G, rows, blocks.rows)
@@ -56,7 +56,7 @@ def matmul(source: Source, weight_GKN: Tensor, rows_G: Tensor) -> Tensor:
 def outer(left: Source, right: Source, rows_G: Tensor) -> Tensor:
     """out_GIJ[g] = left_g^T @ right_g, zero for a group without rows."""
     (x, x_order), (y, y_order) = left.pointers(), right.pointers()
-    rows, groups, height, width = left.count(), rows_G.shape[0], x.shape[1], y.shape[1]
+    rows, groups, height, width = left.height(), rows_G.shape[0], x.shape[1], y.shape[1]
     out_GIJ = x.new_empty(groups, height, width)
     blocks = blocks_for(x, height, width)
     tiles_j = cdiv(width, blocks.columns)

@@ -60,8 +60,8 @@ def project_kernel(
 ):  # fmt: skip
     """p[r] = x[r] @ weight[e] + sum over l of pi[r, l] * u[place[r, l]] @ factor[lore[place[r, l]]] + bias[e]; out = act(p), times or plus `other`.
 
-    LORES: "none"; "own": the expert's one LoRE, for all its rows, unscaled; "chosen". REORDER: the tile's rows are `order`[places]: sorted by LoRE, so
-    that the rows of a tile use few LoREs. BEFORE: p is stored too. OTHER: "none", "times" or "plus".
+    LORES: "none"; "own": the expert's one LoRE, for all its rows, unscaled; "chosen". REORDER: the tile's rows are `order`[places]: sorted by LoRE,
+    so that the rows of a tile use few LoREs. BEFORE: p is stored too. OTHER: "none", "times" or "plus".
     """
     expert = tl.load(group_P + tl.program_id(0)).to(tl.int64)
     if expert < groups:

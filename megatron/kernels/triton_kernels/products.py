@@ -1,7 +1,7 @@
 """Grouped products in Triton: rows by their group's matrix, and what a group's rows give together. Sums are in ACC.
 
-Shapes: R rows sorted by group; K depth; N columns; G groups. Any size: the edges of tiles are masked. No atomics, and the order of every sum is fixed,
-so two runs are equal bit for bit. Offsets are 64-bit between rows and groups, 32-bit inside one matrix.
+Shapes: R rows sorted by group; K depth; N columns; G groups. Any size: the edges of tiles are masked. No atomics, and the order of every sum is
+fixed, so two runs are equal bit for bit. Offsets are 64-bit between rows and groups, 32-bit inside one matrix.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ import triton.language as tl
 @triton.jit
 def source_row(place, order, inside, CHOICES: tl.constexpr):
     """The row that stands at a place: itself (CHOICES = 0), or that of the flat choice row * CHOICES + k which `order` names."""
-    if CHOICES == 0:
-        return place
-    else:  # noqa: RET505: Triton compiles what follows an `if` even where its condition is a constant
-        return tl.load(order + place, mask=inside, other=0) // CHOICES
+    row = place
+    if CHOICES > 0:
+        row = tl.load(order + place, mask=inside, other=0) // CHOICES
+    return row
 
 
 @triton.jit
-def add_product(
-    acc, x, matrix, inside, column, K, N, stride_k, stride_n, BK: tl.constexpr, PRECISION: tl.constexpr
-):
+def add_product(acc, x, matrix, inside, column, K, N, stride_k, stride_n, BK: tl.constexpr, PRECISION: tl.constexpr):
     """acc + x @ matrix. `x` points at the tile's rows, whose elements lie side by side; `matrix` at the group's [K, N]."""
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
@@ -54,7 +52,7 @@ def matmul_kernel(
 @triton.jit
 def outer_kernel(
     left, left_order, right, right_order, out,
-    bounds, rows_of_left, rows_of_right, I, J, tiles_j,
+    bounds, rows_of_left, rows_of_right, H, W, tiles_j,
     LEFT_CHOICES: tl.constexpr, RIGHT_CHOICES: tl.constexpr,
     BI: tl.constexpr, BJ: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -71,10 +69,10 @@ def outer_kernel(
         b_row = source_row(place, right_order, inside, RIGHT_CHOICES)
         a_there = inside & (a_row >= 0) & (a_row < rows_of_left)
         b_there = inside & (b_row >= 0) & (b_row < rows_of_right)
-        a = tl.load(left + a_row[None, :] * I + i[:, None], mask=a_there[None, :] & (i < I)[:, None], other=0.0)
-        b = tl.load(right + b_row[:, None] * J + j[None, :], mask=b_there[:, None] & (j < J)[None, :], other=0.0)
+        a = tl.load(left + a_row[None, :] * H + i[:, None], mask=a_there[None, :] & (i < H)[:, None], other=0.0)
+        b = tl.load(right + b_row[:, None] * W + j[None, :], mask=b_there[:, None] & (j < W)[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
-    tl.store(out + group * I * J + i[:, None] * J + j[None, :], acc.to(out.dtype.element_ty), mask=(i < I)[:, None] & (j < J)[None, :])
+    tl.store(out + group * H * W + i[:, None] * W + j[None, :], acc.to(out.dtype.element_ty), mask=(i < H)[:, None] & (j < W)[None, :])
 
 
 @triton.jit

@@ -45,7 +45,7 @@ def bounds(rows_G: Tensor, total: int) -> Tensor:
 
 
 def check_counts(rows_G: Tensor, total: int) -> None:
-    """The counts must be at least 0 and sum to `total`. Raises ValueError on a CPU; on a GPU the device reports it later, so that nothing waits for it."""
+    """The counts must be at least 0 and sum to `total`. Raises ValueError on a CPU. On a GPU nothing waits: the device reports it later."""
     if rows_G.dtype.is_floating_point or rows_G.dtype == torch.bool:
         raise ValueError(f"row counts of {rows_G.dtype}; they must be whole numbers")
     if rows_G.device.type == "cpu":
