@@ -51,8 +51,8 @@ FORBIDDEN_PACKAGES = {
     "model": {"transformers", "matplotlib"},
 }
 FORBIDDEN_CALLS = {"print", "exit", "quit", "sys.exit", "eval", "exec", "breakpoint", "input"}
-# An operator's schema is flat: what PyTorch calls cannot have its tensors grouped.
-OPERATOR_DECORATOR = re.compile(r"custom_op|torch_operator|register_(fake|kernel|autograd)")
+# An operator's schema is flat: what PyTorch calls, or a GPU starts, cannot have its tensors grouped.
+OPERATOR_DECORATOR = re.compile(r"custom_op|torch_operator|register_(fake|kernel|autograd)|triton\.jit")
 # Names that say where something was put instead of what it is.
 EMPTY_NAMES = re.compile(r"^(utils?|misc|helpers?|common|stuff|new_.*|.*_v\d|.*_new|.*_old)$")
 METHODS_MISTAKEN_FOR_FLAGS = {"eval", "train", "parameters", "is_initialized"}

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron.kernels import compiled, cuda_library
+from megatron.kernels import compiled, cuda_library, triton_kernels
 from megatron.kernels.grouped_gemm.reference import Reference
 from megatron.kernels.registry import Implementation, Op, torch_operator
 
@@ -45,9 +45,16 @@ def _cuda() -> GroupedGemm:
     return Cuda()
 
 
+def _triton() -> GroupedGemm:
+    from megatron.kernels.grouped_gemm.triton import Triton
+
+    return Triton()
+
+
 OP: Op[GroupedGemm] = Op("grouped_gemm")
 OP.register(compiled.implementation(_compiled))
 OP.register(cuda_library.implementation(_cuda))
+OP.register(Implementation("triton", triton_kernels.DEVICES, triton_kernels.unavailable, _triton))
 OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None, Reference))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.kernels import compiled, cuda_library
+from megatron.kernels import compiled, cuda_library, triton_kernels
 from megatron.kernels.activations import ACTIVATIONS
 from megatron.kernels.grouped_lore.interface import GroupedLore, HiddenLayer, LoreChoice, Projection, Saved, projection_width
 from megatron.kernels.grouped_lore.reference import Reference
@@ -40,9 +40,16 @@ def _cuda() -> GroupedLore:
     return Cuda()
 
 
+def _triton() -> GroupedLore:
+    from megatron.kernels.grouped_lore.triton import Triton
+
+    return Triton()
+
+
 OP: Op[GroupedLore] = Op("grouped_lore")
 OP.register(compiled.implementation(_compiled))
 OP.register(cuda_library.implementation(_cuda))
+OP.register(Implementation("triton", triton_kernels.DEVICES, triton_kernels.unavailable, _triton))
 OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None, Reference))
 
 

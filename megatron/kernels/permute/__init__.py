@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from megatron.kernels import compiled
+from megatron.kernels import compiled, triton_kernels
 from megatron.kernels.permute.reference import Reference
 from megatron.kernels.registry import Implementation, Op, torch_operator
 
@@ -58,8 +58,15 @@ def _compiled() -> Permute:
     return Compiled()
 
 
+def _triton() -> Permute:
+    from megatron.kernels.permute.triton import Triton
+
+    return Triton()
+
+
 OP: Op[Permute] = Op("permute")
 OP.register(compiled.implementation(_compiled))
+OP.register(Implementation("triton", triton_kernels.DEVICES, triton_kernels.unavailable, _triton))
 OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None, Reference))
 
 
