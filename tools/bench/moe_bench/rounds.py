@@ -1,0 +1,118 @@
+"""Candidates measured in turns, so that what disturbs the machine disturbs all of them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from moe_bench.machine import Call, seconds
+
+MIN_SECONDS = 2e-3
+"""A sample consists of as many calls as take this long."""
+MAX_REPEATS = 100
+PROBES = (64, 8, 1)
+"""A candidate is first tried on a 64th of the tokens, then on an eighth: a slow one is found before it takes minutes."""
+LOADING_SECONDS = 1.5
+"""A first call can take this long only because it loads something."""
+REFUSALS = (RuntimeError, ValueError, NotImplementedError, ImportError, AttributeError)
+"""What a library raises for a dtype, a shape or a device that it does not take."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one candidate."""
+
+    samples: tuple[float, ...]
+    """Seconds of a call, one for each round; a single estimate where `estimated`; none where it cannot run."""
+    note: str = ""
+    estimated: bool = False
+
+    @property
+    def median(self) -> float | None:
+        """None: it did not run."""
+        return statistics.median(self.samples) if self.samples else None
+
+    @property
+    def milliseconds(self) -> float | None:
+        """The median; None: it did not run."""
+        return None if self.median is None else 1000 * self.median
+
+
+def ratio(slower: Measured, faster: Measured) -> float | None:
+    """How many times the first takes the time of the second: the median over the rounds. None where one of them did not run."""
+    if not slower.samples or not faster.samples:
+        return None
+    if slower.estimated or faster.estimated:
+        return statistics.median(slower.samples) / statistics.median(faster.samples)
+    return statistics.median(a / b for a, b in zip(slower.samples, faster.samples, strict=True))
+
+
+def measure(
+    candidates: Mapping[str, Callable[[int], Call]],
+    tokens: int,
+    *,
+    rounds: int,
+    budget: float,
+    device: str,
+    each_round: Call = lambda: None,
+) -> dict[str, Measured]:
+    """Name -> what was measured. A candidate makes its call for a number of tokens; `budget` is the longest that one call may take, in seconds."""
+    results: dict[str, Measured] = {}
+    calls: dict[str, tuple[Call, int, list[float]]] = {}
+    for name, build in candidates.items():
+        tried = try_out(build, tokens, budget, device)
+        if isinstance(tried, Measured):
+            results[name] = tried
+        else:
+            calls[name] = (tried[0], max(1, min(MAX_REPEATS, math.ceil(MIN_SECONDS / tried[1]))), [])
+    for turn in range(rounds if calls else 0):
+        each_round()
+        for call, repeats, samples in turned(list(calls.values()), turn):
+            samples.append(seconds(call, repeats, device))
+    results |= {name: Measured(tuple(samples)) for name, (_, _, samples) in calls.items()}
+    return {name: results[name] for name in candidates}
+
+
+def turned(items: Sequence[tuple[Call, int, list[float]]], turn: int) -> Sequence[tuple[Call, int, list[float]]]:
+    """Each round starts with another candidate."""
+    start = turn % len(items)
+    return [*items[start:], *items[:start]]
+
+
+def try_out(build: Callable[[int], Call], tokens: int, budget: float, device: str) -> tuple[Call, float] | Measured:
+    """(the call for all tokens, seconds of a warm one); or why it is not measured, with an estimate from fewer tokens where it is too slow.
+
+    A GPU gets all tokens at once: nothing is emulated there, and a first call compiles.
+    """
+    steps = [tokens] if device == "cuda" else [max(1, tokens // share) for share in PROBES]
+    for count, following in zip(steps, [*steps[1:], 0], strict=True):
+        try:
+            call = build(count)
+            taken = warm_seconds(call, budget, device)
+        except REFUSALS as reason:
+            return Measured((), note=f"cannot: {first_sentence(reason)}")
+        if following and taken * following / count > budget:
+            return Measured((taken * tokens / count,), f"estimated: {count} tokens took {taken:.2g} s", estimated=True)
+    return call, taken
+
+
+def warm_seconds(call: Call, budget: float, device: str) -> float:
+    """Of a second call, because a first one also loads and compiles; or of the first where that took longer than the budget."""
+    first = clock_seconds(call, device)
+    return clock_seconds(call, device) if first < max(budget, LOADING_SECONDS) or device == "cuda" else first
+
+
+def clock_seconds(call: Call, device: str) -> float:
+    """By the clock, until the device has finished."""
+    started = time.perf_counter()
+    seconds(call, 1, device)
+    return time.perf_counter() - started
+
+
+def first_sentence(reason: Exception) -> str:
+    """Short enough for a cell of a table."""
+    line = (str(reason).strip() or type(reason).__name__).splitlines()[0].split(". ")[0].replace("|", "/")
+    return line if len(line) <= 100 else f"{line[:97]}..."
