@@ -61,22 +61,28 @@ def measure(
 ) -> dict[str, Measured]:
     """Name -> what was measured. A candidate makes its call for a number of tokens; `budget` is the longest that one call may take, in seconds."""
     results: dict[str, Measured] = {}
-    calls: dict[str, tuple[Call, int, list[float]]] = {}
+    calls: dict[str, tuple[Call, int]] = {}
     for name, build in candidates.items():
         tried = try_out(build, tokens, budget, device)
         if isinstance(tried, Measured):
             results[name] = tried
         else:
-            calls[name] = (tried[0], max(1, min(MAX_REPEATS, math.ceil(MIN_SECONDS / tried[1]))), [])
-    for turn in range(rounds if calls else 0):
-        each_round()
-        for call, repeats, samples in turned(list(calls.values()), turn):
-            samples.append(seconds(call, repeats, device))
-    results |= {name: Measured(tuple(samples)) for name, (_, _, samples) in calls.items()}
+            calls[name] = (tried[0], max(1, min(MAX_REPEATS, math.ceil(MIN_SECONDS / tried[1]))))
+    results |= in_turns(calls, rounds=rounds, device=device, each_round=each_round)
     return {name: results[name] for name in candidates}
 
 
-def turned(items: Sequence[tuple[Call, int, list[float]]], turn: int) -> Sequence[tuple[Call, int, list[float]]]:
+def in_turns(calls: Mapping[str, tuple[Call, int]], *, rounds: int, device: str, each_round: Call = lambda: None) -> dict[str, Measured]:
+    """Name -> the seconds of its call in each round; a sample is the mean of as many calls as stand beside it."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds if calls else 0):
+        each_round()
+        for name in turned(list(calls), turn):
+            samples[name].append(seconds(*calls[name], device))
+    return {name: Measured(tuple(taken)) for name, taken in samples.items()}
+
+
+def turned(items: Sequence[str], turn: int) -> Sequence[str]:
     """Each round starts with another candidate."""
     start = turn % len(items)
     return [*items[start:], *items[:start]]
