@@ -5,7 +5,7 @@ All sides take turns in one process; times are medians. The optimizer (AdamW, cl
 a process of its own for each side. Also measured: a StructMoE step against plain ones, and the quickstart with `kernel_backends` all `reference`
 against `auto`, on the same text.
 
-On a processor without bf16 instructions a bf16 step of Hugging Face can take minutes. Then its time is estimated from a smaller model, which the table
+On a processor without bf16 instructions a bf16 step of Hugging Face can take minutes. Then its time is estimated from fewer tokens, which the table
 says, and its memory is not measured.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from moe_bench.machine import this_machine
 from moe_bench.step_report import findings, quickstart_markdown, steps_markdown, steps_plot
-from moe_bench.step_times import measure_quickstart, measure_steps, memory_of, rows_of, train_for_memory
+from moe_bench.step_times import measure_quickstart, measure_steps, memory_names, memory_of, rows_of, side_names, train_for_memory
 from moe_bench.steps import FULL, QUICK, TINY
 
 from megatron.training.process import choose_accelerator, start_process
@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, help="default: 5; 2 with --quick")
     parser.add_argument("--budget", type=float, help="longest time of a step in seconds; longer ones are estimated (default: 60; 4 with --quick)")
-    parser.add_argument("--quickstart-steps", type=int, help="default: 100; 10 with --quick; 0: leave it out")
+    parser.add_argument("--quickstart-steps", type=int, help="default: 100; 5 with --quick; 0: leave it out")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument("--output", type=Path, help="a folder for moe_step.md and moe_step.png")
     parser.add_argument("--json", action="store_true", help="print JSON and no table")
@@ -50,10 +50,10 @@ def main() -> int:
     start_process(backend=None, threads=None)
     small, shape, machine, rows = given.size != "full", SHAPES[given.size], this_machine("cpu"), []
     rounds, budget = given.rounds or (2 if small else 5), given.budget or (4.0 if small else 60.0)
-    steps = given.quickstart_steps if given.quickstart_steps is not None else 10 if small else 100
+    steps = given.quickstart_steps if given.quickstart_steps is not None else 5 if small else 100
     for precision in given.precision:
-        times, parameters = measure_steps(shape, precision, rounds=rounds, budget=budget)
-        names = [name for name, measured in times.items() if not measured.estimated and not given.no_memory]
+        times, parameters = measure_steps(shape, precision, side_names(precision, small=small), rounds=rounds, budget=budget)
+        names = [] if given.no_memory or (small and rows) else memory_names(times, small=small)
         with ThreadPoolExecutor(2 if small else 1) as pool:
             memory = list(pool.map(lambda name, p=precision: memory_of([__file__, "--memory-of", given.size, p, name]), names))
         rows += rows_of(times, parameters, dict(zip(names, memory, strict=True)), shape, precision)

@@ -94,15 +94,25 @@ def try_out(build: Callable[[int], Call], tokens: int, budget: float, device: st
     A GPU gets all tokens at once: nothing is emulated there, and a first call compiles.
     """
     steps = [tokens] if device == "cuda" else [max(1, tokens // share) for share in PROBES]
+    points: list[tuple[int, float]] = []
     for count, following in zip(steps, [*steps[1:], 0], strict=True):
         try:
             call = build(count)
             taken = warm_seconds(call, budget, device)
         except REFUSALS as reason:
             return Measured((), note=f"cannot: {first_sentence(reason)}")
-        if following and taken * following / count > budget:
-            return Measured((taken * tokens / count,), f"estimated: {count} tokens took {taken:.2g} s", estimated=True)
+        points.append((count, taken))
+        if following and estimate(points, following) > (budget if following == tokens else max(budget, LOADING_SECONDS)):
+            return Measured((estimate(points, tokens),), f"estimated: {count} tokens took {taken:.2g} s", estimated=True)
     return call, taken
+
+
+def estimate(points: Sequence[tuple[int, float]], tokens: int) -> float:
+    """Seconds for so many tokens, on the line through the last two (tokens, seconds); in proportion where there is one only, or where they fall."""
+    (last, taken), slope = points[-1], 0.0
+    if len(points) > 1 and points[-2][0] < last:
+        slope = (taken - points[-2][1]) / (last - points[-2][0])
+    return taken + (slope if slope > 0 else taken / last) * (tokens - last)
 
 
 def warm_seconds(call: Call, budget: float, device: str) -> float:

@@ -31,14 +31,16 @@ def findings(rows: Sequence[Row]) -> list[str]:
         by_side = {row.side: row for row in rows if row.precision == precision}
         theirs = [by_side[name] for name in HUGGING_FACE if name in by_side]
         best = max(theirs, key=lambda row: row.tokens_per_second)
-        ours, structmoe, wider = by_side[OURS], by_side[STRUCTMOE], by_side[WIDER]
+        ours = by_side[OURS]
         lines.append(f"{precision}: ours has {number(ours.over_best)} times the tokens/s of the best Hugging Face side ({best.side}).")
         for row in theirs:
             lines += memory_sentence(precision, ours, row)
-        times = number(structmoe.ms / ours.ms), number(structmoe.ms / wider.ms)
-        lines.append(f"{precision}: a StructMoE step takes {times[0]} times the step with plain experts of the same width, and {times[1]} times the step")
-        lines[-1] += " of the plain model with as many parameters."
-        lines += memory_sentence(precision, structmoe, wider)
+        if STRUCTMOE in by_side:
+            structmoe, wider = by_side[STRUCTMOE], by_side[WIDER]
+            same, as_many = number(structmoe.ms / ours.ms), number(structmoe.ms / wider.ms)
+            lines.append(f"{precision}: a StructMoE step takes {same} times the step with plain experts of the same width.")
+            lines.append(f"{precision}: a StructMoE step takes {as_many} times the step of the plain model with as many parameters.")
+            lines += memory_sentence(precision, structmoe, wider)
     return lines
 
 

@@ -8,7 +8,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron.training.process import start_process
-from moe_bench.rounds import Measured, in_turns, ratio
+from moe_bench.machine import Call
+from moe_bench.rounds import Measured, in_turns, measure, ratio
 from moe_bench.steps import HUGGING_FACE, LORES, HuggingFace, Shape, Side, engine_side, huggingface_side, quickstart_side
 
 ENVIRONMENT = dict(os.environ)
@@ -53,53 +53,35 @@ def engine_builders(shape: Shape) -> dict[str, Callable[[str], Side]]:
     }
 
 
-def measure_steps(shape: Shape, precision: str, *, rounds: int, budget: float) -> tuple[dict[str, Measured], dict[str, int]]:
-    """(times, parameters) by side. A side of Hugging Face whose step would take longer than `budget` seconds is estimated from a smaller model."""
-    names = [name for name, (_, _, precisions) in HUGGING_FACE.items() if precision in precisions]
-    estimates = {name: estimate(shape, precision, name, budget) for name in names}
+def side_names(precision: str, *, small: bool) -> list[str]:
+    """What is measured; with `small` less in bf16, because most processors have no instructions for it."""
+    if small and precision == "bf16":
+        return [OURS, "Hugging Face grouped_mm", "Hugging Face grouped_mm, autocast"]
+    return [OURS, STRUCTMOE, WIDER, *(name for name, (_, _, precisions) in HUGGING_FACE.items() if precision in precisions)]
+
+
+def measure_steps(shape: Shape, precision: str, names: list[str], *, rounds: int, budget: float) -> tuple[dict[str, Measured], dict[str, int]]:
+    """(times, parameters) by side. A side whose step would take longer than `budget` seconds is estimated from steps with fewer tokens."""
     models: dict[str, HuggingFace] = {}
-    sides = {name: build(precision) for name, build in engine_builders(shape).items()}
-    sides |= {name: huggingface_side(shape, precision, name, models) for name in names if estimates[name] < budget}
-    text = shape.text()
-    for side in sides.values():
-        side.step(text)
-    calls = {name: (partial(side.step, text), 1) for name, side in sides.items()}
-    times = in_turns(calls, rounds=rounds, device="cpu")
-    note = "estimated from 128 tokens and models of one and two layers"
-    times |= {name: Measured((estimates[name],), note, estimated=True) for name in names if name not in sides}
-    parameters = {name: sides[name if name in sides else OURS].parameters for name in times}
-    return times, parameters
+    engines = engine_builders(shape)
+    sides = {name: engines[name](precision) if name in engines else huggingface_side(shape, precision, name, models) for name in names}
 
+    def candidate(side: Side) -> Callable[[int], Call]:
+        return lambda tokens: partial(side.step, shape.text(tokens))
 
-def estimate(shape: Shape, precision: str, name: str, budget: float) -> float:
-    """Seconds of a step, from 128 tokens through one and through two layers: gradients grow with layers and tokens, the update with layers.
-
-    Returns as soon as one layer alone takes longer than the budget.
-    """
-    tokens = min(128, shape.length)
-    small = shape._replace(sequences=1, length=tokens)
-    one = parts(small._replace(layers=1), precision, name)
-    if one[0] * shape.layers * shape.tokens / tokens < budget / 4:
-        return 0.0
-    two = parts(small._replace(layers=2), precision, name)
-    gradients, update = (first + (shape.layers - 1) * max(0.0, second - first) for first, second in zip(one, two, strict=True))
-    return gradients * shape.tokens / tokens + update
-
-
-def parts(shape: Shape, precision: str, name: str) -> tuple[float, float]:
-    """Seconds of (forward and backward, the update), in the second step."""
-    implementation, autocast, _ = HUGGING_FACE[name]
-    model, text, taken = HuggingFace(shape, "fp32" if autocast else precision), shape.text(), (0.0, 0.0)
-    for _ in range(2):
-        started = time.perf_counter()
-        model.gradients(text, implementation, autocast=autocast)
-        middle = time.perf_counter()
-        model.update()
-        taken = middle - started, time.perf_counter() - middle
-    return taken
+    candidates = {name: candidate(side) for name, side in sides.items()}
+    times = measure(candidates, shape.tokens, rounds=rounds, budget=budget, device="cpu")
+    return times, {name: side.parameters for name, side in sides.items()}
 
 
 # ---------------------------------------------------------------- memory
+
+
+def memory_names(times: dict[str, Measured], *, small: bool) -> list[str]:
+    """The sides whose memory is measured: all that were not estimated; with `small` ours and the fastest of the others."""
+    sides = [name for name, measured in times.items() if not measured.estimated]
+    theirs = sorted((name for name in sides if name in HUGGING_FACE), key=lambda name: times[name].median or 0.0)
+    return [OURS, *theirs[:1]] if small else sides
 
 
 def peak_bytes() -> int:

@@ -36,9 +36,10 @@ class Shape(NamedTuple):
         """Of a step."""
         return self.sequences * self.length
 
-    def text(self) -> Tensor:
-        """One token more than the model reads."""
-        return torch.randint(self.vocabulary, (self.sequences, self.length + 1))
+    def text(self, tokens: int | None = None) -> Tensor:
+        """Sequences of one token more than the model reads; shorter or fewer where `tokens` are less than a step's (None: all)."""
+        length = min(self.length, tokens or self.tokens)
+        return torch.randint(self.vocabulary, ((tokens or self.tokens) // length, max(2, length) + 1))
 
     def sentence(self) -> str:
         """For a reader of the table."""
@@ -132,25 +133,17 @@ class HuggingFace:
         """With one of its implementations of the experts. `autocast`: products in bf16 with weights as they are."""
 
         def step(text: Tensor) -> float:
-            self.gradients(text, implementation, autocast=autocast)
-            return self.update()
+            self.model.set_experts_implementation(implementation)
+            tokens = text[:, :-1]
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = self.model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            return float(norm)
 
         return Side(step, sum(p.numel() for p in self.model.parameters()))
-
-    def gradients(self, text: Tensor, implementation: str, *, autocast: bool) -> None:
-        """Forward and backward."""
-        self.model.set_experts_implementation(implementation)
-        tokens = text[:, :-1]
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = self.model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-
-    def update(self) -> float:
-        """Clipping and AdamW; returns the norm."""
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(norm)
 
 
 HUGGING_FACE: Mapping[str, tuple[str, bool, tuple[str, ...]]] = {
