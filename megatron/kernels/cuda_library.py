@@ -1,7 +1,7 @@
 """The compiled CUDA kernels: where the library is, what its functions take, and calls with tensors.
 
-The library is made by `python csrc/cuda_build.py --library` where nvcc is. The same sources, built for the CPU by `--emulation`, take tensors of the CPU and
-run on an emulated GPU that finds races and accesses out of bounds; every call raises RuntimeError with what it found.
+The library is made by `python csrc/cuda_build.py --library` where nvcc is. The same sources, built for the CPU by `--emulation`, take tensors of the
+CPU and run on an emulated GPU that finds races and accesses out of bounds; every call raises RuntimeError with what it found.
 
 Shapes:  R rows, sorted by group;  N places, R or the rows' choices sorted by LoRE;  I in;  O out;  Q rank.
 """
@@ -247,7 +247,9 @@ class Call:
     def lores(self, lores: Lores, groups: Groups) -> LoresArgument:
         given = {"z": lores.z_NQ, "factor": lores.factor_GQO, "lore_offsets": lores.groups.offsets, "inverse": lores.inverse_RL}
         self.tensors |= {name: tensor for name, tensor in given.items() if tensor is not None}
-        argument = LoresArgument(z=self.matrix("z"), factor=self.matrix("factor"), offsets=self.pointer("lore_offsets"), inverse=self.pointer("inverse"))
+        argument = LoresArgument(
+            z=self.matrix("z"), factor=self.matrix("factor"), offsets=self.pointer("lore_offsets"), inverse=self.pointer("inverse")
+        )
         argument.factor_stride = lores.factor_GQO.shape[1] * lores.factor_GQO.shape[2]
         argument.lores, argument.per_row = lores.groups.count // max(1, groups.count), lores.per_row
         return argument
@@ -291,7 +293,7 @@ def implementation(make: Callable[[], P]) -> Implementation[P]:
 
 
 def check_counts(counts: Tensor, total: int) -> None:
-    """Raises ValueError for negative counts, or for a sum that is not `total`. Only for counts on the CPU: to look at others would wait for the device."""
+    """Raises ValueError for negative counts, or for a sum that is not `total`. Only for counts on the CPU: others would wait for the device."""
     if counts.device.type != "cpu":
         return
     values = counts.tolist()

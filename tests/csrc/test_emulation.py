@@ -169,7 +169,11 @@ def test_the_numbers_are_those_of_torch(planted: Planted, dtype: torch.dtype) ->
     wide = torch.zeros(len(bits))
     planted.functions.planted_widen(ctypes.c_void_p(bits.data_ptr()), ctypes.c_void_p(wide.data_ptr()), len(bits), half)
     assert torch.equal(wide.nan_to_num(nan=1e9, posinf=2e9), bits.view(dtype).float().nan_to_num(nan=1e9, posinf=2e9))
-    floats = torch.randint(-(1 << 31), 1 << 31, (100_000,), generator=torch.Generator().manual_seed(0), dtype=torch.int64).to(torch.int32).view(torch.float32)
+    floats = (
+        torch.randint(-(1 << 31), 1 << 31, (100_000,), generator=torch.Generator().manual_seed(0), dtype=torch.int64)
+        .to(torch.int32)
+        .view(torch.float32)
+    )
     floats = torch.cat([floats, wide, torch.nextafter(wide, torch.tensor(torch.inf)), torch.randn(1000) * 1e-6])
     rounded = torch.zeros(len(floats), dtype=torch.int16)
     planted.functions.planted_round(ctypes.c_void_p(floats.data_ptr()), ctypes.c_void_p(rounded.data_ptr()), len(floats), half)

@@ -65,7 +65,11 @@ def main() -> int:
     lines = [*machine.sentences(), *rate_sentences(meter, rates, given.dtype), *dict.fromkeys(s.sentence() for s, _ in chosen)]
     parts = ["  \n".join(lines), kernels_markdown(rows), verdict(slower), "The cost of the LoREs, forward + backward:", layers_markdown(costs)]
     if given.json:
-        print(json.dumps({"machine": asdict(machine), **{k: [r._asdict() for r in v] for k, v in (("rows", rows), ("slower", slower), ("layers", costs))}}))
+        print(
+            json.dumps(
+                {"machine": asdict(machine), **{k: [r._asdict() for r in v] for k, v in (("rows", rows), ("slower", slower), ("layers", costs))}}
+            )
+        )
     else:
         print("\n\n".join(parts))
     if given.output:

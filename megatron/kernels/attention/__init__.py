@@ -39,11 +39,13 @@ OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None
 
 
 def attention(query_BHSd: Tensor, key_BKSd: Tensor, value_BKSd: Tensor, rotation: Rotation | None = None, *, backend: str = "auto") -> Tensor:
-    """context_BHSd, which lies in memory as BSHd. Raises ValueError on shapes or formats that do not fit, KernelUnavailable if `backend` cannot run."""
+    """context_BHSd, which lies in memory as BSHd. Raises ValueError on what does not fit, KernelUnavailable if `backend` cannot run."""
     parts = [query_BHSd, key_BKSd, value_BKSd]
     if any(t.ndim != 4 for t in parts) or key_BKSd.shape != value_BKSd.shape or _without_heads(query_BHSd) != _without_heads(key_BKSd):
         shapes = ", ".join(str(tuple(t.shape)) for t in parts)
-        raise ValueError(f"attention: queries, keys and values of the shapes {shapes}; they must be [batch, heads, length, dim] and differ in heads only")
+        raise ValueError(
+            f"attention: queries, keys and values of the shapes {shapes}; they must be [batch, heads, length, dim] and differ in heads only"
+        )
     layout = HeadLayout(query_BHSd.shape[1], key_BKSd.shape[1], query_BHSd.shape[3])
     _check(parts, layout)
     _check_rotation(rotation, query_BHSd.shape[0], *query_BHSd.shape[2:])
@@ -109,9 +111,7 @@ def _attention(parts: list[Tensor], layout: list[int], rotation: list[Tensor], b
 
 
 @torch_operator("neox::attention_backward")
-def _attention_backward(
-    given: list[Tensor], parts: list[Tensor], layout: list[int], rotation: list[Tensor], backend: str
-) -> list[Tensor]:
+def _attention_backward(given: list[Tensor], parts: list[Tensor], layout: list[int], rotation: list[Tensor], backend: str) -> list[Tensor]:
     """`given`: the gradient of the context, the context and the logarithms of the sums. Returns the gradients of the parts."""
     grad_BHSd, context_BHSd, log_sum_BHS = given
     gradients = [_gradient_of(t) for t in parts]

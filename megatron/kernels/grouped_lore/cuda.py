@@ -1,7 +1,7 @@
 """The hidden layer of the experts by the CUDA kernels of csrc: bfloat16 and float16, sums in float32; other dtypes by the reference.
 
-Shapes as in the package's docstring. A projection is one product: its steps run over the weight and then over the LoREs that a tile of rows has, and bias,
-activation and gate follow before anything is written. With one LoRE per row, tiles take the rows in LoRE order, so that a tile has few LoREs.
+Shapes as in the package's docstring. A projection is one product: its steps run over the weight and then over the LoREs that a tile of rows has, and
+bias, activation and gate follow before anything is written. With one LoRE per row, tiles take the rows in LoRE order, so that a tile has few LoREs.
 """
 
 from __future__ import annotations

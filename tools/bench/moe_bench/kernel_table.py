@@ -78,7 +78,9 @@ def case_rows(what: tuple[str, str, str], times: dict[str, Measured], least: Seq
     rows = []
     for name, measured in times.items():
         ratios = ratio(times["reference"], measured), ratio(library, measured)
-        rows.append(Row(op, name, dtype, shape, measured.milliseconds, *ratios, roofline_share(measured, least), measured.note or "auto" * (name == chosen)))
+        rows.append(
+            Row(op, name, dtype, shape, measured.milliseconds, *ratios, roofline_share(measured, least), measured.note or "auto" * (name == chosen))
+        )
     return rows
 
 
@@ -123,7 +125,10 @@ def slower_by(chosen: Measured, other: Measured) -> float | None:
 
 def kernels_markdown(rows: Sequence[Row]) -> str:
     """A table in Markdown."""
-    lines = ["| op | implementation | dtype | shape | ms | x reference | x grouped_mm | of the roofline | note |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| op | implementation | dtype | shape | ms | x reference | x grouped_mm | of the roofline | note |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         numbers = number(row.ms, row.note), number(row.over_reference), number(row.over_grouped_mm), percent(row.roofline)
         lines.append(f"| {' | '.join((row.op, row.implementation, row.dtype, row.shape, *numbers, row.note))} |")
@@ -133,9 +138,7 @@ def kernels_markdown(rows: Sequence[Row]) -> str:
 def layers_markdown(costs: Sequence[LayerCost]) -> str:
     """A table in Markdown."""
     lines = ["| implementation | dtype | shape | StructMoE, ms | plain, ms | StructMoE / plain |", "|---|---|---|---|---|---|"]
-    lines += [
-        f"| {c.implementation} | {c.dtype} | {c.shape} | {number(c.structmoe_ms)} | {number(c.plain_ms)} | {number(c.ratio)} |" for c in costs
-    ]
+    lines += [f"| {c.implementation} | {c.dtype} | {c.shape} | {number(c.structmoe_ms)} | {number(c.plain_ms)} | {number(c.ratio)} |" for c in costs]
     return "\n".join(lines)
 
 
