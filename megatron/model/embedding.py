@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megatron.kernels.linear_cross_entropy import linear_cross_entropy
 from megatron.kernels.precision import linear
 from megatron.model.initialization import Initializer
 from megatron.model.positions import START, Places
 from megatron.model.positions.learned import LearnedPositions
 from megatron.model.positions.sinusoidal import SinusoidalPositions
-from megatron.mpu.cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
     from megatron.config.model import ModelConfig
@@ -36,6 +36,8 @@ class Targets(NamedTuple):
     """int64: the token after each token."""
     loss_mask: LossMask | None
     """None: all tokens count the same."""
+    backend: str = "auto"
+    """The implementation of the loss."""
 
 
 class Embedding(nn.Module):
@@ -104,7 +106,8 @@ def project(hidden_BSD: Tensor, weight_VD: Tensor, targets: Targets | None) -> t
         return (linear(hidden_BSD, weight_VD),)
     mask_BS, total = targets.loss_mask or (None, None)
     mask_T = None if mask_BS is None else mask_BS.reshape(-1)
-    loss, token_loss_T = linear_cross_entropy(hidden_BSD.flatten(0, 1), weight_VD, targets.labels_BS.reshape(-1), mask_T, total=total)
+    labels_T, backend = targets.labels_BS.reshape(-1), targets.backend
+    loss, token_loss_T = linear_cross_entropy(hidden_BSD.flatten(0, 1), weight_VD, labels_T, mask_T, total=total, backend=backend)
     return loss, token_loss_T.view(targets.labels_BS.shape)
 
 

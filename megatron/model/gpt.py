@@ -90,6 +90,7 @@ class GPT(nn.Module):
         self.wants_earlier_load = "global_load_balance" in moe.moe_losses
         """Whether a loss looks at the step's earlier micro-batches."""
         self.report_widths = (len(self.coefficients), num_experts, num_lores, len(STATISTICS))
+        self.loss_backend = moe.kernel_backends.get("linear_cross_entropy", "auto")
         self.recompute_layers = 0
         self.separate_attention = self.separate_positions = False
 
@@ -143,7 +144,7 @@ class GPT(nn.Module):
         hidden_BSD = self.sequential[str(self.num_layers + 3)](state.hidden_BSD)
         if labels_BS is None:
             return GPTOutput(None, None, self._head(hidden_BSD, None)[0], state.report, None)
-        lm_loss, token_loss_BS = self._head(hidden_BSD, Targets(labels_BS, loss_mask))
+        lm_loss, token_loss_BS = self._head(hidden_BSD, Targets(labels_BS, loss_mask, self.loss_backend))
         loss = lm_loss
         for coefficient, aux_loss in zip(self.coefficients, state.report.aux_losses_XA.sum(0).unbind(), strict=True):
             loss = loss + coefficient * aux_loss

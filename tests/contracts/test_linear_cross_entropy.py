@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from megatron.mpu import cross_entropy
-from megatron.mpu.cross_entropy import linear_cross_entropy, plain_linear_cross_entropy
+from megatron.kernels.linear_cross_entropy import OP, cce, chunked, liger, linear_cross_entropy
+from megatron.kernels.registry import KernelUnavailable
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
@@ -26,8 +30,8 @@ def mask_of(kind: str, tokens: int) -> Tensor | None:
 
 @pytest.fixture(params=[1, 7 * 37, 2**22], ids=["minimum", "seven", "one_chunk"])
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", request.param)
-    monkeypatch.setattr(cross_entropy, "MIN_CHUNK_ROWS", 3)
+    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", request.param)
+    monkeypatch.setattr(chunked, "MIN_CHUNK_ROWS", 3)
 
 
 @pytest.mark.usefixtures("_chunks")
@@ -37,7 +41,7 @@ def test_equals_the_plain_definition(dtype: torch.dtype, mask: str) -> None:
     hidden, weight, labels = case(23, dtype)
     ours, token_loss = linear_cross_entropy(hidden, weight, labels, mask_of(mask, 23))
     wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-    plain, plain_token_loss = plain_linear_cross_entropy(*wide, labels, mask_of(mask, 23))
+    plain, plain_token_loss = linear_cross_entropy(*wide, labels, mask_of(mask, 23), backend="reference")
     tolerance = TOLERANCE[dtype]
     assert ours.dtype == token_loss.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(ours.double(), plain, rtol=tolerance, atol=tolerance)
@@ -49,7 +53,9 @@ def test_equals_the_plain_definition(dtype: torch.dtype, mask: str) -> None:
 
 def test_the_plain_definition_is_pytorchs() -> None:
     hidden, weight, labels = case(9)
-    torch.testing.assert_close(plain_linear_cross_entropy(hidden, weight, labels)[0], torch.nn.functional.cross_entropy(hidden @ weight.t(), labels))
+    torch.testing.assert_close(
+        linear_cross_entropy(hidden, weight, labels, backend="reference")[0], torch.nn.functional.cross_entropy(hidden @ weight.t(), labels)
+    )
 
 
 def test_gradcheck() -> None:
@@ -82,7 +88,7 @@ def test_only_the_gradients_that_are_wanted() -> None:
 def test_without_gradients_only_the_losses_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, labels = case(4)
     wanted = linear_cross_entropy(hidden, weight, labels)
-    monkeypatch.setattr(cross_entropy, "_subtract_labels", None)
+    monkeypatch.setattr(chunked, "_subtract_labels", None)
     with torch.no_grad():
         loss, token_loss = linear_cross_entropy(hidden, weight, labels)
     assert not loss.requires_grad
@@ -117,3 +123,68 @@ def test_shapes_that_do_not_fit(
         linear_cross_entropy(
             torch.zeros(hidden), torch.zeros(weight), torch.zeros(labels, dtype=torch.int64), None if mask is None else torch.ones(mask)
         )
+
+
+# Prints the peak of resident memory in MiB, less what the inputs and a small step before take. Chunks are as large as on a GPU.
+PEAK = """
+import resource, sys, torch
+from megatron.kernels.linear_cross_entropy import chunked, linear_cross_entropy
+
+chunked.CHUNK_ELEMENTS["cpu"] = chunked.CHUNK_ELEMENTS["cuda"]
+
+def step(tokens, vocabulary, backend):
+    hidden, weight = torch.randn(tokens, 64, requires_grad=True), torch.randn(vocabulary, 64, requires_grad=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    linear_cross_entropy(hidden, weight, torch.arange(tokens) % vocabulary, backend=backend)[0].backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+step(16, 32, sys.argv[3])
+print(step(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]) // 1024)
+"""
+
+
+def peak(repository: Path, tokens: int, vocabulary: int, backend: str) -> int:
+    command = [sys.executable, "-c", PEAK, str(tokens), str(vocabulary), backend]
+    return int(subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True, timeout=600).stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_loss_step_needs_a_fifth_of_the_memory(repository: Path) -> None:
+    """8192 tokens of a vocabulary of 128256: gradients included, inputs not."""
+    ours, plain = (peak(repository, 8192, 128256, backend) for backend in ("chunked", "reference"))
+    assert ours <= plain / 5, f"{ours} MiB of {plain} MiB"
+
+
+def test_a_gpu_takes_larger_chunks_within_a_budget() -> None:
+    assert chunked.chunk_rows(8192, 128256, "cuda") == 523
+    assert chunked.chunk_rows(8192, 128256, "cpu") == chunked.MIN_CHUNK_ROWS
+    assert chunked.chunk_rows(100, 50, "cuda") == 100
+    assert chunked.chunk_rows(0, 50, "cuda") == 0
+
+
+def test_libraries_that_are_not_installed_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, package in ((liger, "liger_kernel"), (cce, "cut_cross_entropy")):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+        assert f"the package {package} is not installed" in str(module.unavailable())
+    hidden, weight, labels = case(4)
+    with pytest.raises(KernelUnavailable, match="'liger' cannot run on cpu"):
+        linear_cross_entropy(hidden, weight, labels, backend="liger")
+    assert OP.choose("auto", "cpu") == OP.choose("auto", "cuda") == "chunked"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["chunked", "liger", "cce"])
+@pytest.mark.parametrize("mask", ["none", "fractions"])
+def test_on_a_gpu(backend: str, mask: str) -> None:
+    if (reason := OP.status("cuda")[backend]) is not None:
+        pytest.skip(f"{backend}: {reason}")
+    given = [t.detach().to("cuda", torch.bfloat16) for t in (torch.randn(300, 128), torch.randn(1000, 128) * 0.1)]
+    labels, scale = torch.arange(300, device="cuda"), mask_of(mask, 300)
+    results = []
+    for name, dtype in ((backend, torch.bfloat16), ("reference", torch.float64)):
+        hidden, weight = (t.to(dtype).requires_grad_() for t in given)
+        loss, token_loss = linear_cross_entropy(hidden, weight, labels, None if scale is None else scale.cuda(), backend=name)
+        results.append([loss, token_loss, *torch.autograd.grad(loss, (hidden, weight))])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=2e-2, atol=2e-2 * wanted.abs().max().item())
