@@ -5,26 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-<<<<<<< HEAD
-from megatron.kernels import attention, grouped_gemm, grouped_lore, permute, rms_norm, route
+from megatron.kernels import attention, grouped_gemm, grouped_lore, linear_cross_entropy, permute, rms_norm, route
 from megatron.kernels.registry import KernelUnavailable, Op
 
 OPS: dict[str, Op[Any]] = {
     "attention": attention.OP,
     "grouped_gemm": grouped_gemm.OP,
     "grouped_lore": grouped_lore.OP,
-    "permute": permute.OP,
-    "rms_norm": rms_norm.OP,
-=======
-from megatron.kernels import grouped_gemm, grouped_lore, linear_cross_entropy, permute, route
-from megatron.kernels.registry import KernelUnavailable, Op
-
-OPS: dict[str, Op[Any]] = {
-    "grouped_gemm": grouped_gemm.OP,
-    "grouped_lore": grouped_lore.OP,
     "linear_cross_entropy": linear_cross_entropy.OP,
     "permute": permute.OP,
->>>>>>> f82d0a1c77154a4e1b8024b80f17d04d147a0dfc
+    "rms_norm": rms_norm.OP,
     "route": route.OP,
 }
 
