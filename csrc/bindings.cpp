@@ -15,6 +15,8 @@
 #include <unistd.h>
 #endif
 
+#include "adam/op.h"
+#include "attention/op.h"
 #include "grouped_gemm/op.h"
 #include "grouped_lore/op.h"
 #include "include/instruction_sets.h"
@@ -36,6 +38,10 @@ namespace py = pybind11;
   int64_t route(const Route&);                  \
   void route_backward(const RouteBackward&);    \
   bool choice_statistics(ChoiceStatistics&);    \
+  void attention_forward(const attention::Problem&);                               \
+  void attention_backward(const attention::Problem&, const attention::Gradients&); \
+  double gradient_norm(const adam::Gradients&, int);                               \
+  void adam_update(const adam::Update&, int);                                      \
   }
 NEOX_SETS(NEOX_DECLARE)
 
@@ -54,12 +60,17 @@ struct InstructionSet {
   int64_t (*route)(const Route&);
   void (*route_backward)(const RouteBackward&);
   bool (*choice_statistics)(ChoiceStatistics&);
+  void (*attention_forward)(const attention::Problem&);
+  void (*attention_backward)(const attention::Problem&, const attention::Gradients&);
+  double (*gradient_norm)(const adam::Gradients&, int);
+  void (*adam_update)(const adam::Update&, int);
 };
 
 #define NEOX_ROW(set)                                                                                          \
   InstructionSet{#set, set::grouped_matmul, set::grouped_outer, set::lore_forward, set::lore_backward,         \
                  set::sort_by_group, set::gather_rows, set::combine_rows, set::combine_backward,               \
-                 set::route, set::route_backward, set::choice_statistics},
+                 set::route, set::route_backward, set::choice_statistics,                                             \
+                 set::attention_forward, set::attention_backward, set::gradient_norm, set::adam_update},
 const InstructionSet SETS[] = {NEOX_SETS(NEOX_ROW)};
 
 // Linux gives the tiles' registers to a process that asks for them (arch_prctl, ARCH_REQ_XCOMP_PERM, feature 18).
@@ -259,6 +270,44 @@ std::pair<int64_t, int64_t> choice_statistics(uintptr_t choice, const Sizes& n) 
   ChoiceStatistics op{at<int64_t>(choice), n.at(0), n.at(1), n.at(2), n.at(3), 0, 0};
   if (!current->choice_statistics(op)) return {-1, 0};
   return {op.changed, op.used};
+// Address and three strides of a tensor [batch, heads, length, dim].
+attention::Heads heads_of(const Sizes& tensor) { return {out(tensor.at(0)), tensor.at(1), tensor.at(2), tensor.at(3)}; }
+
+// Gradients are given in the backward: of the output, and the three that are computed.
+void attend(const Sizes& sizes, double scale, int dtype, int threads, const std::vector<Sizes>& tensors, const Sizes& angles, uintptr_t log_sum) {
+  attention::Problem op{};
+  op.batch = sizes.at(0), op.heads = sizes.at(1), op.kv_heads = sizes.at(2), op.length = sizes.at(3), op.dim = sizes.at(4);
+  op.scale = float(scale), op.is_bf16 = Dtype(dtype) == Dtype::bfloat16, op.threads = threads;
+  op.query = heads_of(tensors.at(0)), op.key = heads_of(tensors.at(1)), op.value = heads_of(tensors.at(2)), op.output = heads_of(tensors.at(3));
+  op.angles = {at<float>(angles.at(0)), at<float>(angles.at(1)), angles.at(2), angles.at(3)};
+  op.log_sum = static_cast<float*>(out(log_sum));
+  const InstructionSet& set = set_for(Dtype(dtype));
+  if (tensors.size() == 4) {
+    set.attention_forward(op);
+  } else {
+    set.attention_backward(op, {heads_of(tensors.at(4)), heads_of(tensors.at(5)), heads_of(tensors.at(6)), heads_of(tensors.at(7))});
+  }
+}
+
+// `is_bf16`: 0 or 1 for each tensor.
+adam::Gradients gradients_of(const Sizes& sizes, const Sizes& addresses, const Sizes& is_bf16) {
+  if (addresses.size() != sizes.size() || is_bf16.size() != sizes.size()) throw std::invalid_argument("sizes, addresses and formats of gradients differ in number");
+  return {int64_t(sizes.size()), sizes.data(), addresses.data(), is_bf16.data()};
+}
+
+double gradient_norm(const Sizes& sizes, const Sizes& addresses, const Sizes& is_bf16, int threads) {
+  return set_for(Dtype::float32).gradient_norm(gradients_of(sizes, addresses, is_bf16), threads);
+}
+
+// `places`: the addresses of weights, averages, squares and of what takes the rounded weights (0: nothing does).
+void adam_update(const Sizes& sizes, const Sizes& addresses, const Sizes& is_bf16, const std::vector<Sizes>& places, const std::vector<double>& steps,
+                 const std::vector<double>& settings, bool decoupled, int threads) {
+  const adam::Gradients gradients = gradients_of(sizes, addresses, is_bf16);
+  if (steps.size() != sizes.size()) throw std::invalid_argument("there must be one step for each tensor");
+  for (int p = 0; p < 4; p++)
+    if (places.at(p).size() != sizes.size()) throw std::invalid_argument("there must be one address for each tensor");
+  const adam::Settings given{settings.at(0), settings.at(1), settings.at(2), settings.at(3), settings.at(4), decoupled, settings.at(5)};
+  set_for(Dtype::float32).adam_update({gradients, places[0].data(), places[1].data(), places[2].data(), places[3].data(), steps.data(), given}, threads);
 }
 
 }  // namespace
@@ -269,6 +318,10 @@ PYBIND11_MODULE(built, m) {
   m.def("instruction_set", [] { return current->name; });
   m.def("use_instruction_set", &use);
   using Free = py::call_guard<py::gil_scoped_release>;
+  m.def("attention_forward", &attend, Free());
+  m.def("attention_backward", &attend, Free());
+  m.def("gradient_norm", &gradient_norm, Free());
+  m.def("adam_update", &adam_update, Free());
   m.def("grouped_matmul", &matmul, Free());
   m.def("grouped_outer", &outer, Free());
   m.def("lore_forward", [](const Sizes& sizes, const std::vector<uintptr_t>& parts, const std::vector<uintptr_t>& choice, int activation, int dtype, int threads,

@@ -68,17 +68,17 @@ double square_sum(const T* x, int64_t count) {
 
 // The settings of one tensor as the vectors need them.
 struct Factors {
-  float divisor, keep, decay, beta1, beta2, rest1, rest2, correction, epsilon, rate;
+  float scale, keep, decay, beta1, beta2, rest1, rest2, correction, epsilon, rate;
 
   Factors(const Settings& s, double step)
-      : divisor(float(s.divisor)),
+      : scale(float(1 / s.divisor)),
         keep(float(s.decoupled ? 1 - s.rate * s.weight_decay : 1)),
         decay(float(s.decoupled ? 0 : s.weight_decay)),
         beta1(float(s.beta1)),
         beta2(float(s.beta2)),
         rest1(float(1 - s.beta1)),
         rest2(float(1 - s.beta2)),
-        correction(float(std::sqrt(1 - std::pow(s.beta2, step)))),
+        correction(float(1 / std::sqrt(1 - std::pow(s.beta2, step)))),
         epsilon(float(s.epsilon)),
         rate(float(s.rate / (1 - std::pow(s.beta1, step)))) {}
 };
@@ -93,10 +93,10 @@ inline float root(float x) { return std::sqrt(x); }
 template <class X>
 inline void step(const Factors& f, X gradient, X& weight, X& average, X& square) {
   weight *= f.keep;
-  const X g = gradient / f.divisor + f.decay * weight;
+  const X g = gradient * f.scale + f.decay * weight;
   average += f.rest1 * (g - average);
   square = f.beta2 * square + f.rest2 * g * g;
-  weight -= f.rate * average / (root(square) / f.correction + f.epsilon);
+  weight -= f.rate * average / (root(square) * f.correction + f.epsilon);
 }
 
 template <class T>

@@ -10,7 +10,7 @@ struct Gradients {
   int64_t count;
   const int64_t* sizes;
   const int64_t* addresses;
-  const bool* is_bf16;
+  const int64_t* is_bf16;  // 0 or 1
 };
 
 struct Settings {
