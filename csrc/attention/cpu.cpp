@@ -301,7 +301,7 @@ void backward_head(const Problem& problem, const Gradients& grads, int64_t batch
 
 // A key/value head is cut into pieces of queries where there are fewer heads than threads: each piece loads the keys that it needs.
 int64_t pieces_of(const Problem& problem) {
-  const int64_t heads = problem.batch * problem.kv_heads, tiles = (problem.length + QUERIES - 1) / QUERIES;
+  const int64_t heads = std::max<int64_t>(1, problem.batch * problem.kv_heads), tiles = (problem.length + QUERIES - 1) / QUERIES;
   return heads >= problem.threads ? 1 : std::min((2 * problem.threads + heads - 1) / heads, (tiles + 1) / 2);
 }
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.kernels import grouped_gemm, grouped_lore, permute, route
+from megatron.kernels import attention, grouped_gemm, grouped_lore, permute, route
 from megatron.kernels.registry import KernelUnavailable, Op
 
-OPS: dict[str, Op[Any]] = {"grouped_gemm": grouped_gemm.OP, "grouped_lore": grouped_lore.OP, "permute": permute.OP, "route": route.OP}
+OPS: dict[str, Op[Any]] = {
+    "attention": attention.OP,
+    "grouped_gemm": grouped_gemm.OP,
+    "grouped_lore": grouped_lore.OP,
+    "permute": permute.OP,
+    "route": route.OP,
+}
 
 
 def choose_backends(requested: Mapping[str, str], device: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.kernels import compiled
 from megatron.kernels.attention.interface import Attention, Given, HeadLayout, Rotation
 from megatron.kernels.attention.reference import Reference
 from megatron.kernels.attention.sdpa import Sdpa
@@ -24,7 +25,15 @@ from megatron.kernels.registry import Implementation, Op, torch_operator
 
 __all__ = ["OP", "HeadLayout", "Rotation", "attention", "fused_attention"]
 
+
+def _compiled() -> Attention:
+    from megatron.kernels.attention.compiled import Compiled
+
+    return Compiled()
+
+
 OP: Op[Attention] = Op("attention")
+OP.register(compiled.implementation(_compiled))
 OP.register(Implementation("torch", frozenset({"cpu", "cuda"}), lambda: None, Sdpa))
 OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None, Reference))
 
@@ -35,7 +44,7 @@ def attention(query_BHSd: Tensor, key_BKSd: Tensor, value_BKSd: Tensor, rotation
     if any(t.ndim != 4 for t in parts) or key_BKSd.shape != value_BKSd.shape or _without_heads(query_BHSd) != _without_heads(key_BKSd):
         shapes = ", ".join(str(tuple(t.shape)) for t in parts)
         raise ValueError(f"attention: queries, keys and values of the shapes {shapes}; they must be [batch, heads, length, dim] and differ in heads only")
-    _check(parts, query_BHSd.shape[1], key_BKSd.shape[1])
+    _check(parts, HeadLayout(query_BHSd.shape[1], key_BKSd.shape[1], query_BHSd.shape[3]))
     _check_rotation(rotation, query_BHSd.shape[0], *query_BHSd.shape[2:])
     context_BHSd: Tensor = _attention(parts, [], list(rotation or ()), backend)[0]
     return context_BHSd
@@ -45,7 +54,7 @@ def fused_attention(fused_BSW: Tensor, layout: HeadLayout, rotation: Rotation | 
     """The same for a fused projection; raises the same."""
     if fused_BSW.ndim != 3 or fused_BSW.shape[2] != (layout.heads + 2 * layout.kv_heads) * layout.head_dim:
         raise ValueError(f"attention: a fused projection of the shape {tuple(fused_BSW.shape)} for {layout}; it must be [batch, length, (H + 2K)*d]")
-    _check([fused_BSW], layout.heads, layout.kv_heads)
+    _check([fused_BSW], layout)
     _check_rotation(rotation, *fused_BSW.shape[:2], layout.head_dim)
     context_BHSd: Tensor = _attention([fused_BSW.contiguous()], list(layout), list(rotation or ()), backend)[0]
     return context_BHSd
@@ -55,9 +64,12 @@ def _without_heads(x_BHSd: Tensor) -> tuple[int, ...]:
     return (x_BHSd.shape[0], *x_BHSd.shape[2:])
 
 
-def _check(parts: list[Tensor], heads: int, kv_heads: int) -> None:
-    if kv_heads < 1 or heads % kv_heads:
+def _check(parts: list[Tensor], layout: HeadLayout) -> None:
+    heads, kv_heads, dim = layout
+    if min(heads, kv_heads) < 1 or heads % kv_heads:
         raise ValueError(f"attention: {heads} query heads cannot be shared out among {kv_heads} key/value heads; the first must be a multiple")
+    if dim < 1:
+        raise ValueError(f"attention: heads of {dim} dimensions; they must have one or more")
     formats = {(t.dtype, t.device) for t in parts}
     if len(formats) > 1 or not parts[0].is_floating_point():
         names = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in formats))
@@ -130,9 +142,9 @@ def _backward(ctx: Any, grad_BHSd: Tensor | None, _: Tensor | None) -> tuple[Any
     context_BHSd, log_sum_BHS, *rest = ctx.saved_tensors
     parts, rotation = rest[: ctx.num_parts], rest[ctx.num_parts :]
     if grad_BHSd is None:
-        return [None] * len(parts), None, [None] * len(rotation), None
+        return [None] * len(parts), [None] * len(ctx.layout), [None] * len(rotation), None
     gradients = _attention_backward([grad_BHSd, context_BHSd, log_sum_BHS], parts, ctx.layout, rotation, ctx.backend)
-    return gradients, None, [None] * len(rotation), None
+    return gradients, [None] * len(ctx.layout), [None] * len(rotation), None
 
 
 torch.library.register_autograd("neox::attention", _backward, setup_context=_save)

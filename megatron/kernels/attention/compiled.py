@@ -61,4 +61,4 @@ def _serves(*tensors: Tensor) -> bool:
 
 def _rows(x_BHSd: Tensor) -> Tensor:
     """Itself where each row lies together, else a copy."""
-    return x_BHSd if x_BHSd.stride(3) == 1 or x_BHSd.shape[3] == 1 else x_BHSd.contiguous()
+    return x_BHSd if x_BHSd.stride(3) == 1 else x_BHSd.contiguous()
