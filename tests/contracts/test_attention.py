@@ -165,7 +165,7 @@ def test_gradcheck() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_op_keeps_pytorch_rules(backend: str) -> None:
     skip_unless_it_runs(backend, "cpu")
-    torch.library.opcheck(att._attention, (list(parts((1, 2, 1, 5, 8), torch.float32, "cpu")), [], [], backend))
+    torch.library.opcheck(att._attention, (list(parts((1, 2, 1, 5, 8), torch.float32, "cpu")), [2, 1, 8], [], backend))
     torch.library.opcheck(att._attention, ([draw(1, 5, 32)], [2, 1, 8], list(angles(5, 4, None)), backend))
 
 

@@ -44,9 +44,10 @@ def attention(query_BHSd: Tensor, key_BKSd: Tensor, value_BKSd: Tensor, rotation
     if any(t.ndim != 4 for t in parts) or key_BKSd.shape != value_BKSd.shape or _without_heads(query_BHSd) != _without_heads(key_BKSd):
         shapes = ", ".join(str(tuple(t.shape)) for t in parts)
         raise ValueError(f"attention: queries, keys and values of the shapes {shapes}; they must be [batch, heads, length, dim] and differ in heads only")
-    _check(parts, HeadLayout(query_BHSd.shape[1], key_BKSd.shape[1], query_BHSd.shape[3]))
+    layout = HeadLayout(query_BHSd.shape[1], key_BKSd.shape[1], query_BHSd.shape[3])
+    _check(parts, layout)
     _check_rotation(rotation, query_BHSd.shape[0], *query_BHSd.shape[2:])
-    context_BHSd: Tensor = _attention(parts, [], list(rotation or ()), backend)[0]
+    context_BHSd: Tensor = _attention(parts, list(layout), list(rotation or ()), backend)[0]
     return context_BHSd
 
 
@@ -90,7 +91,7 @@ def _check_rotation(rotation: Rotation | None, batch: int, length: int, dim: int
 
 def _heads(parts: list[Tensor], layout: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Queries BHSd, keys BKSd, values BKSd as views of what the op is given."""
-    if not layout:
+    if len(parts) == 3:
         return parts[0], parts[1], parts[2]
     query, key, value = (t.transpose(1, 2) for t in HeadLayout(*layout).views(parts[0]))
     return query, key, value
@@ -103,7 +104,7 @@ def _gradient_of(part: Tensor) -> Tensor:
 
 @torch_operator("neox::attention")
 def _attention(parts: list[Tensor], layout: list[int], rotation: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
-    """`parts`: queries, keys and values without a layout, the fused projection with one. `rotation`: nothing, or cosines and sines."""
+    """`parts`: queries, keys and values, or the fused projection alone. `rotation`: nothing, or cosines and sines."""
     return OP.resolve(backend, parts[0].device.type).forward(*_heads(parts, layout), Rotation(*rotation) if rotation else None)
 
 
@@ -142,9 +143,9 @@ def _backward(ctx: Any, grad_BHSd: Tensor | None, _: Tensor | None) -> tuple[Any
     context_BHSd, log_sum_BHS, *rest = ctx.saved_tensors
     parts, rotation = rest[: ctx.num_parts], rest[ctx.num_parts :]
     if grad_BHSd is None:
-        return [None] * len(parts), [None] * len(ctx.layout), [None] * len(rotation), None
+        return [None] * len(parts), None, [None] * len(rotation), None
     gradients = _attention_backward([grad_BHSd, context_BHSd, log_sum_BHS], parts, ctx.layout, rotation, ctx.backend)
-    return gradients, [None] * len(ctx.layout), [None] * len(rotation), None
+    return gradients, None, [None] * len(rotation), None
 
 
 torch.library.register_autograd("neox::attention", _backward, setup_context=_save)
