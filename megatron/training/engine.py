@@ -65,7 +65,7 @@ def build_engine(config: NeoXConfig, model: GPT, *, world_size: int) -> Any:
         settings["gradient_clipping"] = 0.0  # the optimizer clips while it steps
     with own_master_weights(sum_in_fp32=config.sums_in_fp32):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
-    choose_attention(config.model, model)
+    choose_attention(config.model, model, config.moe.kernel_backends.get("attention", "auto"))
     if world_size == 1 and isinstance(optimizer, Skipping):
         engine.enable_backward_allreduce = False  # a sum over one process: DeepSpeed would copy all gradients together and back for it
     engine.lr_scheduler = ScheduleRecord(schedule_of(config))

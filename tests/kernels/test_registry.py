@@ -63,5 +63,5 @@ def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 def test_the_config_names_ops_that_exist() -> None:
     assert choose_backends(dict.fromkeys(OPS, "reference"), "cpu") == dict.fromkeys(OPS, "reference")
     assert choose_backends({"permute": "reference"}, "cpu") == {name: op.choose("auto", "cpu") for name, op in OPS.items()} | {"permute": "reference"}
-    with pytest.raises(KernelUnavailable, match="there is no op 'grouped_gem'; known: grouped_gemm"):
+    with pytest.raises(KernelUnavailable, match="there is no op 'grouped_gem'; known: attention, grouped_gemm"):
         choose_backends({"grouped_gem": "auto"}, "cpu")

@@ -1,6 +1,6 @@
 """Causal self-attention. Its two parts are chosen when it is built: the one that makes queries, keys and values (`split.py`), and the one that
 computes
-the attention (`sdpa.py`).
+the attention (`sdpa.py`). `context.py` calls them, or one op that does both.
 
 Shapes: B batch; S sequence; P positions attended to; H query heads; K key/value heads; d head dimension; D model width.
 """
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from megatron.kernels.attention import HeadLayout
 from megatron.model.attention.cache import LayerCache
+from megatron.model.attention.context import Context, split_and_attend
 from megatron.model.attention.sdpa import AlibiSdpa, Attend, CausalSdpa, RelativeSdpa
 from megatron.model.attention.split import (
     Norm,
@@ -32,7 +34,6 @@ from megatron.model.positions import START, Places
 from megatron.model.positions.alibi import AlibiSlopes
 from megatron.model.positions.derived import DerivedBuffer
 from megatron.model.positions.rope_scaling import rotary_frequencies
-from megatron.model.positions.rotary import HeadLayout
 from megatron.model.positions.rpe import RelativePositions
 
 if TYPE_CHECKING:
@@ -62,13 +63,11 @@ class SelfAttention(nn.Module):
         self.dropout = model.attention_dropout
         self.split = self._build_split(model)
         self.attend = self._build_attend(model, index)
+        self.context: Context = split_and_attend
 
     def forward(self, x_BSD: Tensor, places: Places = START, cache: LayerCache | None = None) -> Tensor:
         """y_BSD. With a cache, `x_BSD` continues the tokens that the cache holds. Its keys and values are added to the cache."""
-        query_BHSd, key_BKSd, value_BKSd = (part.transpose(1, 2) for part in self.split(self.query_key_value(x_BSD), places))
-        key_BKPd, value_BKPd = (key_BKSd, value_BKSd) if cache is None else cache.append(key_BKSd, value_BKSd)
-        dropout = self.dropout if self.training else 0.0
-        context_BHSd = self.attend(query_BHSd, key_BKPd, value_BKPd, places.document_BS, dropout)
+        context_BHSd = self.context(self, self.query_key_value(x_BSD), places, cache)
         return self.dense(context_BHSd.transpose(1, 2).flatten(2).to(x_BSD.dtype))
 
     def _build_split(self, model: ModelConfig) -> Split:

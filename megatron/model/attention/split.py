@@ -10,8 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from megatron.kernels.attention.interface import HeadLayout
+from megatron.kernels.attention.reference import turned
 from megatron.model.positions import Places
-from megatron.model.positions.rotary import HeadLayout, rotary_table, split_rotated, turned
+from megatron.model.positions.rotary import rotary_table, split_rotated
 
 Split = Callable[[Tensor, Places], tuple[Tensor, Tensor, Tensor]]
 """(fused_BSW, places) -> query BSHd, key BSKd, value BSKd."""

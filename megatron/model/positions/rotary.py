@@ -10,29 +10,13 @@ dimensions of each head are turned by rotate-half: (x1, x2) -> (x1 cos - x2 sin,
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-class HeadLayout(NamedTuple):
-    """How the fused projection is divided."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-    def views(self, fused_BSW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries BSHd, keys BSKd, values BSKd as views of the fused projection."""
-        batch, length, _ = fused_BSW.shape
-        if self.heads == self.kv_heads:
-            query, key, value = fused_BSW.view(batch, length, self.heads, 3, self.head_dim).unbind(3)
-        else:
-            heads = fused_BSW.view(batch, length, self.heads + 2 * self.kv_heads, self.head_dim)
-            query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        return query, key, value
+from megatron.kernels.attention.interface import HeadLayout
 
 
 def inverse_frequencies(dimensions: int, base: int) -> list[float]:
@@ -46,14 +30,6 @@ def rotary_table(length: int, frequencies: tuple[float, ...], device: torch.devi
     with torch.inference_mode(False):
         angles = torch.outer(torch.arange(length, dtype=torch.float64), torch.tensor(frequencies, dtype=torch.float64))
         return angles.cos().float().to(device), angles.sin().float().to(device)
-
-
-def turned(x_BSHd: Tensor, cos_Sn: Tensor, sin_Sn: Tensor) -> Tensor:
-    """x with its first n dimensions turned: the definition."""
-    half = cos_Sn.shape[-1]
-    cos_S1n, sin_S1n = cos_Sn[..., None, :].to(x_BSHd.dtype), sin_Sn[..., None, :].to(x_BSHd.dtype)
-    first, second, rest = x_BSHd.tensor_split((half, 2 * half), dim=3)
-    return torch.cat([first * cos_S1n - second * sin_S1n, second * cos_S1n + first * sin_S1n, rest], dim=3)
 
 
 def split_rotated(fused_BSW: Tensor, layout: HeadLayout, cos_Sn: Tensor, sin_Sn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
