@@ -270,6 +270,10 @@ std::pair<int64_t, int64_t> choice_statistics(uintptr_t choice, const Sizes& n) 
   ChoiceStatistics op{at<int64_t>(choice), n.at(0), n.at(1), n.at(2), n.at(3), 0, 0};
   if (!current->choice_statistics(op)) return {-1, 0};
   return {op.changed, op.used};
+}
+
+// ---- attention and Adam
+
 // Address and three strides of a tensor [batch, heads, length, dim].
 attention::Heads heads_of(const Sizes& tensor) { return {out(tensor.at(0)), tensor.at(1), tensor.at(2), tensor.at(3)}; }
 
