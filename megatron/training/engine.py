@@ -15,9 +15,10 @@ from megatron.config.machine import is_installed
 from megatron.config.neox import NeoXConfig
 from megatron.config.section import ConfigError
 from megatron.model import GPT, choose_attention
-from megatron.training.optimizer import Skipping, build_optimizer
+from megatron.training.optimizer import build_optimizer
 from megatron.training.schedule import schedule_of
 from megatron.training.schedule_record import ScheduleRecord
+from megatron.training.skipping import Skipping
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -15,7 +15,7 @@ from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from torch import Tensor
 
 from megatron.checkpoint.errors import CheckpointError
-from megatron.training.optimizer import Skipping
+from megatron.training.skipping import Skipping
 
 OPTIMIZER, MASTERS = "optimizer_state_dict", "fp32_groups"
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

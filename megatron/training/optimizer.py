@@ -7,72 +7,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megatron.config.machine import is_installed
 from megatron.config.optimizer import OptimizerConfig
+from megatron.training.adam import KernelAdam, is_compiled
 from megatron.training.lion import Lion
+from megatron.training.skipping import DividingFirst, SkippingAdam, SkippingLion, SkippingSGD
 
 
 class OptimizerUnavailable(ValueError):
     """The configured optimizer needs a package or a device that is missing. The message says which."""
-
-
-class Skipping(torch.optim.Optimizer):
-    """A base class put before an optimizer class. It clips by the global gradient norm, and changes nothing if that norm is not finite.
-
-    It is for ZeRO stage 0, where DeepSpeed itself would write NaN into the weights. DeepSpeed reads `overflow` and `_global_grad_norm` after each
-    step.
-    Clipping uses the loss scaling of PyTorch's fused kernels (`grad_scale`, `found_inf`), so it needs no extra pass over the gradients.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]], *, max_norm: float, **settings: Any) -> None:
-        super().__init__(groups, **settings)
-        self.max_norm = max_norm
-        self.loss_scale = 1.0
-        """The gradients are still multiplied by this number."""
-        self.overflow = False
-        self._global_grad_norm = 0.0
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients) / self.loss_scale
-        self._global_grad_norm = norm.item()
-        self.overflow = not bool(torch.isfinite(norm))
-        if self.overflow:
-            return None
-        self._divide(gradients, self._clip_divisor(norm) * self.loss_scale)
-        loss: float | None = super().step(closure)
-        return loss
-
-    def _divide(self, gradients: list[Tensor], divisor: Tensor) -> None:
-        self.grad_scale = divisor
-        self.found_inf = torch.zeros((), dtype=torch.float32, device=divisor.device)
-
-    def _clip_divisor(self, norm: Tensor) -> Tensor:
-        """What the gradients are divided by: norm / max_norm where that is above 1."""
-        if self.max_norm <= 0:
-            return torch.ones((), dtype=torch.float32, device=norm.device)
-        return (norm.float() / self.max_norm).clamp(min=1.0)
-
-
-class SkippingAdam(Skipping, torch.optim.Adam):
-    """PyTorch's fused Adam, with decoupled weight decay or without."""
-
-
-class SkippingSGD(Skipping, torch.optim.SGD):
-    """PyTorch's fused SGD."""
-
-
-class SkippingLion(Skipping, Lion):
-    """Our own Lion, which reads `grad_scale`."""
-
-
-class DividingFirst(Skipping):
-    """For an optimizer that cannot divide the gradients: they are divided in place before its step."""
-
-    def _divide(self, gradients: list[Tensor], divisor: Tensor) -> None:
-        torch._foreach_div_(gradients, divisor)
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module, device_type: str) -> torch.optim.Optimizer:
@@ -85,7 +30,8 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, device_type: str)
     settings["lr"] = config.optimizer.params.lr
     if config.zero_optimization.stage > 0:
         return kind(groups, **settings)
-    return skipping(kind)(groups, max_norm=config.gradient_clipping, **settings)
+    own = kind is torch.optim.Adam and config.optimizer.implementation == "auto" and is_compiled(device_type)
+    return (KernelAdam if own else skipping(kind))(groups, max_norm=config.gradient_clipping, **settings)
 
 
 def skipping(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:

@@ -118,7 +118,7 @@ def test_micro_batches_are_summed_in_fp32() -> None:
 def master_weights(weight: torch.nn.Parameter, *, sum_in_fp32: bool = True, scale: float = 1.0, dynamic: bool = False) -> MasterWeights:
     from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 
-    from megatron.training.optimizer import SkippingSGD
+    from megatron.training.skipping import SkippingSGD
 
     inner = SkippingSGD([{"params": [weight]}], max_norm=0.0, lr=0.5, fused=True)
     arguments = {"init_scale": 2.0**4, "scale_window": 2, "min_scale": 1, "delayed_shift": 1, "consecutive_hysteresis": False}

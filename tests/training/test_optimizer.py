@@ -16,13 +16,13 @@ from megatron.testing.devices import DEVICES
 from megatron.training.lion import Lion
 from megatron.training.optimizer import (
     OptimizerUnavailable,
-    Skipping,
     build_optimizer,
     choose_optimizer,
     parameter_groups,
     set_learning_rate,
     skipping,
 )
+from megatron.training.skipping import Skipping
 
 LR, DECAY = 1e-2, 0.1
 NEEDS_BITSANDBYTES = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="the package bitsandbytes is not installed")

@@ -24,8 +24,9 @@ class Compiled:
         """The same whatever the number of threads."""
         if not all(t.is_cpu and t.dtype != torch.float64 for t in gradients):
             return self.reference.norm(gradients)
-        lengths: float = self.built.gradient_norm(*_described(_readable(gradients)), torch.get_num_threads())
-        return lengths
+        readable = _readable(gradients)  # a name, which keeps copies alive during the call
+        length: float = self.built.gradient_norm(*_described(readable), torch.get_num_threads())
+        return length
 
     def update(self, tensors: AdamTensors, settings: AdamSettings) -> None:
         """Weights are rounded to nearest, ties to even, as PyTorch does."""
