@@ -18,7 +18,7 @@ from megatron.training.skipping import SkippingAdam
 
 def is_compiled(device_type: str) -> bool:
     """Whether the op's own implementation runs on such a device: its definition in Python is slower than PyTorch's fused Adam."""
-    return OP.choose("auto", device_type) == "compiled"
+    return OP.status(device_type)["compiled"] is None and OP.choose("auto", device_type) == "compiled"
 
 
 class KernelAdam(SkippingAdam):

@@ -15,6 +15,7 @@ from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from torch import Tensor
 
 from megatron.checkpoint.errors import CheckpointError
+from megatron.training.adam import KernelAdam
 from megatron.training.skipping import Skipping
 
 OPTIMIZER, MASTERS = "optimizer_state_dict", "fp32_groups"
@@ -38,24 +39,29 @@ class MasterWeights(DeepSpeedOptimizer):
         self.weights = [weight for group in groups for weight in group]
         self.masters = [master for group in self.fp32_groups for master in group]
         self._place = {id(weight): place for place, weight in enumerate(self.weights)}
-        self._filled = [False] * len(self.weights)
-        """For each weight, whether its gradient belongs to this step."""
+        self._first: list[Tensor | None] = [None] * len(self.weights)
+        """For each weight, the gradient of this step's first micro-batch, in 16 bits, until it is part of a sum."""
+        self._summed = [False] * len(self.weights)
+        """For each weight, whether its copy's gradient is this step's sum."""
         if sum_in_fp32:
-            for weight, master in zip(self.weights, self.masters, strict=True):
-                master.grad = torch.zeros_like(master)
+            for weight in self.weights:
                 weight.register_post_accumulate_grad_hook(self._take_gradient)
 
     def _take_gradient(self, weight: Tensor) -> None:
-        """Adds a micro-batch's gradient of one weight to the sum as soon as there is one, so that the 16-bit ones never lie side by side."""
+        """Takes a micro-batch's gradient of one weight as soon as there is one, so that only one step's 16-bit ones ever lie side by side.
+
+        A single gradient stays as it is if the optimizer reads 16 bits. Otherwise, and from the second on, they are summed in fp32.
+        """
         place, gradient = self._place[id(weight)], weight.grad
-        total = self.masters[place].grad
-        assert total is not None
         assert gradient is not None
-        if self._filled[place]:
-            total.add_(gradient)
+        total, weight.grad = self.masters[place].grad, None
+        if self._summed[place] or self._first[place] is not None:
+            self._fp32_sum(place).add_(gradient)
+        elif total is None and isinstance(self.optimizer, KernelAdam):
+            self._first[place] = gradient
         else:
-            total.copy_(gradient)
-        self._filled[place], weight.grad = True, None
+            self.masters[place].grad = gradient.to(torch.float32) if total is None else total.copy_(gradient)
+            self._summed[place] = True
 
     def get_grads_for_reduction(self) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
         """The gradients that the engine averages over processes (DeepSpeed's name). A weight without a gradient gives 0."""
@@ -63,34 +69,46 @@ class MasterWeights(DeepSpeedOptimizer):
 
     def gradient(self, weight: Tensor) -> Tensor:
         """The sum over micro-batches of the gradient of one of the model's weights, times the loss scale."""
-        return self._sum(self._place[id(weight)])
+        place = self._place[id(weight)]
+        first = self._first[place]
+        return self._sum(place) if first is None else first.float()
 
     def _sum(self, place: int) -> Tensor:
-        weight, gradient = self.weights[place], self.masters[place].grad
-        if not self.sum_in_fp32:
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            return weight.grad
-        assert gradient is not None
-        if not self._filled[place]:
-            gradient.zero_()
-            self._filled[place] = True
-        return gradient
+        if self.sum_in_fp32:
+            return self._fp32_sum(place)
+        weight = self.weights[place]
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        return weight.grad
+
+    def _fp32_sum(self, place: int) -> Tensor:
+        """The copy's gradient, with the first micro-batch's in it; 0 where there was none."""
+        master, first = self.masters[place], self._first[place]
+        if master.grad is None:
+            master.grad = torch.empty_like(master)
+        if not self._summed[place]:
+            master.grad.zero_() if first is None else master.grad.copy_(first)
+            self._first[place], self._summed[place] = None, True
+        return master.grad
 
     def step(self) -> None:
         """Clips the gradients, updates the copies and rounds them into the weights. If a gradient is not finite, nothing changes."""
-        for place, master in enumerate(self.masters):
-            master.grad = self._sum(place).float()
         self.optimizer.loss_scale = self.cur_scale
-        self.optimizer.step()
+        if isinstance(self.optimizer, KernelAdam):
+            gradients = [self._sum(place) if first is None else first for place, first in enumerate(self._first)]
+            self.optimizer.step_with(gradients, self.weights)
+        else:
+            for place, master in enumerate(self.masters):
+                master.grad = self._sum(place).float()
+            self.optimizer.step()
         self.overflow, self._global_grad_norm = self.optimizer.overflow, self.optimizer._global_grad_norm
         self.loss_scaler.update_scale(self.overflow)
-        if not self.overflow:
+        if not self.overflow and not isinstance(self.optimizer, KernelAdam):
             with torch.no_grad():
                 torch._foreach_copy_(self.weights, self.masters)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets this step's gradients."""
-        self._filled = [False] * len(self.weights)
+        self._first, self._summed = [None] * len(self.weights), [False] * len(self.weights)
         for weight, master in zip(self.weights, self.masters, strict=True):
             weight.grad = None
             if not self.sum_in_fp32:

@@ -15,6 +15,7 @@ import torch
 from megatron.analysis.size import memory_per_process
 from megatron.checkpoint.errors import CheckpointError
 from megatron.config.neox import rounding_notice
+from megatron.kernels.adam import OP
 from megatron.model.gpt import build_model
 from megatron.testing.distributed import run_distributed
 from megatron.testing.tiny import TINY_DENSE, tiny_config
@@ -230,6 +231,27 @@ def test_memory_is_as_it_is_printed(corpus: Path, precision: str, stage: int, ke
         take_step(trainer.engine, data, learning_rate=1e-3, masked_token=None, before_update=lambda: memory.before_update(trainer))
     printed = memory_per_process(config, parameters, 1).total
     assert memory.found - before == pytest.approx(printed, rel=0.01)
+
+
+@pytest.mark.skipif(OP.status("cpu")["compiled"] is not None, reason=f"compiled Adam: {OP.status('cpu')['compiled']}")
+def test_the_gradient_of_a_single_micro_batch_stays_in_16_bits() -> None:
+    """PyTorch's Adam keeps a sum in fp32 for each. The weights after a step are its weights."""
+    weights, found = {}, {}
+    for name in ("torch", "auto"):
+        engine = engine_of(optimizer={**ADAM, "implementation": name}, hidden_size=128)
+        parameters = sum(weight.numel() for weight in engine.module.parameters())
+        data = batches()
+        for _ in range(3):
+            before = live_bytes()
+            take_step(engine, data, learning_rate=1e-2, masked_token=None, before_update=lambda name=name: found.update({name: live_bytes()}))
+            found[name] -= before
+            masters = torch.cat([master.detach().flatten() for master in engine.optimizer.masters])
+            weights.setdefault(name, masters)  # of the first step: rounding to 16 bits pulls later ones apart
+            assert torch.equal(masters.bfloat16(), torch.cat([weight.detach().flatten() for weight in engine.optimizer.weights]))
+        assert all(weight.grad is None for weight in engine.module.parameters())
+    torch.testing.assert_close(weights["auto"], weights["torch"], rtol=1e-5, atol=1e-6)
+    assert found["torch"] < 0.1 * parameters, "the sums in fp32 are kept"
+    assert found["auto"] == pytest.approx(2 * parameters, rel=0.05)
 
 
 def test_a_notice_names_the_key_where_16_bits_are_summed(corpus: Path, tmp_path: Path, capsys: Any) -> None:
