@@ -21,6 +21,7 @@
 #include "grouped_lore/op.h"
 #include "include/instruction_sets.h"
 #include "permute/op.h"
+#include "rms_norm/op.h"
 #include "route/op.h"
 
 namespace py = pybind11;
@@ -42,6 +43,8 @@ namespace py = pybind11;
   void attention_backward(const attention::Problem&, const attention::Gradients&); \
   double gradient_norm(const adam::Gradients&, int);                               \
   void adam_update(const adam::Update&, int);                                      \
+  void rms_norm_forward(const RmsNormForward&);                                    \
+  void rms_norm_backward(const RmsNormBackward&);                                  \
   }
 NEOX_SETS(NEOX_DECLARE)
 
@@ -64,13 +67,16 @@ struct InstructionSet {
   void (*attention_backward)(const attention::Problem&, const attention::Gradients&);
   double (*gradient_norm)(const adam::Gradients&, int);
   void (*adam_update)(const adam::Update&, int);
+  void (*rms_norm_forward)(const RmsNormForward&);
+  void (*rms_norm_backward)(const RmsNormBackward&);
 };
 
 #define NEOX_ROW(set)                                                                                          \
   InstructionSet{#set, set::grouped_matmul, set::grouped_outer, set::lore_forward, set::lore_backward,         \
                  set::sort_by_group, set::gather_rows, set::combine_rows, set::combine_backward,               \
-                 set::route, set::route_backward, set::choice_statistics,                                             \
-                 set::attention_forward, set::attention_backward, set::gradient_norm, set::adam_update},
+                 set::route, set::route_backward, set::choice_statistics,                                      \
+                 set::attention_forward, set::attention_backward, set::gradient_norm, set::adam_update,         \
+                 set::rms_norm_forward, set::rms_norm_backward},
 const InstructionSet SETS[] = {NEOX_SETS(NEOX_ROW)};
 
 // Linux gives the tiles' registers to a process that asks for them (arch_prctl, ARCH_REQ_XCOMP_PERM, feature 18).
@@ -314,6 +320,19 @@ void adam_update(const Sizes& sizes, const Sizes& addresses, const Sizes& is_bf1
   set_for(Dtype::float32).adam_update({gradients, places[0].data(), places[1].data(), places[2].data(), places[3].data(), steps.data(), given}, threads);
 }
 
+// x, scale, inverse; then y, or grad, grad_x and grad_scale.
+RmsNorm rms_norm(const std::vector<uintptr_t>& a, const Sizes& sizes, int dtype, int threads) {
+  return {at<void>(a.at(0)), at<void>(a.at(1)), static_cast<float*>(out(a.at(2))), sizes.at(0), sizes.at(1), sizes.at(2), Dtype(dtype) == Dtype::bfloat16, threads};
+}
+
+void rms_norm_forward(const std::vector<uintptr_t>& a, const Sizes& sizes, double epsilon, int dtype, int threads) {
+  set_for(Dtype(dtype)).rms_norm_forward({rms_norm(a, sizes, dtype, threads), out(a.at(3)), epsilon});
+}
+
+void rms_norm_backward(const std::vector<uintptr_t>& a, const Sizes& sizes, int dtype, int threads) {
+  set_for(Dtype(dtype)).rms_norm_backward({rms_norm(a, sizes, dtype, threads), at<void>(a.at(3)), out(a.at(4)), out(a.at(5))});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(built, m) {
@@ -326,6 +345,8 @@ PYBIND11_MODULE(built, m) {
   m.def("attention_backward", &attend, Free());
   m.def("gradient_norm", &gradient_norm, Free());
   m.def("adam_update", &adam_update, Free());
+  m.def("rms_norm_forward", &rms_norm_forward, Free());
+  m.def("rms_norm_backward", &rms_norm_backward, Free());
   m.def("grouped_matmul", &matmul, Free());
   m.def("grouped_outer", &outer, Free());
   m.def("lore_forward", [](const Sizes& sizes, const std::vector<uintptr_t>& parts, const std::vector<uintptr_t>& choice, int activation, int dtype, int threads,

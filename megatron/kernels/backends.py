@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.kernels import attention, grouped_gemm, grouped_lore, permute, route
+from megatron.kernels import attention, grouped_gemm, grouped_lore, permute, rms_norm, route
 from megatron.kernels.registry import KernelUnavailable, Op
 
 OPS: dict[str, Op[Any]] = {
@@ -13,6 +13,7 @@ OPS: dict[str, Op[Any]] = {
     "grouped_gemm": grouped_gemm.OP,
     "grouped_lore": grouped_lore.OP,
     "permute": permute.OP,
+    "rms_norm": rms_norm.OP,
     "route": route.OP,
 }
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from megatron.kernels.rms_norm import rms_norm
+
 if TYPE_CHECKING:
     from megatron.config.model import ModelConfig
 
@@ -24,8 +26,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Same shape and dtype as given."""
-        wide = _widened(x_BSD)
-        return self.scale * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)).to(x_BSD.dtype)
+        return rms_norm(x_BSD, self.scale, self.epsilon)
 
 
 class ScaleNorm(nn.Module):
