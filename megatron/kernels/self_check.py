@@ -7,10 +7,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from megatron.kernels.adam import AdamSettings, AdamTensors, adam_update, gradient_norm
+from megatron.kernels.attention import HeadLayout, Rotation, fused_attention
 from megatron.kernels.grouped_gemm import grouped_gemm
 from megatron.kernels.grouped_lore import grouped_lore
 from megatron.kernels.grouped_lore.interface import HiddenLayer, LoreChoice, Projection
 from megatron.kernels.permute import combine, permute, sort_by_group
+from megatron.kernels.rms_norm import rms_norm
 from megatron.kernels.route import Selection, choice_statistics, route
 
 ROWS = [37, 0, 150, 5]
@@ -22,7 +25,7 @@ def check(built: ModuleType) -> None:
     for name in built.instruction_sets():
         built.use_instruction_set(name)
         for dtype in TOLERANCE:
-            for op in (_gemm, _hidden, _rows, _routes):
+            for op in (_gemm, _hidden, _rows, _routes, _attention, _norm, _update):
                 ours, right = op(dtype, "compiled"), op(dtype, "reference")
                 for place, (got, wanted) in enumerate(zip(ours, right, strict=True)):
                     scale = wanted.double().abs().max().item() or 1.0
@@ -78,3 +81,30 @@ def _routes(dtype: torch.dtype, backend: str) -> list[Tensor]:
         results += [*(t.detach() for t in numbers), routed.choice_NK, routed.entropy, *routed.order, grad]
         results.append(choice_statistics(routed.choice_NK, 37, len(x) // 4, backend=backend))
     return results
+
+
+def _attention(dtype: torch.dtype, backend: str) -> list[Tensor]:
+    generator, layout = torch.Generator().manual_seed(0), HeadLayout(4, 2, 20)
+    fused = torch.randn(2, 131, 160, generator=generator).to(dtype).requires_grad_()
+    angles = torch.rand(131, 8, generator=generator)
+    y = fused_attention(fused, layout, Rotation(angles.cos(), angles.sin()), backend=backend)
+    return [y.detach(), *torch.autograd.grad(y.float().square().sum(), fused)]
+
+
+def _norm(dtype: torch.dtype, backend: str) -> list[Tensor]:
+    _, (x, weight, *_rest) = _draw(dtype)
+    scale = weight[0, 0].detach().requires_grad_()
+    y = rms_norm(x, scale, 1e-5, backend=backend)
+    return [y.detach(), *torch.autograd.grad(y.float().pow(3).sum(), (x, scale))]
+
+
+def _update(dtype: torch.dtype, backend: str) -> list[Tensor]:
+    _, drawn = _draw(dtype)
+    gradients = [t.detach() for t in drawn]
+    weights, averages, squares = ([t.float() * factor for t in gradients] for factor in (1.0, 0.1, 0.0))
+    rounded = [torch.zeros_like(t, dtype=torch.bfloat16) for t in gradients]
+    norm = gradient_norm(gradients, backend=backend)
+    settings = AdamSettings(1e-2, (0.9, 0.95), 1e-8, 0.1, True, norm)
+    adam_update(AdamTensors(weights, gradients, averages, squares, [2.0] * len(weights), rounded), settings, backend=backend)
+    wrong = [narrow.float() - weight.bfloat16().float() for narrow, weight in zip(rounded, weights, strict=True)]
+    return [torch.tensor(norm), *weights, *averages, *squares, *wrong]
