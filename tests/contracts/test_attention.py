@@ -176,7 +176,10 @@ LAYOUT = HeadLayout(2, 2, 8)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: att.attention(Q, KV, KV[:, :, :4]), r"shapes \(1, 4, 5, 8\), \(1, 2, 5, 8\), \(1, 2, 4, 8\); they must be \[batch, heads, length, dim\]"),
+        (
+            lambda: att.attention(Q, KV, KV[:, :, :4]),
+            r"shapes \(1, 4, 5, 8\), \(1, 2, 5, 8\), \(1, 2, 4, 8\); they must be \[batch, heads, length, dim\]",
+        ),
         (lambda: att.attention(Q[0], KV[0], KV[0]), r"they must be \[batch, heads, length, dim\]"),
         (lambda: att.attention(Q[:, :, :3], KV, KV), "differ in heads only"),
         (lambda: att.attention(Q[:, :3], KV, KV), "3 query heads cannot be shared out among 2 key/value heads"),

@@ -14,7 +14,16 @@ from megatron.testing.devices import DEVICES
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 BACKENDS = [implementation.name for implementation in OP.implementations()]
 # shape of x, shape of the scale: no rows, one row, one dimension, dimensions around vectors and their fourfold, several scales
-SHAPES = [((0, 8), (8,)), ((5,), (5,)), ((4, 1), (1,)), ((3, 7), (7,)), ((2, 65, 33), (33,)), ((130, 64), (64,)), ((2, 9, 3, 20), (3, 20)), ((1, 515), (515,))]
+SHAPES = [
+    ((0, 8), (8,)),
+    ((5,), (5,)),
+    ((4, 1), (1,)),
+    ((3, 7), (7,)),
+    ((2, 65, 33), (33,)),
+    ((130, 64), (64,)),
+    ((2, 9, 3, 20), (3, 20)),
+    ((1, 515), (515,)),
+]
 
 
 def skip_unless_it_runs(backend: str, device: str = "cpu") -> None:
@@ -101,7 +110,9 @@ def test_the_op_keeps_pytorch_rules(backend: str) -> None:
     skip_unless_it_runs(backend)
     torch.library.opcheck(_rms_norm, (draw(3, 8), draw(8), 1e-5, backend))
     if backend == "reference":
-        assert torch.autograd.gradcheck(lambda x, s: rms_norm(x, s, 1e-5, backend=backend), (draw(3, 5, dtype=torch.float64), draw(5, dtype=torch.float64)))
+        assert torch.autograd.gradcheck(
+            lambda x, s: rms_norm(x, s, 1e-5, backend=backend), (draw(3, 5, dtype=torch.float64), draw(5, dtype=torch.float64))
+        )
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def results(model: GPT, **given: Any) -> list[Tensor]:
     """Logits, and the gradient of every parameter."""
     logits = model(text_of(), **given).logits_BSV
     grad = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3)).to(logits.dtype)
-    return [logits.detach(), *torch.autograd.grad(logits, [p for p in model.parameters()], grad, allow_unused=True, materialize_grads=True)]
+    return [logits.detach(), *torch.autograd.grad(logits, list(model.parameters()), grad, allow_unused=True, materialize_grads=True)]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 5e-2)], ids=str)

@@ -52,6 +52,8 @@ def adam_update(tensors: AdamTensors, settings: AdamSettings, *, backend: str = 
                     f"{weight.device}; gradients, averages and rounded weights have the shape and device of their weight"
                 )
     if not settings.divisor > 0 or any(step < 1 for step in tensors.steps):
-        raise ValueError(f"adam_update: divisor {settings.divisor} and steps from {min(tensors.steps, default=1)}; the first is above 0, steps from 1 on")
+        raise ValueError(
+            f"adam_update: divisor {settings.divisor} and steps from {min(tensors.steps, default=1)}; the first is above 0, steps from 1 on"
+        )
     if tensors.weights:
         OP.resolve(backend, tensors.weights[0].device.type).update(tensors, settings)

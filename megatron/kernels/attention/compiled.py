@@ -33,7 +33,8 @@ class Compiled:
     def backward(self, given: Given, into: tuple[Tensor, Tensor, Tensor]) -> None:
         """Writes the gradients."""
         if not _serves(given.grad_BHSd, *given[1:5]):
-            return self.reference.backward(given, into)
+            self.reference.backward(given, into)
+            return
         inputs = [_rows(t) for t in given[1:4]]
         gradients = [_rows(given.grad_BHSd), *into]
         self._call(inputs, _rows(given.context_BHSd), given.log_sum_BHS.contiguous(), given.rotation, gradients)

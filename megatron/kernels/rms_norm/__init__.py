@@ -46,7 +46,9 @@ def rms_norm(x: Tensor, scale: Tensor, epsilon: float, *, backend: str = "auto")
     if not scale.ndim or x.shape[-scale.ndim :] != scale.shape or not scale.shape[-1]:
         raise ValueError(f"rms_norm: a scale of the shape {tuple(scale.shape)} for x {tuple(x.shape)}; it must have the shape of x's last dimensions")
     if not (x.is_floating_point() and scale.is_floating_point()) or x.device != scale.device:
-        raise ValueError(f"rms_norm: x is {x.dtype} on {x.device} and the scale {scale.dtype} on {scale.device}; give floating-point numbers on one device")
+        raise ValueError(
+            f"rms_norm: x is {x.dtype} on {x.device} and the scale {scale.dtype} on {scale.device}; give floating-point numbers on one device"
+        )
     y: Tensor = _rms_norm(x, scale, epsilon, backend)[0]
     return y
 
