@@ -132,7 +132,8 @@ double gradient_norm(const Gradients& gradients, int threads) {
   for (int64_t b = 0; b < total; b++) {
     const auto [tensor, begin, count] = blocks[b];
     const int64_t address = gradients.addresses[tensor];
-    sums[b] = gradients.is_bf16[tensor] ? square_sum(place<const bf16>(address, begin), count) : square_sum(place<const float>(address, begin), count);
+    sums[b] =
+        gradients.is_bf16[tensor] ? square_sum(place<const bf16>(address, begin), count) : square_sum(place<const float>(address, begin), count);
   }
   double sum = 0;
   for (int64_t b = 0; b < total; b++) sum += sums[b];

@@ -63,8 +63,8 @@ class OptimizerSpec(Section):
     """Settings of the optimizer. lr: for all types. betas: for Adam, AdamW, Adam8bit and Lion. eps: for Adam, AdamW and Adam8bit. adam_w_mode: for
     Adam. momentum and nesterov: for SGD."""
     implementation: Literal["auto", "torch", "apex", "deepspeed"] = "auto"
-    """Adam and AdamW: the implementation. auto: the compiled one on CPUs at stage 0 where it was built, else PyTorch's. torch: PyTorch's fused one,
-    on CPU and CUDA; it clips gradients in the same pass. apex and deepspeed: their FusedAdam, which needs CUDA and the package."""
+    """Adam and AdamW: the implementation. auto: on CPUs at stage 0 the compiled one where it was built, else PyTorch's. torch: PyTorch's fused one,
+    on CPU and CUDA. These clip gradients in the same pass. apex and deepspeed: their FusedAdam, which needs CUDA and the package."""
 
 
 class ZeroOptimization(Section):

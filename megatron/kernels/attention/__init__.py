@@ -39,7 +39,10 @@ OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None
 
 
 def attention(query_BHSd: Tensor, key_BKSd: Tensor, value_BKSd: Tensor, rotation: Rotation | None = None, *, backend: str = "auto") -> Tensor:
-    """context_BHSd, which lies in memory as BSHd. Raises ValueError on what does not fit, KernelUnavailable if `backend` cannot run."""
+    """context_BHSd, which lies in memory as BSHd.
+
+    Raises ValueError on shapes or formats that do not fit, KernelUnavailable where `backend` cannot run.
+    """
     parts = [query_BHSd, key_BKSd, value_BKSd]
     if any(t.ndim != 4 for t in parts) or key_BKSd.shape != value_BKSd.shape or _without_heads(query_BHSd) != _without_heads(key_BKSd):
         shapes = ", ".join(str(tuple(t.shape)) for t in parts)
@@ -48,7 +51,7 @@ def attention(query_BHSd: Tensor, key_BKSd: Tensor, value_BKSd: Tensor, rotation
         )
     layout = HeadLayout(query_BHSd.shape[1], key_BKSd.shape[1], query_BHSd.shape[3])
     _check(parts, layout)
-    _check_rotation(rotation, query_BHSd.shape[0], *query_BHSd.shape[2:])
+    _check_rotation(rotation, query_BHSd.shape[0], query_BHSd.shape[2], query_BHSd.shape[3])
     context_BHSd: Tensor = _attention(parts, list(layout), list(rotation or ()), backend)[0]
     return context_BHSd
 
@@ -58,7 +61,7 @@ def fused_attention(fused_BSW: Tensor, layout: HeadLayout, rotation: Rotation | 
     if fused_BSW.ndim != 3 or fused_BSW.shape[2] != (layout.heads + 2 * layout.kv_heads) * layout.head_dim:
         raise ValueError(f"attention: a fused projection of the shape {tuple(fused_BSW.shape)} for {layout}; it must be [batch, length, (H + 2K)*d]")
     _check([fused_BSW], layout)
-    _check_rotation(rotation, *fused_BSW.shape[:2], layout.head_dim)
+    _check_rotation(rotation, fused_BSW.shape[0], fused_BSW.shape[1], layout.head_dim)
     context_BHSd: Tensor = _attention([fused_BSW.contiguous()], list(layout), list(rotation or ()), backend)[0]
     return context_BHSd
 

@@ -21,8 +21,8 @@ class Sdpa:
     def backward(self, given: Given, into: tuple[Tensor, Tensor, Tensor]) -> None:
         """Writes the gradients."""
         with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in given[1:4]]
-            gradients = torch.autograd.grad(_attention(*leaves, given.rotation), leaves, given.grad_BHSd)
+            query, key, value = (t.detach().requires_grad_() for t in (given.query_BHSd, given.key_BKSd, given.value_BKSd))
+            gradients = torch.autograd.grad(_attention(query, key, value, given.rotation), (query, key, value), given.grad_BHSd)
         for out, gradient in zip(into, gradients, strict=True):
             out.copy_(gradient)
 
