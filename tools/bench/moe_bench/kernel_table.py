@@ -78,7 +78,9 @@ def case_rows(what: tuple[str, str, str], times: dict[str, Measured], least: Seq
     rows = []
     for name, measured in times.items():
         ratios = ratio(times["reference"], measured), ratio(library, measured)
-        rows.append(Row(op, name, dtype, shape, measured.milliseconds, *ratios, roofline_share(measured, least), measured.note or "auto" * (name == chosen)))
+        rows.append(
+            Row(op, name, dtype, shape, measured.milliseconds, *ratios, roofline_share(measured, least), measured.note or "auto" * (name == chosen))
+        )
     return rows
 
 
@@ -121,9 +123,25 @@ def slower_by(chosen: Measured, other: Measured) -> float | None:
 # ---------------------------------------------------------------- for readers
 
 
+def verdict(slower: Sequence[Slower]) -> str:
+    """What the table says about `auto`."""
+    lines = [f"auto is slower: {s.op}, {s.shape}, {s.dtype}: '{s.chosen}' takes {s.ratio:.2f} times as long as '{s.faster}'" for s in slower]
+    return "\n".join(lines) or "auto always takes the fastest implementation, within 10 %."
+
+
+def rate_sentences(meter: Meter, rates: Sequence[Rates], dtypes: Sequence[str]) -> list[str]:
+    """What the rooflines are made of."""
+    products = [f"{name} {rate / 1e9:.0f} GFLOP/s ({note})" for name in dtypes for rate, note in [meter.rate(DTYPES[name])]]
+    bandwidth = statistics.median(each.bandwidth for each in rates) / 1e9
+    return [f"Rates of this process: torch.mm {', '.join(products)}; memory {bandwidth:.1f} GB/s.", "A dtype that is emulated counts as fp32."]
+
+
 def kernels_markdown(rows: Sequence[Row]) -> str:
     """A table in Markdown."""
-    lines = ["| op | implementation | dtype | shape | ms | x reference | x grouped_mm | of the roofline | note |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| op | implementation | dtype | shape | ms | x reference | x grouped_mm | of the roofline | note |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         numbers = number(row.ms, row.note), number(row.over_reference), number(row.over_grouped_mm), percent(row.roofline)
         lines.append(f"| {' | '.join((row.op, row.implementation, row.dtype, row.shape, *numbers, row.note))} |")
@@ -133,9 +151,7 @@ def kernels_markdown(rows: Sequence[Row]) -> str:
 def layers_markdown(costs: Sequence[LayerCost]) -> str:
     """A table in Markdown."""
     lines = ["| implementation | dtype | shape | StructMoE, ms | plain, ms | StructMoE / plain |", "|---|---|---|---|---|---|"]
-    lines += [
-        f"| {c.implementation} | {c.dtype} | {c.shape} | {number(c.structmoe_ms)} | {number(c.plain_ms)} | {number(c.ratio)} |" for c in costs
-    ]
+    lines += [f"| {c.implementation} | {c.dtype} | {c.shape} | {number(c.structmoe_ms)} | {number(c.plain_ms)} | {number(c.ratio)} |" for c in costs]
     return "\n".join(lines)
 
 
