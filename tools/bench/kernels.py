@@ -12,33 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from moe_bench.kernel_table import Slower, kernels_markdown, kernels_plot, layers_markdown, measure_shape
+import torch
+from moe_bench.kernel_table import kernels_markdown, kernels_plot, layers_markdown, measure_shape, rate_sentences, verdict
 from moe_bench.layer_cost import layer_costs
-from moe_bench.machine import Meter, Rates, this_machine
+from moe_bench.machine import Meter, Watch, this_machine
 from moe_bench.shapes import DTYPES, FULL, QUICK, TINY
 
 from megatron.training.process import keep_freed_memory
 
 TINY_STREAMS = {"size": 256, "stream_bytes": 1 << 22}
 QUICK_STREAMS = {"size": 1024}
-
-
-def verdict(slower: list[Slower]) -> str:
-    """What the table says about `auto`."""
-    lines = [f"auto is slower: {s.op}, {s.shape}, {s.dtype}: '{s.chosen}' takes {s.ratio:.2f} times as long as '{s.faster}'" for s in slower]
-    return "\n".join(lines) or "auto always takes the fastest implementation, within 10 %."
-
-
-def rate_sentences(meter: Meter, rates: list[Rates], dtypes: list[str]) -> list[str]:
-    """What the rooflines are made of."""
-    products = [f"{name} {rate / 1e9:.0f} GFLOP/s ({note})" for name in dtypes for rate, note in [meter.rate(DTYPES[name])]]
-    bandwidth = statistics.median(each.bandwidth for each in rates) / 1e9
-    return [f"Rates of this process: torch.mm {', '.join(products)}; memory {bandwidth:.1f} GB/s.", "A dtype that is emulated counts as fp32."]
 
 
 def main() -> int:
@@ -56,20 +43,27 @@ def main() -> int:
     keep_freed_memory()
     small = given.quick or given.tiny
     rounds, budget = given.rounds or (3 if small else 5), given.budget or (0.5 if small else 10.0)
-    chosen = [(s, d) for s, d in (TINY if given.tiny else QUICK if given.quick else FULL) if d in given.dtype and s.name in (given.shape or [s.name])]
-    machine = this_machine("cuda" if given.gpu else "cpu")
+    known = TINY if given.tiny else QUICK if given.quick else FULL
+    chosen = [(s, d) for s, d in known if d in given.dtype and s.name in (given.shape or [s.name])]
+    if not chosen:
+        parser.error(f"no shape of these names in these dtypes; known: {', '.join(dict.fromkeys(s.name for s, _ in known))}")
+    if given.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: PyTorch finds no CUDA device")
+    watch, machine = Watch(), this_machine("cuda" if given.gpu else "cpu")
     meter = Meter("cuda" if given.gpu else "cpu", **(TINY_STREAMS if given.tiny else QUICK_STREAMS if given.quick and not given.gpu else {}))
     results = [measure_shape(shape, dtype, meter, rounds=rounds, budget=budget) for shape, dtype in chosen]
     rows, slower, rates = ([each for result in results for each in result[place]] for place in range(3))
     costs = layer_costs(chosen, rounds=rounds, budget=3 * budget, device=meter.device)
-    lines = [*machine.sentences(), *rate_sentences(meter, rates, given.dtype), *dict.fromkeys(s.sentence() for s, _ in chosen)]
+    lines = [
+        *machine.sentences(),
+        *watch.sentences(machine.cores),
+        *rate_sentences(meter, rates, given.dtype),
+        *dict.fromkeys(s.sentence() for s, _ in chosen),
+    ]
     parts = ["  \n".join(lines), kernels_markdown(rows), verdict(slower), "The cost of the LoREs, forward + backward:", layers_markdown(costs)]
     if given.json:
-        print(
-            json.dumps(
-                {"machine": asdict(machine), **{k: [r._asdict() for r in v] for k, v in (("rows", rows), ("slower", slower), ("layers", costs))}}
-            )
-        )
+        groups = {"rows": rows, "slower": slower, "layers": costs}
+        print(json.dumps({"machine": asdict(machine), **{name: [row._asdict() for row in group] for name, group in groups.items()}}))
     else:
         print("\n\n".join(parts))
     if given.output:

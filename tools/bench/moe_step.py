@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from moe_bench.machine import this_machine
+from moe_bench.machine import Watch, this_machine
 from moe_bench.step_report import findings, quickstart_markdown, steps_markdown, steps_plot
 from moe_bench.step_times import measure_quickstart, measure_steps, memory_names, memory_of, rows_of, side_names, train_for_memory
 from moe_bench.steps import FULL, QUICK, TINY
@@ -48,7 +48,7 @@ def main() -> int:
         print(json.dumps(train_for_memory(SHAPES[size], *what)))
         return 0
     start_process(backend=None, threads=None)
-    small, shape, machine, rows = given.size != "full", SHAPES[given.size], this_machine("cpu"), []
+    small, shape, machine, watch, rows = given.size != "full", SHAPES[given.size], this_machine("cpu"), Watch(), []
     rounds, budget = given.rounds or (2 if small else 5), given.budget or (4.0 if small else 60.0)
     steps = given.quickstart_steps if given.quickstart_steps is not None else 5 if small else 100
     for precision in given.precision:
@@ -58,7 +58,11 @@ def main() -> int:
             memory = list(pool.map(lambda name, p=precision: memory_of([__file__, "--memory-of", given.size, p, name]), names))
         rows += rows_of(times, parameters, dict(zip(names, memory, strict=True)), shape, precision)
     quickstart = measure_quickstart(ROOT, steps) if steps else None
-    parts = ["  \n".join([*machine.sentences(), shape.sentence()]), steps_markdown(rows), "\n".join(f"- {each}" for each in findings(rows))]
+    parts = [
+        "  \n".join([*machine.sentences(), *watch.sentences(machine.cores), shape.sentence()]),
+        steps_markdown(rows),
+        "\n".join(f"- {each}" for each in findings(rows)),
+    ]
     parts += [quickstart_markdown(quickstart)] if quickstart else []
     if given.json:
         values = {"machine": asdict(machine), "rows": [row._asdict() for row in rows], "quickstart": quickstart and quickstart._asdict()}

@@ -12,6 +12,7 @@ from torch.nn import functional
 from megatron.kernels import grouped_gemm as gemm
 from megatron.kernels import grouped_lore as lore
 from megatron.kernels import permute as perm
+from megatron.kernels import route as routing
 from megatron.kernels.registry import Op
 from moe_bench import libraries, rooflines
 from moe_bench.libraries import with_backward, without_backward
@@ -63,6 +64,7 @@ def all_cases() -> Iterator[Case]:
     both = "grouped_lore forward + backward"
     yield lore_case(both, None, lambda r, width: rooflines.lore_forward(r.sizes, width, save=True) + rooflines.lore_backward(r.sizes, width))
     yield from permute_cases()
+    yield from route_cases()
     yield from expert_cases()
 
 
@@ -161,6 +163,28 @@ def permute_cases() -> Iterator[Case]:
         {},
         lambda r, width: rooflines.move_rows(2 * len(r.x_TD) + 3 * r.sizes.rows, 2 * len(r.x_TD) + 2 * r.sizes.rows, r.sizes.width_in, width),
     )
+
+
+# ---------------------------------------------------------------- routers
+
+
+def route_cases() -> Iterator[Case]:
+    """From logits to choices, weights, statistics and the sorted order: of the experts, and of the LoREs of each row's expert."""
+
+    def experts(i: Inputs, r: Routed, name: str) -> Call:
+        selection = routing.Selection(i.shape.top_k, False, 1.0)
+        return with_backward(lambda: routing.route(r.logit_TE, selection, backend=name).weight_NK, [r.logit_TE])
+
+    def lores(i: Inputs, r: Routed, name: str) -> Call:
+        selection = routing.Selection(i.shape.lore_top_k, False, 1.0)
+        return with_backward(lambda: routing.route(r.logit_RM, selection, r.rows_E, backend=name).weight_NK, [r.logit_RM])
+
+    for name, call, needs in (
+        ("route to experts, forward + backward", experts, lambda i: True),
+        ("route to LoREs, forward + backward", lores, lambda i: bool(i.shape.lores)),
+    ):
+        first = call is experts
+        yield Case(name, routing.OP, call, {}, lambda r, width, first=first: rooflines.route((r.logit_TE if first else r.logit_RM).numel()), needs)
 
 
 # ---------------------------------------------------------------- the experts of a layer

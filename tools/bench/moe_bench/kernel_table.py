@@ -123,6 +123,19 @@ def slower_by(chosen: Measured, other: Measured) -> float | None:
 # ---------------------------------------------------------------- for readers
 
 
+def verdict(slower: Sequence[Slower]) -> str:
+    """What the table says about `auto`."""
+    lines = [f"auto is slower: {s.op}, {s.shape}, {s.dtype}: '{s.chosen}' takes {s.ratio:.2f} times as long as '{s.faster}'" for s in slower]
+    return "\n".join(lines) or "auto always takes the fastest implementation, within 10 %."
+
+
+def rate_sentences(meter: Meter, rates: Sequence[Rates], dtypes: Sequence[str]) -> list[str]:
+    """What the rooflines are made of."""
+    products = [f"{name} {rate / 1e9:.0f} GFLOP/s ({note})" for name in dtypes for rate, note in [meter.rate(DTYPES[name])]]
+    bandwidth = statistics.median(each.bandwidth for each in rates) / 1e9
+    return [f"Rates of this process: torch.mm {', '.join(products)}; memory {bandwidth:.1f} GB/s.", "A dtype that is emulated counts as fp32."]
+
+
 def kernels_markdown(rows: Sequence[Row]) -> str:
     """A table in Markdown."""
     lines = [

@@ -15,10 +15,13 @@ from pathlib import Path
 import torch
 
 from megatron.config.machine import usable_cores
+from megatron.kernels.compiled import load
 
 Call = Callable[[], object]
 FEATURES = {"avx2": "avx2", "avx512f": "avx512", "avx512_bf16": "avx512_bf16", "amx_bf16": "amx_bf16"}
 """Name in /proc/cpuinfo -> name in the report."""
+DISTURBANCE = 0.1
+"""Cores used by others from which on the report says so."""
 SLOW_SHARE = 1 / 4
 """A dtype whose products reach less than this share of float32's rate has no instructions: the processor emulates it."""
 
@@ -35,6 +38,8 @@ class Machine:
     threads: int
     load: float
     """Programs that wanted to run, mean of the last minute."""
+    kernels: str
+    """The instructions that the compiled kernels use, or why there are none."""
     gpu: str | None
     """None: measured on the CPU."""
 
@@ -43,6 +48,7 @@ class Machine:
         features = ", ".join(self.features) or "none of avx2, avx512, avx512_bf16, amx_bf16"
         lines = [
             f"Processor: {self.processor} ({features}; PyTorch: {self.capability}), {self.cores} cores, {self.threads} threads.",
+            f"Compiled kernels: {self.kernels}.",
             f"Load average at the start: {self.load:.1f}.",
         ]
         if self.gpu:
@@ -58,7 +64,9 @@ def this_machine(device: str) -> Machine:
     processor, features = read_cpuinfo(cpuinfo)
     capability = torch.backends.cpu.get_cpu_capability()
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
-    return Machine(processor, features, capability, usable_cores(), torch.get_num_threads(), os.getloadavg()[0], gpu)
+    built, reason = load()
+    kernels = reason if built is None else built.instruction_set()
+    return Machine(processor, features, capability, usable_cores(), torch.get_num_threads(), os.getloadavg()[0], kernels, gpu)
 
 
 def read_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
@@ -67,6 +75,39 @@ def read_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
     flags = re.search(r"^flags\s*:\s*(.+)$", text, re.MULTILINE)
     there = set(flags[1].split()) if flags else set()
     return name[1].strip() if name else platform.machine(), tuple(word for flag, word in FEATURES.items() if flag in there)
+
+
+class Watch:
+    """How much of the machine other programs used while this one ran."""
+
+    def __init__(self) -> None:
+        self.started, self.busy, self.own = time.perf_counter(), busy_seconds(), own_seconds()
+
+    def sentences(self, cores: int) -> list[str]:
+        """Nothing where the system does not count it."""
+        busy, wall = busy_seconds(), time.perf_counter() - self.started
+        if busy is None or self.busy is None:
+            return []
+        share = max(0.0, busy - self.busy - (own_seconds() - self.own)) / wall
+        lines = [f"Meanwhile other programs used {share:.2f} of the {cores} cores."]
+        if share > DISTURBANCE:
+            lines.append("Note: that disturbs the threads, which wait for each other. Measure again when the machine is quiet.")
+        return lines
+
+
+def busy_seconds() -> float | None:
+    """Processor time of all programs since the start of the machine. None: not Linux."""
+    stat = Path("/proc/stat")
+    if not stat.is_file():
+        return None
+    user, nice, system, _, _, interrupts, soft, stolen = map(int, stat.read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9])
+    return (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds() -> float:
+    """Processor time of this process and of its finished children."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def seconds(call: Call, repeats: int, device: str) -> float:

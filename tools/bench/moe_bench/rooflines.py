@@ -87,6 +87,11 @@ def move_rows(rows_read: int, rows_written: int, row_width: int, width: int) -> 
     return Cost(0.0, float(width * row_width * (rows_read + rows_written)))
 
 
+def route(logits: int) -> Cost:
+    """Float32 logits are read and probabilities written; back, probabilities are read and the logits' gradients written."""
+    return Cost(0.0, 4.0 * 4 * logits)
+
+
 def experts(s: Sizes, width: int, tokens: int, *, backward: bool) -> Cost:
     """The experts of a layer: hidden layer and down-projection. Tokens and parameters are read, the output is written; rows between them are not
     counted. Backward: the same operations twice; reads the gradient, tokens, what was saved and the parameters, writes all gradients."""

@@ -116,9 +116,9 @@ def estimate(points: Sequence[tuple[int, float]], tokens: int) -> float:
 
 
 def warm_seconds(call: Call, budget: float, device: str) -> float:
-    """Of a second call, because a first one also loads and compiles; or of the first where that took longer than the budget."""
+    """Of a second call, because a first one also loads and compiles; or of the first where that took much longer than the budget."""
     first = clock_seconds(call, device)
-    return clock_seconds(call, device) if first < max(budget, LOADING_SECONDS) or device == "cuda" else first
+    return clock_seconds(call, device) if first < 3 * max(budget, LOADING_SECONDS) or device == "cuda" else first
 
 
 def clock_seconds(call: Call, device: str) -> float:

@@ -60,6 +60,9 @@ class Routed(NamedTuple):
     x_RD: Tensor
     h_RF: Tensor
     order: Order
+    logit_TE: Tensor
+    """Float32, as of a router; so is the next."""
+    logit_RM: Tensor
     expert_TK: Tensor
     weight_TK: Tensor
     choice: LoreChoice | None
@@ -117,12 +120,14 @@ class Inputs:
         """Every token draws its experts, every row its LoREs."""
         s = self.shape
         x_TD = self.draw(tokens, s.width_in).requires_grad_()
-        expert_TK = torch.rand(tokens, s.experts, generator=self.generator).topk(s.top_k).indices.to(self.device)
+        logit_TE = torch.randn(tokens, s.experts, generator=self.generator).to(self.device).requires_grad_()
+        expert_TK = logit_TE.detach().topk(s.top_k).indices
         order = sort_by_group(expert_TK, s.experts)
         x_RD = x_TD.detach().index_select(0, order.order_R // s.top_k).requires_grad_()
         rows, lore_rows, used_lores, choice = len(x_RD), 0, 0, None
+        logit_RM = torch.randn(rows, s.lores, generator=self.generator).to(self.device).requires_grad_()
         if s.lores:
-            lore_RL = torch.rand(rows, s.lores, generator=self.generator).topk(s.lore_top_k).indices.to(self.device)
+            lore_RL = logit_RM.detach().topk(s.lore_top_k).indices
             owner_R = torch.repeat_interleave(torch.arange(s.experts, device=self.device), order.rows_G)
             lore_order = sort_by_group(lore_RL + owner_R[:, None] * s.lores, s.experts * s.lores)
             pi_RL = torch.rand(rows, s.lore_top_k, generator=self.generator).to(self.device).requires_grad_()
@@ -132,7 +137,8 @@ class Inputs:
         used = used_experts, lore_rows, s.rank, used_lores, projections, s.experts, s.experts * s.lores
         sizes = Sizes(rows, s.width_in, s.width_out, *used)
         weight_TK = torch.full((tokens, s.top_k), 1 / s.top_k, device=self.device).requires_grad_()
-        return Routed(x_TD, x_RD, self.draw(rows, s.width_out).requires_grad_(), order, expert_TK, weight_TK, choice, sizes)
+        h_RF = self.draw(rows, s.width_out).requires_grad_()
+        return Routed(x_TD, x_RD, h_RF, order, logit_TE, logit_RM, expert_TK, weight_TK, choice, sizes)
 
     def layer(self, routed: Routed) -> HiddenLayer:
         """What `grouped_lore` takes."""
