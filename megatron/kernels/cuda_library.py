@@ -38,8 +38,13 @@ class LoresArgument(ctypes.Structure):
     """`Lores` of csrc/grouped_gemm/rows.cuh."""
 
     _fields_ = [
-        *[("z", MatrixArgument), ("factor", MatrixArgument), ("factor_stride", c_int64), ("offsets", c_void_p), ("inverse", c_void_p)],
-        *[("lores", c_int), ("per_row", c_int)],
+        ("z", MatrixArgument),
+        ("factor", MatrixArgument),
+        ("factor_stride", c_int64),
+        ("offsets", c_void_p),
+        ("inverse", c_void_p),
+        ("lores", c_int),
+        ("per_row", c_int),
     ]
 
 
@@ -47,10 +52,26 @@ class RowProductArgument(ctypes.Structure):
     """`RowProduct` of csrc/grouped_gemm/rows.cuh."""
 
     _fields_ = [
-        *[("x", MatrixArgument), ("rows", c_int64), ("places", c_int64), ("order", c_void_p), ("order_divisor", c_int), ("scatter", c_int)],
-        *[("offsets", c_void_p), ("groups", c_int), ("weight", MatrixArgument), ("weight_stride", c_int64), ("width", c_int)],
-        *[("lores", LoresArgument), ("bias", c_void_p), ("addend", c_void_p), ("sums", c_void_p), ("product", c_void_p)],
-        *[("result", c_void_p), ("gate", c_void_p), ("scale", c_void_p), ("activation", c_int)],
+        ("x", MatrixArgument),
+        ("rows", c_int64),
+        ("places", c_int64),
+        ("order", c_void_p),
+        ("order_divisor", c_int),
+        ("scatter", c_int),
+        ("offsets", c_void_p),
+        ("groups", c_int),
+        ("weight", MatrixArgument),
+        ("weight_stride", c_int64),
+        ("width", c_int),
+        ("lores", LoresArgument),
+        ("bias", c_void_p),
+        ("addend", c_void_p),
+        ("sums", c_void_p),
+        ("product", c_void_p),
+        ("result", c_void_p),
+        ("gate", c_void_p),
+        ("scale", c_void_p),
+        ("activation", c_int),
     ]
 
 
@@ -58,8 +79,14 @@ class OuterProductArgument(ctypes.Structure):
     """`OuterProduct` of csrc/grouped_gemm/outer.cuh."""
 
     _fields_ = [
-        *[("left", MatrixArgument), ("right", MatrixArgument), ("right_rows", c_int64), ("order", c_void_p), ("order_divisor", c_int)],
-        *[("offsets", c_void_p), ("groups", c_int), ("out", c_void_p)],
+        ("left", MatrixArgument),
+        ("right", MatrixArgument),
+        ("right_rows", c_int64),
+        ("order", c_void_p),
+        ("order_divisor", c_int),
+        ("offsets", c_void_p),
+        ("groups", c_int),
+        ("out", c_void_p),
     ]
 
 
@@ -67,8 +94,14 @@ class ActivationBackwardArgument(ctypes.Structure):
     """`ActivationBackward` of csrc/grouped_lore/elementwise.cuh."""
 
     _fields_ = [
-        *[("grad", c_void_p), ("up", c_void_p), ("gate", c_void_p), ("grad_up", c_void_p), ("grad_gate", c_void_p)],
-        *[("count", c_int64), ("activation", c_int), ("aligned", c_int)],
+        ("grad", c_void_p),
+        ("up", c_void_p),
+        ("gate", c_void_p),
+        ("grad_up", c_void_p),
+        ("grad_gate", c_void_p),
+        ("count", c_int64),
+        ("activation", c_int),
+        ("aligned", c_int),
     ]
 
 
@@ -76,8 +109,15 @@ class LoreGradientsArgument(ctypes.Structure):
     """`LoreGradients` of csrc/grouped_lore/elementwise.cuh."""
 
     _fields_ = [
-        *[("u", c_void_p), ("grad_z", c_void_p), ("pi", c_void_p), ("order", c_void_p), ("places", c_int64), ("rank", c_int)],
-        *[("z", c_void_p), ("grad_u", c_void_p), ("grad_pi", c_void_p)],
+        ("u", c_void_p),
+        ("grad_z", c_void_p),
+        ("pi", c_void_p),
+        ("order", c_void_p),
+        ("places", c_int64),
+        ("rank", c_int),
+        ("z", c_void_p),
+        ("grad_u", c_void_p),
+        ("grad_pi", c_void_p),
     ]
 
 
@@ -92,7 +132,7 @@ class Groups(NamedTuple):
 
     offsets: Tensor
     """int32, as csrc/grouped_gemm/groups.cuh says."""
-    count: int
+    count: int  # type: ignore[assignment]
     places: int
 
 

@@ -6,7 +6,7 @@ bias, activation and gate follow before anything is written. With one LoRE per r
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,14 +107,14 @@ class Cuda:
             rank = projection.a_GQD.shape[1]
             z_NQ = library.empty(x_RD, places.lores.places, rank)
             u = library.empty(x_RD, *z_NQ.shape) if save and places.pi is not None else None
-            product = {"product": z_NQ} if places.pi is None else {"product": u, "result": z_NQ, "scale": places.pi}
+            product: dict[str, Any] = {"product": z_NQ} if places.pi is None else {"product": u, "result": z_NQ, "scale": places.pi}
             inner = Rows(x_RI=x_RD, groups=places.lores, weight=projection.a_GQD, outer=False, width=rank, gathered=places.gathered, **product)
             library.rows(inner)
             lores = _lores(z_NQ, projection.b_GQF, places)
             u_NQ = u if u is not None else z_NQ if save else u_NQ
         width = projection_width(projection)
-        results = {"product": outputs.product, "result": outputs.result, "gate": outputs.gate, "activation": outputs.activation}
-        layout = {"gathered": places.tile_rows, "scatter": True} if lores is not None else {}
+        results: dict[str, Any] = {"product": outputs.product, "result": outputs.result, "gate": outputs.gate, "activation": outputs.activation}
+        layout: dict[str, Any] = {"gathered": places.tile_rows, "scatter": True} if lores is not None else {}
         weight, bias = projection.weight_EFD, projection.bias_EF
         library.rows(Rows(x_RI=x_RD, groups=places.experts, weight=weight, outer=False, width=width, lores=lores, bias=bias, **results, **layout))
         return u_NQ
@@ -136,8 +136,8 @@ class Cuda:
             grad_a = library.outer(grad_u_NQ, x_RD, places.lores, places.gathered)
             grad_b = library.outer(z_NQ, grad_RF, places.lores, places.gathered)
             lores = _lores(grad_u_NQ, a_GQD, places)
-        layout = {"gathered": places.tile_rows, "scatter": True} if lores is not None else {}
-        results = {"product": grad_x.product, "sums": grad_x.sums, "addend": grad_x.addend}
+        layout: dict[str, Any] = {"gathered": places.tile_rows, "scatter": True} if lores is not None else {}
+        results: dict[str, Any] = {"product": grad_x.product, "sums": grad_x.sums, "addend": grad_x.addend}
         width = x_RD.shape[1]
         library.rows(Rows(x_RI=grad_RF, groups=places.experts, weight=weight_EFD, outer=True, width=width, lores=lores, **results, **layout))
         grad_weight = None if weight_EFD is None else library.outer(grad_RF, x_RD, places.experts)
