@@ -41,8 +41,8 @@ void matmul(const GroupedMatmul& op) {
       }
       for (int64_t r = starts[e]; r < starts[e + 1]; r += ROW_BLOCK) {
         const int64_t m = std::min(ROW_BLOCK, starts[e + 1] - r);
-        clear(sums, m * width);
-        P::product(left.at + r * left.ld, left.ld, m, panel, op.K, end - begin, sums, width);
+        if (op.K == 0) clear(sums, m * width);
+        P::product(left.at + r * left.ld, left.ld, m, panel, op.K, end - begin, sums, width, true);
         for (int64_t i = 0; i < m; i++) copy(y + (r + i) * op.N + begin, sums + i * width, end - begin);
       }
     }
@@ -87,11 +87,10 @@ void outer(const GroupedOuter& op) {
       const bool direct = std::is_same<S, Sum>::value && op.N % P::NR == 0;  // straight into the result
       Sum* into = direct ? reinterpret_cast<Sum*>(to) : sums;
       const int64_t ld = direct ? op.N : width;
-      clear(into, (end - begin) * ld);
       for (int64_t r = 0; r < op.rows[e]; r += TURNED_DEPTH) {
         const int64_t depth = std::min(TURNED_DEPTH, op.rows[e] - r);
         P::pack_turned(turned, x + (starts[e] + r) * op.M + begin, op.M, depth, end - begin);
-        P::turned(turned, end - begin, packed.get() + panels[e], op.rows[e], r, depth, op.N, into, ld);
+        P::turned(turned, end - begin, packed.get() + panels[e], op.rows[e], r, depth, op.N, into, ld, r == 0);
       }
       if (!direct)
         for (int64_t i = 0; i < end - begin; i++) copy(to + i * op.N, sums + i * width, op.N);

@@ -75,7 +75,7 @@ class Backward {
   Buffer<Right> packed;
   int64_t block = 0, width = 0;
 
-  static constexpr int64_t FACTOR_COLUMNS = 512, X_COLUMNS = 64, DEPTH = 1024;
+  static constexpr int64_t FACTOR_COLUMNS = 512, X_COLUMNS = 256, X_ROWS = 512, X_DEPTH = 256, DEPTH = 1024;
 
   void prepare() {
     const S* x = static_cast<const S*>(op.x);
@@ -94,9 +94,10 @@ class Backward {
     }
     if (op.grad_pi != nullptr) std::memset(op.grad_pi, 0, by.choices * (layer.pi_is_double ? 8 : 4));
     if (by.has_lores) plan_lores();
-    block = X_COLUMNS;
-    width = round_up(block, P::NR);
-    x_tasks = row_tasks(by, layer.D, block, TASK_ROWS);
+    block = std::min<int64_t>(X_COLUMNS, round_up(layer.D, P::NR));
+    while (block > P::NR && layer.E * ((layer.D + block - 1) / block) < 4 * layer.threads) block = round_up(block / 2, P::NR);
+    width = block;
+    x_tasks = row_tasks(by, layer.D, block, X_ROWS);
     if (!has_weights) return;
     panels.assign(layer.E + 1, 0);
     for (int64_t e = 0; e < layer.E; e++) panels[e + 1] = panels[e] + P::right_size(layer.rows[e], layer.D);
@@ -158,11 +159,11 @@ class Backward {
     const S* b = static_cast<const S*>(projection.b) + task.expert * Q * layer.F;
     Right* panel = scratch<Right, 21>(P::right_size(std::min(DEPTH, layer.F), Q));
     Sum* sums = scratch<Sum, 22>(TASK_ROWS * wide);
-    clear(sums, (task.last - task.first) * wide);
+    if (layer.F == 0) clear(sums, (task.last - task.first) * wide);
     for (int64_t k = 0; k < layer.F; k += DEPTH) {
       const int64_t depth = std::min(DEPTH, layer.F - k);
       P::pack_transposed(panel, b + k, layer.F, depth, Q);
-      P::product(by_choice(p) + task.first * ld + k, ld, task.last - task.first, panel, depth, Q, sums, wide);
+      P::product(by_choice(p) + task.first * ld + k, ld, task.last - task.first, panel, depth, Q, sums, wide, k == 0);
     }
     for (int64_t n = task.first; n < task.last; n++) {
       const Sum* dzr = sums + (n - task.first) * wide;
@@ -196,32 +197,38 @@ class Backward {
     const int64_t right_ld = of_b ? ld : x_by_choice().ld;
     Left* turned = scratch<Left, 23>(P::turned_size(DEPTH, Q));
     Right* panel = scratch<Right, 24>(P::right_size(DEPTH, FACTOR_COLUMNS));
-    Sum* sums = scratch<Sum, 25>(Q * wide);
-    clear(sums, Q * wide);
+    const bool direct = std::is_same<S, Sum>::value && n % P::NR == 0;  // straight into the result
+    Sum* sums = direct ? reinterpret_cast<Sum*>(out) : scratch<Sum, 25>(Q * wide);
+    const int64_t to_ld = direct ? N : wide;
+    if (!count)
+      for (int64_t q = 0; q < Q; q++) clear(sums + q * to_ld, n);
     for (int64_t k = 0; k < count; k += DEPTH) {
       const int64_t depth = std::min(DEPTH, count - k);
       P::pack_turned(turned, left + (first + k) * rank[p], rank[p], depth, Q);
       P::pack(panel, right + (first + k) * right_ld + task.begin, right_ld, depth, n);
-      P::turned(turned, Q, panel, depth, 0, depth, n, sums, wide);
+      P::turned(turned, Q, panel, depth, 0, depth, n, sums, to_ld, k == 0);
     }
-    for (int64_t q = 0; q < Q; q++) copy(out + q * N, sums + q * wide, n);
+    if (!direct)
+      for (int64_t q = 0; q < Q; q++) copy(out + q * N, sums + q * wide, n);
   }
 
   // dx = dprojection W + dz A, over both projections.
   void x_gradient(const RowTask& task) {
     const int64_t m = task.last - task.first, n = task.end - task.begin;
-    Right* panel = scratch<Right, 26>(P::right_size(DEPTH, block));
-    Sum* sums = scratch<Sum, 27>(TASK_ROWS * width);
-    clear(sums, m * width);
+    Right* panel = scratch<Right, 26>(P::right_size(X_DEPTH, block));
+    Sum* sums = scratch<Sum, 27>(X_ROWS * width);
+    bool fresh = layer.projections[0].weight != nullptr && layer.F > 0;
+    if (!fresh) clear(sums, m * width);
     for (int p = 0; p < 1 + layer.gated; p++) {
       const LoreProjection& projection = layer.projections[p];
       if (projection.weight != nullptr) {
         const S* w = static_cast<const S*>(projection.weight) + task.expert * layer.F * layer.D + task.begin;
-        for (int64_t k = 0; k < layer.F; k += DEPTH) {
-          const int64_t depth = std::min(DEPTH, layer.F - k);
+        for (int64_t k = 0; k < layer.F; k += X_DEPTH) {
+          const int64_t depth = std::min(X_DEPTH, layer.F - k);
           P::pack(panel, w + k * layer.D, layer.D, depth, n);
           for (int64_t i = 0; i < m; i += ROW_BLOCK)
-            P::product(before[p].get() + (task.first + i) * ld + k, ld, std::min(ROW_BLOCK, m - i), panel, depth, n, sums + i * width, width);
+            P::product(before[p].get() + (task.first + i) * ld + k, ld, std::min(ROW_BLOCK, m - i), panel, depth, n, sums + i * width, width, fresh);
+          fresh = false;
         }
       }
       if (projection.a != nullptr) add_inner(p, task, sums);
@@ -237,7 +244,7 @@ class Backward {
     Right* panel = scratch<Right, 28>(P::right_size(Q, block));
     const auto times_a = [&](int64_t g, int64_t from, int64_t to, Sum* into) {
       P::pack(panel, a + g * Q * layer.D + task.begin, layer.D, Q, n);
-      P::product(dz[p].get() + from * rank[p], rank[p], to - from, panel, Q, n, into, width);
+      P::product(dz[p].get() + from * rank[p], rank[p], to - from, panel, Q, n, into, width, false);
     };
     if (!by.several) {
       by.strips(task.expert, task.first, task.last,
@@ -267,11 +274,11 @@ class Backward {
     const bool direct = std::is_same<S, Sum>::value && layer.D % P::NR == 0;
     Left* turned = scratch<Left, 30>(P::turned_size(TURNED_DEPTH, ROW_BLOCK));
     Sum* sums = direct ? reinterpret_cast<Sum*>(out) : scratch<Sum, 31>(ROW_BLOCK * wide);
-    clear(sums, m * wide);
+    if (!count) clear(sums, m * wide);
     for (int64_t r = 0; r < count; r += TURNED_DEPTH) {
       const int64_t depth = std::min(TURNED_DEPTH, count - r);
       P::pack_turned(turned, before[p].get() + (by.starts[e] + r) * ld + task.begin, ld, depth, m);
-      P::turned(turned, m, packed.get() + panels[e], count, r, depth, layer.D, sums, wide);
+      P::turned(turned, m, packed.get() + panels[e], count, r, depth, layer.D, sums, wide, r == 0);
     }
     if (!direct)
       for (int64_t i = 0; i < m; i++) copy(out + i * layer.D, sums + i * wide, layer.D);

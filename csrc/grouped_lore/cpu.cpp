@@ -79,8 +79,8 @@ class Forward {
     P::pack_transposed(panel, static_cast<const S*>(projection.a) + task.expert * Q * layer.D, layer.D, layer.D, Q);
     for (int64_t n = task.first; n < task.last; n += ROW_BLOCK) {
       const int64_t m = std::min(ROW_BLOCK, task.last - n);
-      clear(sums, m * wide);
-      P::product(source.at + n * source.ld, source.ld, m, panel, layer.D, Q, sums, wide);
+      if (layer.D == 0) clear(sums, m * wide);
+      P::product(source.at + n * source.ld, source.ld, m, panel, layer.D, Q, sums, wide, true);
       for (int64_t i = 0; i < m; i++) {
         Left* to = z[p].get() + (n + i) * rank[p];
         if (op.u[p] != nullptr) copy(static_cast<S*>(op.u[p]) + (n + i) * Q, sums + i * wide, Q);
@@ -107,14 +107,15 @@ class Forward {
     for (int64_t r = task.first; r < task.last; r += ROW_BLOCK) {
       const int64_t m = std::min(ROW_BLOCK, task.last - r);
       for (int p = 0; p < 1 + layer.gated; p++) {
-        start(p, task, sums[p], m);
-        if (layer.projections[p].weight != nullptr) P::product(rows.at + r * rows.ld, rows.ld, m, panels[p], layer.D, n, sums[p], width);
+        const bool fresh = layer.projections[p].bias == nullptr && layer.projections[p].weight != nullptr && layer.D > 0;
+        if (!fresh) start(p, task, sums[p], m);
+        if (layer.projections[p].weight != nullptr) P::product(rows.at + r * rows.ld, rows.ld, m, panels[p], layer.D, n, sums[p], width, fresh);
         if (added[p] != nullptr) {
           add_choices(added[p], task, r, m, sums[p]);
         } else if (layer.projections[p].a != nullptr) {
           by.strips(task.expert, r, r + m, [&](int64_t g, int64_t from, int64_t to) {
             const Right* b = pack_b(p, g, task, packed[p]);
-            P::product(z[p].get() + from * rank[p], rank[p], to - from, b, layer.projections[p].Q, n, sums[p] + (from - r) * width, width);
+            P::product(z[p].get() + from * rank[p], rank[p], to - from, b, layer.projections[p].Q, n, sums[p] + (from - r) * width, width, false);
           });
         }
       }
@@ -135,8 +136,13 @@ class Forward {
     const int64_t size = P::right_size(layer.projections[p].Q, block);
     Right* panel = p ? scratch<Right, 19>(size) : scratch<Right, 18>(size);
     if (packed != g) {
-      const S* b = static_cast<const S*>(layer.projections[p].b) + g * layer.projections[p].Q * layer.F + task.begin;
-      P::pack(panel, b, layer.F, layer.projections[p].Q, task.end - task.begin);
+      const int64_t Q = layer.projections[p].Q, n = task.end - task.begin;
+      const S* b = static_cast<const S*>(layer.projections[p].b) + g * Q * layer.F + task.begin;
+      // The next LoRE's rows are short and far apart: they are asked for while this one is multiplied.
+      if (g + 1 < (task.expert + 1) * by.per_expert)
+        for (int64_t q = 0; q < Q; q++)
+          for (int64_t j = 0; j < n; j += 64 / int64_t(sizeof(S))) __builtin_prefetch(b + (Q + q) * layer.F + j, 0, 2);
+      P::pack(panel, b, layer.F, Q, n);
       packed = g;
     }
     return panel;
@@ -151,7 +157,7 @@ class Forward {
     int64_t packed = -1;
     by.strips(task.expert, first, last, [&](int64_t g, int64_t from, int64_t to) {
       const Right* b = pack_b(p, g, task, packed);
-      P::product(z[p].get() + from * rank[p], rank[p], to - from, b, layer.projections[p].Q, task.end - task.begin, y + (from - first) * width, width);
+      P::product(z[p].get() + from * rank[p], rank[p], to - from, b, layer.projections[p].Q, task.end - task.begin, y + (from - first) * width, width, false);
     });
     return y;
   }

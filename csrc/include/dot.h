@@ -98,6 +98,11 @@ inline void store_tile(void* to, int64_t stride) {
 #define NEOX_STORE(N) _tile_stored(N, to, stride)
   NEOX_EACH_TILE(T, NEOX_STORE)
 }
+template <int T>
+inline void zero_tile() {
+#define NEOX_ZERO(N) _tile_zero(N)
+  NEOX_EACH_TILE(T, NEOX_ZERO)
+}
 // Sums stand in tiles 0 to 3, two rows of a (4, 5) by two columns of b (6, 7).
 template <int C, int A, int B>
 inline void multiply_tiles() {
@@ -111,13 +116,22 @@ inline void multiply_tiles() {
 
 // Two strips of at most 16 rows times one panel.
 template <bool TwoStrips>
-inline void strips(const bf16* a, int64_t lda, int first, const bf16* b, int64_t K, float* c, int64_t ldc) {
+inline void strips(const bf16* a, int64_t lda, int first, const bf16* b, int64_t K, float* c, int64_t ldc, bool fresh) {
   const int64_t row = ldc * 4, a_row = lda * 2;
-  load_tile<0>(c, row);
-  load_tile<1>(c + 16, row);
-  if constexpr (TwoStrips) {
-    load_tile<2>(c + first * ldc, row);
-    load_tile<3>(c + first * ldc + 16, row);
+  if (fresh) {
+    zero_tile<0>();
+    zero_tile<1>();
+    if constexpr (TwoStrips) {
+      zero_tile<2>();
+      zero_tile<3>();
+    }
+  } else {
+    load_tile<0>(c, row);
+    load_tile<1>(c + 16, row);
+    if constexpr (TwoStrips) {
+      load_tile<2>(c + first * ldc, row);
+      load_tile<3>(c + first * ldc + 16, row);
+    }
   }
   for (int64_t k = 0; k < K; k += 32, b += 32 * DOT_COLUMNS) {
     load_tile<6>(b, 4 * DOT_COLUMNS);
@@ -140,7 +154,7 @@ inline void strips(const bf16* a, int64_t lda, int first, const bf16* b, int64_t
 }
 
 // K is a multiple of 32. The panels of b are `deep` rows deep.
-inline void dot_product(const bf16* a, int64_t lda, int64_t m, const bf16* b, int64_t deep, int64_t K, int64_t n, float* c, int64_t ldc) {
+inline void dot_product(const bf16* a, int64_t lda, int64_t m, const bf16* b, int64_t deep, int64_t K, int64_t n, float* c, int64_t ldc, bool fresh) {
   int configured = -1;
   const auto configure = [&](int first, int second) {
     if (configured != first * 32 + second) {
@@ -158,9 +172,9 @@ inline void dot_product(const bf16* a, int64_t lda, int64_t m, const bf16* b, in
       for (int64_t j = 0; j < n; j += DOT_COLUMNS) {
         const bf16* panel = b + j * deep + k * DOT_COLUMNS;
         if (second) {
-          strips<true>(a + i * lda + k, lda, first, panel, depth, c + i * ldc + j, ldc);
+          strips<true>(a + i * lda + k, lda, first, panel, depth, c + i * ldc + j, ldc, fresh && k == 0);
         } else {
-          strips<false>(a + i * lda + k, lda, first, panel, depth, c + i * ldc + j, ldc);
+          strips<false>(a + i * lda + k, lda, first, panel, depth, c + i * ldc + j, ldc, fresh && k == 0);
         }
       }
     }
@@ -198,29 +212,33 @@ inline void add_pairs(Sums& sum, const bf16* a, const bf16* b) {
 #endif
 
 template <int M>
-inline void dot_tile(const bf16* a, int64_t lda, const bf16* b, int64_t K, float* c, int64_t ldc) {
+inline void dot_tile(const bf16* a, int64_t lda, const bf16* b, int64_t K, float* c, int64_t ldc, bool fresh) {
   Sums sum[M][2];
-  NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < 2; j++) sum[i][j] = load_sums(c + i * ldc + j * DOT_LANES);
+  if (fresh) {
+    NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < 2; j++) sum[i][j] = Sums{};
+  } else {
+    NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < 2; j++) sum[i][j] = load_sums(c + i * ldc + j * DOT_LANES);
+  }
   for (int64_t k = 0; k < K; k += 2, b += 2 * DOT_COLUMNS)
     NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < 2; j++) add_pairs(sum[i][j], a + i * lda + k, b + j * 2 * DOT_LANES);
   NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < 2; j++) store_sums(c + i * ldc + j * DOT_LANES, sum[i][j]);
 }
 template <int M = DOT_ROWS>
-inline void dot_tile_of(int64_t m, const bf16* a, int64_t lda, const bf16* b, int64_t K, float* c, int64_t ldc) {
+inline void dot_tile_of(int64_t m, const bf16* a, int64_t lda, const bf16* b, int64_t K, float* c, int64_t ldc, bool fresh) {
   if (m >= M) {
-    dot_tile<M>(a, lda, b, K, c, ldc);
+    dot_tile<M>(a, lda, b, K, c, ldc, fresh);
   } else if constexpr (M > 1) {
-    dot_tile_of<M - 1>(m, a, lda, b, K, c, ldc);
+    dot_tile_of<M - 1>(m, a, lda, b, K, c, ldc, fresh);
   }
 }
 // K is even. The panels of b are `deep` rows deep.
-inline void dot_product(const bf16* a, int64_t lda, int64_t m, const bf16* b, int64_t deep, int64_t K, int64_t n, float* c, int64_t ldc) {
+inline void dot_product(const bf16* a, int64_t lda, int64_t m, const bf16* b, int64_t deep, int64_t K, int64_t n, float* c, int64_t ldc, bool fresh) {
   constexpr int64_t DEPTH = 512;
   for (int64_t k = 0; k < K; k += DEPTH) {
     const int64_t depth = std::min(DEPTH, K - k);
     for (int64_t j = 0; j < n; j += DOT_COLUMNS)
       for (int64_t i = 0; i < m; i += DOT_ROWS)
-        dot_tile_of(m - i, a + i * lda + k, lda, b + j * deep + k * DOT_COLUMNS, depth, c + i * ldc + j, ldc);
+        dot_tile_of(m - i, a + i * lda + k, lda, b + j * deep + k * DOT_COLUMNS, depth, c + i * ldc + j, ldc, fresh && k == 0);
   }
 }
 #endif

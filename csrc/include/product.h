@@ -86,11 +86,15 @@ inline void transpose(To* to, int64_t ld_to, const From* from, int64_t ld, int64
 
 // ---- the innermost products
 
-// c[M][NV vectors] += sum over k of a[i][k] b[k]; a(i, k) lies at a[i * row + k * step].
+// c[M][NV vectors] += sum over k of a[i][k] b[k], or = where c is fresh; a(i, k) lies at a[i * row + k * step].
 template <class T, int M>
-inline void tile(const T* a, int64_t row, int64_t step, const T* b, int64_t K, T* c, int64_t ldc) {
+inline void tile(const T* a, int64_t row, int64_t step, const T* b, int64_t K, T* c, int64_t ldc, bool fresh) {
   Vec<T> sum[M][NV];
-  NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < NV; j++) sum[i][j] = load(c + i * ldc + j * LANES<T>);
+  if (fresh) {
+    NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < NV; j++) sum[i][j] = Vec<T>{};
+  } else {
+    NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < NV; j++) sum[i][j] = load(c + i * ldc + j * LANES<T>);
+  }
   const T* at[M];
   NEOX_UNROLL for (int i = 0; i < M; i++) at[i] = a + i * row;
   if (step == 1) {
@@ -116,11 +120,11 @@ inline void tile(const T* a, int64_t row, int64_t step, const T* b, int64_t K, T
 }
 
 template <class T, int M = MR>
-inline void tile_of(int64_t m, const T* a, int64_t row, int64_t step, const T* b, int64_t K, T* c, int64_t ldc) {
+inline void tile_of(int64_t m, const T* a, int64_t row, int64_t step, const T* b, int64_t K, T* c, int64_t ldc, bool fresh) {
   if (m >= M) {
-    tile<T, M>(a, row, step, b, K, c, ldc);
+    tile<T, M>(a, row, step, b, K, c, ldc, fresh);
   } else if constexpr (M > 1) {
-    tile_of<T, M - 1>(m, a, row, step, b, K, c, ldc);
+    tile_of<T, M - 1>(m, a, row, step, b, K, c, ldc, fresh);
   }
 }
 
@@ -166,24 +170,30 @@ struct Wide {
   static void pack_turned(Left* to, const From* from, int64_t ld, int64_t K, int64_t m) {
     for (int64_t i = 0; i < m; i += MR, to += K * MR) {
       const int64_t width = std::min<int64_t>(MR, m - i);
-      for (int64_t k = 0; k < K; k++)
-        for (int64_t r = 0; r < MR; r++) to[k * MR + r] = r < width ? widen(from[k * ld + i + r]) : Left(0);
+      if (width == MR) {
+        for (int64_t k = 0; k < K; k++) NEOX_UNROLL for (int r = 0; r < MR; r++) to[k * MR + r] = widen(from[k * ld + i + r]);
+      } else {
+        for (int64_t k = 0; k < K; k++)
+          for (int64_t r = 0; r < MR; r++) to[k * MR + r] = r < width ? widen(from[k * ld + i + r]) : Left(0);
+      }
     }
   }
-  static void product(const Left* a, int64_t lda, int64_t m, const Right* b, int64_t K, int64_t n, Sum* c, int64_t ldc) {
+  // c += a b, or c = a b where it is fresh (and K is not 0).
+  static void product(const Left* a, int64_t lda, int64_t m, const Right* b, int64_t K, int64_t n, Sum* c, int64_t ldc, bool fresh) {
     for (int64_t k = 0; k < K; k += K_BLOCK) {
       const int64_t depth = std::min(K_BLOCK, K - k);
       for (int64_t j = 0; j < n; j += NR)
-        for (int64_t i = 0; i < m; i += MR) tile_of<Sum>(m - i, a + i * lda + k, lda, 1, b + j * K + k * NR, depth, c + i * ldc + j, ldc);
+        for (int64_t i = 0; i < m; i += MR) 
+          tile_of<Sum>(m - i, a + i * lda + k, lda, 1, b + j * K + k * NR, depth, c + i * ldc + j, ldc, fresh && k == 0);
     }
   }
   // The same with a from `pack_turned`: `a` holds rows k0 to k0 + K of a panel of `deep` rows.
-  static void turned(const Left* a, int64_t m, const Right* b, int64_t deep, int64_t k0, int64_t K, int64_t n, Sum* c, int64_t ldc) {
+  static void turned(const Left* a, int64_t m, const Right* b, int64_t deep, int64_t k0, int64_t K, int64_t n, Sum* c, int64_t ldc, bool fresh) {
     for (int64_t k = 0; k < K; k += K_BLOCK) {
       const int64_t depth = std::min(K_BLOCK, K - k);
       for (int64_t j = 0; j < n; j += NR)
         for (int64_t i = 0; i < m; i += MR)
-          tile_of<Sum>(m - i, a + i * K + k * MR, 1, MR, b + j * deep + (k0 + k) * NR, depth, c + i * ldc + j, ldc);
+          tile_of<Sum>(m - i, a + i * K + k * MR, 1, MR, b + j * deep + (k0 + k) * NR, depth, c + i * ldc + j, ldc, fresh && k == 0);
     }
   }
 };
@@ -268,13 +278,13 @@ struct Dot {
           for (int64_t k = k0; k < k0 + 32; k++) to[i * deep + k] = k < K ? from[k * ld + i] : bf16{0};
     }
   }
-  static void product(const Left* a, int64_t lda, int64_t m, const Right* b, int64_t K, int64_t n, Sum* c, int64_t ldc) {
-    dot_product(a, lda, m, b, round_up(K, K_ALIGN), round_up(K, K_ALIGN), n, c, ldc);
+  static void product(const Left* a, int64_t lda, int64_t m, const Right* b, int64_t K, int64_t n, Sum* c, int64_t ldc, bool fresh) {
+    dot_product(a, lda, m, b, round_up(K, K_ALIGN), round_up(K, K_ALIGN), n, c, ldc, fresh);
   }
   // k0 is a multiple of K_ALIGN.
-  static void turned(const Left* a, int64_t m, const Right* b, int64_t deep, int64_t k0, int64_t K, int64_t n, Sum* c, int64_t ldc) {
+  static void turned(const Left* a, int64_t m, const Right* b, int64_t deep, int64_t k0, int64_t K, int64_t n, Sum* c, int64_t ldc, bool fresh) {
     const int64_t depth = round_up(K, K_ALIGN);
-    dot_product(a, depth, m, b + k0 * NR, round_up(deep, K_ALIGN), depth, n, c, ldc);
+    dot_product(a, depth, m, b + k0 * NR, round_up(deep, K_ALIGN), depth, n, c, ldc, fresh);
   }
 };
 #endif
