@@ -91,7 +91,7 @@ def load_ready_model(config: NeoXConfig) -> ReadyModel:
     gpt = build_model(config.model, config.moe, vocabulary, seed=0, dtype=DTYPES[config.precision], device=device)
     check_shapes(path, shapes_of(weights.state_dict), module_shapes(gpt))
     gpt.load_state_dict(weights.state_dict)
-    choose_attention(config.model, gpt)
+    choose_attention(config.model, gpt, config.moe.kernel_backends.get("attention", "auto"))
     gpt.eval().requires_grad_(False)
     if config.checkpoint.checkpoint_validation_with_forward_pass:
         log.info("%s", _compare_logits(config, gpt, path, weights.client_state.get(forward_check.KEY)))

@@ -17,6 +17,7 @@ from megatron.config import config_from_dict
 from megatron.config.section import ConfigError
 from megatron.data.tokenizer import TokenizerError
 from megatron.inference.model import ReadyModel, load_ready_model
+from megatron.model import choose_attention
 from tests.inference.conftest import build_ready, lively_config, write_checkpoint
 
 
@@ -31,6 +32,7 @@ def test_what_was_saved_is_what_runs(checkpoint: dict[str, Any], ready: ReadyMod
     assert not loaded.gpt.training
     assert not any(parameter.requires_grad for parameter in loaded.gpt.parameters())
     tokens = torch.tensor([[1, 2, 3]])
+    choose_attention(config_from_dict({key: value for key, value in checkpoint.items() if value is not None}).model, ready.gpt)  # as loading does
     assert torch.equal(loaded.gpt(tokens).logits_BSV, ready.gpt(tokens).logits_BSV)
 
 

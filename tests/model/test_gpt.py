@@ -183,7 +183,7 @@ def test_a_group_of_layers_has_at_least_one() -> None:
 
 
 def test_a_kernel_that_cannot_run_is_refused_when_the_model_is_built() -> None:
-    with pytest.raises(KernelUnavailable, match="there is no implementation 'trition'; known: auto, compiled, reference"):
+    with pytest.raises(KernelUnavailable, match="there is no implementation 'trition'; known: auto, compiled, cuda, triton, reference"):
         tiny_model(moe=moe_section(kernel_backends={"grouped_gemm": "trition"}))
 
 
