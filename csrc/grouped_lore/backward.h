@@ -75,7 +75,7 @@ class Backward {
   Buffer<Right> packed;
   int64_t block = 0, width = 0;
 
-  static constexpr int64_t FACTOR_COLUMNS = 512, X_COLUMNS = 256, X_ROWS = 512, X_DEPTH = 256, DEPTH = 1024;
+  static constexpr int64_t FACTOR_COLUMNS = 512, X_COLUMNS = 256, X_ROWS = 512, X_DEPTH = 256;
 
   void prepare() {
     const S* x = static_cast<const S*>(op.x);
@@ -159,12 +159,7 @@ class Backward {
     const S* b = static_cast<const S*>(projection.b) + task.expert * Q * layer.F;
     Right* panel = scratch<Right, 21>(P::right_size(std::min(DEPTH, layer.F), Q));
     Sum* sums = scratch<Sum, 22>(TASK_ROWS * wide);
-    if (layer.F == 0) clear(sums, (task.last - task.first) * wide);
-    for (int64_t k = 0; k < layer.F; k += DEPTH) {
-      const int64_t depth = std::min(DEPTH, layer.F - k);
-      P::pack_transposed(panel, b + k, layer.F, depth, Q);
-      P::product(by_choice(p) + task.first * ld + k, ld, task.last - task.first, panel, depth, Q, sums, wide, k == 0);
-    }
+    product_transposed<P>(by_choice(p) + task.first * ld, ld, task.last - task.first, b, layer.F, layer.F, Q, panel, sums, wide);
     for (int64_t n = task.first; n < task.last; n++) {
       const Sum* dzr = sums + (n - task.first) * wide;
       const S* u = static_cast<const S*>(op.u[p]) + n * Q;

@@ -1,7 +1,8 @@
 // The hidden layer of the experts on a CPU, forward. The backward is in backward.h.
 //
-// A task is (expert, block of columns): the block's part of both projections is packed once; while the expert's rows pass over it, the LoREs' products
-// are added to the sums as one more step along K, and bias, activation and gate follow before the sums leave the cache.
+// A task is (expert, block of columns): the block's part of both projections is packed once. While the expert's rows pass over it, the sums start at the
+// bias and the LoREs' products, and activation and gate follow before the sums leave the cache. The LoREs' products are computed before, LoRE by LoRE: the
+// B of all LoREs together is larger than every cache and each is used by few rows, so its rows are read in long runs, once.
 #include "backward.h"
 
 namespace NEOX_ISA {
@@ -30,6 +31,8 @@ class Forward {
         if (layer.projections[p].a == nullptr) continue;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t t = 0; t < int64_t(lore_tasks.size()); t++) shrink(p, lore_tasks[t]);
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t t = 0; t < int64_t(grow_tasks.size()); t++) grow(p, grow_tasks[t]);
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t t = 0; t < int64_t(tasks.size()); t++) expand(tasks[t]);
@@ -42,10 +45,13 @@ class Forward {
   const Arrangement by;
   Rows<P> rows, lore_rows;  // x by place, and by LoRE row
   Buffer<Left> z[2];        // pi x A by LoRE row
+  Buffer<Sum> y[2];         // z B by place, where a row has one LoRE
   int64_t rank[2] = {0, 0};
   std::vector<RowTask> tasks;
-  std::vector<RowTask> lore_tasks;
+  std::vector<RowTask> lore_tasks, grow_tasks;
   int64_t block = 0, width = 0;
+
+  static constexpr int64_t RUN = 2048 / sizeof(S);  // columns of B that are read in one go
 
   void prepare() {
     const S* x = static_cast<const S*>(op.x);
@@ -57,6 +63,7 @@ class Forward {
       if (layer.projections[p].a == nullptr) continue;
       rank[p] = round_up(layer.projections[p].Q, P::K_ALIGN);
       z[p] = allocate<Left>(by.choices * rank[p]);
+      if (!by.several) y[p] = allocate<Sum>(layer.R * padded());
     }
     const int64_t depth = std::max(layer.D * weights, std::max(rank[0], rank[1]));
     block = column_block(depth * sizeof(Right), layer.F, P::NR, layer.threads, layer.E);
@@ -67,28 +74,41 @@ class Forward {
         by.strips(e, by.first_choice(e), by.starts[e + 1] * layer.L, [&](int64_t g, int64_t from, int64_t to) {
           for (int64_t n = from; n < to; n += TASK_ROWS) lore_tasks.push_back({g, n, std::min(to, n + TASK_ROWS), 0, 0});
         });
+    if (by.several) return;
+    for (const RowTask& lore : lore_tasks)
+      for (int64_t j = 0; j < layer.F; j += RUN) grow_tasks.push_back({lore.expert, lore.first, lore.last, j, std::min(layer.F, j + RUN)});
   }
+  int64_t padded() const { return round_up(layer.F, P::NR); }
 
   // u = x A of one LoRE's rows, and z = pi u.
   void shrink(int p, const RowTask& task) {
     const LoreProjection& projection = layer.projections[p];
     const int64_t Q = projection.Q, wide = round_up(Q, P::NR);
     const Rows<P>& source = by.several ? lore_rows : rows;
-    Right* panel = scratch<Right, 10>(P::right_size(layer.D, Q));
-    Sum* sums = scratch<Sum, 11>(ROW_BLOCK * wide);
-    P::pack_transposed(panel, static_cast<const S*>(projection.a) + task.expert * Q * layer.D, layer.D, layer.D, Q);
-    for (int64_t n = task.first; n < task.last; n += ROW_BLOCK) {
-      const int64_t m = std::min(ROW_BLOCK, task.last - n);
-      if (layer.D == 0) clear(sums, m * wide);
-      P::product(source.at + n * source.ld, source.ld, m, panel, layer.D, Q, sums, wide, true);
-      for (int64_t i = 0; i < m; i++) {
-        Left* to = z[p].get() + (n + i) * rank[p];
-        if (op.u[p] != nullptr) copy(static_cast<S*>(op.u[p]) + (n + i) * Q, sums + i * wide, Q);
-        const Sum pi = Sum(by.pi(n + i));
-        for (int64_t q = 0; q < Q; q++) to[q] = convert<Left>(Sum(pi * sums[i * wide + q]));
-        if (rank[p] > Q) clear(to + Q, rank[p] - Q);
-      }
+    Right* panel = scratch<Right, 10>(P::right_size(std::min(DEPTH, layer.D), Q));
+    Sum* sums = scratch<Sum, 11>(TASK_ROWS * wide);
+    const S* a = static_cast<const S*>(projection.a) + task.expert * Q * layer.D;
+    product_transposed<P>(source.at + task.first * source.ld, source.ld, task.last - task.first, a, layer.D, layer.D, Q, panel, sums, wide);
+    for (int64_t n = task.first; n < task.last; n++, sums += wide) {
+      Left* to = z[p].get() + n * rank[p];
+      if (op.u[p] != nullptr) copy(static_cast<S*>(op.u[p]) + n * Q, sums, Q);
+      const Sum pi = Sum(by.pi(n));
+      for (int64_t q = 0; q < Q; q++) to[q] = convert<Left>(Sum(pi * sums[q]));
+      if (rank[p] > Q) clear(to + Q, rank[p] - Q);
     }
+  }
+
+  // y = z B of one LoRE's rows, for a run of columns.
+  void grow(int p, const RowTask& task) {
+    const int64_t Q = layer.projections[p].Q, n = task.end - task.begin, m = task.last - task.first, ldy = padded();
+    const S* b = static_cast<const S*>(layer.projections[p].b) + task.expert * Q * layer.F + task.begin;
+    const Left* left = z[p].get() + task.first * rank[p];
+    Sum* to = y[p].get() + task.first * ldy + task.begin;
+    if constexpr (P::THIN)
+      if (m <= P::FEW_ROWS) return P::thin(left, rank[p], m, b, layer.F, Q, n, to, ldy);
+    Right* panel = scratch<Right, 18>(P::right_size(Q, RUN));
+    P::pack(panel, b, layer.F, Q, n);
+    for (int64_t i = 0; i < m; i += ROW_BLOCK) P::product(left + i * rank[p], rank[p], std::min(ROW_BLOCK, m - i), panel, Q, n, to + i * ldy, ldy, true);
   }
 
   // The hidden layer of one expert's rows, for one block of columns.
@@ -103,49 +123,30 @@ class Forward {
         P::pack_transposed(panels[p], static_cast<const S*>(projection.weight) + (task.expert * layer.F + task.begin) * layer.D, layer.D, layer.D, n);
       if (projection.a != nullptr && by.several) added[p] = p ? expand_choices<17>(p, task) : expand_choices<16>(p, task);
     }
-    int64_t packed[2] = {-1, -1};
     for (int64_t r = task.first; r < task.last; r += ROW_BLOCK) {
       const int64_t m = std::min(ROW_BLOCK, task.last - r);
       for (int p = 0; p < 1 + layer.gated; p++) {
-        const bool fresh = layer.projections[p].bias == nullptr && layer.projections[p].weight != nullptr && layer.D > 0;
-        if (!fresh) start(p, task, sums[p], m);
-        if (layer.projections[p].weight != nullptr) P::product(rows.at + r * rows.ld, rows.ld, m, panels[p], layer.D, n, sums[p], width, fresh);
-        if (added[p] != nullptr) {
-          add_choices(added[p], task, r, m, sums[p]);
-        } else if (layer.projections[p].a != nullptr) {
-          by.strips(task.expert, r, r + m, [&](int64_t g, int64_t from, int64_t to) {
-            const Right* b = pack_b(p, g, task, packed[p]);
-            P::product(z[p].get() + from * rank[p], rank[p], to - from, b, layer.projections[p].Q, n, sums[p] + (from - r) * width, width, false);
-          });
-        }
+        const bool weighted = layer.projections[p].weight != nullptr && layer.D > 0;
+        const bool fresh = weighted && layer.projections[p].bias == nullptr && y[p] == nullptr;
+        if (!fresh) start(p, task, r, m, sums[p]);
+        if (weighted) P::product(rows.at + r * rows.ld, rows.ld, m, panels[p], layer.D, n, sums[p], width, fresh);
+        if (added[p] != nullptr) add_choices(added[p], task, r, m, sums[p]);
       }
       finish(task, r, m, sums);
     }
   }
 
-  // The sums start at the bias.
-  void start(int p, const RowTask& task, Sum* sums, int64_t m) {
+  // The sums start at the LoREs' products and the bias.
+  void start(int p, const RowTask& task, int64_t r, int64_t m, Sum* sums) {
+    const int64_t n = task.end - task.begin;
     const S* bias = static_cast<const S*>(layer.projections[p].bias);
-    clear(sums, m * width);
-    if (bias != nullptr)
-      for (int64_t i = 0; i < m; i++) copy(sums + i * width, bias + task.expert * layer.F + task.begin, task.end - task.begin);
-  }
-
-  // The block's columns of one LoRE's B, packed; the last one is kept.
-  const Right* pack_b(int p, int64_t g, const RowTask& task, int64_t& packed) {
-    const int64_t size = P::right_size(layer.projections[p].Q, block);
-    Right* panel = p ? scratch<Right, 19>(size) : scratch<Right, 18>(size);
-    if (packed != g) {
-      const int64_t Q = layer.projections[p].Q, n = task.end - task.begin;
-      const S* b = static_cast<const S*>(layer.projections[p].b) + g * Q * layer.F + task.begin;
-      // The next LoRE's rows are short and far apart: they are asked for while this one is multiplied.
-      if (g + 1 < (task.expert + 1) * by.per_expert)
-        for (int64_t q = 0; q < Q; q++)
-          for (int64_t j = 0; j < n; j += 64 / int64_t(sizeof(S))) __builtin_prefetch(b + (Q + q) * layer.F + j, 0, 2);
-      P::pack(panel, b, layer.F, Q, n);
-      packed = g;
+    for (int64_t i = 0; i < m; i++, sums += width) {
+      if (y[p] != nullptr) copy(sums, y[p].get() + (r + i) * padded() + task.begin, n);
+      else clear(sums, width);
+      if (bias == nullptr) continue;
+      const S* from = bias + task.expert * layer.F + task.begin;
+      for (int64_t j = 0; j < n; j++) sums[j] += widen(from[j]);
     }
-    return panel;
   }
 
   // z B of all choices of the task's rows.
@@ -154,10 +155,11 @@ class Forward {
     const int64_t first = by.first_choice(task.expert), last = by.starts[task.expert + 1] * layer.L;
     Sum* y = scratch<Sum, PURPOSE>((last - first) * width);
     clear(y, (last - first) * width);
-    int64_t packed = -1;
+    const int64_t Q = layer.projections[p].Q, n = task.end - task.begin;
+    Right* panel = scratch<Right, 19>(P::right_size(Q, block));
     by.strips(task.expert, first, last, [&](int64_t g, int64_t from, int64_t to) {
-      const Right* b = pack_b(p, g, task, packed);
-      P::product(z[p].get() + from * rank[p], rank[p], to - from, b, layer.projections[p].Q, task.end - task.begin, y + (from - first) * width, width, false);
+      P::pack(panel, static_cast<const S*>(layer.projections[p].b) + g * Q * layer.F + task.begin, layer.F, Q, n);
+      P::product(z[p].get() + from * rank[p], rank[p], to - from, panel, Q, n, y + (from - first) * width, width, false);
     });
     return y;
   }

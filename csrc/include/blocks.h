@@ -11,6 +11,21 @@ namespace NEOX_ISA {
 constexpr int64_t ROW_BLOCK = 96;             // rows whose sums stay in the cache; a multiple of every MR and of 32
 constexpr int64_t PANEL_BYTES = 256 * 1024;   // of packed weights: half of a second cache
 
+// c = a w^T, where w[n, K] is a weight as it lies in memory. `panel` has room for right_size(DEPTH, n).
+constexpr int64_t DEPTH = 1024;
+template <class P, class S>
+inline void product_transposed(const typename P::Left* a, int64_t lda, int64_t m, const S* w, int64_t ldw, int64_t K, int64_t n, typename P::Right* panel,
+                               typename P::Sum* c, int64_t ldc) {
+  if (K == 0) clear(c, m * ldc);
+  if (m <= P::FEW_ROWS) return dots<P>(a, lda, m, w, ldw, K, n, c, ldc);
+  for (int64_t k = 0; k < K; k += DEPTH) {
+    const int64_t depth = std::min(DEPTH, K - k);
+    P::pack_transposed(panel, w + k, ldw, depth, n);
+    for (int64_t i = 0; i < m; i += ROW_BLOCK)
+      P::product(a + i * lda + k, lda, std::min(ROW_BLOCK, m - i), panel, depth, n, c + i * ldc, ldc, k == 0);
+  }
+}
+
 struct Task {
   int64_t expert, begin, end;  // columns
 };

@@ -13,6 +13,40 @@ namespace NEOX_ISA {
 
 constexpr int64_t DOT_COLUMNS = 32;  // of a panel of b: [K / 2][32][2]
 
+// ---- products of two rows along K, 32 numbers at a time
+
+constexpr int64_t PAIRS_STEP = 32;
+#ifdef NEOX_EMULATED
+struct PairSums {
+  float at[PAIRS_STEP / 2];
+};
+struct Pairs {
+  bf16 at[PAIRS_STEP];
+};
+inline Pairs load_pairs(const bf16* from, int64_t left) {
+  Pairs p{};
+  std::memcpy(p.at, from, std::min(left, PAIRS_STEP) * sizeof(bf16));
+  return p;
+}
+inline void add_pairs_of(PairSums& sum, const Pairs& a, const Pairs& b) {
+  for (int n = 0; n < PAIRS_STEP / 2; n++) sum.at[n] += widen(a.at[2 * n]) * widen(b.at[2 * n]) + widen(a.at[2 * n + 1]) * widen(b.at[2 * n + 1]);
+}
+inline float total_of(const PairSums& sum) {
+  float total = 0;
+  for (float each : sum.at) total += each;
+  return total;
+}
+#else
+typedef __m512 PairSums;
+typedef __m512i Pairs;
+// Numbers beyond `left` are not read.
+inline Pairs load_pairs(const bf16* from, int64_t left) {
+  return left >= PAIRS_STEP ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << left) - 1), from);
+}
+inline void add_pairs_of(PairSums& sum, Pairs a, Pairs b) { sum = _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+inline float total_of(PairSums sum) { return _mm512_reduce_add_ps(sum); }
+#endif
+
 #if NEOX_DOT == 2
 
 // Rows and bytes of the eight tiles, as LDTILECFG reads them (Intel's instruction set reference, "AMX").

@@ -28,6 +28,8 @@ constexpr int NV = 2;  // vectors in a row of a tile
 
 // ---- packing
 
+constexpr int64_t PACK_ROWS = 8;  // rows that are packed together, from left to right: short runs of many rows would each fetch their lines anew
+
 // to[k][n] = from[n][k] for a square of 8 by 8 floats.
 #if defined(__AVX2__)
 typedef float Eight __attribute__((vector_size(32)));
@@ -128,6 +130,97 @@ inline void tile_of(int64_t m, const T* a, int64_t row, int64_t step, const T* b
   }
 }
 
+// sum[i][j] over k of a[i][k] b[j][k]: both are contiguous along K, and nothing is packed. `fresh` as above.
+template <class P, int M, int N, class A, class B>
+inline void dots_tile(const A* a, int64_t lda, const B* b, int64_t ldb, int64_t K, SumOf<B>* c, int64_t ldc, bool fresh) {
+  typename P::Lanes sum[M][N] = {};
+  for (int64_t k = 0; k < K; k += P::STEP) {
+    const int64_t left = K - k;
+    typename P::Factors right[N];
+    NEOX_UNROLL for (int j = 0; j < N; j++) right[j] = P::factors(b + j * ldb + k, left);
+    NEOX_UNROLL for (int i = 0; i < M; i++) {
+      const typename P::Factors row = P::factors(a + i * lda + k, left);
+      NEOX_UNROLL for (int j = 0; j < N; j++) P::accumulate(sum[i][j], row, right[j]);
+    }
+  }
+  NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < N; j++) {
+    const auto total = P::total(sum[i][j]);
+    c[i * ldc + j] = fresh ? total : c[i * ldc + j] + total;
+  }
+}
+template <class P, int N, int M = 4, class A, class B>
+inline void dots_of(int64_t m, const A* a, int64_t lda, const B* b, int64_t ldb, int64_t K, SumOf<B>* c, int64_t ldc, bool fresh) {
+  if (m >= M) {
+    dots_tile<P, M, N>(a, lda, b, ldb, K, c, ldc, fresh);
+  } else if constexpr (M > 1) {
+    dots_of<P, N, M - 1>(m, a, lda, b, ldb, K, c, ldc, fresh);
+  }
+}
+// c[m, n] = a[m, K] b[n, K]^T where a has so few rows that packing b costs more than the product.
+template <class P, class A, class B>
+inline void dots(const A* a, int64_t lda, int64_t m, const B* b, int64_t ldb, int64_t K, int64_t n, SumOf<B>* c, int64_t ldc) {
+  constexpr int64_t DEPTH = 1024;
+  for (int64_t k = 0; k < K; k += DEPTH) {
+    const int64_t depth = std::min(DEPTH, K - k);
+    for (int64_t j = 0; j < n;) {
+      const bool three = n - j >= 3;
+      for (int64_t i = 0; i < m; i += 4) {
+        if (three) dots_of<P, 3>(m - i, a + i * lda + k, lda, b + j * ldb + k, ldb, depth, c + i * ldc + j, ldc, k == 0);
+        else dots_of<P, 1>(m - i, a + i * lda + k, lda, b + j * ldb + k, ldb, depth, c + i * ldc + j, ldc, k == 0);
+      }
+      j += three ? 3 : 1;
+    }
+  }
+}
+
+// Rows of a tile: as many tiles as MR needs, all of about the same height. A tile of one or two rows waits for its loads.
+inline int64_t even_rows(int64_t m) {
+  const int64_t tiles = std::max<int64_t>(1, (m + MR - 1) / MR);
+  return std::max<int64_t>(1, (m + tiles - 1) / tiles);
+}
+
+constexpr int64_t THIN_DEPTH = 4;
+// The tile of `thin`: K is at most THIN_DEPTH, row k of b lies at b + k * ldb, in any format.
+template <class T, int M, class From>
+inline void thin_tile(const T* a, int64_t lda, const From* b, int64_t ldb, int64_t K, T* c, int64_t ldc, bool fresh) {
+  Vec<T> sum[M][NV];
+  if (fresh) {
+    NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < NV; j++) sum[i][j] = Vec<T>{};
+  } else {
+    NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < NV; j++) sum[i][j] = load(c + i * ldc + j * LANES<T>);
+  }
+  const auto step = [&](int64_t k) {
+    Vec<T> right[NV];
+    NEOX_UNROLL for (int j = 0; j < NV; j++) right[j] = load_wide(b + k * ldb + j * LANES<T>);
+    NEOX_UNROLL for (int i = 0; i < M; i++) {
+      const Vec<T> left = all(a[i * lda + k]);
+      NEOX_UNROLL for (int j = 0; j < NV; j++) sum[i][j] += left * right[j];
+    }
+  };
+  if (K == THIN_DEPTH) {
+    NEOX_UNROLL for (int64_t k = 0; k < THIN_DEPTH; k++) step(k);
+  } else {
+    for (int64_t k = 0; k < K; k++) step(k);
+  }
+  NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < NV; j++) store(c + i * ldc + j * LANES<T>, sum[i][j]);
+}
+template <class T, int M = MR, class From>
+inline void thin_tile_of(int64_t m, const T* a, int64_t lda, const From* b, int64_t ldb, int64_t K, T* c, int64_t ldc, bool fresh) {
+  if (m >= M) {
+    thin_tile<T, M>(a, lda, b, ldb, K, c, ldc, fresh);
+  } else if constexpr (M > 1) {
+    thin_tile_of<T, M - 1>(m, a, lda, b, ldb, K, c, ldc, fresh);
+  }
+}
+
+// Asks for memory that is needed soon: part `i` of `parts`.
+template <class T>
+inline void ask_for(const T* from, int64_t n, int64_t i, int64_t parts) {
+  constexpr int64_t LINE = 64 / sizeof(T);
+  const int64_t each = (n / LINE + parts - 1) / parts * LINE;
+  for (int64_t k = i * each; k < std::min(n, (i + 1) * each); k += LINE) __builtin_prefetch(from + k, 0, 2);
+}
+
 constexpr int64_t TURNED_DEPTH = 1024;  // rows of a turned operand that are packed at a time
 constexpr int64_t K_BLOCK = 256;  // a panel of b of this depth stays in the first cache
 
@@ -141,6 +234,8 @@ struct Wide {
   using Right = Sum;
   static constexpr int64_t NR = NV * LANES<Sum>;
   static constexpr int64_t K_ALIGN = 1;
+  static constexpr int64_t FEW_ROWS = 24;  // up to so many, packing a weight costs more than it saves
+  static constexpr bool THIN = true;       // `thin` exists
   static int64_t right_size(int64_t K, int64_t n) { return round_up(n, NR) * K; }
   static int64_t turned_size(int64_t K, int64_t m) { return round_up(m, MR) * K; }
 
@@ -154,47 +249,110 @@ struct Wide {
         for (int64_t k = 0; k < K; k++) clear(to + k * NR + width, NR - width);
     }
   }
-  // b[K, n] = from[K, n]
+  // b[K, n] = from[K, n].
   template <class From>
   static void pack(Right* to, const From* from, int64_t ld, int64_t K, int64_t n) {
-    for (int64_t j = 0; j < n; j += NR, to += K * NR) {
-      const int64_t width = std::min(NR, n - j);
-      for (int64_t k = 0; k < K; k++) {
-        copy(to + k * NR, from + k * ld + j, width);
-        if (width < NR) clear(to + k * NR + width, NR - width);
+    for (int64_t k0 = 0; k0 < K; k0 += PACK_ROWS) {
+      const int64_t k1 = std::min(K, k0 + PACK_ROWS);
+      for (int64_t j = 0; j < n; j += NR) {
+        const int64_t width = std::min(NR, n - j);
+        for (int64_t k = k0; k < k1; k++) {
+          Right* row = to + j * K + k * NR;
+          const From* source = from + k * ld + j;
+          if (width == NR) {
+            NEOX_UNROLL for (int v = 0; v < NV; v++) store(row + v * LANES<Sum>, load_wide(source + v * LANES<Sum>));
+          } else {
+            for (int64_t i = 0; i < NR; i++) row[i] = i < width ? widen(source[i]) : Right(0);
+          }
+        }
       }
     }
   }
   // a[m, K] = from[K, m]^T, in panels of MR rows: the operand of `turned`.
   template <class From>
   static void pack_turned(Left* to, const From* from, int64_t ld, int64_t K, int64_t m) {
-    for (int64_t i = 0; i < m; i += MR, to += K * MR) {
-      const int64_t width = std::min<int64_t>(MR, m - i);
-      if (width == MR) {
-        for (int64_t k = 0; k < K; k++) NEOX_UNROLL for (int r = 0; r < MR; r++) to[k * MR + r] = widen(from[k * ld + i + r]);
-      } else {
-        for (int64_t k = 0; k < K; k++)
-          for (int64_t r = 0; r < MR; r++) to[k * MR + r] = r < width ? widen(from[k * ld + i + r]) : Left(0);
+    for (int64_t k0 = 0; k0 < K; k0 += PACK_ROWS) {
+      const int64_t k1 = std::min(K, k0 + PACK_ROWS);
+      for (int64_t i = 0; i < m; i += MR) {
+        const int64_t width = std::min<int64_t>(MR, m - i);
+        for (int64_t k = k0; k < k1; k++) {
+          Left* row = to + i * K + k * MR;
+          const From* source = from + k * ld + i;
+          if (width == MR) {
+            NEOX_UNROLL for (int r = 0; r < MR; r++) row[r] = widen(source[r]);
+          } else {
+            for (int64_t r = 0; r < MR; r++) row[r] = r < width ? widen(source[r]) : Left(0);
+          }
+        }
       }
     }
   }
+  // For `dots`.
+  using Lanes = Vec<Sum>;
+  using Factors = Vec<Sum>;
+  static constexpr int64_t STEP = LANES<Sum>;
+  template <class From>
+  static Factors factors(const From* from, int64_t left) {
+    if (left >= STEP) return load_wide(from);
+    Factors some{};
+    for (int64_t i = 0; i < left; i++) some[i] = widen(from[i]);
+    return some;
+  }
+  static void accumulate(Lanes& sum, Factors a, Factors b) { sum += a * b; }
+  static Sum total(const Lanes& sum) {
+    Sum all = 0;
+    for (int64_t i = 0; i < STEP; i++) all += sum[i];
+    return all;
+  }
   // c += a b, or c = a b where it is fresh (and K is not 0).
   static void product(const Left* a, int64_t lda, int64_t m, const Right* b, int64_t K, int64_t n, Sum* c, int64_t ldc, bool fresh) {
+    const int64_t even = even_rows(m);
     for (int64_t k = 0; k < K; k += K_BLOCK) {
       const int64_t depth = std::min(K_BLOCK, K - k);
       for (int64_t j = 0; j < n; j += NR)
-        for (int64_t i = 0; i < m; i += MR) 
-          tile_of<Sum>(m - i, a + i * lda + k, lda, 1, b + j * K + k * NR, depth, c + i * ldc + j, ldc, fresh && k == 0);
+        for (int64_t i = 0; i < m; i += even) {
+          if (j == 0)
+            for (int64_t r = i + even; r < std::min(m, i + 2 * even); r++) ask_for(a + r * lda + k, depth, 0, 1);
+          tile_of<Sum>(std::min(even, m - i), a + i * lda + k, lda, 1, b + j * K + k * NR, depth, c + i * ldc + j, ldc, fresh && k == 0);
+        }
     }
   }
-  // The same with a from `pack_turned`: `a` holds rows k0 to k0 + K of a panel of `deep` rows.
-  static void turned(const Left* a, int64_t m, const Right* b, int64_t deep, int64_t k0, int64_t K, int64_t n, Sum* c, int64_t ldc, bool fresh) {
-    for (int64_t k = 0; k < K; k += K_BLOCK) {
-      const int64_t depth = std::min(K_BLOCK, K - k);
-      for (int64_t j = 0; j < n; j += NR)
-        for (int64_t i = 0; i < m; i += MR)
-          tile_of<Sum>(m - i, a + i * K + k * MR, 1, MR, b + j * deep + (k0 + k) * NR, depth, c + i * ldc + j, ldc, fresh && k == 0);
+  // c = a b of few rows: b is not packed. Four of its rows at a time are read, and pass all columns; the next four are asked for meanwhile.
+  template <class From>
+  static void thin(const Left* a, int64_t lda, int64_t m, const From* b, int64_t ldb, int64_t K, int64_t n, Sum* c, int64_t ldc) {
+    const int64_t even = even_rows(m), whole = n / NR * NR;
+    for (int64_t k = 0; k < K; k += THIN_DEPTH) {
+      const int64_t depth = std::min(THIN_DEPTH, K - k);
+      const From* next = k + THIN_DEPTH < K ? b + (k + THIN_DEPTH) * ldb : b;
+      for (int64_t j = 0; j < whole; j += NR) {
+        for (int64_t d = 0; d < depth; d++) __builtin_prefetch(next + d * ldb + j);
+        for (int64_t i = 0; i < m; i += even)
+          thin_tile_of<Sum>(std::min(even, m - i), a + i * lda + k, lda, b + k * ldb + j, ldb, depth, c + i * ldc + j, ldc, k == 0);
+      }
+      if (whole == n) continue;
+      Sum last[THIN_DEPTH * NR];
+      pack(last, b + k * ldb + whole, ldb, depth, n - whole);
+      for (int64_t i = 0; i < m; i += even)
+        thin_tile_of<Sum>(std::min(even, m - i), a + i * lda + k, lda, last, NR, depth, c + i * ldc + whole, ldc, k == 0);
     }
+  }
+  // The same with a from `pack_turned`: `a` holds rows k0 to k0 + K of a panel of `deep` rows. c is often a gradient in memory: a part of it is finished
+  // before the next one is begun, and its lines are asked for before they are written.
+  static void turned(const Left* a, int64_t m, const Right* b, int64_t deep, int64_t k0, int64_t K, int64_t n, Sum* c, int64_t ldc, bool fresh) {
+    constexpr int64_t PART = 8 * NR;
+    for (int64_t part = 0; part < n; part += PART)
+      for (int64_t k = 0; k < K; k += K_BLOCK) {
+        const int64_t depth = std::min(K_BLOCK, K - k);
+        for (int64_t j = part; j < std::min(n, part + PART); j += NR) {
+          if (k == 0 && j + NR < n)
+            for (int64_t i = 0; i < m; i++) __builtin_prefetch(c + i * ldc + j + NR, 1);
+          const Right* panel = b + j * deep + (k0 + k) * NR;
+          for (int64_t i = 0; i < m; i += MR) {
+            if (j + NR < n) ask_for(panel + deep * NR, depth * NR, i / MR, (m + MR - 1) / MR);
+            tile_of<Sum>(m - i, a + i * K + k * MR, 1, MR, panel, depth, c + i * ldc + j, ldc, fresh && k == 0);
+          }
+        }
+      }
   }
 };
 
@@ -208,6 +366,8 @@ struct Dot {
   using Right = bf16;
   static constexpr int64_t NR = 32;
   static constexpr int64_t K_ALIGN = 32;
+  static constexpr int64_t FEW_ROWS = 12;
+  static constexpr bool THIN = false;
   static int64_t right_size(int64_t K, int64_t n) { return round_up(n, NR) * round_up(K, K_ALIGN); }
   static int64_t turned_size(int64_t K, int64_t m) { return m * round_up(K, K_ALIGN); }
 
@@ -243,13 +403,17 @@ struct Dot {
   template <class From>
   static void pack(Right* to, const From* from, int64_t ld, int64_t K, int64_t n) {
     const int64_t deep = round_up(K, K_ALIGN);
-    for (int64_t j = 0; j < n; j += NR, to += deep * NR) {
-      const int64_t width = std::min(NR, n - j);
-      if (width < NR || deep > K) clear(to, deep * NR);
-      for (int64_t p = 0; p < K / 2; p++) interleave(to + p * NR * 2, from + 2 * p * ld + j, from + (2 * p + 1) * ld + j, width);
-      if (K % 2)
-        for (int64_t i = 0; i < width; i++) to[(K / 2 * NR + i) * 2] = from[(K - 1) * ld + j + i];
-    }
+    for (int64_t j = 0; j < n; j += NR)
+      if (n - j < NR || deep > K) clear(to + j * deep, deep * NR);
+    for (int64_t k0 = 0; k0 < K; k0 += PACK_ROWS)
+      for (int64_t j = 0; j < n; j += NR) {
+        const int64_t width = std::min(NR, n - j), k1 = std::min(K, k0 + PACK_ROWS);
+        Right* panel = to + j * deep;
+        int64_t k = k0;
+        for (; k + 2 <= k1; k += 2) interleave(panel + k * NR, from + k * ld + j, from + (k + 1) * ld + j, width);
+        if (k < k1)
+          for (int64_t i = 0; i < width; i++) panel[k * NR + 2 * i] = from[k * ld + j + i];
+      }
   }
   static void interleave(Right* to, const bf16* first, const bf16* second, int64_t n) {
     typedef uint16_t Row __attribute__((vector_size(32), aligned(2), may_alias));
@@ -267,17 +431,38 @@ struct Dot {
       to[2 * i + 1] = second[i];
     }
   }
-  // Rows of a[m, K] = from[K, m]^T, as plain rows.
+  // Rows of a[m, K] = from[K, m]^T, as plain rows. Two rows of `from` are interleaved; then it is a transposition of 32-bit words.
   template <class From>
   static void pack_turned(Left* to, const From* from, int64_t ld, int64_t K, int64_t m) {
     const int64_t deep = round_up(K, K_ALIGN);
-    for (int64_t i0 = 0; i0 < m; i0 += 32) {  // squares of 32 by 32: the reads and the writes of one stay in the cache
-      const int64_t i1 = std::min(i0 + 32, m);
-      for (int64_t k0 = 0; k0 < deep; k0 += 32)
-        for (int64_t i = i0; i < i1; i++)
-          for (int64_t k = k0; k < k0 + 32; k++) to[i * deep + k] = k < K ? from[k * ld + i] : bf16{0};
+    int64_t k = 0;
+    for (; k + 16 <= K; k += 16) {
+      int64_t i = 0;
+      for (; i + 8 <= m; i += 8) {
+        Eight row[8];
+        NEOX_UNROLL for (int p = 0; p < 8; p++) row[p] = pairs_of(from + (k + 2 * p) * ld + i, from + (k + 2 * p + 1) * ld + i);
+        transpose8(reinterpret_cast<float*>(to + i * deep + k), deep / 2, row);
+      }
+      for (; i < m; i++)
+        for (int64_t r = k; r < k + 16; r++) to[i * deep + r] = from[r * ld + i];
     }
+    for (; k < deep; k++)
+      for (int64_t i = 0; i < m; i++) to[i * deep + k] = k < K ? from[k * ld + i] : bf16{0};
   }
+  static Eight pairs_of(const bf16* first, const bf16* second) {
+    typedef uint16_t Half __attribute__((vector_size(16), aligned(2), may_alias));
+    typedef uint32_t Words8 __attribute__((vector_size(32)));
+    const Words8 low = __builtin_convertvector(*reinterpret_cast<const Half*>(first), Words8);
+    const Words8 high = __builtin_convertvector(*reinterpret_cast<const Half*>(second), Words8);
+    return reinterpret_cast<Eight>(low | high << 16);
+  }
+  // For `dots`.
+  using Lanes = PairSums;
+  using Factors = Pairs;
+  static constexpr int64_t STEP = PAIRS_STEP;
+  static Factors factors(const bf16* from, int64_t left) { return load_pairs(from, left); }
+  static void accumulate(Lanes& sum, const Factors& a, const Factors& b) { add_pairs_of(sum, a, b); }
+  static Sum total(const Lanes& sum) { return total_of(sum); }
   static void product(const Left* a, int64_t lda, int64_t m, const Right* b, int64_t K, int64_t n, Sum* c, int64_t ldc, bool fresh) {
     dot_product(a, lda, m, b, round_up(K, K_ALIGN), round_up(K, K_ALIGN), n, c, ldc, fresh);
   }

@@ -9,8 +9,13 @@ from megatron.kernels.compiled import DTYPES, address, built, counts, serves
 from megatron.kernels.grouped_gemm.reference import Reference
 
 
+def one_product(x_RD: Tensor, rows_E: Tensor) -> bool:
+    """Whether this is an ordinary matrix product, for which PyTorch's library is faster. Its 16-bit products are not on every processor."""
+    return rows_E.numel() == 1 and x_RD.dtype != torch.bfloat16
+
+
 class Compiled:
-    """The op's two products. A format that csrc lacks (float16) is the reference's."""
+    """The op's two products. A format that csrc lacks (float16) is the reference's, and so is a single group."""
 
     def __init__(self) -> None:
         self.built = built()
@@ -18,7 +23,7 @@ class Compiled:
 
     def matmul(self, x_RD: Tensor, weight_EDF: Tensor, rows_E: Tensor, *, transposed: bool) -> Tensor:
         """y_RF."""
-        if not serves(x_RD, weight_EDF):
+        if one_product(x_RD, rows_E) or not serves(x_RD, weight_EDF):
             return self.reference.matmul(x_RD, weight_EDF, rows_E, transposed=transposed)
         if not weight_EDF.is_contiguous() and weight_EDF.mT.is_contiguous():  # a view turned by the caller
             weight_EDF, transposed = weight_EDF.mT, not transposed
@@ -32,7 +37,7 @@ class Compiled:
 
     def outer(self, x_RD: Tensor, y_RF: Tensor, rows_E: Tensor) -> Tensor:
         """out_EDF."""
-        if not serves(x_RD, y_RF):
+        if one_product(x_RD, rows_E) or not serves(x_RD, y_RF):
             return self.reference.outer(x_RD, y_RF, rows_E)
         x_RD, y_RF, rows_E = x_RD.contiguous(), y_RF.contiguous(), counts(rows_E)
         out_EDF = x_RD.new_empty(rows_E.shape[0], x_RD.shape[1], y_RF.shape[1])
