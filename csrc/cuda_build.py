@@ -72,12 +72,9 @@ def run(command: list[str]) -> str:
     return done.stdout + done.stderr
 
 
-def compile_objects(architectures: list[str], folder: Path, chosen: list[Path], *, portable: bool = False) -> list[Kernel]:
-    """Objects of these sources in `folder`, and what ptxas says about them. `portable`: also in the form that later GPUs' drivers compile."""
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    if portable:
-        newest = max(architectures, key=int)
-        targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+def compile_objects(architectures: list[str], folder: Path, chosen: list[Path], *flags: str) -> list[Kernel]:
+    """Objects of these sources in `folder`, and what ptxas says about them."""
+    targets = [*flags, *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures)]
     kernels = []
     for source in chosen:
         log = run([nvcc(), *NVCC_FLAGS, *targets, "-Xptxas", "-v", "-c", str(source), "-o", str(folder / f"{source.parent.name}.o")])
@@ -125,10 +122,15 @@ def table(kernels: list[Kernel]) -> str:
 
 
 def build_library(architectures: list[str], target: Path) -> None:
-    """The shared library for a GPU."""
+    """The shared library for GPUs of these architectures; the drivers of later GPUs compile what is in it for the newest."""
+    sys.path.insert(0, str(CSRC.parent))
+    from megatron.kernels.source_digest import cuda_source_digest
+
+    newest = max(architectures, key=int)
+    flags = [f"-gencode=arch=compute_{newest},code=compute_{newest}", f"-DSOURCE_DIGEST=0x{cuda_source_digest(CSRC)}ull"]
     with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as name:
         folder = Path(name)
-        compile_objects(architectures, folder, sources(), portable=True)
+        compile_objects(architectures, folder, sources(), *flags)
         run([nvcc(), "-shared", *map(str, sorted(folder.glob("*.o"))), "-o", str(folder / "library.so")])
         os.replace(folder / "library.so", target)
 

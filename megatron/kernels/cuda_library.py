@@ -21,11 +21,15 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.registry import Implementation
+from megatron.kernels.source_digest import cuda_source_digest
 
 P = TypeVar("P")
 LIBRARY = Path(__file__).resolve().parent / "libneox_cuda.so"
+SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 HALVES = {torch.bfloat16: 0, torch.float16: 1}
 """The dtypes that the kernels compute in, by their number."""
+MOST_GROUPS = 65535
+"""What the smaller dimensions of a grid can count."""
 
 
 class MatrixArgument(ctypes.Structure):
@@ -189,8 +193,10 @@ class CudaLibrary:
         self.emulated = hasattr(self._functions, "emulation_register")
         self.device = "cpu" if self.emulated else "cuda"
         sizes = [self._functions.neox_sizes(which) for which in range(2)]
-        if sizes != [ctypes.sizeof(RowProductArgument), ctypes.sizeof(OuterProductArgument)]:
-            raise OSError(f"{path.name} was built from other sources; build it again")
+        self._functions.neox_source_digest.restype = ctypes.c_uint64
+        other = not self.emulated and SOURCES.is_dir() and self._functions.neox_source_digest() != int(cuda_source_digest(SOURCES), 16)
+        if other or sizes != [ctypes.sizeof(RowProductArgument), ctypes.sizeof(OuterProductArgument)]:
+            raise OSError(f"{path.name} was built from other sources; 'python csrc/cuda_build.py --library' builds it again")
         if self.emulated:
             self._functions.emulation_reports.restype = ctypes.c_char_p
             self._functions.emulation_register.argtypes = [c_void_p, ctypes.c_size_t, ctypes.c_char_p]

@@ -1,4 +1,4 @@
-"""Routing by the CUDA kernels of csrc/route: float32; float64 by the reference. Without `allow_nan` the check waits for the device, nothing else does.
+"""Routing by the CUDA kernels of csrc/route: float32; float64 by the reference. Only the check without `allow_nan` waits for the device.
 
 Shapes as in the package's docstring. A row is decided by one warp, whatever its parent. The choices are sorted by counting, and a row that no parent
 has stands behind all others.
