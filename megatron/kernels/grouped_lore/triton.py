@@ -177,8 +177,8 @@ def _other(epilogue: Epilogue) -> str:
 
 
 def _rank_block(rank: int, x: Tensor) -> int:
-    """Ranks of up to 64 are one step. Numbers of more than 16 bits take steps of 16: their products use no tensor cores, and longer steps spill."""
-    return 16 if rank <= 16 or x.element_size() > 2 else 32 if rank <= 32 else 64
+    """Ranks of up to 64 are one step. In float32 steps are 16 long: its products use no tensor cores, and longer steps spill."""
+    return 16 if rank <= 16 or x.element_size() == 4 else 32 if rank <= 32 else 64
 
 
 def _activation_backward(grad_RF: Tensor, up_RF: Tensor, gate_RF: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
