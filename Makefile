@@ -88,6 +88,10 @@ bench: setup-run ## measure training speed on this machine
 cuda: ## compile the CUDA kernels for every architecture and print what each needs (needs nvcc)
 	@$(python) csrc/cuda_build.py
 
+.PHONY: gpu
+gpu: setup ## on one GPU, in ten minutes: build the CUDA kernels, run the GPU tests, measure the kernels
+	@$(python) tools/bench/gpu.py
+
 .PHONY: docs
 docs: setup-run ## write configs/neox_arguments.md from the configuration sections
 	@$(python) -m megatron.config.reference

@@ -72,14 +72,23 @@ def run(command: list[str]) -> str:
     return done.stdout + done.stderr
 
 
-def compile_objects(architectures: list[str], folder: Path) -> list[Kernel]:
-    """Objects of all sources in `folder`, and what ptxas says about them."""
+def compile_objects(architectures: list[str], folder: Path, chosen: list[Path], *flags: str) -> list[Kernel]:
+    """Objects of these sources in `folder`, and what ptxas says about them."""
+    targets = [*flags, *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures)]
     kernels = []
-    for source in sources():
-        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    for source in chosen:
         log = run([nvcc(), *NVCC_FLAGS, *targets, "-Xptxas", "-v", "-c", str(source), "-o", str(folder / f"{source.parent.name}.o")])
         kernels += parse(log)
     return kernels
+
+
+def known_architectures() -> list[str]:
+    """Those of ours that this nvcc compiles for: an older one does not know the newest. Raises NotBuilt where there is none."""
+    known = set(re.findall(r"compute_(\d+)", run([nvcc(), "--list-gpu-arch"])))
+    ours = [architecture for architecture in ARCHITECTURES if architecture in known]
+    if not ours:
+        raise NotBuilt(f"nvcc compiles for none of {', '.join(ARCHITECTURES)}, but for {', '.join(sorted(known, key=int)) or 'nothing'}")
+    return ours
 
 
 def parse(log: str) -> list[Kernel]:
@@ -99,7 +108,8 @@ def demangle(name: str) -> str:
     if program is None:
         return name
     plain = subprocess.run([program, name], capture_output=True, text=True, check=True).stdout.strip()
-    return re.sub(r"\(bool\)(\d)", lambda match: "true" if match[1] == "1" else "false", plain).removeprefix("void ").split("(")[0]
+    plain = re.sub(r"\(bool\)(\d)", lambda match: "true" if match[1] == "1" else "false", plain)
+    return plain.removeprefix("void ").replace("(anonymous namespace)::", "").split("(")[0]
 
 
 def table(kernels: list[Kernel]) -> str:
@@ -112,10 +122,15 @@ def table(kernels: list[Kernel]) -> str:
 
 
 def build_library(architectures: list[str], target: Path) -> None:
-    """The shared library for a GPU."""
+    """The shared library for GPUs of these architectures; the drivers of later GPUs compile what is in it for the newest."""
+    sys.path.insert(0, str(CSRC.parent))
+    from megatron.kernels.source_digest import cuda_source_digest
+
+    newest = max(architectures, key=int)
+    flags = [f"-gencode=arch=compute_{newest},code=compute_{newest}", f"-DSOURCE_DIGEST=0x{cuda_source_digest(CSRC)}ull"]
     with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as name:
         folder = Path(name)
-        compile_objects(architectures, folder)
+        compile_objects(architectures, folder, sources(), *flags)
         run([nvcc(), "-shared", *map(str, sorted(folder.glob("*.o"))), "-o", str(folder / "library.so")])
         os.replace(folder / "library.so", target)
 
@@ -139,15 +154,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", action="store_true", help="build the library for a GPU")
     parser.add_argument("--emulation", action="store_true", help="build the library for the CPU")
-    parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES), help="compute capabilities without the point")
+    parser.add_argument("--architectures", nargs="+", help="compute capabilities without the point (default: 80 90 100, as far as nvcc knows them)")
     given = parser.parse_args()
     try:
         if given.emulation:
             build_emulation(TARGET / EMULATION, sources())
         elif given.library:
-            build_library(given.architectures, TARGET / LIBRARY)
+            build_library(given.architectures or known_architectures(), TARGET / LIBRARY)
         else:
-            return check(given.architectures)
+            return check(given.architectures or known_architectures())
     except NotBuilt as reason:
         print(f"CUDA kernels: not compiled, {reason}")
         return 2
@@ -158,7 +173,7 @@ def main() -> int:
 def check(architectures: list[str]) -> int:
     """Prints the table; 1 where a kernel spills."""
     with tempfile.TemporaryDirectory() as folder:
-        kernels = compile_objects(architectures, Path(folder))
+        kernels = compile_objects(architectures, Path(folder), sources())
     print(table(kernels))
     spilling = [kernel for kernel in kernels if kernel.spills]
     for kernel in spilling:

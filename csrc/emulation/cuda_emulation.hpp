@@ -1,4 +1,4 @@
-// What a .cu file needs of CUDA, so that a C++ compiler builds it and a CPU runs it. See README.md in this folder.
+// What a .cu file needs of CUDA, so that a C++ compiler builds it and a CPU runs it. See csrc/README.md.
 #pragma once
 
 #include <cmath>

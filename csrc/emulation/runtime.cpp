@@ -39,7 +39,8 @@ bool runnable(const Thread& thread) { return !thread.finished && !thread.at_bloc
 Thread* next_thread(int from) {
     int count = launch_now.threads;
     for (int step = 1; step <= count; ++step) {
-        Thread& thread = threads[static_cast<size_t>((from + step) % count)];
+        int number = launch_now.backwards ? from + count - step : from + step;
+        Thread& thread = threads[static_cast<size_t>(number % count)];
         if (runnable(thread)) return &thread;
     }
     return nullptr;
@@ -88,7 +89,7 @@ void run_block() {
     auto& l = launch_now;
     start_block();
     while (l.finished < l.threads && !l.given_up) {
-        l.current = next_thread(l.threads - 1);
+        l.current = next_thread(l.backwards ? 0 : l.threads - 1);
         if (l.current == nullptr) {
             report("deadlock: not every thread comes to the same barrier or warp operation (" + where_all_stand() + ")");
             l.given_up = true;
@@ -154,7 +155,7 @@ int run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*b
     for (unsigned z = 0; z < grid.z; ++z)
         for (unsigned y = 0; y < grid.y; ++y)
             for (unsigned x = 0; x < grid.x && !l.given_up; ++x, ++l.block_number) {
-                l.block_index = dim3(x, y, z);
+                l.block_index = l.backwards ? dim3(grid.x - 1 - x, grid.y - 1 - y, grid.z - 1 - z) : dim3(x, y, z);
                 run_block();
             }
     return reports.size() + reports_beyond == reported ? 0 : 1;
@@ -226,6 +227,8 @@ __attribute__((visibility("default"))) void emulation_clear() {
     reports.clear();
     reports_beyond = 0;
 }
+/// A device promises no order of blocks and threads. 1: from now on they run from the last to the first.
+__attribute__((visibility("default"))) void emulation_run_backwards(int backwards) { launch_now.backwards = backwards != 0; }
 /// Everything found since the last clear, a line each.
 __attribute__((visibility("default"))) const char* emulation_reports() {
     static std::string text;

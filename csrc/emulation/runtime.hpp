@@ -48,6 +48,7 @@ struct Launch {
     uint32_t block_number = 0, epoch = 0, first_epoch = 0, block_epoch = 0;
     Thread* current = nullptr;  // nullptr: no kernel code is running
     bool given_up = false;
+    bool backwards = false;  // blocks and threads run from the last to the first
     std::vector<Warp> warps;
 };
 

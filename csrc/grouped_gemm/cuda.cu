@@ -59,4 +59,10 @@ EXPORTED int neox_multiply_outer(const OuterProduct* p, int half, cudaStream_t s
     return half ? outer_of<Float16>(*p, stream) : outer_of<BFloat16>(*p, stream);
 }
 
+/// Of the sources that a library for a GPU was built from; 0 elsewhere.
+#ifndef SOURCE_DIGEST
+#define SOURCE_DIGEST 0
+#endif
+EXPORTED uint64_t neox_source_digest() { return SOURCE_DIGEST; }
+
 EXPORTED int neox_sizes(int which) { return static_cast<int>(which == 0 ? sizeof(RowProduct) : sizeof(OuterProduct)); }

@@ -21,11 +21,15 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.registry import Implementation
+from megatron.kernels.source_digest import cuda_source_digest
 
 P = TypeVar("P")
 LIBRARY = Path(__file__).resolve().parent / "libneox_cuda.so"
+SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 HALVES = {torch.bfloat16: 0, torch.float16: 1}
 """The dtypes that the kernels compute in, by their number."""
+MOST_GROUPS = 65535
+"""What the smaller dimensions of a grid can count."""
 
 
 class MatrixArgument(ctypes.Structure):
@@ -187,9 +191,12 @@ class CudaLibrary:
     def __init__(self, path: Path) -> None:
         self._functions = ctypes.CDLL(str(path))
         self.emulated = hasattr(self._functions, "emulation_register")
+        self.device = "cpu" if self.emulated else "cuda"
         sizes = [self._functions.neox_sizes(which) for which in range(2)]
-        if sizes != [ctypes.sizeof(RowProductArgument), ctypes.sizeof(OuterProductArgument)]:
-            raise OSError(f"{path.name} was built from other sources; build it again")
+        self._functions.neox_source_digest.restype = ctypes.c_uint64
+        other = not self.emulated and SOURCES.is_dir() and self._functions.neox_source_digest() != int(cuda_source_digest(SOURCES), 16)
+        if other or sizes != [ctypes.sizeof(RowProductArgument), ctypes.sizeof(OuterProductArgument)]:
+            raise OSError(f"{path.name} was built from other sources; 'python csrc/cuda_build.py --library' builds it again")
         if self.emulated:
             self._functions.emulation_reports.restype = ctypes.c_char_p
             self._functions.emulation_register.argtypes = [c_void_p, ctypes.c_size_t, ctypes.c_char_p]
@@ -200,7 +207,9 @@ class CudaLibrary:
         return out.fill_(torch.nan if out.is_floating_point() else -1) if self.emulated else out
 
     def offsets(self, counts_G: Tensor, places: int) -> Groups:
-        """The groups of `places` places, for any counts: negative ones are 0, and what is too much is cut off."""
+        """The groups of `places` places, for any counts: negative ones are 0, and what is too much is cut off. Raises ValueError for 2^31 places."""
+        if places >= 1 << 31:
+            raise ValueError(f"the CUDA kernels count rows in 32 bits, and there are {places}; split the batch")
         count = counts_G.shape[0]
         out = self.empty(counts_G, 3 * (count + 2), dtype=torch.int32)
         call = Call(self, {"counts": counts_G, "out": out})
@@ -295,9 +304,14 @@ class Call:
         return argument
 
     def run(self, function: str, *arguments: Any) -> None:
-        """Raises RuntimeError where the device refuses the call, or where the emulation finds a fault."""
+        """Raises RuntimeError where the device refuses the call, or where the emulation finds a fault; ValueError for tensors of other devices."""
         device = next(iter(self.tensors.values())).device
         functions = self.library._functions
+        if device.type != self.library.device or any(tensor.device != device for tensor in self.tensors.values()):
+            where = ", ".join(f"{name} on {tensor.device}" for name, tensor in self.tensors.items())
+            raise ValueError(
+                f"the kernels read the memory of one {self.library.device} device, but there is {where}; move all to the device of the rows"
+            )
         if self.library.emulated:
             functions.emulation_clear()
             for name, tensor in self.tensors.items():

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 
 def source_digest(folder: Path) -> str:
     """The digest of csrc's files that the compiled kernels are made of."""
+    return _digest(folder, [folder / "bindings.cpp", *folder.glob("*/cpu.cpp"), *folder.glob("*/*.h")])
+
+
+def cuda_source_digest(folder: Path) -> str:
+    """The digest of csrc's files that the library for a GPU is made of."""
+    return _digest(folder, [*folder.glob("*/cuda.cu"), *folder.glob("*/*.cuh")])
+
+
+def _digest(folder: Path, files: Iterable[Path]) -> str:
+    """16 digits of base 16."""
     digest = hashlib.blake2b(digest_size=8)
-    for path in sorted([folder / "bindings.cpp", *folder.glob("*/cpu.cpp"), *folder.glob("*/*.h")]):
+    for path in sorted(files):
         digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()

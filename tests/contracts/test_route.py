@@ -296,7 +296,7 @@ def test_choice_statistics(backend: str, case: tuple[list[list[int]], int]) -> N
     torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", implementations("permute"))
 def test_sorting_groups_as_torch_does(backend: str) -> None:
     """The counting sort, also with threads and empty places."""
     skip_unless_it_runs("permute", backend, "cpu")

@@ -67,6 +67,11 @@ __global__ void blocks_add(int* out, int atomically) {
     }
 }
 
+/// What the blocks add depends on their order: floats are rounded.
+__global__ void blocks_add_floats(const float* in, float* out) {
+    if (threadIdx.x == 0) atomicAdd(out, in[blockIdx.x]);
+}
+
 __global__ void lane_results(int* out) {
     int lane = static_cast<int>(threadIdx.x);
     out[lane] = shuffle_xor(lane, 5);
@@ -122,6 +127,9 @@ EXPORTED int planted_read_wide(const uint16_t* in, uint16_t* out, int at) { retu
 EXPORTED int planted_some_threads_wait(int threads) { return launch("some_threads_wait", some_threads_wait, dim3(1), dim3(THREADS), 0, nullptr, threads); }
 EXPORTED int planted_some_lanes_shuffle(int lanes) { return launch("some_lanes_shuffle", some_lanes_shuffle, dim3(1), dim3(32), 0, nullptr, lanes); }
 EXPORTED int planted_blocks_add(int* out, int atomically) { return launch("blocks_add", blocks_add, dim3(3), dim3(32), 0, nullptr, out, atomically); }
+EXPORTED int planted_blocks_add_floats(const float* in, float* out) {
+    return launch("blocks_add_floats", blocks_add_floats, dim3(3), dim3(32), 0, nullptr, in, out);
+}
 EXPORTED int planted_too_much_shared(int bytes) {
     return launch("write_shared_at", write_shared_at, dim3(1), dim3(1), static_cast<size_t>(bytes), nullptr, 0);
 }

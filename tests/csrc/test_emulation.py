@@ -125,6 +125,18 @@ def test_blocks_that_write_one_place(planted: Planted) -> None:
     assert "race: thread 0 of block 1 reads tensor 0 + 0, which thread 0 of block 0 writes" in lines[0]
 
 
+def test_an_order_that_matters_shows(planted: Planted) -> None:
+    """1 + 1e8 - 1e8 is 0 from the first to the last, and 1 from the last to the first."""
+    given, sums = torch.tensor([1, 1e8, -1e8]), []
+    for backwards in (0, 1):
+        planted.functions.emulation_run_backwards(backwards)
+        out = torch.zeros(1)
+        assert planted("blocks_add_floats", given, out) == []
+        sums.append(out.item())
+    planted.functions.emulation_run_backwards(0)
+    assert sums == [0, 1]
+
+
 def test_more_shared_memory_than_there_is(planted: Planted) -> None:
     assert planted("too_much_shared", 64) == []
     assert "a device refuses this launch: grid 1x1x1, 1 threads, 250000 bytes of shared memory" in planted("too_much_shared", 250_000)[0]

@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 
 from megatron.kernels import permute as perm
 from megatron.kernels.grouped_lore.interface import HiddenLayer, LoreChoice, Projection
+from megatron.kernels.route.interface import Gradients, Saved, Selection
 from megatron.kernels.triton_kernels import blocks
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64", torch.int32: "i32"}
@@ -49,6 +50,9 @@ def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     for place, (name, given) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
         if isinstance(given, Tensor):
             found.signature[name] = f"*{TYPES[given.dtype]}"
+        elif isinstance(given, float):
+            found.signature[name] = "fp32"
+            continue
         elif given == 1:
             found.signature[name], found.constants[(place,)] = "constexpr", 1
             continue
@@ -77,14 +81,33 @@ def hidden_layer(implementation: Any, dtype: torch.dtype, choices: int | None, g
     implementation.backward(hidden, x, layer, saved)
 
 
+class Unsorted:
+    """Nothing ran, so there are no keys to sort."""
+
+    def sort(self, key_NK: Tensor, num_groups: int, *, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return key_NK.flatten(), key_NK, key_NK.new_zeros(num_groups)
+
+
+def routing(implementation: Any, sizes: list[tuple[int, int, bool]]) -> None:
+    """Candidates, choices, and whether weights are normalised. Routers compute in float32, whatever the model's dtype is."""
+    for candidates, top_k, normalize in sizes:
+        logit, rows_P, selection = torch.zeros(1024, candidates), torch.full((4,), 256), Selection(top_k, normalize)
+        routed = implementation.forward(logit, rows_P, selection, allow_nan=True)
+        grads = Gradients(routed.weight_NK, routed.probability_NC, routed.logsumexp_N, routed.total_PC)
+        implementation.backward(grads, Saved(routed.probability_NC, torch.zeros_like(routed.choice_NK), rows_P), selection)
+
+
 def record_all(dtype: torch.dtype, quick: bool) -> None:
     """`quick`: one StructMoE layer only."""
     blocks.launch = record
     from megatron.kernels.grouped_gemm.triton import Triton as Gemm
     from megatron.kernels.grouped_lore.triton import Triton as Lore
     from megatron.kernels.permute.triton import Triton as Permute
+    from megatron.kernels.route import triton as route
 
+    route.Permutation = Unsorted  # type: ignore[assignment, misc]
     hidden_layer(Lore(), dtype, 1, False, "gelu")
+    routing(route.Triton(), [(32, 1, False)] if quick else [(8, 2, True), (32, 1, False), (64, 8, True), (257, 3, True)])
     if quick:
         return
     hidden_layer(Lore(), dtype, 2, True, "silu")

@@ -46,6 +46,23 @@ def test_float32_in_the_interpreter(repository: Path) -> None:
 
 
 @needs_triton
+def test_routing_in_the_interpreter(repository: Path) -> None:
+    chosen = "triton and (equal_logits or without_probabilities or absent or order_is or (values and not float64 and (LoREs or seven)))"
+    last = pytest_of(repository, Path("tests", "contracts", "test_route.py"), chosen)
+    assert int(last.split()[0]) >= 36, last
+    assert "skipped" not in last
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_contract_of_routing_in_the_interpreter(repository: Path) -> None:
+    last = pytest_of(repository, Path("tests", "contracts", "test_route.py"), "triton")
+    assert int(last.split()[0]) > 100, last
+    assert "skipped" not in last
+
+
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_contract_in_the_interpreter(repository: Path) -> None:
@@ -57,7 +74,9 @@ def test_every_contract_in_the_interpreter(repository: Path) -> None:
 
 @needs_triton
 def test_a_structmoe_layer_compiles_without_spills(repository: Path) -> None:
-    assert "project_kernel sm_80" in run(repository, os.fspath(FOLDER / "compile_triton.py"), "bfloat16", "80", "quick", interpret=False)
+    output = run(repository, os.fspath(FOLDER / "compile_triton.py"), "bfloat16", "80", "quick", interpret=False)
+    for kernel in ("project", "route", "route_backward"):
+        assert f"{kernel}_kernel sm_80" in output
 
 
 @needs_triton
@@ -66,7 +85,19 @@ def test_a_structmoe_layer_compiles_without_spills(repository: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_every_kernel_compiles_without_spills(dtype: str, repository: Path) -> None:
     output = run(repository, os.fspath(FOLDER / "compile_triton.py"), dtype, "80", "90", interpret=False)
-    for kernel in ("matmul", "outer", "sum_rows", "project", "activation_backward", "scale", "gather", "combine", "combine_backward"):
+    for kernel in (
+        "matmul",
+        "outer",
+        "sum_rows",
+        "project",
+        "activation_backward",
+        "scale",
+        "gather",
+        "combine",
+        "combine_backward",
+        "route",
+        "route_backward",
+    ):
         assert f"{kernel}_kernel sm_80" in output
         assert f"{kernel}_kernel sm_90" in output
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron.kernels.cuda_library import HALVES, CudaLibrary, Rows, check_counts, load
+from megatron.kernels.cuda_library import HALVES, MOST_GROUPS, CudaLibrary, Rows, check_counts, load
 from megatron.kernels.grouped_gemm.reference import Reference
 
 
@@ -27,15 +27,15 @@ class Cuda:
             weight_EDF, outer, transposed = weight_EDF.mT, not outer, not transposed
         width = weight_EDF.shape[1 if transposed else 2]
         out_RF = self.library.empty(x_RD, x_RD.shape[0], width)
-        groups = self.library.offsets(rows_E.to(torch.int64).contiguous(), x_RD.shape[0])
+        groups = self.library.offsets(rows_E.to(x_RD.device, torch.int64).contiguous(), x_RD.shape[0])
         x_RD, weight_EDF = x_RD.contiguous(), weight_EDF.contiguous()
         self.library.rows(Rows(x_RI=x_RD, groups=groups, weight=weight_EDF, outer=outer, width=width, product=out_RF))
         return out_RF
 
     def outer(self, x_RD: Tensor, y_RF: Tensor, rows_E: Tensor) -> Tensor:
         """out_EDF."""
-        if x_RD.dtype not in HALVES or y_RF.dtype != x_RD.dtype:
+        if x_RD.dtype not in HALVES or y_RF.dtype != x_RD.dtype or rows_E.shape[0] > MOST_GROUPS:
             return self.reference.outer(x_RD, y_RF, rows_E)
         check_counts(rows_E, x_RD.shape[0])
-        groups = self.library.offsets(rows_E.to(torch.int64).contiguous(), x_RD.shape[0])
+        groups = self.library.offsets(rows_E.to(x_RD.device, torch.int64).contiguous(), x_RD.shape[0])
         return self.library.outer(x_RD.contiguous(), y_RF.contiguous(), groups)

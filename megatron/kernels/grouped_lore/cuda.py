@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.activations import ACTIVATIONS
-from megatron.kernels.cuda_library import HALVES, CudaLibrary, Gathered, Groups, Lores, Rows, check_counts, load
+from megatron.kernels.cuda_library import HALVES, MOST_GROUPS, CudaLibrary, Gathered, Groups, Lores, Rows, check_counts, load
 from megatron.kernels.grouped_lore.interface import Gradients, HiddenLayer, LoreChoice, Projection, Saved, projection_width
 from megatron.kernels.grouped_lore.reference import Reference
 
@@ -20,8 +20,6 @@ NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 """Activations as csrc/include/cuda_epilogue.cuh numbers them."""
 MOST_SHARED, TILE_SHARED = 96 * 1024, 70 * 1024
 """Bytes of shared memory that every architecture has for a block, and what a product needs without LoREs."""
-MOST_GROUPS = 65535
-"""What one dimension of a grid can count."""
 
 
 class Places(NamedTuple):
@@ -56,7 +54,7 @@ class Cuda:
         """(hidden_RF, what the backward needs)."""
         if not _fits(x_RD, layer):
             return self.reference.forward(x_RD, layer, save=save)
-        x_RD, layer = x_RD.contiguous(), _contiguous(layer)
+        x_RD, layer = x_RD.contiguous(), _contiguous(layer, x_RD)
         places = self._places(x_RD.shape[0], layer)
         nothing, shape = x_RD.new_empty(0), (x_RD.shape[0], projection_width(layer.up))
         hidden_RF, gate_RF, u_gate = self.library.empty(x_RD, *shape), None, nothing
@@ -75,7 +73,7 @@ class Cuda:
         """Gradients of everything that is there."""
         if not _fits(x_RD, layer) or grad_RF.dtype != x_RD.dtype:
             return self.reference.backward(grad_RF, x_RD, layer, saved)
-        grad_RF, x_RD, layer = grad_RF.contiguous(), x_RD.contiguous(), _contiguous(layer)
+        grad_RF, x_RD, layer = grad_RF.contiguous(), x_RD.contiguous(), _contiguous(layer, x_RD)
         places, number = self._places(x_RD.shape[0], layer), NUMBERS[layer.activation]
         grad_x = self.library.empty(x_RD, *x_RD.shape)
         if layer.gate is None:
@@ -90,7 +88,6 @@ class Cuda:
         return Gradients(grad_x, up, gate, _grad_pi(layer.choice, grad_pi, grad_pi_gate))
 
     def _places(self, rows: int, layer: HiddenLayer) -> Places:
-        check_counts(layer.rows_E, rows)
         experts, choice = self.library.offsets(layer.rows_E, rows), layer.choice
         if choice is None:
             return Places(experts, experts, None, None, 1, None)
@@ -181,8 +178,9 @@ def _fits(x_RD: Tensor, layer: HiddenLayer) -> bool:
     return x_RD.dtype in HALVES and all(t.dtype == x_RD.dtype for t in parts) and shared <= MOST_SHARED and max(experts, lores) <= MOST_GROUPS
 
 
-def _contiguous(layer: HiddenLayer) -> HiddenLayer:
-    """The layer with tensors that a kernel can read."""
+def _contiguous(layer: HiddenLayer, x_RD: Tensor) -> HiddenLayer:
+    """The layer with tensors that a kernel can read; its counts where x is."""
+    check_counts(layer.rows_E, x_RD.shape[0])
 
     def whole(tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
@@ -195,7 +193,7 @@ def _contiguous(layer: HiddenLayer) -> HiddenLayer:
     if choice is not None:
         order = choice.order._replace(**{name: t.to(torch.int64).contiguous() for name, t in choice.order._asdict().items()})
         choice = LoreChoice(choice.pi_RL.contiguous(), order)
-    return HiddenLayer(layer.rows_E.to(torch.int64).contiguous(), layer.activation, up, gate, choice)
+    return HiddenLayer(layer.rows_E.to(x_RD.device, torch.int64).contiguous(), layer.activation, up, gate, choice)
 
 
 def _grad_pi(choice: LoreChoice | None, *grads: Tensor | None) -> Tensor | None:

@@ -164,7 +164,7 @@ def _project(
         x_RK.shape[0], x_RK.shape[1], columns, rank, stride_e, stride_k, stride_n, *factor_GQN.stride(),
         WEIGHT=weight_ENK is not None, LORES=lores, L=choices, BIAS=epilogue.bias_EN is not None, REORDER=choices == 1,
         ACTIVATION=epilogue.activation, BEFORE=epilogue.before, OTHER=_other(epilogue),
-        BM=blocks.rows, BN=blocks.columns, BK=blocks.depth, BQ=_rank_block(rank), PRECISION=precision(x_RK), ACC=accumulator(x_RK),
+        BM=blocks.rows, BN=blocks.columns, BK=blocks.depth, BQ=_rank_block(rank, x_RK), PRECISION=precision(x_RK), ACC=accumulator(x_RK),
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return out_RN, before_RN
@@ -176,9 +176,9 @@ def _other(epilogue: Epilogue) -> str:
     return "plus" if epilogue.plus else "times"
 
 
-def _rank_block(rank: int) -> int:
-    """Ranks of up to 64 are one step."""
-    return 16 if rank <= 16 else 32 if rank <= 32 else 64
+def _rank_block(rank: int, x: Tensor) -> int:
+    """Ranks of up to 64 are one step. In float32 steps are 16 long: its products use no tensor cores, and longer steps spill."""
+    return 16 if rank <= 16 or x.element_size() == 4 else 32 if rank <= 32 else 64
 
 
 def _activation_backward(grad_RF: Tensor, up_RF: Tensor, gate_RF: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
@@ -222,6 +222,6 @@ def _scaled(rows: Rows, grad_z_NQ: Tensor, u_NQ: Tensor) -> tuple[Tensor, Tensor
     count, rank = u_NQ.shape
     launch(
         kernels.scale_kernel, (cdiv(count, 32),), grad_z_NQ, u_NQ, chosen.pi_RL, chosen.order_N, grad_pi, z_NQ, grad_u, count, rank,
-        BR=32, BQ=_rank_block(rank), ACC=accumulator(u_NQ), num_warps=4,
+        BR=32, BQ=_rank_block(rank, u_NQ), ACC=accumulator(u_NQ), num_warps=4,
     )  # fmt: skip
     return z_NQ, grad_u, grad_pi

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.kernels import compiled
+from megatron.kernels import compiled, cuda_library, triton_kernels
 from megatron.kernels.permute import Order
 from megatron.kernels.registry import Implementation, Op, torch_operator
 from megatron.kernels.route.interface import Gradients, Route, Routed, Saved, Selection
@@ -34,8 +34,22 @@ def _compiled() -> Route:
     return Compiled()
 
 
+def _cuda() -> Route:
+    from megatron.kernels.route.cuda import Cuda
+
+    return Cuda()
+
+
+def _triton() -> Route:
+    from megatron.kernels.route.triton import Triton
+
+    return Triton()
+
+
 OP: Op[Route] = Op("route")
 OP.register(compiled.implementation(_compiled))
+OP.register(cuda_library.implementation(_cuda))
+OP.register(Implementation("triton", triton_kernels.DEVICES, triton_kernels.unavailable, _triton))
 OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None, Reference))
 
 

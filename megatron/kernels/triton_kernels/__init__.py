@@ -1,6 +1,6 @@
 """Kernels in Triton that several ops use, and whether Triton can run here. Importing this package does not import Triton.
 
-Modules that import it: `products`, `hidden`, `rows`, and the `triton.py` of each op. Only `Implementation.make` imports those.
+Modules that import it: `products`, `hidden`, `rows`, `routing`, and the `triton.py` of each op. Only `Implementation.make` imports those.
 Under `TRITON_INTERPRET=1` Triton runs its kernels on the CPU, one tile at a time, in NumPy. Then the implementations take CPU
 tensors. That is for tests.
 """
