@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import itertools
 import json
-import multiprocessing
 import os
-import runpy
-import signal
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +13,6 @@ from unittest.mock import patch
 
 from megatron.config.loader import LoadedConfig
 from megatron.testing.tiny import TINY_STRUCTMOE, tiny_config
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def run_values(corpus: Path, save: Path | None, **overrides: Any) -> dict[str, Any]:
@@ -83,53 +76,3 @@ def outer_environment() -> dict[str, str]:
     """This process's environment without what a run in it has left there: its rank and its port, which a run in another process must not take."""
     own = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     return {key: value for key, value in os.environ.items() if key not in own}
-
-
-class TrainProcess:
-    """`python train.py FILE` in a process of its own, with the methods of subprocess.Popen.
-
-    It is a copy of a process that has imported everything (see tests/preloaded.py): a new interpreter needs seconds for that. `interrupt` is what it
-    finds as its reaction to Ctrl-C: a shell in the background would have it ignored, in the tests too.
-    """
-
-    def __init__(self, file: Path, interrupt: signal.Handlers = signal.SIG_DFL) -> None:
-        self.output = file.with_suffix(".output")
-        work = (file, self.output, outer_environment(), interrupt)
-        self.process = multiprocessing.get_context("forkserver").Process(target=_train_as_a_script, args=work)
-        self.process.start()
-
-    @property
-    def returncode(self) -> int | None:
-        return self.process.exitcode
-
-    def poll(self) -> int | None:
-        return self.process.exitcode
-
-    def send_signal(self, number: signal.Signals) -> None:
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
-
-    def kill(self) -> None:
-        self.process.kill()
-
-    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
-        """What it wrote, once it has ended."""
-        self.process.join(timeout)
-        if self.process.exitcode is None:
-            self.process.kill()
-            raise AssertionError(f"not done after {timeout} s:\n{self.output.read_text()}")
-        return self.output.read_text(), None
-
-
-def _train_as_a_script(file: Path, output: Path, environment: dict[str, str], interrupt: signal.Handlers) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.default_int_handler if interrupt == signal.SIG_DFL else interrupt)
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    sys.argv = ["train.py", str(file)]
-    try:
-        runpy.run_path(str(REPOSITORY / "train.py"), run_name="__main__")
-    finally:
-        atexit._run_exitfuncs()  # `multiprocessing` ends its processes without it

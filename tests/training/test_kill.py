@@ -13,9 +13,14 @@ from typing import Any
 
 import pytest
 
-from tests.training.runs import REPOSITORY, TrainProcess, losses_of, outer_environment, run_values, train_losses
+from tests.scripts import REPOSITORY, ScriptProcess
+from tests.training.runs import losses_of, outer_environment, run_values, train_losses
 
 KEYS = ("train/lm_loss", "validation/lm_loss", "test/lm_loss")
+
+
+def start(file: Path, interrupt: signal.Handlers = signal.SIG_DFL) -> ScriptProcess:
+    return ScriptProcess("train.py", str(file), folder=file.parent, environment=outer_environment(), interrupt=interrupt)
 
 
 class Run:
@@ -31,13 +36,13 @@ class Run:
         self.interrupt = signal.SIG_DFL
         self.interpreter = interpreter
 
-    def start(self) -> TrainProcess | subprocess.Popen[str]:
+    def start(self) -> ScriptProcess | subprocess.Popen[str]:
         if not self.interpreter:
-            return TrainProcess(self.file, self.interrupt)
+            return start(self.file, self.interrupt)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen([sys.executable, str(REPOSITORY / "train.py"), str(self.file)], env=outer_environment(), **pipes)
 
-    def wait_for_a_step(self, process: TrainProcess | subprocess.Popen[str]) -> None:
+    def wait_for_a_step(self, process: ScriptProcess | subprocess.Popen[str]) -> None:
         """Until the process has written a line of metrics, or ended."""
         before = self.state()
         while process.poll() is None and self.state() in (before, (self.state()[0], 0)):
@@ -69,7 +74,7 @@ def test_killed_at_random_moments(corpus: Path, tmp_path: Path, kills: int) -> N
         process.kill()
         process.communicate()
         landed += 1
-    output, _ = run.start().communicate(timeout=240)
+    output = "".join(map(str, run.start().communicate(timeout=240)))
     assert "Going on from" in output
     check_same(run.metrics, tmp_path / "straight/metrics.jsonl")
 
@@ -82,7 +87,7 @@ def test_told_to_stop(corpus: Path, tmp_path: Path, number: signal.Signals) -> N
     process = run.start()
     run.wait_for_a_step(process)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output = "".join(map(str, process.communicate(timeout=60)))
     assert process.returncode == 128 + number, output
     assert f"{number.name} received: the run finishes the current step, then saves and stops." in output
     stopped_at = len(losses_of(run.metrics))
@@ -99,7 +104,7 @@ def test_a_run_that_was_started_to_ignore_ctrl_c_goes_on(corpus: Path, tmp_path:
     process = run.start()
     run.wait_for_a_step(process)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output = "".join(map(str, process.communicate(timeout=60)))
     assert process.returncode == 0, output
     assert len(losses_of(run.metrics)) == 30
 
@@ -108,8 +113,8 @@ def test_user_errors_are_sentences(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     values = run_values(tmp_path / "nothing", tmp_path / "save")
     file.write_text(json.dumps(values))
-    process = TrainProcess(file)
-    output, _ = process.communicate(timeout=120)
+    process = start(file)
+    output = "".join(process.communicate(timeout=120))
     assert process.returncode == 1
     assert "Traceback" not in output
     assert str(tmp_path / "nothing") in output
