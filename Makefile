@@ -18,6 +18,8 @@ python := .venv/bin/python
 quickstart := -d configs quickstart.yml
 # Processes the tests are spread over
 WORKERS ?= 2
+# A worker takes one half of the tests in their order, so that what the tests of a file share is made once; who is done first takes over from the other.
+SPREAD := -n $(WORKERS) --dist worksteal
 # More arguments for pytest, e.g. make test ARGS="tests/config -k alias"
 ARGS ?=
 
@@ -54,13 +56,13 @@ train: setup-run ## prepare data, train a small language model, evaluate it and 
 
 .PHONY: test
 test: setup ## run the tests (CPU, without the slow ones)
-	@$(python) -m pytest -n $(WORKERS) $(ARGS)
+	@$(python) -m pytest $(SPREAD) $(ARGS)
 
 # ---------------------------------------------------------------- checks
 
 .PHONY: test-all
 test-all: setup ## run the tests, the slow ones included
-	@$(python) -m pytest -n $(WORKERS) -m 'not gpu' $(ARGS)
+	@$(python) -m pytest $(SPREAD) -m 'not gpu' $(ARGS)
 
 .PHONY: test-gpu
 test-gpu: setup ## run the tests that need a CUDA device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.util
+import multiprocessing
 import os
 import shutil
 import signal
@@ -31,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hear Ctrl-C; tell DeepSpeed which accelerator to use while it can still listen: CUDA for `pytest -m gpu`, the CPU for everything else."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # `nohup make test &`: what the tests start is to hear Ctrl-C all the same
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.set_forkserver_preload(["tests.preloaded"])
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if config.getoption("markexpr").strip() == "gpu" else "cpu")
 
 

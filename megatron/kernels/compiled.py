@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -27,6 +27,8 @@ SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 MODULE = "megatron.kernels.built"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 """The number of each format in csrc (`Dtype` of csrc/include/dtype.h)."""
+WIDENED = (torch.float32, torch.bfloat16)
+"""The formats of the kernels that compute in float32, whatever the format: a float64 would lose its precision there."""
 
 
 @functools.cache
@@ -83,8 +85,8 @@ def threads_for(work: int) -> int:
     return torch.get_num_threads() if work > SMALL_WORK else 1
 
 
-def serves(*tensors: Tensor | None) -> bool:
-    """Whether the compiled code has the tensors' format. float16 and integers are left to the reference. Raises ValueError for mixed formats."""
+def serves(*tensors: Tensor | None, formats: Collection[torch.dtype] = DTYPES) -> bool:
+    """Whether the tensors' format is one of `formats`. float16 and integers are left to the reference. Raises ValueError for mixed formats."""
     given = [t for t in tensors if t is not None]
     dtypes = {t.dtype for t in given}
     if len(dtypes) > 1:
@@ -92,7 +94,7 @@ def serves(*tensors: Tensor | None) -> bool:
     devices = {t.device.type for t in given}
     if devices != {"cpu"}:
         raise ValueError(f"the compiled kernels run on CPUs, but there are tensors on {', '.join(sorted(devices))}")
-    return dtypes <= DTYPES.keys()
+    return dtypes <= set(formats)
 
 
 def counts(rows: Tensor) -> Tensor:

@@ -26,7 +26,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -64,7 +66,11 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, b
 
     Each process has RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT set and has joined a `torch.distributed` group
     of `backend` (None: no group is made). `function` has to be importable (defined at the top of a module); it, its arguments and its result have
-    to pickle. Raises DistributedError when a rank raises, dies, or is not done after `timeout` seconds; no process outlives the call.
+    to pickle. Raises DistributedError when a rank raises, dies, or is not done after `timeout` seconds; no rank outlives the call.
+
+    The processes are copies of one that has done nothing but to import what `multiprocessing.set_forkserver_preload` was given, which saves them
+    these imports. The first call starts it, and it ends with this process. (With nccl each process starts from nothing: CUDA and the choice of the
+    accelerator do not survive the copying.)
     """
     if world_size < 1:
         raise ValueError(f"world_size = {world_size}: at least one process is needed")
@@ -92,7 +98,7 @@ def _store(timeout: float) -> Iterator[int]:
 @contextlib.contextmanager
 def _started(world_size: int, task: bytes, backend: str | None, port: int, folder: Path) -> Iterator[list[Rank]]:
     """Start the processes; on the way out kill those still running."""
-    context = multiprocessing.get_context("spawn")
+    context = _context(backend)
     ranks: list[Rank] = []
     try:
         for number in range(world_size):
@@ -112,8 +118,31 @@ def _started(world_size: int, task: bytes, backend: str | None, port: int, folde
             rank.connection.close()
 
 
+def _context(backend: str | None) -> ForkServerContext | SpawnContext:
+    """How processes are started."""
+    if backend == "nccl" or "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    threads, path = os.environ.get("OMP_NUM_THREADS", "1"), os.pathsep.join(sys.path)
+    with _variables(DS_ACCELERATOR="cpu", OMP_NUM_THREADS=threads, PYTHONPATH=path):  # DeepSpeed and OpenMP look once, when they are loaded
+        forkserver.ensure_running()
+    return multiprocessing.get_context("forkserver")
+
+
+@contextlib.contextmanager
+def _variables(**values: str) -> Iterator[None]:
+    """Sets environment variables for a while."""
+    given = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(given)
+
+
 def _environment(rank: int, world_size: int, backend: str | None, port: int) -> dict[str, str]:
     values = {
+        **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -136,6 +165,7 @@ def _environment(rank: int, world_size: int, backend: str | None, port: int) -> 
 
 
 def _run_rank(task: bytes, backend: str | None, environment: dict[str, str], sender: Connection, stack_file: Path) -> None:
+    os.environ.clear()
     os.environ.update(environment)
     _follow_parent()
     with stack_file.open("w") as stack:
@@ -149,12 +179,11 @@ def _run_rank(task: bytes, backend: str | None, environment: dict[str, str], sen
 
 
 def _call(task: bytes, backend: str | None) -> bytes:
-    function, args = pickle.loads(task)
-    if backend is None:
-        return pickle.dumps(function(*args))
     import torch.distributed as dist
 
-    dist.init_process_group(backend)
+    function, args = pickle.loads(task)
+    if backend is not None:
+        dist.init_process_group(backend)
     result = pickle.dumps(function(*args))
     if dist.is_initialized():
         dist.destroy_process_group()

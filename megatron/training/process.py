@@ -40,6 +40,7 @@ def start_process(*, backend: str | None, threads: int | None) -> Topology:
     warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)  # DeepSpeed's calls, not the user's
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("LOGLEVEL", "WARNING").upper())
     decline_compiled_collectives()
+    import_muon_without_compiling()
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(dist_backend=choose_backend(backend), auto_mpi_discovery=False, verbose=False)
         atexit.register(end_process)
@@ -79,3 +80,15 @@ def decline_compiled_collectives() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def import_muon_without_compiling() -> None:
+    """Imports DeepSpeed's Muon without torch's compiler. No run here uses Muon, but ZeRO imports it, and then loading the compiler takes 2 s."""
+    from deepspeed.runtime import compiler
+
+    compile_function = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compile_function

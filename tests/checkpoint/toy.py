@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import random
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 from torch import nn
+
+from megatron.training.process import decline_compiled_collectives, import_muon_without_compiling
 
 WIDTH = 7
 
@@ -33,13 +33,11 @@ class ToyModel(nn.Module):
 
 
 def quick_deepspeed() -> Any:
-    """DeepSpeed without what it would spend seconds on and these tests do not use: a compiled collective, and Muon, whose import starts Inductor."""
+    """DeepSpeed without what a run of ours would not load either: a compiled collective and torch's compiler."""
     import deepspeed
-    from deepspeed.runtime import compiler
 
-    with mock.patch.object(compiler, "compile", return_value=lambda function: function):
-        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    decline_compiled_collectives()
+    import_muon_without_compiling()
     return deepspeed
 
 

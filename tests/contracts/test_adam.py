@@ -12,16 +12,11 @@ from torch import Tensor
 
 from megatron.kernels.adam import OP, AdamSettings, AdamTensors, adam_update, gradient_norm
 from megatron.testing.devices import DEVICES
+from tests.contracts.comparing import check_that_threads_change_no_bit, skip_unless_it_runs
 
 BACKENDS = [implementation.name for implementation in OP.implementations()]
 SHAPES = [(3,), (0,), (), (5, 7), (1,), (2, 16384), (40001,)]  # blocks are of 16384 numbers
 SETTINGS = AdamSettings(1e-2, (0.9, 0.95), 1e-8, 0.1, True, 3.0)
-
-
-def skip_unless_it_runs(backend: str, device: str = "cpu") -> None:
-    reason = OP.status(device)[backend]
-    if reason is not None:
-        pytest.skip(f"adam {backend} on {device}: {reason}")
 
 
 def draw(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> list[Tensor]:
@@ -55,7 +50,7 @@ def wanted(tensors: AdamTensors, settings: AdamSettings) -> list[tuple[Tensor, T
 @pytest.mark.parametrize("gradients", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_update(backend: str, gradients: torch.dtype, rounded: torch.dtype | None, decoupled: bool, device: str) -> None:
-    skip_unless_it_runs(backend, device)
+    skip_unless_it_runs(OP, backend, device)
     settings, tensors = SETTINGS._replace(decoupled_weight_decay=decoupled), tensors_of(gradients, rounded, device)
     given = [t.clone() for t in tensors.gradients]
     right = wanted(tensors, settings)
@@ -71,7 +66,7 @@ def test_update(backend: str, gradients: torch.dtype, rounded: torch.dtype | Non
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autograd_sees_the_change(backend: str) -> None:
     """What saved a weight for its backward says that the weight has changed."""
-    skip_unless_it_runs(backend)
+    skip_unless_it_runs(OP, backend)
     tensors = tensors_of(torch.bfloat16, torch.bfloat16)
     assert tensors.rounded is not None
     changed = [*tensors.weights, *tensors.averages, *tensors.squares, *tensors.rounded]
@@ -83,7 +78,7 @@ def test_autograd_sees_the_change(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_strides(backend: str) -> None:
-    skip_unless_it_runs(backend)
+    skip_unless_it_runs(OP, backend)
     for strided in range(4):
         plain = [torch.randn(6, 4, generator=torch.Generator().manual_seed(n)).abs() for n in range(4)]
         turned = [t.t().contiguous().t() if place == strided else t.clone() for place, t in enumerate(plain)]
@@ -96,7 +91,7 @@ def test_any_strides(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rounding_is_pytorch_s(backend: str) -> None:
     """Ties, numbers that round up to infinity, and NaN. A rate of 0 keeps the weights."""
-    skip_unless_it_runs(backend)
+    skip_unless_it_runs(OP, backend)
     bits = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF, 0x7F800000, 0x7FC00000, 0x00000001, -0x80000000] * 3, dtype=torch.int32)
     weight = bits.view(torch.float32).clone()
     zeros = [torch.zeros_like(weight) for _ in range(3)]
@@ -109,7 +104,7 @@ def test_rounding_is_pytorch_s(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_norm(backend: str, dtype: torch.dtype, device: str) -> None:
-    skip_unless_it_runs(backend, device)
+    skip_unless_it_runs(OP, backend, device)
     gradients = draw(dtype, device)
     exact = math.sqrt(sum(t.double().square().sum().item() for t in gradients))
     assert gradient_norm(gradients, backend=backend) == pytest.approx(exact, rel=1e-12)
@@ -119,7 +114,7 @@ def test_norm(backend: str, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_norm_of_what_is_large_or_not_a_number(backend: str) -> None:
     """Squares that float32 cannot hold are summed; one number that is not finite shows, wherever it stands."""
-    skip_unless_it_runs(backend)
+    skip_unless_it_runs(OP, backend)
     assert gradient_norm([torch.full((100,), 1e30)], backend=backend) == pytest.approx(1e31)
     assert gradient_norm([torch.full((100,), 1e-30)], backend=backend) == pytest.approx(1e-29)
     for bad in (math.nan, math.inf, -math.inf):
@@ -133,18 +128,15 @@ def test_norm_of_what_is_large_or_not_a_number(backend: str) -> None:
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:
-    skip_unless_it_runs("compiled")
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            tensors = tensors_of(torch.bfloat16, torch.bfloat16)
-            norm = gradient_norm(tensors.gradients, backend="compiled")
-            adam_update(tensors, SETTINGS._replace(divisor=norm), backend="compiled")
-            results.append((norm, torch.cat([t.flatten() for t in tensors.weights])))
-    finally:
-        torch.set_num_threads(before)
-    assert all(norm == results[0][0] and torch.equal(weights, results[0][1]) for norm, weights in results)
+    skip_unless_it_runs(OP, "compiled")
+
+    def compute() -> list[Tensor]:
+        tensors = tensors_of(torch.bfloat16, torch.bfloat16)
+        norm = gradient_norm(tensors.gradients, backend="compiled")
+        adam_update(tensors, SETTINGS._replace(divisor=norm), backend="compiled")
+        return [torch.tensor(norm, dtype=torch.float64), *tensors.weights]
+
+    check_that_threads_change_no_bit(compute, (1, 2, 5))
 
 
 def changed(**parts: Any) -> Callable[[], None]:

@@ -12,22 +12,13 @@ from torch import Tensor
 from megatron.kernels import attention as att
 from megatron.kernels.attention import HeadLayout, Rotation
 from megatron.testing.devices import DEVICES
+from tests.contracts.comparing import check, check_that_threads_change_no_bit, draw, skip_unless_it_runs
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 BACKENDS = [implementation.name for implementation in att.OP.implementations()]
 # batch, query heads, key/value heads, length, dim: lengths around the borders of tiles, which are 48 queries and 96 keys, and dims around vectors
 SHAPES = [(1, 1, 1, 1, 1), (2, 4, 2, 3, 20), (1, 2, 2, 48, 16), (1, 2, 1, 49, 7), (1, 3, 1, 97, 64), (2, 1, 1, 195, 33), (1, 1, 1, 100, 256)]
 EMPTY = [(0, 2, 2, 5, 4), (2, 2, 1, 0, 4)]
-
-
-def skip_unless_it_runs(backend: str, device: str) -> None:
-    reason = att.OP.status(device)[backend]
-    if reason is not None:
-        pytest.skip(f"attention {backend} on {device}: {reason}")
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype).requires_grad_()
 
 
 def angles(length: int, half: int, batch: int | None, device: str = "cpu") -> Rotation:
@@ -61,18 +52,6 @@ def definition(query_BHSd: Tensor, key_BKSd: Tensor, value_BKSd: Tensor, rotatio
     return torch.cat(context).view(batch, heads, length, dim)
 
 
-def check(ours: Callable[..., Tensor], inputs: tuple[Tensor, ...], wanted_of: Callable[..., Tensor]) -> None:
-    """Same values and gradients; the definition is computed in float64."""
-    wide = tuple(t.detach().double().requires_grad_() for t in inputs)
-    got, wanted = ours(*inputs), wanted_of(*wide)
-    grad = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(wanted.device)
-    tolerance = TOLERANCE[got.dtype]
-    torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
-    for g, w in zip(torch.autograd.grad(got, inputs, grad.to(got.dtype)), torch.autograd.grad(wanted, wide, grad), strict=True):
-        assert g.dtype == got.dtype
-        torch.testing.assert_close(g.double(), w, rtol=tolerance, atol=4 * tolerance)
-
-
 def parts(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, kv_heads, length, dim = shape
     return tuple(draw(batch, n, length, dim, dtype=dtype, device=device, seed=place) for place, n in enumerate((heads, kv_heads, kv_heads)))  # type: ignore[return-value]
@@ -83,8 +62,8 @@ def parts(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Tens
 @pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_attention(backend: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
-    skip_unless_it_runs(backend, device)
-    check(lambda *given: att.attention(*given, backend=backend), parts(shape, dtype, device), definition)
+    skip_unless_it_runs("attention", backend, device)
+    check(lambda *given: att.attention(*given, backend=backend), definition, parts(shape, dtype, device), TOLERANCE)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -94,7 +73,7 @@ def test_attention(backend: str, shape: tuple[int, ...], dtype: torch.dtype, dev
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_fused_projection(backend: str, turned: str | None, heads: tuple[int, int], dtype: torch.dtype, device: str) -> None:
     """Its gradient is one tensor; the first n dimensions of queries and keys are turned, by angles that may differ between texts."""
-    skip_unless_it_runs(backend, device)
+    skip_unless_it_runs("attention", backend, device)
     batch, length, dim = 2, 13, 12
     layout = HeadLayout(*heads, dim)
     half = {"half": 3}.get(str(turned), dim // 2)
@@ -104,12 +83,12 @@ def test_a_fused_projection(backend: str, turned: str | None, heads: tuple[int, 
         return definition(*(t.transpose(1, 2) for t in layout.views(fused)), rotation)
 
     fused = draw(batch, length, (heads[0] + 2 * heads[1]) * dim, dtype=dtype, device=device)
-    check(lambda x: att.fused_attention(x, layout, rotation, backend=backend), (fused,), wanted)
+    check(lambda x: att.fused_attention(x, layout, rotation, backend=backend), wanted, (fused,), TOLERANCE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_strides_and_expanded_gradients(backend: str) -> None:
-    skip_unless_it_runs(backend, "cpu")
+    skip_unless_it_runs("attention", backend)
     base = draw(3, 2, 5, 8, 50)
     query, key, value = (t.permute(0, 2, 3, 1) for t in base.unbind(0))  # the last dimension is not contiguous
     strided = att.attention(query, key, value, backend=backend)
@@ -123,7 +102,7 @@ def test_any_strides_and_expanded_gradients(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scores_of_any_size(backend: str) -> None:
     """Far above what e^x can hold, and all equal."""
-    skip_unless_it_runs(backend, "cpu")
+    skip_unless_it_runs("attention", backend)
     query, key, value = (t.detach() for t in parts((1, 1, 1, 130, 16), torch.float32, "cpu"))
     for factor in (0.0, 1e4):
         inputs = tuple(t.clone().requires_grad_() for t in (query * factor, key, value))
@@ -135,7 +114,7 @@ def test_scores_of_any_size(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_nan_stays_after_its_place(backend: str) -> None:
     """A key that is not a number spoils the queries that see it, and no other."""
-    skip_unless_it_runs(backend, "cpu")
+    skip_unless_it_runs("attention", backend)
     query, key, value = (t.detach().clone() for t in parts((1, 1, 1, 120, 16), torch.float32, "cpu"))
     key[0, 0, 101, 3] = torch.nan
     spoiled = att.attention(query, key, value, backend=backend)[0, 0].isnan().any(-1)
@@ -143,18 +122,14 @@ def test_a_nan_stays_after_its_place(backend: str) -> None:
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:
-    skip_unless_it_runs("compiled", "cpu")
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            inputs = parts((1, 4, 2, 200, 24), torch.float32, "cpu")
-            y = att.attention(*inputs, angles(200, 12, None), backend="compiled")
-            results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+    skip_unless_it_runs("attention", "compiled")
+
+    def compute() -> list[Tensor]:
+        inputs = parts((1, 4, 2, 200, 24), torch.float32, "cpu")
+        y = att.attention(*inputs, angles(200, 12, None), backend="compiled")
+        return [y, *torch.autograd.grad(y.square().sum(), inputs)]
+
+    check_that_threads_change_no_bit(compute, (1, 2, 3, 7))
 
 
 def test_gradcheck() -> None:
@@ -164,7 +139,7 @@ def test_gradcheck() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_op_keeps_pytorch_rules(backend: str) -> None:
-    skip_unless_it_runs(backend, "cpu")
+    skip_unless_it_runs("attention", backend)
     torch.library.opcheck(att._attention, (list(parts((1, 2, 1, 5, 8), torch.float32, "cpu")), [2, 1, 8], [], backend))
     torch.library.opcheck(att._attention, ([draw(1, 5, 32)], [2, 1, 8], list(angles(5, 4, None)), backend))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -13,23 +12,13 @@ from megatron.kernels import grouped_gemm as gemm
 from megatron.kernels import grouped_lore as lore
 from megatron.kernels import permute as perm
 from megatron.kernels.activations import ACTIVATIONS
-from megatron.kernels.backends import OPS
 from megatron.kernels.grouped_lore.interface import HiddenLayer, LoreChoice, Projection
 from megatron.testing.devices import DEVICES
+from tests.contracts.comparing import check, implementations, skip_unless_it_runs
 
 ROWS = {"even": [3, 3, 3], "empty_expert": [5, 0, 4], "all_on_one": [0, 9, 0], "single_row": [1, 0, 0], "no_rows": [0, 0, 0]}
 D, F, M, Q = 7, 5, 2, 3
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 6e-2}
-
-
-def implementations(op: str) -> list[Any]:
-    return [pytest.param(implementation.name, id=f"{op}-{implementation.name}") for implementation in OPS[op].implementations()]
-
-
-def skip_unless_it_runs(op: str, backend: str, device: str) -> None:
-    reason = OPS[op].status(device)[backend]
-    if reason is not None:
-        pytest.skip(f"{op} {backend} on {device}: {reason}")
 
 
 class Draw:
@@ -44,18 +33,6 @@ class Draw:
 
 def owners(rows: list[int]) -> list[int]:
     return [e for e, count in enumerate(rows) for _ in range(count)]
-
-
-def check(ours: Callable[..., Tensor], definition: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
-    """Same values and gradients; the definition is computed in float64."""
-    wide = tuple(t.detach().double().requires_grad_() for t in inputs)
-    got, wanted = ours(*inputs), definition(*wide)
-    grad = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(wanted.device)
-    tolerance = TOLERANCE[got.dtype]
-    torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
-    for g, w in zip(torch.autograd.grad(got, inputs, grad.to(got.dtype)), torch.autograd.grad(wanted, wide, grad), strict=True):
-        assert g.dtype == got.dtype
-        torch.testing.assert_close(g.double(), w, rtol=tolerance, atol=4 * tolerance)
 
 
 def gemm_definition(rows: list[int], transposed: bool) -> Callable[..., Tensor]:
@@ -75,7 +52,7 @@ def test_grouped_gemm(backend: str, rows: list[int], transposed: bool, dtype: to
     skip_unless_it_runs("grouped_gemm", backend, device)
     draw, counts = Draw(dtype, device), torch.tensor(rows, device=device)
     inputs = draw(sum(rows), D), draw(len(rows), F, D) if transposed else draw(len(rows), D, F)
-    check(lambda x, w: gemm.grouped_gemm(x, w, counts, transposed=transposed, backend=backend), gemm_definition(rows, transposed), inputs)
+    check(lambda x, w: gemm.grouped_gemm(x, w, counts, transposed=transposed, backend=backend), gemm_definition(rows, transposed), inputs, TOLERANCE)
 
 
 def lore_case(rows: list[int], choices: int) -> tuple[perm.Order, list[list[int]]]:
@@ -153,7 +130,7 @@ def check_lore(backend: str, rows: list[int], kind: str, draw: Draw, *, choices:
 
     parts = lore_inputs(draw, rows, kind, len(rows) * (1 if choices is None else M))
     definition = lore_definition(rows, chosen if choices is not None else None, kind, activation)
-    check(ours, definition, (draw(sum(rows), D), pi, *parts))
+    check(ours, definition, (draw(sum(rows), D), pi, *parts), TOLERANCE)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -214,7 +191,7 @@ def test_permute_and_combine(backend: str, tokens: int, top_k: int, dtype: torch
             y = y + torch.nn.functional.one_hot(torch.tensor(token), tokens)[:, None].to(y) * x[token] * scale[place] * (1 + weight[token, k])
         return y
 
-    check(ours, definition, (x, weight, scale))
+    check(ours, definition, (x, weight, scale), TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -236,7 +213,7 @@ def test_rows_with_empty_choices(backend: str, tokens: int, top_k: int, width: i
     def definition(x: Tensor, weight: Tensor) -> Tensor:
         return x.t() * ((1 + weight.t()) * (group_TK < 3)).sum(1, keepdim=True)
 
-    check(ours, definition, (draw(width, tokens), draw(top_k, tokens)))
+    check(ours, definition, (draw(width, tokens), draw(top_k, tokens)), TOLERANCE)
 
 
 @pytest.mark.parametrize("backend", implementations("permute"))

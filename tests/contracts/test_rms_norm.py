@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron.kernels.rms_norm import OP, _rms_norm, rms_norm
 from megatron.testing.devices import DEVICES
+from tests.contracts.comparing import check_that_threads_change_no_bit, draw, skip_unless_it_runs
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 BACKENDS = [implementation.name for implementation in OP.implementations()]
@@ -26,16 +27,6 @@ SHAPES = [
 ]
 
 
-def skip_unless_it_runs(backend: str, device: str = "cpu") -> None:
-    reason = OP.status(device)[backend]
-    if reason is not None:
-        pytest.skip(f"rms_norm {backend} on {device}: {reason}")
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype).requires_grad_()
-
-
 def definition(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * scale
 
@@ -45,7 +36,7 @@ def definition(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_values_and_gradients(backend: str, shapes: tuple[tuple[int, ...], tuple[int, ...]], dtype: torch.dtype, device: str) -> None:
-    skip_unless_it_runs(backend, device)
+    skip_unless_it_runs("rms_norm", backend, device)
     inputs = draw(*shapes[0], dtype=dtype, device=device), draw(*shapes[1], dtype=dtype, device=device, seed=1)
     wide = tuple(t.detach().double().requires_grad_() for t in inputs)
     got, wanted = rms_norm(*inputs, 1e-5, backend=backend), definition(*wide, 1e-5)
@@ -61,7 +52,7 @@ def test_values_and_gradients(backend: str, shapes: tuple[tuple[int, ...], tuple
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sixteen_bits_are_rounded_before_and_after_the_scale(backend: str) -> None:
     """As NeoX does it, and as our models always did: bit for bit."""
-    skip_unless_it_runs(backend)
+    skip_unless_it_runs("rms_norm", backend)
     x, scale = draw(64, 96, dtype=torch.bfloat16), draw(96, dtype=torch.bfloat16, seed=1)
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
@@ -71,7 +62,7 @@ def test_sixteen_bits_are_rounded_before_and_after_the_scale(backend: str) -> No
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_strides_and_mixed_formats(backend: str) -> None:
-    skip_unless_it_runs(backend)
+    skip_unless_it_runs("rms_norm", backend)
     x, scale = draw(6, 5, 4), draw(4, 2)[:, 0]
     strided = rms_norm(x.permute(1, 0, 2), scale, 1e-5, backend=backend)
     plain = rms_norm(x.permute(1, 0, 2).contiguous(), scale.contiguous(), 1e-5, backend=backend)
@@ -83,7 +74,7 @@ def test_any_strides_and_mixed_formats(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_zeros_and_what_is_not_a_number(backend: str) -> None:
-    skip_unless_it_runs(backend)
+    skip_unless_it_runs("rms_norm", backend)
     x = torch.zeros(3, 20)
     x[1, 19], x[2] = torch.nan, 1e15
     y = rms_norm(x, torch.ones(20), 1e-5, backend=backend)
@@ -93,21 +84,18 @@ def test_zeros_and_what_is_not_a_number(backend: str) -> None:
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:
-    skip_unless_it_runs("compiled")
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            x, scale = draw(333, 40), draw(40, seed=1)
-            results.append(torch.autograd.grad(rms_norm(x, scale, 1e-5, backend="compiled").square().sum(), (x, scale)))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(one, two) for other in results for one, two in zip(results[0], other, strict=True))
+    skip_unless_it_runs("rms_norm", "compiled")
+
+    def compute() -> tuple[Tensor, ...]:
+        x, scale = draw(333, 40), draw(40, seed=1)
+        return torch.autograd.grad(rms_norm(x, scale, 1e-5, backend="compiled").square().sum(), (x, scale))
+
+    check_that_threads_change_no_bit(compute, (1, 2, 5))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_op_keeps_pytorch_rules(backend: str) -> None:
-    skip_unless_it_runs(backend)
+    skip_unless_it_runs("rms_norm", backend)
     torch.library.opcheck(_rms_norm, (draw(3, 8), draw(8), 1e-5, backend))
     if backend == "reference":
         assert torch.autograd.gradcheck(

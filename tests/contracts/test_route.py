@@ -17,7 +17,7 @@ from megatron.kernels import route as op
 from megatron.kernels.permute import sort_by_group
 from megatron.kernels.route import Routed, Selection, choice_statistics, route
 from megatron.testing.devices import DEVICES
-from tests.contracts.test_kernels import implementations, skip_unless_it_runs
+from tests.contracts.comparing import implementations, skip_unless_it_runs
 
 BACKENDS = implementations("route")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}

@@ -58,6 +58,7 @@ def test_two_processes_train_and_share_the_cores(corpus: Path, tmp_path: Path) -
     assert len(losses_of(tmp_path / "run/metrics.jsonl")) == 6
 
 
+@pytest.mark.slow  # test_user_errors_are_sentences holds the sentence, test_a_mistake_in_the_data_is_an_error_on_every_process that all end
 def test_a_mistake_is_one_sentence_from_one_process(corpus: Path, tmp_path: Path) -> None:
     values = run_values(tmp_path / "nothing", tmp_path / "run")
     process = start(write_run(tmp_path, values))

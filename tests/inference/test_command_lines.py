@@ -15,6 +15,7 @@ import pytest
 
 from megatron.data.indexed import IndexedDatasetWriter, token_dtype
 from megatron.testing.tiny import TINY_STRUCTMOE
+from tests.scripts import run_script
 from tests.training.runs import outer_environment
 
 Write = Callable[[Mapping[str, Any]], Path]
@@ -28,6 +29,8 @@ def run(repository: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedP
         environment = {**outer_environment(), "PYTHONPATH": str(repository), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
         environment |= {} if rank is None else place
+        if not options and script != "deepy.py":
+            return run_script(script, *map(str, words), folder=tmp_path, environment=environment, timeout=120)
         command = [sys.executable, str(repository / script), *map(str, words)]
         options = {"stdin": subprocess.DEVNULL, **options}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False, **options)

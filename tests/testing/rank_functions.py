@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 
 
 def environment() -> tuple[str, str, str, str]:
     return os.environ["RANK"], os.environ["LOCAL_RANK"], os.environ["WORLD_SIZE"], os.environ["DS_ACCELERATOR"]
+
+
+def imported_by_now(module: str) -> bool:
+    return module in sys.modules
 
 
 def rank_one_is_killed() -> None:

@@ -42,6 +42,10 @@ def test_without_a_backend_only_the_environment_is_set() -> None:
     assert run_distributed(rank_functions.environment, 2, backend=None) == [("0", "0", "2", "cpu"), ("1", "1", "2", "cpu")]
 
 
+def test_the_ranks_find_imported_what_was_preloaded() -> None:
+    assert run_distributed(rank_functions.imported_by_now, 1, "deepspeed", backend=None) == [True]
+
+
 def test_the_failing_rank_is_named_with_its_traceback() -> None:
     with pytest.raises(DistributedError, match=r"(?s)^rank 1 of 2 raised.*rank_one_raises_while_rank_zero_waits.*only rank one says this"):
         run_distributed(rank_one_raises_while_rank_zero_waits, 2)

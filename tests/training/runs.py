@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from megatron.config.loader import LoadedConfig
 from megatron.testing.tiny import TINY_STRUCTMOE, tiny_config
@@ -26,13 +28,19 @@ def run_values(corpus: Path, save: Path | None, **overrides: Any) -> dict[str, A
     }
 
 
-def train_losses(values: Mapping[str, Any]) -> list[float]:
-    """Trains in this process and returns the loss of every step (NaN as None). For run_distributed(..., backend=None)."""
+def train_losses(values: Mapping[str, Any], *, picture: bool = False) -> list[float]:
+    """Trains in this process and returns the loss of every step (NaN as None). For run_distributed(..., backend=None).
+
+    Without `picture`, and where the values name no `plot_file`, no picture is drawn: that takes longer than the steps.
+    """
+    from megatron.training.callbacks import build
     from megatron.training.run import train
 
     config = tiny_config(values)
     metrics = Path(config.logging.metrics_file or Path(str(config.checkpoint.save)) / "metrics.jsonl")
-    train(LoadedConfig(config))
+    drawn = picture or config.logging.plot_file is not None
+    with contextlib.nullcontext() if drawn else patch.object(build, "plot_path", lambda *given: None):
+        train(LoadedConfig(config))
     return losses_of(metrics)
 
 

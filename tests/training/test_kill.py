@@ -8,35 +8,41 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.scripts import REPOSITORY, ScriptProcess
 from tests.training.runs import losses_of, outer_environment, run_values, train_losses
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 KEYS = ("train/lm_loss", "validation/lm_loss", "test/lm_loss")
 
 
-class Run:
-    """`python train.py` in a process of its own, which goes on where the last one was ended."""
+def start(file: Path, interrupt: signal.Handlers = signal.SIG_DFL) -> ScriptProcess:
+    return ScriptProcess("train.py", str(file), folder=file.parent, environment=outer_environment(), interrupt=interrupt)
 
-    def __init__(self, values: dict[str, Any], folder: Path) -> None:
+
+class Run:
+    """`python train.py` in a process of its own, which goes on where the last one was ended.
+
+    `interpreter`: each time a new interpreter, which takes seconds longer.
+    """
+
+    def __init__(self, values: dict[str, Any], folder: Path, interpreter: bool = False) -> None:
         self.file = folder / "run.json"
         self.file.write_text(json.dumps({**values, "resume_if_exists": True}))
         self.metrics = Path(values["save"]) / "metrics.jsonl"
         self.interrupt = signal.SIG_DFL
-        """What the process finds as its reaction to Ctrl-C: a shell in the background would have it ignored, in these tests too."""
+        self.interpreter = interpreter
 
-    def start(self) -> subprocess.Popen[str]:
-        command = [sys.executable, str(REPOSITORY / "train.py"), str(self.file)]
-        environment = {**outer_environment(), "PYTHONPATH": str(REPOSITORY)}
+    def start(self) -> ScriptProcess | subprocess.Popen[str]:
+        if not self.interpreter:
+            return start(self.file, self.interrupt)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, env=environment, preexec_fn=partial(signal.signal, signal.SIGINT, self.interrupt), **pipes)
+        return subprocess.Popen([sys.executable, str(REPOSITORY / "train.py"), str(self.file)], env=outer_environment(), **pipes)
 
-    def wait_for_a_step(self, process: subprocess.Popen[str]) -> None:
+    def wait_for_a_step(self, process: ScriptProcess | subprocess.Popen[str]) -> None:
         """Until the process has written a line of metrics, or ended."""
         before = self.state()
         while process.poll() is None and self.state() in (before, (self.state()[0], 0)):
@@ -51,40 +57,41 @@ def check_same(metrics: Path, expected: Path) -> None:
         assert losses_of(metrics, key) == losses_of(expected, key), key
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(corpus: Path, tmp_path: Path, kills: int) -> None:
     """Saves, evaluations and steps follow each other within milliseconds, so that random moments fall into all of them."""
     length = {"train_iters": 30 * kills, "checkpoint_factor": 3, "keep_last_n_checkpoints": 2, "eval_interval": 4, "eval_iters": 4}
     values = run_values(corpus, tmp_path / "straight", hidden_dropout=0.1, **length)
     train_losses(values)
-    run, moments = Run({**values, "save": str(tmp_path / "killed")}, tmp_path), random.Random(kills)
+    run = Run({**values, "save": str(tmp_path / "killed")}, tmp_path, interpreter=kills > 3)
+    moments = random.Random(kills)
     landed = 0
     while landed < kills:
         process = run.start()
         run.wait_for_a_step(process)
         time.sleep(moments.uniform(0.0, 0.6))
-        assert process.poll() is None, f"the run was over after {landed} kills:\n{process.stdout and process.stdout.read()}"
+        assert process.poll() is None, f"the run was over after {landed} kills:\n{process.communicate()[0]}"
         process.kill()
         process.communicate()
         landed += 1
-    output, _ = run.start().communicate(timeout=240)
+    output = "".join(map(str, run.start().communicate(timeout=240)))
     assert "Going on from" in output
     check_same(run.metrics, tmp_path / "straight/metrics.jsonl")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_told_to_stop(corpus: Path, tmp_path: Path, number: signal.Signals) -> None:
-    values = run_values(corpus, tmp_path / "straight", train_iters=150, checkpoint_factor=1000)
+    values = run_values(corpus, tmp_path / "straight", train_iters=80, checkpoint_factor=1000)
     train_losses(values)
     run = Run({**values, "save": str(tmp_path / "stopped")}, tmp_path)
     process = run.start()
     run.wait_for_a_step(process)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output = "".join(map(str, process.communicate(timeout=60)))
     assert process.returncode == 128 + number, output
     assert f"{number.name} received: the run finishes the current step, then saves and stops." in output
     stopped_at = len(losses_of(run.metrics))
-    assert 0 < stopped_at < 150
+    assert 0 < stopped_at < 80
     assert (tmp_path / f"stopped/global_step{stopped_at}").is_dir()
     assert f"global_step{stopped_at}. The same command goes on from there." in output.replace("\n", "")
     run.start().communicate(timeout=120)
@@ -97,7 +104,7 @@ def test_a_run_that_was_started_to_ignore_ctrl_c_goes_on(corpus: Path, tmp_path:
     process = run.start()
     run.wait_for_a_step(process)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output = "".join(map(str, process.communicate(timeout=60)))
     assert process.returncode == 0, output
     assert len(losses_of(run.metrics)) == 30
 
@@ -106,8 +113,8 @@ def test_user_errors_are_sentences(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     values = run_values(tmp_path / "nothing", tmp_path / "save")
     file.write_text(json.dumps(values))
-    command = [sys.executable, str(REPOSITORY / "train.py"), str(file)]
-    finished = subprocess.run(command, env=outer_environment(), capture_output=True, text=True, check=False, timeout=120)
-    assert finished.returncode == 1
-    assert "Traceback" not in finished.stderr
-    assert str(tmp_path / "nothing") in finished.stderr
+    process = start(file)
+    output = "".join(process.communicate(timeout=120))
+    assert process.returncode == 1
+    assert "Traceback" not in output
+    assert str(tmp_path / "nothing") in output

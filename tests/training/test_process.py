@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import pytest
 
 from megatron.training.process import choose_backend, keep_freed_memory
+from tests.training.runs import run_values, train_losses
 
 
 @pytest.mark.parametrize(
@@ -19,3 +23,10 @@ def test_keeping_memory_is_harmless_everywhere(monkeypatch: pytest.MonkeyPatch) 
     keep_freed_memory()
     monkeypatch.setattr("sys.platform", "darwin")
     keep_freed_memory()
+
+
+def test_zero_leaves_muon_uncompiled(corpus: Path, tmp_path: Path) -> None:
+    """Compiling it loads torch's compiler, which takes seconds."""
+    train_losses(run_values(corpus, None, train_iters=1, eval_iters=0, zero_optimization={"stage": 1}, metrics_file=str(tmp_path / "m.jsonl")))
+    muon = importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    assert not hasattr(muon.muon_update, "_torchdynamo_orig_callable")

@@ -18,7 +18,7 @@ from tests.training.runs import losses_of, run_values, train_losses, train_with_
 
 
 def test_loss_falls_and_everything_is_written(corpus: Path, tmp_path: Path) -> None:
-    losses = train_losses(run_values(corpus, tmp_path / "run", train_iters=40))
+    losses = train_losses(run_values(corpus, tmp_path / "run", train_iters=40), picture=True)
     assert losses[-1] < 0.6 * losses[0]
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names >= {"global_step4", "global_step40", "latest", "metrics.jsonl", "training.png"}

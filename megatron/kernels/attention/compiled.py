@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron.kernels.attention.interface import Given, Rotation
 from megatron.kernels.attention.reference import Reference
-from megatron.kernels.compiled import DTYPES, address, built, serves
+from megatron.kernels.compiled import DTYPES, WIDENED, address, built, serves
 
 
 class Compiled:
@@ -21,7 +21,7 @@ class Compiled:
 
     def forward(self, query_BHSd: Tensor, key_BKSd: Tensor, value_BKSd: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
         """(context_BHSd, log_sum_BHS)."""
-        if not _serves(query_BHSd, key_BKSd, value_BKSd):
+        if not serves(query_BHSd, key_BKSd, value_BKSd, formats=WIDENED):
             return self.reference.forward(query_BHSd, key_BKSd, value_BKSd, rotation)
         batch, heads, length, dim = query_BHSd.shape
         context_BHSd = query_BHSd.new_empty(batch, length, heads, dim).transpose(1, 2)
@@ -32,7 +32,7 @@ class Compiled:
 
     def backward(self, given: Given, into: tuple[Tensor, Tensor, Tensor]) -> None:
         """Writes the gradients."""
-        if not _serves(given.grad_BHSd, *given[1:5]):
+        if not serves(given.grad_BHSd, *given[1:5], formats=WIDENED):
             self.reference.backward(given, into)
             return
         inputs = [_rows(t) for t in given[1:4]]
@@ -54,10 +54,6 @@ class Compiled:
             [address(angles[0]), address(angles[1]), between_texts, angles[0].shape[-1]] if angles else [0, 0, 0, 0],
             address(log_sum),
         )
-
-
-def _serves(*tensors: Tensor) -> bool:
-    return serves(*tensors) and tensors[0].dtype != torch.float64
 
 
 def _rows(x_BHSd: Tensor) -> Tensor:

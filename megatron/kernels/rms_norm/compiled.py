@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron.kernels.compiled import DTYPES, address, built
+from megatron.kernels.compiled import DTYPES, WIDENED, address, built
 from megatron.kernels.rms_norm.reference import Reference
-
-SERVED = (torch.float32, torch.bfloat16)
 
 
 class Compiled:
@@ -40,7 +38,7 @@ class Compiled:
 
 
 def _serves(*tensors: Tensor) -> bool:
-    return tensors[0].dtype in SERVED and all(t.is_cpu and t.dtype == tensors[0].dtype for t in tensors)
+    return tensors[0].dtype in WIDENED and all(t.is_cpu and t.dtype == tensors[0].dtype for t in tensors)
 
 
 def _sizes(x: Tensor, scale: Tensor) -> list[int]:

@@ -141,18 +141,8 @@ def _(
 
 
 @torch.library.register_fake("neox::route_backward")
-def _(
-    grad_weight_NK: Tensor | None,
-    grad_probability_NC: Tensor | None,
-    grad_logsumexp_N: Tensor | None,
-    grad_total_PC: Tensor | None,
-    probability_NC: Tensor,
-    choice_NK: Tensor,
-    rows_P: Tensor | None,
-    normalize: bool,
-    scale: float,
-    backend: str,
-) -> Tensor:
+def _(*given: Any) -> Tensor:
+    probability_NC: Tensor = given[4]
     return probability_NC.new_empty(probability_NC.shape)
 
 
