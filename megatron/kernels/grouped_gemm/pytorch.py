@@ -84,4 +84,5 @@ class GroupedMM:
         if x_RD.dtype == torch.float64:
             return Reference().outer(x_RD, y_RF, rows_E)
         dtype = x_RD.dtype
-        return outer_product(*widened(x_RD, y_RF), rows_E).to(dtype)
+        x_RD, y_RF = widened(x_RD, y_RF)
+        return outer_product(x_RD, y_RF, rows_E).to(dtype)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.activations import ACTIVATIONS
-from megatron.kernels.grouped_gemm.reference import widened
 from megatron.kernels.grouped_gemm.pytorch import outer_product, product
+from megatron.kernels.grouped_gemm.reference import widened
 from megatron.kernels.grouped_lore.interface import Gradients, HiddenLayer, LoreChoice, Projection, Saved
 from megatron.kernels.grouped_lore.reference import Reference
 from megatron.kernels.permute.reference import Reference as Rows
@@ -62,12 +62,12 @@ def _project(x_RD: Tensor, projection: Projection, layer: HiddenLayer) -> tuple[
     """(p_RF, u_NQ); u is empty without LoREs."""
     dtype, parts, rows_E = x_RD.dtype, [], layer.rows_E
     u_NQ = x_RD.new_empty(0)
-    (x_RD,) = widened(x_RD)
+    x_RD = _wide(x_RD)
     if projection.weight_EFD is not None:
-        parts.append(product(x_RD, *_turned(projection.weight_EFD), rows_E))
+        parts.append(product(x_RD, _turned(projection.weight_EFD), rows_E))
     if projection.a_GQD is not None and projection.b_GQF is not None:
-        u_NQ = product(_to_lores(x_RD, layer.choice), *_turned(projection.a_GQD), _rows_of_lores(layer))
-        y_NF = product(_weighted(u_NQ, layer.choice), *widened(projection.b_GQF), _rows_of_lores(layer))
+        u_NQ = product(_to_lores(x_RD, layer.choice), _turned(projection.a_GQD), _rows_of_lores(layer))
+        y_NF = product(_weighted(u_NQ, layer.choice), _wide(projection.b_GQF), _rows_of_lores(layer))
         parts.append(_from_lores(y_NF, layer.choice))
     if projection.bias_EF is not None:
         parts.append(projection.bias_EF.to(x_RD.dtype).repeat_interleave(rows_E, dim=0, output_size=x_RD.shape[0]))
@@ -80,13 +80,13 @@ def _project_backward(grad_RF: Tensor, x_RD: Tensor, projection: Projection, lay
     weight_EFD, a_GQD, b_GQF, bias_EF = projection
     grad_x, grad_weight, grad_a, grad_b, grad_bias = torch.zeros_like(x_RD), None, None, None, None
     if weight_EFD is not None:
-        grad_x, grad_weight = product(grad_RF, *widened(weight_EFD), rows_E), outer_product(grad_RF, x_RD, rows_E)
+        grad_x, grad_weight = product(grad_RF, _wide(weight_EFD), rows_E), outer_product(grad_RF, x_RD, rows_E)
     if a_GQD is not None and b_GQF is not None:
         rows_G, grad_NF, x_ND = _rows_of_lores(layer), _to_lores(grad_RF, layer.choice), _to_lores(x_RD, layer.choice)
-        grad_z_NQ = product(grad_NF, *_turned(b_GQF), rows_G)
+        grad_z_NQ = product(grad_NF, _turned(b_GQF), rows_G)
         grad_u_NQ = _weighted(grad_z_NQ, layer.choice)
         grad_a, grad_b = outer_product(grad_u_NQ, x_ND, rows_G), outer_product(_weighted(u_NQ, layer.choice), grad_NF, rows_G)
-        grad_x = grad_x + _from_lores(product(grad_u_NQ, *widened(a_GQD), rows_G), layer.choice)
+        grad_x = grad_x + _from_lores(product(grad_u_NQ, _wide(a_GQD), rows_G), layer.choice)
         grad_pi_RL = None if layer.choice is None else _pi_gradient(grad_z_NQ, u_NQ, layer.choice)
     if bias_EF is not None:
         grad_bias = outer_product(x_RD.new_ones(x_RD.shape[0], 1), grad_RF, rows_E).squeeze(1)
@@ -94,9 +94,13 @@ def _project_backward(grad_RF: Tensor, x_RD: Tensor, projection: Projection, lay
     return ProjectionGradients(grad_x.to(dtype), Projection(*(None if g is None else g.to(dtype) for g in gradients)), grad_pi_RL)
 
 
-def _turned(weight_EFD: Tensor) -> tuple[Tensor, ...]:
-    (weight_EFD,) = widened(weight_EFD)
-    return (weight_EFD.mT,)
+def _wide(weight: Tensor) -> Tensor:
+    """In the dtype of the products."""
+    return widened(weight)[0]
+
+
+def _turned(weight_EFD: Tensor) -> Tensor:
+    return _wide(weight_EFD).mT
 
 
 def _rows_of_lores(layer: HiddenLayer) -> Tensor:
