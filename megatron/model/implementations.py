@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger(__name__)
 OF_EXPERTS = ("grouped_gemm", "grouped_lore", "permute", "route")
 """The ops of layers with experts."""
+OF_LIBRARY = ("experts", "route")
+"""The same where one library computes dispatch and experts."""
 
 
 def choices(model: ModelConfig, moe: MoEConfig, device: torch.device, dtype: torch.dtype, *, apart: bool) -> list[Choice]:
@@ -28,7 +30,8 @@ def choices(model: ModelConfig, moe: MoEConfig, device: torch.device, dtype: tor
     """
     named = moe.kernel_backends
     norms = norm_choice(model, device.type, named.get("rms_norm", "auto"))
-    ops = ("linear_cross_entropy", *(OF_EXPERTS if moe.has_experts else ()))
+    of_experts = OF_EXPERTS if moe.dispatcher == "local" else OF_LIBRARY
+    ops = ("linear_cross_entropy", *(of_experts if moe.has_experts else ()))
     attention = attention_choice(model, device, dtype, named.get("attention", "auto"), apart=apart)
     return [attention, *([] if norms is None else [norms]), *choose_backends(named, device.type, ops)]
 
