@@ -36,7 +36,7 @@ class LoadedConfig:
     overrides: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
     without_section: dict[str, Any] = field(default_factory=dict)
-    places: dict[str, str] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict, compare=False)
 
 
 def load_config(paths: Sequence[Path | str], overrides: Sequence[str] = (), conf_dir: Path | None = None) -> LoadedConfig:

@@ -85,10 +85,11 @@ def rms_forward_affine(x: Tensor, shape: Any, weight: Tensor, epsilon: float) ->
     return y, inverse.flatten()
 
 
-def rms_backward_affine(
-    grad: Tensor, inverse: Tensor, x: Tensor, shape: Any, weight: Tensor, epsilon: float, memory_efficient: bool
-) -> tuple[Tensor, Tensor]:
+def rms_backward_affine(grad: Tensor, inverse: Tensor, x: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+    """`more`: the shape, the weight, the epsilon, and whether x is the output."""
+    shape, weight, _, memory_efficient = more
     assert inverse.shape == (x.numel() // x.shape[-1],)
+    assert tuple(shape) == weight.shape
     assert grad.is_contiguous()
     assert not memory_efficient, "what is given is the input, not the output"
     return Reference().backward(grad, x, weight, inverse.view(x.shape[:-1]))
