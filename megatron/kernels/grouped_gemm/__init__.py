@@ -57,7 +57,7 @@ OP.register(compiled.implementation(_compiled))
 OP.register(cuda_library.implementation(_cuda))
 OP.register(Implementation("triton", triton_kernels.DEVICES, triton_kernels.unavailable, _triton))
 OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None, Reference))
-# By name only: on CPUs PyTorch loops over the experts as the reference does, and copies more.
+# By name only: on CPUs PyTorch loops over the experts as the reference does.
 OP.register(Implementation("torch", frozenset({"cpu", "cuda"}), pytorch.unavailable, pytorch.GroupedMM))
 
 
