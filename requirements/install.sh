@@ -82,6 +82,14 @@ install_packages() {
         fail "the packages are installed, and one of them does not import. 'make clean-all' and another try give a fresh .venv."
 }
 
+unpack_sources() { # read by tests alone: without them set-up goes on, and those tests are skipped
+    local file
+    rm -rf .venv/sources && mkdir .venv/sources
+    "$venv_python" -m pip download --quiet --no-deps --no-binary :all: --no-build-isolation --dest .venv/sources -r requirements/sources.txt ||
+        { echo "setup: the sources in requirements/sources.txt are not here; the tests that need them are skipped"; return 0; }
+    for file in .venv/sources/*.tar.gz; do tar -xzf "$file" -C .venv/sources; done
+}
+
 compile_sources() { # nothing needs them: without a compiler set-up goes on, and says so
     "$venv_python" csrc/build.py || true
 }
@@ -91,6 +99,7 @@ clean_environment
 make_venv
 install_packages
 compile_sources
+if [ "$set_name" = dev ]; then unpack_sources; fi
 rm -f .venv/.installed-*
 touch "$(stamp_of "$set_name")"
 echo "setup: done"

@@ -164,8 +164,6 @@ _WITHOUT_EFFECT: dict[str, Ignored | Refused] = {
         "scaled_masked_softmax_fusion",
         "bias_dropout_fusion",
         "rope_fusion",
-        "layernorm_fusion",
-        "rmsnorm_fusion",
         "use_flashattn_swiglu",
         "fused_kernels_build_path",
     ),

@@ -23,7 +23,10 @@ EXPERTS: dict[str, Any] = {
     "structmoe": "megatron.model.moe.experts.structmoe:build_structmoe",
     "decomposed": "megatron.model.moe.experts.decomposed:DecomposedExperts",
 }
-DISPATCHERS: dict[str, Any] = {"local": "megatron.model.moe.dispatch.local:LocalDispatcher"}
+DISPATCHERS: dict[str, Any] = {
+    "local": "megatron.model.moe.dispatch.local:LocalDispatcher",
+    "library": "megatron.model.moe.dispatch.library:LibraryDispatcher",
+}
 LOSSES: dict[str, Any] = {
     "load_balance": "megatron.model.moe.losses.load_balance:load_balance_loss",
     "sequence_load_balance": "megatron.model.moe.losses.load_balance:sequence_load_balance_loss",

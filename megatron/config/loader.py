@@ -27,7 +27,8 @@ class LoadedConfig:
     """A configuration, and what it was made from.
 
     files: file name -> text, as written; overrides: the `key=value` given on the command line; notices: sentences about keys without effect;
-    without_section: the keys as they were written that no section has (other names, keys without effect).
+    without_section: the keys as they were written that no section has (other names, keys without effect); places: key (dots for nested ones) ->
+    where it was written, such as configs/x.yml:14. A worker process that deepy.py started does not know the places.
     """
 
     config: NeoXConfig
@@ -35,6 +36,7 @@ class LoadedConfig:
     overrides: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
     without_section: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict, compare=False)
 
 
 def load_config(paths: Sequence[Path | str], overrides: Sequence[str] = (), conf_dir: Path | None = None) -> LoadedConfig:
@@ -110,7 +112,8 @@ def _build(source: Source, problems: list[str]) -> LoadedConfig:
     for key, sentence in config.moe.idle_keys():
         where = source.place_of((key,))
         notices.append(f"{f'{where}: ' if where else ''}'{key}' {sentence}")
-    return LoadedConfig(config, notices=tuple(notices), without_section=without_section)
+    places = {".".join(path): str(place) for path, place in source.places.items()}
+    return LoadedConfig(config, notices=tuple(notices), without_section=without_section, places=places)
 
 
 def _build_section(name: str, section: type[Section], source: Source, broken: set[str], problems: list[str]) -> Section | None:

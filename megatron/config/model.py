@@ -65,6 +65,12 @@ class ModelConfig(Section):
     """Added to the mean square in rmsnorm."""
     scalenorm_epsilon: PositiveFloat = 1e-8
     """Smallest length that scalenorm divides by."""
+    layernorm_fusion: bool = False
+    """Compute layernorm with the fused kernels of NVIDIA's package apex, if it is installed and the device is CUDA. Otherwise PyTorch computes it,
+    which is fused too. The log and `--check` say which."""
+    rmsnorm_fusion: bool = False
+    """Compute rmsnorm with the fused kernels of NVIDIA's package apex, if it is installed and the device is CUDA. Otherwise
+    `kernel_backends` decides."""
     use_bias_in_norms: bool = True
     """Whether layernorm has biases. The other norms have none. NeoX does not read this key: its layernorm models always have biases."""
     use_qk_layernorm: bool = False

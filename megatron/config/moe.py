@@ -23,6 +23,9 @@ NEED_EXPERTS = (
 )
 """Keys that say something of MoE layers, where there must be one."""
 
+MEGABLOCKS_BLOCK = 128
+"""MegaBlocks 0.10 takes the logarithm of all experts' columns, in blocks of this many, and fails where there is no whole block."""
+
 
 class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, TopKOptions):
     moe_num_experts_by_layer: list[PositiveInt] | None = None
@@ -63,6 +66,11 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
     def expert_counts(self) -> list[int]:
         """`num_experts` of the layers, each number that occurs at least once."""
         return [count * self.moe_expert_segments for count in self.moe_num_experts_by_layer or [self.moe_num_experts]]
+
+    @property
+    def dispatcher(self) -> str:
+        """Name of the dispatcher. A library may compute dispatch and experts together (`kernel_backends.experts`)."""
+        return "local" if self.kernel_backends.get("experts", "auto") in ("auto", "reference") else "library"
 
     def moe_layer_numbers(self, num_layers: int) -> list[int]:
         """The layers, from 0, that have experts instead of a dense MLP."""
@@ -135,6 +143,7 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
         yield from self._count_problems()
         yield from self._placement_problems()
         yield from self._component_problems()
+        yield from self._library_problems()
         if self.moe_shared_expert_gate and not (self.moe_num_shared_experts or self.moe_shared_expert_intermediate_size):
             yield Problem(("moe_shared_expert_gate",), "needs a shared expert; give moe_num_shared_experts or moe_shared_expert_intermediate_size")
         if self.moe_num_shared_experts and self.moe_shared_expert_intermediate_size:
@@ -187,6 +196,19 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
         if "lore_balance" in self.moe_losses and not (self.moe_expert_type == "structmoe" and self.moe_lore_routed):
             yield Problem(("moe_losses.lore_balance", "moe_expert_type"), "needs moe_expert_type: structmoe with routed LoREs")
 
+    def _library_problems(self) -> Iterator[Problem]:
+        """What a library that computes dispatch and experts together cannot do."""
+        if self.dispatcher != "library" or not self.has_experts:
+            return
+        key, instead = "kernel_backends.experts", "remove this entry of kernel_backends"
+        if self.moe_expert_type != "grouped":
+            yield Problem((key, "moe_expert_type"), f"computes moe_expert_type: grouped only, and it is {self.moe_expert_type}; {instead}")
+        if self.moe_expert_bias:
+            yield Problem((key, "moe_expert_bias"), f"computes experts without biases only; {instead}, or write moe_expert_bias: false")
+        if self.moe_router_type in ("top_p", "expert_choice"):
+            says = "needs the same number of experts for every token, and moe_router_type"
+            yield Problem((key, "moe_router_type"), f"{says} {self.moe_router_type} chooses it by token; {instead}")
+
     def _layer_problems(self, num_layers: int) -> Iterator[Problem]:
         numbers = self.moe_layer_numbers(num_layers)
         if self.moe_layers is not None and max(self.moe_layers, default=0) >= num_layers:
@@ -200,6 +222,9 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
         width, whole = self.expert_width(model), self.model_copy(update={"moe_expert_segments": 1}).expert_width(model)
         if whole % self.moe_expert_segments:
             yield Problem(("moe_expert_segments", "moe_ffn_hidden_size", "ffn_hidden_size"), f"must divide the expert width ({whole})")
+        if self.dispatcher == "library" and width * min(self.expert_counts) < MEGABLOCKS_BLOCK:
+            sizes = f"{min(self.expert_counts)} experts of width {width}"
+            yield Problem(("kernel_backends.experts", "moe_ffn_hidden_size"), f"needs {MEGABLOCKS_BLOCK} columns in all experts; {sizes} are fewer")
         if self.moe_expert_type == "structmoe":
             yield from self._lore_rank_problems(model, width)
             if self.moe_lore_projection != "up" and not model.is_gated:

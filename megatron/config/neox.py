@@ -84,6 +84,10 @@ class NeoXConfig(Section):
                 ("wandb.enabled", "use_wandb"), "cannot be combined with use_wandb: true, because one process can write only one run; keep use_wandb"
             )
         yield from self.moe.check_with(self.model)
+        if self.moe.has_experts and self.moe.kernel_backends.get("experts") == "megablocks" and self.precision != "bfloat16":
+            yield Problem(
+                ("kernel_backends.experts", "precision"), f"computes in bfloat16 only, and precision is {self.precision}; write precision: bfloat16"
+            )
         if self.checkpoint.iteration is not None and self.checkpoint.load is None and self.checkpoint.save is None:
             yield Problem(("iteration", "load"), "needs load, the directory with the checkpoint")
         if self.checkpoint.no_save_optim and self.optimizer.zero_optimization.stage == 3:

@@ -41,7 +41,7 @@ from megatron.convert.vocabulary import with_new_rows
 from megatron.data.locking import naming
 from megatron.data.progress import Reporter, Stage
 from megatron.data.tokenizer import Tokenizer
-from megatron.training.engine import DTYPES
+from megatron.kernels.precision import DTYPES
 from megatron.training.memory import check_comparison_fits
 from megatron.training.setup import checkpoint_args
 

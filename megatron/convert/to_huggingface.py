@@ -38,7 +38,7 @@ from megatron.data.progress import Reporter, Stage
 from megatron.data.staging import publish, staging_folder
 from megatron.data.tokenizer import NULL, build_tokenizer
 from megatron.data.tokenizer.companions import GENERATION, ROUTER_LOGITS
-from megatron.training.engine import DTYPES
+from megatron.kernels.precision import DTYPES
 from megatron.training.memory import check_comparison_fits
 
 PRECISIONS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bfloat16"}

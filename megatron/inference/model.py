@@ -22,8 +22,8 @@ from megatron.config.section import ConfigError
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.data.tokenizer.companions import folder_of
 from megatron.data.tokenizer.eod import find_stop_tokens
-from megatron.model import GPT, build_model, choose_attention
-from megatron.training.engine import DTYPES
+from megatron.kernels.precision import DTYPES
+from megatron.model import GPT, build_model, choose_implementations
 from megatron.training.memory import check_model_fits
 from megatron.training.setup import expected_model
 
@@ -91,7 +91,7 @@ def load_ready_model(config: NeoXConfig) -> ReadyModel:
     gpt = build_model(config.model, config.moe, vocabulary, seed=0, dtype=DTYPES[config.precision], device=device)
     check_shapes(path, shapes_of(weights.state_dict), module_shapes(gpt))
     gpt.load_state_dict(weights.state_dict)
-    choose_attention(config.model, gpt, config.moe.kernel_backends.get("attention", "auto"))
+    choose_implementations(config.model, config.moe, gpt)
     gpt.eval().requires_grad_(False)
     if config.checkpoint.checkpoint_validation_with_forward_pass:
         log.info("%s", _compare_logits(config, gpt, path, weights.client_state.get(forward_check.KEY)))

@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bfloat16": torch.bfloat16}
+"""The number formats by their names in the configuration (`precision`)."""
+
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which `device` multiplies matrices of `dtype`: float32 where it could only emulate `dtype`, else `dtype` itself."""

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Generic, TypeVar
 
 import torch
 
 P = TypeVar("P")
 """The protocol of an op: what its implementations supply."""
-
-LOGGER = logging.getLogger(__name__)
 
 
 class KernelUnavailable(ValueError):
@@ -34,10 +30,9 @@ class Implementation(Generic[P]):
 
     def reason_against(self, device: str) -> str | None:
         """Why it cannot run on `device`. None: it can."""
-        reason = self.unavailable()
-        if reason is None and device not in self.devices:
+        if device not in self.devices:
             return f"runs on {', '.join(sorted(self.devices))} only"
-        return reason
+        return self.unavailable()
 
 
 class Op(Generic[P]):
@@ -62,22 +57,31 @@ class Op(Generic[P]):
         """Name -> None where it can run on `device`, else the reason it cannot."""
         return {name: implementation.reason_against(device) for name, implementation in self._known.items()}
 
-    def choose(self, requested: str, device: str) -> str:
-        """The name that `requested` ("auto" or a name) stands for on `device`; raises KernelUnavailable with every reason."""
+    def check_name(self, requested: str) -> None:
+        """Raises KernelUnavailable for a name that is neither "auto" nor an implementation's."""
         if requested != "auto" and requested not in self._known:
             raise KernelUnavailable(f"{self.name}: there is no implementation '{requested}'; known: auto, {', '.join(self._known)}")
+
+    def choose(self, requested: str, device: str) -> str:
+        """The name that `requested` ("auto" or a name) stands for on `device`; raises KernelUnavailable with every reason."""
+        self.check_name(requested)
         refused = []
         for name, implementation in self._known.items():
             if requested not in ("auto", name):
                 continue
             reason = implementation.reason_against(device)
             if reason is None:
-                _log_choice(self.name, name, device)
                 return name
             refused.append(f"{name}: {reason}")
         usable = [name for name, reason in self.status(device).items() if reason is None]
         advice = f"; use {' or '.join(usable)}" if usable else ""
         raise KernelUnavailable(f"{self.name}: '{requested}' cannot run on {device} ({'; '.join(refused) or 'none is registered'}){advice}")
+
+    def better(self, chosen: str, device: str) -> dict[str, str]:
+        """The implementations for `device` that come before `chosen` and cannot run -> the reason."""
+        before = list(self._known.values())[: list(self._known).index(chosen)]
+        reasons = {each.name: each.reason_against(device) for each in before if device in each.devices}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
 
     def resolve(self, requested: str, device: str) -> P:
         """The object that computes the op; made once per (request, device)."""
@@ -85,12 +89,6 @@ class Op(Generic[P]):
         if key not in self._objects:
             self._objects[key] = self._known[self.choose(requested, device)].make()
         return self._objects[key]
-
-
-@cache
-def _log_choice(op: str, implementation: str, device: str) -> None:
-    """One line per op, implementation and device, whatever the number of layers."""
-    LOGGER.info("kernel %s on %s: %s", op, device, implementation)
 
 
 def torch_operator(name: str) -> Callable[[Callable[..., Any]], Any]:

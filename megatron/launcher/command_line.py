@@ -18,8 +18,10 @@ from megatron.config.section import ConfigError
 from megatron.config.source import canonical
 from megatron.config.training import resolve_batch
 from megatron.config.transport import decode
-from megatron.launcher.plan import machine_notices, plan_launch, worker_count
-from megatron.launcher.processes import run_until_done, survey
+from megatron.launcher.implementations import check_backends
+from megatron.launcher.machines import machines
+from megatron.launcher.plan import machine_notices, plan_launch, runs_elsewhere, worker_count
+from megatron.launcher.processes import Machine, run_until_done, survey
 from megatron.mpu.environment import complete_environment
 
 # NeoX's flags that stand for a key; the flag's value wins over the files like any override.
@@ -73,8 +75,10 @@ def main(argv: Sequence[str]) -> int:
         loaded = load_request(request, request.words[1:])
         machine = survey()
         processes = worker_count(loaded, machine)
+        launcher = loaded.config.launcher
+        check_backends(loaded, None if runs_elsewhere(launcher, machines(launcher, machine)) else machine.device_type)
         if request.check:
-            return _show_check(loaded, processes, machine_notices(loaded, machine))
+            return _show_check(loaded, machine, processes)
         if script.stem == "train":
             check_trainable(loaded.config, processes)
         notices = machine_notices(loaded, machine)
@@ -124,7 +128,7 @@ def read_deepy_arguments(argv: Sequence[str]) -> Request:
 def _deepy_parser() -> argparse.ArgumentParser:
     parser = _parser("deepy.py", "SCRIPT CONFIG [CONFIG ...]")
     parser.description = "Read the configuration, check it, and start SCRIPT with it, on as many processes as the configuration and the machine say."
-    parser.add_argument("--check", action="store_true", help="show the complete configuration, sizes, memory and FLOPs, then stop")
+    parser.add_argument("--check", action="store_true", help="show the complete configuration, sizes, memory, FLOPs and what computes, then stop")
     return parser
 
 
@@ -213,7 +217,7 @@ def _stop(parser: argparse.ArgumentParser, sentence: str) -> NoReturn:
     parser.exit(_USAGE_STATUS, f"{parser.prog}: {sentence}\n")
 
 
-def _show_check(loaded: LoadedConfig, processes: int, notices: Sequence[str]) -> int:
+def _show_check(loaded: LoadedConfig, machine: Machine, processes: int) -> int:
     """Returns the exit status. Raises ConfigError where the batch sizes contradict each other; what is missing may be in another file."""
     from rich.console import Console
 
@@ -221,8 +225,8 @@ def _show_check(loaded: LoadedConfig, processes: int, notices: Sequence[str]) ->
     from megatron.launcher.summary import summary
 
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
-    loaded = replace(loaded, notices=(*loaded.notices, *notices))
-    for part in summary(loaded, processes, vocabulary(loaded.config.data)):
+    loaded = replace(loaded, notices=(*loaded.notices, *machine_notices(loaded, machine)))
+    for part in summary(loaded, processes, vocabulary(loaded.config.data), machine.device_type):
         console.print(part, soft_wrap=isinstance(part, str))  # sentences stay in one line, tables keep to the width
     training = loaded.config.training
     if training.train_batch_size is not None or training.train_micro_batch_size_per_gpu is not None:

@@ -60,7 +60,7 @@ def plan_launch(script: Path, loaded: LoadedConfig, machine: Machine) -> Launch:
     chosen = machines(launcher, machine)
     processes = count_of(launcher, machine, chosen)
     worker_arguments = [str(script), "--megatron_config", encode(loaded)]
-    remote = launcher.force_multi or (chosen is not None and chosen.hostfile is not None and not chosen.only_this_one)
+    remote = runs_elsewhere(launcher, chosen)
     if remote or (chosen is not None and chosen.hostfile is None):
         here = 1 if chosen is None else max(map(len, chosen.slots.values()))
         options = runner_options(loaded)
@@ -85,6 +85,11 @@ def plan_launch(script: Path, loaded: LoadedConfig, machine: Machine) -> Launch:
 def starts_elsewhere(launcher: LauncherConfig, chosen: Machines) -> bool:
     """Whether DeepSpeed starts processes through `launcher`; one host alone gets them without."""
     return launcher.force_multi or len(chosen.slots) > 1
+
+
+def runs_elsewhere(launcher: LauncherConfig, chosen: Machines | None) -> bool:
+    """Whether processes run on other machines than this one, whose devices are not known here."""
+    return launcher.force_multi or (chosen is not None and chosen.hostfile is not None and not chosen.only_this_one)
 
 
 def machine_notices(loaded: LoadedConfig, machine: Machine | None = None) -> list[str]:

@@ -30,6 +30,11 @@ class Machine:
     cores: int
     visible: tuple[str, ...] | None = None
 
+    @property
+    def device_type(self) -> str:
+        """PyTorch's name of the devices that a process here computes on."""
+        return "cuda" if self.gpus else "cpu"
+
     def devices(self, count: int) -> list[int | str]:
         """The device numbers of the first `count` processes (just numbers without GPUs)."""
         if self.gpus and self.visible:

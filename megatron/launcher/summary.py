@@ -17,10 +17,14 @@ from megatron.config.neox import OWNER, SECTION_CLASSES, NeoXConfig, check_train
 from megatron.config.section import ConfigError, Section
 from megatron.config.size import count_parameters, flops_per_token, padded_vocab_size
 from megatron.config.training import resolve_batch
+from megatron.launcher.implementations import implementations
 
 
-def summary(loaded: LoadedConfig, processes: int, words: Vocabulary) -> list[RenderableType]:
-    """Tables and lines for a terminal: given keys with their defaults, parameters, batch and tokens, memory and FLOPs, notices."""
+def summary(loaded: LoadedConfig, processes: int, words: Vocabulary, device: str) -> list[RenderableType]:
+    """Tables and lines for a terminal: given keys with their defaults, parameters, batch and tokens, memory and FLOPs, implementations, notices.
+
+    `device`: PyTorch's name of this machine's devices. `check_backends` must have found nothing.
+    """
     sources = [*loaded.files, *(["command line"] if loaded.overrides else [])]
     without = "" if words.size is not None else f" without the vocabulary ({words.reason})"
     parts: list[RenderableType] = [
@@ -30,6 +34,8 @@ def summary(loaded: LoadedConfig, processes: int, words: Vocabulary) -> list[Ren
         _parameters(loaded.config, words),
         _heading("One step"),
         _work(loaded.config, processes, words),
+        _heading(f"What computes on this machine ({device})"),
+        _implementations(loaded.config, device),
         "",
     ]
     parts += [f"note: {escape(notice)}" for notice in loaded.notices]
@@ -101,6 +107,13 @@ def _work(config: NeoXConfig, processes: int, words: Vocabulary) -> Table:
     return table
 
 
+def _implementations(config: NeoXConfig, device: str) -> Table:
+    table = _table("part", "runs", "why")
+    for choice in implementations(config, device):
+        table.add_row(*map(escape, choice))
+    return table
+
+
 def _padded(config: NeoXConfig, words: Vocabulary) -> int:
     return padded_vocab_size(words.size or 0, config.model.make_vocab_size_divisible_by)
 
@@ -110,7 +123,7 @@ def _heading(text: str) -> str:
 
 
 def _table(*columns: str, numbers: bool = False) -> Table:
-    return plain_table(*columns, numbers=numbers, whole=("section", "key", "what"))
+    return plain_table(*columns, numbers=numbers, whole=("section", "key", "what", "part", "runs"))
 
 
 def _text(value: Any) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron.kernels.backends import choose_backends
+from megatron.kernels.backends import check_names
 from megatron.model.attention import LayerCache
 from megatron.model.embedding import Embedding, FinalLinear, LossMask, Targets, build_embedding, project
 from megatron.model.initialization import Initializer, build_initializer
@@ -199,9 +199,10 @@ def build_model(
 ) -> GPT:
     """A model with new weights. They are drawn in float32 on the CPU from `seed` alone and then moved, so they are the same on every device.
 
-    Raises KernelUnavailable if an implementation that `kernel_backends` names cannot run on `device`.
+    Raises KernelUnavailable for a name in `kernel_backends` that does not exist. Whether it can run is known when the model has its final device:
+    `choose_implementations`.
     """
-    choose_backends(moe.kernel_backends, torch.device(device).type)
+    check_names(moe.kernel_backends)
     return GPT(model, moe, padded_vocab_size, build_initializer(model, seed)).to(device=device, dtype=dtype)
 
 

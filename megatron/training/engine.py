@@ -14,13 +14,11 @@ from megatron.config.deepspeed_json import deepspeed_config
 from megatron.config.machine import is_installed
 from megatron.config.neox import NeoXConfig
 from megatron.config.section import ConfigError
-from megatron.model import GPT, choose_attention
+from megatron.model import GPT, choose_implementations
 from megatron.training.optimizer import build_optimizer
 from megatron.training.schedule import schedule_of
 from megatron.training.schedule_record import ScheduleRecord
 from megatron.training.skipping import Skipping
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def check_packages(settings: DeepSpeedConfig) -> None:
@@ -66,7 +64,7 @@ def build_engine(config: NeoXConfig, model: GPT, *, world_size: int) -> Any:
         settings["gradient_clipping"] = 0.0  # the optimizer clips while it steps
     with own_master_weights(sum_in_fp32=config.sums_in_fp32):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
-    choose_attention(config.model, model, config.moe.kernel_backends.get("attention", "auto"))
+    choose_implementations(config.model, config.moe, model)
     if world_size == 1 and isinstance(optimizer, Skipping):
         engine.enable_backward_allreduce = False  # a sum over one process: DeepSpeed would copy all gradients together and back for it
     engine.lr_scheduler = ScheduleRecord(schedule_of(config))

@@ -11,6 +11,8 @@ from torch import nn
 
 from megatron.config.machine import is_installed
 from megatron.config.optimizer import OptimizerConfig
+from megatron.kernels.adam import OP
+from megatron.kernels.backends import Choice, choose
 from megatron.training.adam import KernelAdam, is_compiled
 from megatron.training.lion import Lion
 from megatron.training.skipping import DividingFirst, SkippingAdam, SkippingLion, SkippingSGD
@@ -30,8 +32,29 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, device_type: str)
     settings["lr"] = config.optimizer.params.lr
     if config.zero_optimization.stage > 0:
         return kind(groups, **settings)
-    own = kind is torch.optim.Adam and config.optimizer.implementation == "auto" and is_compiled(device_type)
+    own = _reason_against_kernel(config, device_type) is None
     return (KernelAdam if own else skipping(kind))(groups, max_norm=config.gradient_clipping, **settings)
+
+
+def optimizer_choice(config: OptimizerConfig, device_type: str) -> Choice:
+    """What will update the weights, and why not the op `adam`. An optimizer that cannot run here is said to be missing, with the reason."""
+    try:
+        kind, _ = choose_optimizer(config, device_type)
+    except OptimizerUnavailable as error:
+        return Choice("optimizer", "none", str(error))
+    reason = _reason_against_kernel(config, device_type)
+    package = kind.__module__.split(".")[0]
+    runs = f"{kind.__name__} of {'PyTorch' if package == 'torch' else 'this program' if package == 'megatron' else package}"
+    return Choice("optimizer", "compiled", "") if reason is None else Choice("optimizer", runs, reason)
+
+
+def _reason_against_kernel(config: OptimizerConfig, device_type: str) -> str | None:
+    """Why the op `adam` does not compute; empty where nothing is to be said of it. None: it does."""
+    if config.optimizer_type not in ("Adam", "AdamW") or config.optimizer.implementation != "auto":
+        return ""
+    if config.zero_optimization.stage > 0:
+        return f"compiled: only at ZeRO stage 0, and this is stage {config.zero_optimization.stage}" if device_type == "cpu" else ""
+    return None if is_compiled(device_type) else choose(OP, "auto", device_type).because
 
 
 def skipping(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
@@ -40,16 +63,16 @@ def skipping(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Opt
     return built_in[kind] if kind in built_in else type(f"Skipping{kind.__name__}", (DividingFirst, kind), {})
 
 
-Choice = tuple[Any, dict[str, Any]]
+Chosen = tuple[Any, dict[str, Any]]
 """An optimizer class and its settings, without the learning rate."""
 
 
-def choose_optimizer(config: OptimizerConfig, device_type: str) -> Choice:
+def choose_optimizer(config: OptimizerConfig, device_type: str) -> Chosen:
     """The configured optimizer class. Raises OptimizerUnavailable for a package that is not installed or cannot run on a device of this type."""
     return KINDS[config.optimizer_type](config, device_type)
 
 
-def _adam(config: OptimizerConfig, device_type: str) -> Choice:
+def _adam(config: OptimizerConfig, device_type: str) -> Chosen:
     """As apex's FusedAdam, GPT-NeoX's first choice: decoupled weight decay (Loshchilov and Hutter, 2019) unless `adam_w_mode` is false."""
     settings, implementation = config.optimizer_settings, config.optimizer.implementation
     decoupled = settings.pop("adam_w_mode", True)
@@ -76,7 +99,7 @@ def _fused_adam(name: str) -> Any:
     )
 
 
-def _adam_8bit(config: OptimizerConfig, device_type: str) -> Choice:
+def _adam_8bit(config: OptimizerConfig, device_type: str) -> Chosen:
     """Dettmers et al., 2022: the averages in blocks of 8-bit numbers; weight decay is decoupled."""
     if not is_installed("bitsandbytes"):
         raise OptimizerUnavailable(
@@ -86,15 +109,15 @@ def _adam_8bit(config: OptimizerConfig, device_type: str) -> Choice:
     return importlib.import_module("bitsandbytes.optim").Adam8bit, config.optimizer_settings
 
 
-def _sgd(config: OptimizerConfig, device_type: str) -> Choice:
+def _sgd(config: OptimizerConfig, device_type: str) -> Chosen:
     return torch.optim.SGD, {**config.optimizer_settings, "fused": True}
 
 
-def _lion(config: OptimizerConfig, device_type: str) -> Choice:
+def _lion(config: OptimizerConfig, device_type: str) -> Chosen:
     return Lion, config.optimizer_settings
 
 
-KINDS: dict[str, Callable[[OptimizerConfig, str], Choice]] = {
+KINDS: dict[str, Callable[[OptimizerConfig, str], Chosen]] = {
     "Adam": _adam,
     "AdamW": _adam,
     "Adam8bit": _adam_8bit,

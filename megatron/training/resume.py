@@ -17,8 +17,8 @@ from megatron.checkpoint.weights import read_config
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.optimizer import OptimizerConfig
 from megatron.data.changed import changed_keys, changes
+from megatron.kernels.precision import DTYPES
 from megatron.training.callbacks.checkpoint import DATA, STATE
-from megatron.training.engine import DTYPES
 from megatron.training.evaluate import evaluation_logits
 from megatron.training.schedule_record import schedule_to_follow
 from megatron.training.state import TrainingState

@@ -37,9 +37,11 @@ def test_a_refusal_is_a_sentence_about_the_key(key: str) -> None:
 
 def test_an_ignored_key_gives_a_notice_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("a.yml").write_text("".join(f"{key}: {value}\n" for key, value in MODEL.items()) + "rope_fusion: false\nlayernorm_fusion: true\n")
+    Path("a.yml").write_text(
+        "".join(f"{key}: {value}\n" for key, value in MODEL.items()) + "rope_fusion: false\nscaled_masked_softmax_fusion: true\n"
+    )
     assert load_config(["a"]).notices == (
-        "a.yml:7: 'layernorm_fusion' has no effect here: attention and activations use PyTorch's fused operations if they exist",
+        "a.yml:7: 'scaled_masked_softmax_fusion' has no effect here: attention and activations use PyTorch's fused operations if they exist",
     )
 
 

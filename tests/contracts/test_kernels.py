@@ -241,6 +241,34 @@ def test_grouped_gemm_takes_any_strides(backend: str) -> None:
         torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("backend", implementations("grouped_lore"))
+def test_grouped_lore_takes_any_strides(backend: str) -> None:
+    """Turned inputs, and a gradient that one number stands for (its strides are 0)."""
+    skip_unless_it_runs("grouped_lore", backend, "cpu")
+    draw, (order, _), counts = Draw(torch.float32, "cpu"), lore_case([4, 0, 2], 2), torch.tensor([4, 0, 2])
+    inputs = draw(D, 6), draw(2, 6), draw(D, F, 3), draw(D, Q, 6), draw(F, Q, 6)
+
+    def compute(x: Tensor, pi: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        layer = HiddenLayer(counts, "silu", Projection(weight, a, b), choice=LoreChoice(pi, order))
+        return lore.grouped_lore(x, layer, backend=backend)
+
+    turned = [t.permute(*reversed(range(t.ndim))) for t in inputs]
+    strided, plain = compute(*turned), compute(*(t.contiguous() for t in turned))
+    torch.testing.assert_close(strided, plain)
+    for got, wanted in zip(torch.autograd.grad(strided.sum(), inputs), torch.autograd.grad(plain, inputs, torch.ones(6, F)), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"), [([3, 3], "sum to (6|more than 5), but there are 5 rows"), ([-1, 6], "-1|negative|below 0"), ([5], "one count for each")]
+)
+@pytest.mark.parametrize("backend", implementations("grouped_gemm"))
+def test_counts_that_do_not_fit(backend: str, counts: list[int], message: str) -> None:
+    skip_unless_it_runs("grouped_gemm", backend, "cpu")
+    with pytest.raises(ValueError, match=message):
+        gemm.grouped_gemm(torch.zeros(5, 3), torch.zeros(2, 3, 4), torch.tensor(counts), backend=backend)
+
+
 def test_the_ops_keep_pytorch_rules() -> None:
     """Schemas, fake tensors and autograd registration, as torch checks them."""
     draw, (order, _), counts = Draw(torch.float64, "cpu"), lore_case([4, 0, 2], 2), torch.tensor([4, 0, 2])

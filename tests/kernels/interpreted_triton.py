@@ -82,7 +82,11 @@ def test_permute_and_combine(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("counts", "message"),
-    [([3, 3], "row counts sum to 6, but there are 5 rows"), ([-1, 6], "no count may be below 0"), ([2.0, 3.0], "they must be whole numbers")],
+    [
+        ([3, 3], "row counts sum to 6, but there are 5 rows"),
+        ([-1, 6], "row counts must be 0 or more, and one is -1"),
+        ([2.0, 3.0], "they must be whole numbers"),
+    ],
 )
 def test_wrong_counts_are_refused(counts: list[float], message: str) -> None:
     for call in (

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 
-from megatron.kernels.backends import OPS, choose_backends
+from megatron.kernels.backends import OPS, Choice, choose, choose_backends
 from megatron.kernels.registry import Implementation, KernelUnavailable, Op
 
 
@@ -51,17 +49,16 @@ def test_a_name_belongs_to_one_implementation() -> None:
         op.register(Implementation("plain", frozenset({"cpu"}), lambda: None, lambda: None))
 
 
-def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    op = Op("logged once")
-    op.register(Implementation("plain", frozenset({"cpu"}), lambda: None, lambda: None))
-    with caplog.at_level(logging.INFO, "megatron.kernels.registry"):
-        for _ in range(3):
-            op.choose("auto", "cpu")
-    assert [record.message for record in caplog.records] == ["kernel logged once on cpu: plain"]
+def test_a_choice_says_why_nothing_better_runs() -> None:
+    assert choose(make_op(), "auto", "cpu") == Choice("sample", "plain", "absent: package 'absent' is not installed"), "nothing of other devices"
+    assert choose(make_op(), "auto", "cuda") == Choice("sample", "fast", "")
+    assert choose(make_op(), "plain", "cuda") == Choice("sample", "plain", "kernel_backends names it")
 
 
 def test_the_config_names_ops_that_exist() -> None:
-    assert choose_backends(dict.fromkeys(OPS, "reference"), "cpu") == dict.fromkeys(OPS, "reference")
-    assert choose_backends({"permute": "reference"}, "cpu") == {name: op.choose("auto", "cpu") for name, op in OPS.items()} | {"permute": "reference"}
-    with pytest.raises(KernelUnavailable, match="there is no op 'grouped_gem'; known: attention, grouped_gemm"):
+    assert [choice.runs for choice in choose_backends(dict.fromkeys(OPS, "reference"), "cpu")] == ["reference"] * len(OPS)
+    found = {choice.part: choice.runs for choice in choose_backends({"permute": "reference"}, "cpu")}
+    assert found == {name: op.choose("auto", "cpu") for name, op in OPS.items()} | {"permute": "reference"}
+    assert [choice.part for choice in choose_backends({}, "cpu", ["route"])] == ["route"]
+    with pytest.raises(KernelUnavailable, match="there is no op 'grouped_gem'; known: attention, experts, grouped_gemm"):
         choose_backends({"grouped_gem": "auto"}, "cpu")

@@ -245,6 +245,8 @@ def test_check_shows_what_will_happen_and_runs_nothing(folder: Path) -> None:
     assert "steps, tokens in all 100, 25,600" in shown
     assert any(line.startswith("memory per process") and "ZeRO stage 0" in line for line in shown)
     assert "'rope_fusion' has no effect here" in done.stdout
+    assert "What computes on this machine (cpu)" in done.stdout
+    assert any(line.startswith("grouped_gemm ") for line in shown)
 
     tokenizer.write_text('{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "c": 2}, "unk_token": "a"}}')
     done = run(folder, *words, "-o", "train_iters=null")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron.kernels import compiled, cuda_library, triton_kernels
+from megatron.kernels.grouped_gemm import pytorch
 from megatron.kernels.grouped_gemm.reference import Reference
 from megatron.kernels.registry import Implementation, Op, torch_operator
 
@@ -56,6 +57,8 @@ OP.register(compiled.implementation(_compiled))
 OP.register(cuda_library.implementation(_cuda))
 OP.register(Implementation("triton", triton_kernels.DEVICES, triton_kernels.unavailable, _triton))
 OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None, Reference))
+# By name only: on CPUs PyTorch loops over the experts as the reference does.
+OP.register(Implementation("torch", frozenset({"cpu", "cuda"}), pytorch.unavailable, pytorch.GroupedMM))
 
 
 def grouped_gemm(x_RD: Tensor, weight_EDF: Tensor, rows_E: Tensor, *, transposed: bool = False, backend: str = "auto") -> Tensor:

@@ -12,8 +12,10 @@ from megatron.kernels.precision import product_dtype
 
 
 def row_counts(rows_E: Tensor, total: int) -> list[int]:
-    """The counts on the host; raises ValueError unless they sum to `total` rows."""
+    """The counts on the host; raises ValueError unless they are 0 or more and sum to `total` rows."""
     rows = rows_E.tolist()
+    if min(rows, default=0) < 0:
+        raise ValueError(f"row counts must be 0 or more, and one is {min(rows)}")
     if sum(rows) != total:
         raise ValueError(f"row counts sum to {sum(rows)}, but there are {total} rows; every row belongs to exactly one group")
     return rows

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from megatron.kernels import compiled, cuda_library, triton_kernels
 from megatron.kernels.activations import ACTIVATIONS
+from megatron.kernels.grouped_gemm.pytorch import unavailable
 from megatron.kernels.grouped_lore.interface import GroupedLore, HiddenLayer, LoreChoice, Projection, Saved, projection_width
+from megatron.kernels.grouped_lore.pytorch import LibraryCalls
 from megatron.kernels.grouped_lore.reference import Reference
 from megatron.kernels.permute import Order
 from megatron.kernels.registry import Implementation, Op, torch_operator
@@ -51,6 +53,7 @@ OP.register(compiled.implementation(_compiled))
 OP.register(cuda_library.implementation(_cuda))
 OP.register(Implementation("triton", triton_kernels.DEVICES, triton_kernels.unavailable, _triton))
 OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None, Reference))
+OP.register(Implementation("torch", frozenset({"cpu", "cuda"}), unavailable, LibraryCalls))  # by name only, as in `grouped_gemm`
 
 
 def grouped_lore(x_RD: Tensor, layer: HiddenLayer, *, backend: str = "auto") -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron.kernels import compiled
 from megatron.kernels.registry import Implementation, Op, torch_operator
+from megatron.kernels.rms_norm import apex
 from megatron.kernels.rms_norm.reference import Reference
 
 
@@ -39,6 +40,7 @@ def _compiled() -> RmsNorm:
 OP: Op[RmsNorm] = Op("rms_norm")
 OP.register(compiled.implementation(_compiled))
 OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None, Reference))
+OP.register(Implementation("apex", frozenset({"cuda"}), apex.unavailable, apex.Apex))  # by name only: NeoX's key `rmsnorm_fusion` asks for it
 
 
 def rms_norm(x: Tensor, scale: Tensor, epsilon: float, *, backend: str = "auto") -> Tensor:

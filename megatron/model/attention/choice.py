@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron.kernels.attention import OP
+from megatron.kernels.backends import Choice, choose
 from megatron.model.attention.context import FusedContext, KernelAttend
 from megatron.model.attention.flash import FlashAttention, reason_against_flash
 from megatron.model.attention.sdpa import CausalSdpa
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from megatron.model.gpt import GPT
 
 LOGGER = logging.getLogger(__name__)
+SDPA = "PyTorch's SDPA"
+SERVED = (torch.float32, torch.bfloat16)
+"""What the compiled op computes in."""
 
 
 def choose_attention(model: ModelConfig, gpt: GPT, backend: str = "auto") -> None:
@@ -37,14 +41,45 @@ def choose_attention(model: ModelConfig, gpt: GPT, backend: str = "auto") -> Non
         for attention in flash:
             if isinstance(attention.attend, CausalSdpa):
                 attention.attend = FlashAttention(attention.attend, attention.alibi_embed)
-    if weight.dtype in (torch.float32, torch.bfloat16) and OP.choose(backend, weight.device.type) == "compiled":
+    if reason_against_kernel(model, weight.device.type, weight.dtype, backend) is None:
         for layer in gpt.layers:
             _use_kernel(layer.attention, backend)
 
 
+def reason_against_kernel(model: ModelConfig, device_type: str, dtype: torch.dtype, backend: str) -> str | None:
+    """Why the compiled op computes no layer; empty where there is nothing to say of it. None: it computes all layers but those of flash_attn.
+
+    Raises KernelUnavailable where `backend` cannot run.
+    """
+    chosen = choose(OP, backend, device_type)
+    if chosen.runs != "compiled":
+        return chosen.because
+    if dtype not in SERVED:
+        return f"compiled: computes in float32 and bfloat16 only, and this model is in {str(dtype).removeprefix('torch.')}"
+    if model.sliding_window_width is not None:
+        return "compiled: has no sliding windows (sliding_window_width)"
+    return f"compiled: adds no biases to scores (pos_emb: {model.pos_emb})" if model.pos_emb in ("alibi", "rpe") else None
+
+
+def attention_choice(model: ModelConfig, device: torch.device, dtype: torch.dtype, backend: str, *, apart: bool) -> Choice:
+    """What computes attention in training. `apart`: documents do not see each other. Raises KernelUnavailable."""
+    if apart:
+        return Choice("attention", SDPA, "only it keeps documents apart (reset_attention_mask: true)")
+    kinds, against_kernel = set(model.attention_types), reason_against_kernel(model, device.type, dtype, backend)
+    if against_kernel is None and model.attention_dropout:
+        against_kernel = "compiled: has no dropout (attention_dropout), so it only evaluates"
+    others = "compiled" if against_kernel is None else SDPA
+    against_flash = reason_against_flash(model, device, dtype) if "flash" in kinds else None
+    reasons = [against_flash or "", against_kernel or ""]
+    if "flash" in kinds and against_flash is None:
+        others = f"flash_attn and {others}" if len(kinds) > 1 else "flash_attn"
+        reasons = reasons if len(kinds) > 1 else []
+    return Choice("attention", others, "; ".join(filter(None, reasons)))
+
+
 def _use_kernel(attention: SelfAttention, backend: str) -> None:
-    """Puts the op in place where it computes what the layer does: every query sees everything before it, and scores have no bias."""
-    if type(attention.attend) is not CausalSdpa or attention.attend.window is not None:
+    """Puts the op in place of PyTorch's SDPA. Layers of flash_attn stay."""
+    if type(attention.attend) is not CausalSdpa:
         return
     if type(attention.split) is RotarySplit:
         attention.context = FusedContext(attention.split.rotary, backend)

@@ -2,7 +2,7 @@
 
 ROUTERS      Router(model, moe, init);         forward(x_TD) -> Routing
 EXPERTS      Experts(model, moe, init);        forward(x_RD, rows_E) -> (y_RD, LoreRouting or None)
-DISPATCHERS  Dispatcher(moe);                  dispatch(x_TD, routing) -> (x_RD, plan);  combine(y_RD, plan) -> y_TD
+DISPATCHERS  Dispatcher(moe);                  run(x_TD, routing, experts) -> Computed: y_TD, rows_E, LoreRouting or None
 LOSSES       loss(routing, context) -> scalar tensor
 """
 

@@ -54,7 +54,7 @@ class MoELayer(nn.Module):
         self.router = resolve_component(ROUTERS, moe.moe_router_type)(model, moe, init)
         self.experts = resolve_component(EXPERTS, moe.moe_expert_type)(model, moe, init)
         self.beside = build_beside(model, moe, init)
-        self.dispatcher = resolve_component(DISPATCHERS, "local")(moe)
+        self.dispatcher = resolve_component(DISPATCHERS, moe.dispatcher)(moe)
         self.losses: list[AuxLoss] = [resolve_component(LOSSES, name) for name in moe.moe_losses]
         self.wants_usage = "joint_load_balance" in moe.moe_losses
         self.context = LossContext(
@@ -73,17 +73,15 @@ class MoELayer(nn.Module):
         """
         x_TD = x_BSD.flatten(0, 1)
         routing = self.router(x_TD)._replace(batch_shape=tuple(x_BSD.shape[:2]))
-        x_RD, plan = self.dispatcher.dispatch(x_TD, routing)
-        y_RD, lores = self.experts(x_RD, plan.rows_E)
-        y_TD = self.dispatcher.combine(y_RD, plan)
+        y_TD, rows_E, lores = self.dispatcher.run(x_TD, routing, self.experts)
         for part in self.beside:
             y_TD = part(x_TD, y_TD)
-        context = self.context._replace(rows_E=plan.rows_E, lores=lores, earlier_rows_E=earlier_rows_E, earlier_usage_2E=earlier_usage_2E)
-        lore_load_G = plan.rows_E.new_zeros(0) if lores is None else lores.rows_G
+        context = self.context._replace(rows_E=rows_E, lores=lores, earlier_rows_E=earlier_rows_E, earlier_usage_2E=earlier_usage_2E)
+        lore_load_G = rows_E.new_zeros(0) if lores is None else lores.rows_G
         return MoEOutput(
             y_TD.view(x_BSD.shape),
             self._auxiliary_losses(routing, context),
-            plan.rows_E,
+            rows_E,
             lore_load_G,
             statistics(routing, context),
             self._usage(routing, earlier_usage_2E) if self.wants_usage else None,

@@ -6,15 +6,25 @@ Shapes: T tokens; K experts per token; R routed rows, sorted by expert, T*K wher
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from megatron.kernels.permute import Order, combine, permute, sort_by_group
-from megatron.model.moe.routing import Routing
+from megatron.model.moe.routing import LoreRouting, Routing
 
 if TYPE_CHECKING:
     from megatron.config.moe import MoEConfig
+
+
+class Computed(NamedTuple):
+    """What the experts made of the tokens."""
+
+    y_TD: Tensor
+    rows_E: Tensor
+    """int64: rows of each expert."""
+    lores: LoreRouting | None
+    """The second routing; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,12 @@ class LocalDispatcher:
     def __init__(self, moe: MoEConfig) -> None:
         self.num_experts = moe.num_experts
         self.backend = moe.kernel_backends.get("permute", "auto")
+
+    def run(self, x_TD: Tensor, routing: Routing, experts: Any) -> Computed:
+        """Dispatch, experts, combine."""
+        x_RD, plan = self.dispatch(x_TD, routing)
+        y_RD, lores = experts(x_RD, plan.rows_E)
+        return Computed(self.combine(y_RD, plan), plan.rows_E, lores)
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, LocalPlan]:
         """(x_RD sorted by expert, plan)."""

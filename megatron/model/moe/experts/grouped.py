@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from megatron.kernels.experts.interface import ExpertWeights
 from megatron.kernels.grouped_gemm import grouped_gemm
 from megatron.kernels.grouped_lore import grouped_lore
 from megatron.kernels.grouped_lore.interface import HiddenLayer, LoreChoice, Projection
@@ -62,6 +63,10 @@ class ExpertMLP(nn.Module):
         """y_RD = h W2 + b2."""
         return self.b2(grouped_gemm(h_RF, self.per_expert(self.w2), rows_E, backend=self.backend), rows_E)
 
+    def matrices(self) -> ExpertWeights:
+        """All of them, for a library that computes the whole layer."""
+        return ExpertWeights(self.per_expert(self.w1), None, self.per_expert(self.w2))
+
     def per_expert(self, weight: Tensor) -> Tensor:
         """A weight as [E, F, D]."""
         return weight.view(self.num_experts, self.width, self.width_in)
@@ -83,6 +88,10 @@ class GatedExpertMLP(ExpertMLP):
     def gate(self, factors: Factors = NO_FACTORS) -> Projection | None:
         """x W3^T + b3, with LoREs where there are factors."""
         return Projection(self.per_expert(self.w3), *factors, self.b3.values())
+
+    def matrices(self) -> ExpertWeights:
+        """All of them."""
+        return super().matrices()._replace(gate_EFD=self.per_expert(self.w3))
 
 
 class GroupedExperts(nn.Module):
