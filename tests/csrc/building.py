@@ -17,15 +17,20 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @cache
-def load_cuda_build() -> ModuleType:
-    """csrc/cuda_build.py, which is a program and in no package."""
-    spec = importlib.util.spec_from_file_location("cuda_build", ROOT / "csrc" / "cuda_build.py")
+def load_build(name: str) -> ModuleType:
+    """csrc/`name`.py, which is a program and in no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "csrc" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["cuda_build"] = module  # its dataclasses look for it there
+    sys.modules[name] = module  # its dataclasses look for it there
     spec.loader.exec_module(module)
     return module
+
+
+def load_cuda_build() -> ModuleType:
+    """csrc/cuda_build.py"""
+    return load_build("cuda_build")
 
 
 def built(name: str, sources: list[Path]) -> Path:
