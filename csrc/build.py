@@ -159,7 +159,7 @@ def check_sets(product: Product, folder: str) -> tuple[list[str], list[str]]:
         refused.append(said[-1][1])
         crash = f"the process that ran it was ended by signal {-done.returncode}"
         reason = crash if done.returncode < 0 else done.stderr.strip().splitlines()[-1].removeprefix("AssertionError: ")
-        print(f"{product.name}: the instruction set {refused[-1]} is refused and never used ({reason}).")
+        print(f"{product.name}: the instruction set {refused[-1]} is refused, and the next best one is used: {reason}.")
 
 
 def write_verdict(compiler: list[str], folder: str, checked: list[str], refused: list[str]) -> None:

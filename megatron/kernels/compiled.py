@@ -48,8 +48,9 @@ def load() -> tuple[ModuleType | None, str]:
 
 
 def choose_set(built: ModuleType) -> None:
-    """The best set that this processor has, up to $NEOX_INSTRUCTION_SET. One that the build was not checked in is tried first, and refused if it differs.
+    """Uses the best set that this processor has, up to $NEOX_INSTRUCTION_SET. One that the build was not checked in is tried first.
 
+    A set that computes something else than `generic` is refused, and a warning says so.
     Raises KernelUnavailable for a name that is not compiled.
     """
     known, limit = built.compiled_sets(), os.environ.get(LIMIT, "")

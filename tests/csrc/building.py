@@ -1,7 +1,11 @@
-"""Kernels of csrc on the emulated GPU: libraries built once for all tests, kept as long as the sources stay the same."""
+"""What the tests of csrc compile: the kernels on the emulated GPU, and the comparison of instruction sets.
+
+Libraries are built once for all tests, and kept as long as the sources stay the same.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import shutil
 import sys
@@ -49,3 +53,17 @@ def built(name: str, sources: list[Path]) -> Path:
 def emulated() -> CudaLibrary:
     """Our kernels."""
     return CudaLibrary(built("emulation", load_cuda_build().sources()))
+
+
+def build_comparison(folder: Path, *, sanitize: bool = False, static: bool = False) -> Path:
+    """The program of instruction_sets.cpp with all sets, the emulated ones too. `static`: it needs no library, and has one thread."""
+    build = load_build("build")
+    options = argparse.Namespace(sets=[], emulated=True, sanitize=sanitize)
+    compiler = build.choose_compiler()
+    commands, flags = build.operation_commands(compiler, folder, options)
+    source, target = ROOT / "tests/csrc/instruction_sets.cpp", folder / "instruction_sets"
+    main = [*build.BASE, *flags, build.chosen_sets(options)[1], f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(folder / "main.o")]
+    build.compile_all(compiler, [*commands, main])
+    objects = map(str, sorted(folder.glob("*.o")))
+    build.run([*compiler, *flags, *(["-static"] if static else []), *objects, "-o", str(target)], "the linker failed")
+    return target
