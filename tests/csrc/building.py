@@ -55,10 +55,20 @@ def emulated() -> CudaLibrary:
     return CudaLibrary(built("emulation", load_cuda_build().sources()))
 
 
+FLAG_OF_SET = {"avx2": "avx2", "avx512": "avx512dq", "avx512bf16": "avx512_bf16", "amx": "amx_bf16"}
+
+
 def build_comparison(folder: Path, *, sanitize: bool = False, static: bool = False) -> Path:
-    """The program of instruction_sets.cpp with all sets, the emulated ones too. `static`: it needs no library, and has one thread."""
+    """The program of instruction_sets.cpp with all sets, the emulated ones too. `static`: it needs no library.
+
+    `sanitize`: with ASan and UBSan; only the sets that this processor has, because compiling takes minutes.
+    """
     build = load_build("build")
-    options = argparse.Namespace(sets=[], emulated=True, sanitize=sanitize)
+    sets = list(FLAG_OF_SET)
+    if sanitize and Path("/proc/cpuinfo").is_file():
+        here = Path("/proc/cpuinfo").read_text().split()
+        sets = [name for name, flag in FLAG_OF_SET.items() if flag in here] or ["generic"]
+    options = argparse.Namespace(sets=sets, emulated=True, sanitize=sanitize)
     compiler = build.choose_compiler()
     commands, flags = build.operation_commands(compiler, folder, options)
     source, target = ROOT / "tests/csrc/instruction_sets.cpp", folder / "instruction_sets"
