@@ -1,152 +1,82 @@
-// The module megatron.kernels.built: every operation, in the best instruction set that this processor has.
+// The module megatron.kernels.built: every operation, in the instruction set that megatron/kernels/compiled.py chooses.
 //
 // Arguments are addresses, sizes and formats; megatron/kernels/*/compiled.py checks the tensors they come from. Values in memory (counts, choices)
 // are checked here, before an operation runs: it raises ValueError.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
-#include "adam/op.h"
-#include "attention/op.h"
-#include "grouped_gemm/op.h"
-#include "grouped_lore/op.h"
-#include "include/instruction_sets.h"
-#include "permute/op.h"
-#include "rms_norm/op.h"
-#include "route/op.h"
+#include "include/operations.h"
+#include "include/processor.h"
+#include "self_check/self_check.h"
 
 namespace py = pybind11;
 
-#define NEOX_DECLARE(set)                       \
-  namespace set {                               \
-  void grouped_matmul(const GroupedMatmul&);    \
-  void grouped_outer(const GroupedOuter&);      \
-  void lore_forward(const LoreForward&);        \
-  void lore_backward(const LoreBackward&);      \
-  Sorted sort_by_group(const SortByGroup&);     \
-  int64_t gather_rows(const GatherRows&);       \
-  int64_t combine_rows(const CombineRows&);     \
-  int64_t combine_backward(const CombineBackward&); \
-  int64_t route(const Route&);                  \
-  void route_backward(const RouteBackward&);    \
-  bool choice_statistics(ChoiceStatistics&);    \
-  void attention_forward(const attention::Problem&);                               \
-  void attention_backward(const attention::Problem&, const attention::Gradients&); \
-  double gradient_norm(const adam::Gradients&, int);                               \
-  void adam_update(const adam::Update&, int);                                      \
-  void rms_norm_forward(const RmsNormForward&);                                    \
-  void rms_norm_backward(const RmsNormBackward&);                                  \
-  }
-NEOX_SETS(NEOX_DECLARE)
+// Written when the build was checked (csrc/build.py): the sets that were compared with the definitions in Python, and those that differed.
+extern const char* const CHECKED_SETS[];
+extern const char* const REFUSED_SETS[];
 
 namespace {
 
-struct InstructionSet {
-  const char* name;
-  void (*grouped_matmul)(const GroupedMatmul&);
-  void (*grouped_outer)(const GroupedOuter&);
-  void (*lore_forward)(const LoreForward&);
-  void (*lore_backward)(const LoreBackward&);
-  Sorted (*sort_by_group)(const SortByGroup&);
-  int64_t (*gather_rows)(const GatherRows&);
-  int64_t (*combine_rows)(const CombineRows&);
-  int64_t (*combine_backward)(const CombineBackward&);
-  int64_t (*route)(const Route&);
-  void (*route_backward)(const RouteBackward&);
-  bool (*choice_statistics)(ChoiceStatistics&);
-  void (*attention_forward)(const attention::Problem&);
-  void (*attention_backward)(const attention::Problem&, const attention::Gradients&);
-  double (*gradient_norm)(const adam::Gradients&, int);
-  void (*adam_update)(const adam::Update&, int);
-  void (*rms_norm_forward)(const RmsNormForward&);
-  void (*rms_norm_backward)(const RmsNormBackward&);
-};
+std::vector<std::string> refused;
 
-#define NEOX_ROW(set)                                                                                          \
-  InstructionSet{#set, set::grouped_matmul, set::grouped_outer, set::lore_forward, set::lore_backward,         \
-                 set::sort_by_group, set::gather_rows, set::combine_rows, set::combine_backward,               \
-                 set::route, set::route_backward, set::choice_statistics,                                      \
-                 set::attention_forward, set::attention_backward, set::gradient_norm, set::adam_update,         \
-                 set::rms_norm_forward, set::rms_norm_backward},
-const InstructionSet SETS[] = {NEOX_SETS(NEOX_ROW)};
+bool usable(const std::string& set) { return runs_here(set) && std::find(refused.begin(), refused.end(), set) == refused.end(); }
 
-// Linux gives the tiles' registers to a process that asks for them (arch_prctl, ARCH_REQ_XCOMP_PERM, feature 18).
-bool has_amx() {
-#if defined(__x86_64__) && defined(__linux__)
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool tiles = d & (1u << 24), products = d & (1u << 22);
-  return tiles && products && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-#else
-  return false;
-#endif
-}
-
-bool runs_here(const std::string& set) {
-  if (set == "generic" || set.rfind("emulated", 0) == 0) return true;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq");
-  const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16");
-  if (set == "avx2") return avx2;
-  if (set == "avx512") return avx512;
-  if (set == "avx512bf16") return pairs;
-  if (set == "amx") return pairs && has_amx();
-#endif
-  return false;
-}
-
-const InstructionSet* best() {
-  const InstructionSet* found = nullptr;
+const InstructionSet& named(const std::string& name) {
   for (const InstructionSet& set : SETS)
-    if (std::string(set.name).rfind("emulated", 0) != 0 && runs_here(set.name)) found = &set;
-  return found;
+    if (set.name == name) return set;
+  throw std::invalid_argument("the kernels are not compiled for " + name);
 }
 
-const InstructionSet* current = best();
+const InstructionSet* current = &SETS[0];
+const InstructionSet* without_pairs = current;  // for formats that a set with 16-bit products does not hold
 
 void use(const std::string& name) {
-  for (const InstructionSet& set : SETS)
-    if (set.name == name) {
-      if (!runs_here(name)) throw std::invalid_argument("this processor has no " + name);
-      current = &set;
-      return;
-    }
-  throw std::invalid_argument("the kernels are not compiled for " + name);
+  const InstructionSet& found = named(name);
+  if (!runs_here(name)) throw std::invalid_argument("this processor has no " + name);
+  if (!usable(name)) throw std::invalid_argument(name + " is refused: it computes something else than the definition");
+  current = without_pairs = &found;
+  if (has_pairs(name))
+    for (const InstructionSet& set : SETS)
+      if (!has_pairs(set.name) && usable(set.name)) without_pairs = &set;
+}
+
+void refuse(const std::string& name) {
+  if (name == SETS[0].name) throw std::invalid_argument(name + " cannot be refused: nothing would be left");
+  refused.push_back(named(name).name);
+  if (current->name == name || without_pairs->name == name) use(SETS[0].name);
+}
+
+std::vector<std::string> compiled_sets() {
+  std::vector<std::string> names;
+  for (const InstructionSet& set : SETS) names.push_back(set.name);
+  return names;
 }
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const InstructionSet& set : SETS)
-    if (runs_here(set.name)) names.push_back(set.name);
+    if (usable(set.name)) names.push_back(set.name);
   return names;
 }
 
-// The set for a format: sets with 16-bit products hold nothing else.
-const InstructionSet& set_for(Dtype dtype) {
-  if (dtype == Dtype::bfloat16) return *current;
-  const std::string name = current->name;
-  const bool real = name == "amx" || name == "avx512bf16", emulated = name.rfind("emulated", 0) == 0;
-  if (!real && !emulated) return *current;
-  const InstructionSet* found = current;
-  for (const InstructionSet& set : SETS) {
-    const std::string other = set.name;
-    if (other == "avx512bf16") break;
-    if (runs_here(other)) found = &set;
-  }
-  return *found;
+std::vector<std::string> listed(const char* const* names) {
+  std::vector<std::string> all;
+  for (; *names != nullptr; names++) all.push_back(*names);
+  return all;
 }
+
+std::string difference(const std::string& name) {
+  const InstructionSet& found = named(name);
+  if (!runs_here(name)) throw std::invalid_argument("this processor has no " + name);
+  return self_check::difference(found);
+}
+
+const InstructionSet& set_for(Dtype dtype) { return dtype == Dtype::bfloat16 ? *current : *without_pairs; }
 
 template <class T>
 const T* at(uintptr_t address) {
@@ -337,9 +267,15 @@ void rms_norm_backward(const std::vector<uintptr_t>& a, const Sizes& sizes, int 
 
 PYBIND11_MODULE(built, m) {
   m.attr("source_digest") = SOURCE_DIGEST;
-  m.def("instruction_sets", &instruction_sets, "Those that this processor has, best last.");
+  refused = listed(REFUSED_SETS);
+  m.attr("checked_sets") = listed(CHECKED_SETS);
+  m.def("compiled_sets", &compiled_sets, "All, best last; emulated ones at the end.");
+  m.def("instruction_sets", &instruction_sets, "Those that this processor has and that are not refused, best last.");
   m.def("instruction_set", [] { return current->name; });
   m.def("use_instruction_set", &use);
+  m.def("refused_sets", [] { return refused; });
+  m.def("refuse_instruction_set", &refuse, "It is not used in this process again.");
+  m.def("difference", &difference, "What a set computes differently from `generic`, tried in a process of its own; empty: nothing.");
   using Free = py::call_guard<py::gil_scoped_release>;
   m.def("attention_forward", &attend, Free());
   m.def("attention_backward", &attend, Free());

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Compiles csrc: the index builders into megatron/data/builders, the kernels into megatron/kernels. `make setup` does it.
 
-    python csrc/build.py [builders] [kernels] [--emulated] [--sanitize]
+    python csrc/build.py [builders] [kernels] [--sets NAME ...] [--emulated] [--sanitize]
 
 Without names both are compiled. Where it cannot be done, NumPy and PyTorch do their work. A build that does not compute what the definition in Python
-does is thrown away. Exit status 0: all are there; 1: some are not, and why was said.
+does is thrown away; of the kernels, an instruction set that does not is refused, and the next best one is used. Exit status 0: all are there; 1: some
+are not, and why was said.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc"
 COMPILERS = ("c++", "g++", "clang++")
 BASE = ["-std=c++17", "-fPIC", "-fvisibility=hidden"]
-# Each operation is compiled once for each of these; bindings.cpp chooses at run time. The names are those of include/instruction_sets.h.
+# Each operation is compiled once for each of these, best last; megatron/kernels/compiled.py chooses at run time.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {
     "generic": [],
@@ -62,14 +63,25 @@ for _ in range(20):
         for ours, right in zip(getattr(compiled, name)(*arguments), getattr(reference, name)(*arguments), strict=True):
             assert np.array_equal(ours, right), name
 """
+# Says which set it tries, and which one is good. Sets that are known to be good or refused are its third and fourth argument.
 CHECK_KERNELS = """
-import sys
+import os, sys
+os.environ["NEOX_INSTRUCTION_SET"] = "generic"
 sys.path[:0] = sys.argv[1:3]
 import built
 sys.modules["megatron.kernels.built"] = built
+from megatron.kernels import compiled
 from megatron.kernels.self_check import check
-check(built)
+for name in sys.argv[4].split():
+    built.refuse_instruction_set(name)
+compiled.built()
+for name in built.instruction_sets():
+    if name not in sys.argv[3].split():
+        print("try", name, flush=True)
+        check(built, name)
+        print("good", name, flush=True)
 """
+DISAGREES = "what was compiled does not agree with the definition in Python"
 
 
 class NotBuilt(Exception):
@@ -107,15 +119,58 @@ def build(product: Product, options: argparse.Namespace) -> str:
     name = f"{product.module}{sysconfig.get_config_var('EXT_SUFFIX')}"
     with tempfile.TemporaryDirectory(prefix=".build-", dir=product.folder) as folder:
         output = Path(folder) / name
-        commands, link = builder_commands(folder) if product is BUILDERS else kernel_commands(compiler, Path(folder), options)
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2) as pool:
-            list(pool.map(lambda command: run([*compiler, *command], "the compiler failed"), commands))
+        commands, flags = builder_commands(folder) if product is BUILDERS else kernel_commands(compiler, Path(folder), options)
+        compile_all(compiler, commands)
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-        run([*compiler, "-shared", *undefined, *map(str, sorted(Path(folder).glob("*.o"))), *link, "-o", str(output)], "the linker failed")
-        if not options.sanitize:
-            run([sys.executable, "-c", product.check, folder, str(ROOT)], "what was compiled does not agree with the definition in Python")
+
+        def link() -> None:
+            run([*compiler, "-shared", *undefined, *map(str, sorted(Path(folder).glob("*.o"))), *flags, "-o", str(output)], "the linker failed")
+
+        if product is KERNELS:
+            write_verdict(compiler, folder, [], [])
+        link()
+        if product is KERNELS and not options.sanitize:
+            write_verdict(compiler, folder, *check_sets(product, folder))
+            link()
+        elif not options.sanitize:
+            run([sys.executable, "-c", product.check, folder, str(ROOT)], DISAGREES)
         os.replace(output, product.folder / name)
     return shlex.join(compiler)
+
+
+def compile_all(compiler: list[str], commands: list[list[str]]) -> None:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2) as pool:
+        list(pool.map(lambda command: run([*compiler, *command], "the compiler failed"), commands))
+
+
+def check_sets(product: Product, folder: str) -> tuple[list[str], list[str]]:
+    """(The sets of this processor that agree with the definitions, those that do not; these are named.) Raises NotBuilt where `generic` does not."""
+    good: list[str] = []
+    refused: list[str] = []
+    while True:
+        command = [sys.executable, "-c", product.check, folder, str(ROOT), " ".join(good), " ".join(refused)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        said = [line.split() for line in done.stdout.splitlines() if line.startswith(("try ", "good "))]
+        good += [name for word, name in said if word == "good"]
+        if done.returncode == 0:
+            return good, refused
+        if not said or said[-1] == ["try", "generic"] or said[-1][0] == "good":
+            raise NotBuilt("\n".join([f"{DISAGREES}:", *(done.stdout + done.stderr).strip().splitlines()[-15:]]))
+        refused.append(said[-1][1])
+        crash = f"the process that ran it was ended by signal {-done.returncode}"
+        reason = crash if done.returncode < 0 else done.stderr.strip().splitlines()[-1].removeprefix("AssertionError: ")
+        print(f"{product.name}: the instruction set {refused[-1]} is refused, and the next best one is used: {reason}.")
+
+
+def write_verdict(compiler: list[str], folder: str, checked: list[str], refused: list[str]) -> None:
+    """Compiles the two lists that bindings.cpp reads."""
+    source = Path(folder) / "verdict.cpp"
+    lines = []
+    for name, sets in (("CHECKED_SETS", checked), ("REFUSED_SETS", refused)):
+        entries = "".join(f'"{each}", ' for each in sets)
+        lines += [f"extern const char* const {name}[];", f"const char* const {name}[] = {{{entries}nullptr}};"]
+    source.write_text("\n".join(lines) + "\n")
+    compile_all(compiler, [[*BASE, "-c", str(source), "-o", str(source.with_suffix(".o"))]])
 
 
 def builder_commands(folder: str) -> tuple[list[list[str]], list[str]]:
@@ -128,22 +183,49 @@ def builder_commands(folder: str) -> tuple[list[list[str]], list[str]]:
 
 
 def kernel_commands(compiler: list[str], folder: Path, options: argparse.Namespace) -> tuple[list[list[str]], list[str]]:
-    """The same for the kernels: every operation for every instruction set, and the bindings."""
+    """The same for the kernels: the bindings, and what `operation_commands` returns."""
     sys.path.insert(0, str(ROOT))
     from megatron.kernels.source_digest import source_digest
 
-    sets = dict(INSTRUCTION_SETS) if platform.machine() in ("x86_64", "AMD64") else {"generic": []}
-    sets |= EMULATED if options.emulated else {}
-    threads = openmp_flags(compiler, folder)
-    flags = [*KERNEL_FLAGS, *threads, *(SANITIZE if options.sanitize else []), *(["-DNEOX_WITH_EMULATED"] if options.emulated else [])]
+    operations, flags = operation_commands(compiler, folder, options)
     digest = f'-DSOURCE_DIGEST="{source_digest(SOURCES)}"'
-    bindings = [*flags, digest, *(f"-I{path}" for path in include_folders()), "-c", str(SOURCES / "bindings.cpp"), "-o", str(folder / "bindings.o")]
+    includes = [f"-I{path}" for path in include_folders()]
+    bindings = [
+        *KERNEL_FLAGS,
+        *flags,
+        chosen_sets(options)[1],
+        digest,
+        *includes,
+        "-c",
+        str(SOURCES / "bindings.cpp"),
+        "-o",
+        str(folder / "bindings.o"),
+    ]
+    return [bindings, *operations], flags
+
+
+def operation_commands(compiler: list[str], folder: Path, options: argparse.Namespace) -> tuple[list[list[str]], list[str]]:
+    """(Compiler calls for every operation and instruction set, and for the comparison of two sets; the flags that the linker needs too.)"""
+    sets, listed = chosen_sets(options)
+    flags = [*openmp_flags(compiler, folder), *(SANITIZE if options.sanitize else [])]
+    check = [
+        [*KERNEL_FLAGS, "-O1", *flags, listed, "-c", str(source), "-o", str(folder / f"self_check-{source.stem}.o")]
+        for source in sorted((SOURCES / "self_check").glob("*.cpp"))
+    ]
     operations = [
-        [*flags, *extra, f"-DNEOX_ISA={name}", "-c", str(source), "-o", str(folder / f"{source.parent.name}-{name}.o")]
+        [*KERNEL_FLAGS, *flags, *extra, f"-DNEOX_ISA={name}", "-c", str(source), "-o", str(folder / f"{source.parent.name}-{name}.o")]
         for source in sorted(SOURCES.glob("*/cpu.cpp"), key=lambda path: -path.stat().st_size)
         for name, extra in sets.items()
     ]
-    return [bindings, *operations], [*threads, *(SANITIZE if options.sanitize else [])]
+    return [*operations, *check], flags
+
+
+def chosen_sets(options: argparse.Namespace) -> tuple[dict[str, list[str]], str]:
+    """(Compiler flags of each set, the definition that tells include/operations.h their names.)"""
+    sets = dict(INSTRUCTION_SETS) if platform.machine() in ("x86_64", "AMD64") else {"generic": []}
+    sets = {name: flags for name, flags in sets.items() if name == "generic" or not options.sets or name in options.sets}
+    sets |= EMULATED if options.emulated else {}
+    return sets, f"-DNEOX_SETS(X)={' '.join(f'X({name})' for name in sets)}"
 
 
 def openmp_flags(compiler: list[str], folder: Path) -> list[str]:
@@ -187,6 +269,7 @@ def run(command: list[str], failure: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("products", nargs="*", choices=["builders", "kernels", []], metavar="builders|kernels", help="what to compile; default: both")
+    parser.add_argument("--sets", nargs="+", choices=list(INSTRUCTION_SETS), help="instruction sets to compile besides generic; default: all")
     parser.add_argument("--emulated", action="store_true", help="also compile the 16-bit instructions written out in C++, for tests")
     parser.add_argument("--sanitize", action="store_true", help="compile the kernels with ASan and UBSan; they are not checked here")
     options = parser.parse_args()

@@ -33,7 +33,7 @@ constexpr int64_t PACK_ROWS = 8;  // rows that are packed together, from left to
 // to[k][n] = from[n][k] for a square of 8 by 8 floats.
 #if defined(__AVX2__)
 typedef float Eight __attribute__((vector_size(32)));
-typedef float EightUnaligned __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float EightUnaligned __attribute__((vector_size(32), aligned(2), may_alias));  // also eight pairs of bf16, which begin at any of them
 
 inline void transpose8(float* to, int64_t ld_to, const Eight (&row)[8]) {
   typedef int32_t Index __attribute__((vector_size(32)));

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
@@ -17,13 +18,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from megatron.kernels.registry import Implementation
+from megatron.kernels.registry import Implementation, KernelUnavailable
 from megatron.kernels.source_digest import source_digest
 
 P = TypeVar("P")
 SMALL_WORK = 256 * 1024
 LOGGER = logging.getLogger(__name__)
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
+LIMIT = "NEOX_INSTRUCTION_SET"
+"""The environment variable that names the best instruction set that may be used."""
 MODULE = "megatron.kernels.built"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 """The number of each format in csrc (`Dtype` of csrc/include/dtype.h)."""
@@ -42,7 +45,27 @@ def load() -> tuple[ModuleType | None, str]:
         return None, f"what was compiled cannot be loaded ({error})"
     if SOURCES.is_dir() and built.source_digest != source_digest(SOURCES):
         return None, "compiled from other sources than those in csrc (`python csrc/build.py kernels` compiles them again)"
+    choose_set(built)
     return built, ""
+
+
+def choose_set(built: ModuleType) -> None:
+    """Uses the best set that this processor has, up to $NEOX_INSTRUCTION_SET. One that the build was not checked in is tried first.
+
+    A set that computes something else than `generic` is refused, and a warning says so.
+    Raises KernelUnavailable for a name that is not compiled.
+    """
+    known, limit = built.compiled_sets(), os.environ.get(LIMIT, "")
+    if limit and limit not in known:
+        raise KernelUnavailable(f"{LIMIT} = '{limit}' is not an instruction set of the compiled kernels; known: {', '.join(known)}")
+    last = known.index(limit) if limit else len(known)
+    usable = [name for name in built.instruction_sets() if known.index(name) <= last and (name == limit or not name.startswith("emulated"))]
+    for name in list(usable):
+        if name != "generic" and name not in built.checked_sets and (found := built.difference(name)):
+            LOGGER.warning("compiled kernels: the instruction set %s is not used, because its results are wrong on this processor (%s).", name, found)
+            built.refuse_instruction_set(name)
+            usable.remove(name)
+    built.use_instruction_set(usable[-1])
 
 
 def built() -> ModuleType:
