@@ -51,8 +51,12 @@ def main() -> int:
         parser.error("--gpu: PyTorch finds no CUDA device")
     watch, machine = Watch(), this_machine("cuda" if given.gpu else "cpu")
     meter = Meter("cuda" if given.gpu else "cpu", **(TINY_STREAMS if given.tiny else QUICK_STREAMS if given.quick and not given.gpu else {}))
-    results = [measure_shape(shape, dtype, meter, rounds=rounds, budget=budget) for shape, dtype in chosen]
+    results = []
+    for n, (shape, dtype) in enumerate(chosen, 1):
+        watch.say(f"{n} of {len(chosen)}: {shape.name}, {dtype}")
+        results.append(measure_shape(shape, dtype, meter, rounds=rounds, budget=budget))
     rows, slower, rates = ([each for result in results for each in result[place]] for place in range(3))
+    watch.say("the cost of the LoREs")
     costs = layer_costs(chosen, rounds=rounds, budget=3 * budget, device=meter.device)
     lines = [
         *machine.sentences(),

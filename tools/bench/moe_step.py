@@ -52,11 +52,15 @@ def main() -> int:
     rounds, budget = given.rounds or (2 if small else 5), given.budget or (4.0 if small else 60.0)
     steps = given.quickstart_steps if given.quickstart_steps is not None else 5 if small else 100
     for precision in given.precision:
+        watch.say(f"{precision}: steps")
         times, parameters = measure_steps(shape, precision, side_names(precision, small=small), rounds=rounds, budget=budget)
         names = [] if given.no_memory or (small and rows) else memory_names(times, small=small)
+        watch.say(f"{precision}: memory of {len(names)} processes")
         with ThreadPoolExecutor(2 if small else 1) as pool:
             memory = list(pool.map(lambda name, p=precision: memory_of([__file__, "--memory-of", given.size, p, name]), names))
         rows += rows_of(times, parameters, dict(zip(names, memory, strict=True)), shape, precision)
+    if steps:
+        watch.say(f"quickstart: {steps} steps twice")
     quickstart = measure_quickstart(ROOT, steps) if steps else None
     parts = [
         "  \n".join([*machine.sentences(), *watch.sentences(machine.cores), shape.sentence()]),

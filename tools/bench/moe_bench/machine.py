@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,10 +79,14 @@ def read_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 class Watch:
-    """How much of the machine other programs used while this one ran."""
+    """The time since the start, and how much of the machine other programs used meanwhile."""
 
     def __init__(self) -> None:
         self.started, self.busy, self.own = time.perf_counter(), busy_seconds(), own_seconds()
+
+    def say(self, what: str) -> None:
+        """What is measured now, on stderr: the table comes at the end."""
+        print(f"{time.perf_counter() - self.started:6.0f} s  {what}", file=sys.stderr, flush=True)
 
     def sentences(self, cores: int) -> list[str]:
         """Nothing where the system does not count it."""
