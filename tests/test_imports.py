@@ -35,7 +35,7 @@ OPTIONAL = [
 NEEDS_TRANSFORMERS = "megatron.convert.huggingface."
 
 # Kernels in Triton. `Implementation.make` imports them once they are chosen; the package around them is free of Triton.
-NEEDS_TRITON = re.compile(r"megatron\.kernels\.(\w+\.triton|triton_kernels\.(activations|grouped|hidden|products|rows))")
+NEEDS_TRITON = re.compile(r"megatron\.kernels\.(\w+\.triton|triton_kernels\.(activations|grouped|hidden|products|routing|rows))")
 
 # In the fresh interpreter: an optional package is absent, and whoever connects or starts a process gets an error that names the attempt.
 GUARD = f"""

@@ -60,8 +60,8 @@ def close(got: Tensor, wanted: Tensor, *, roundings: int = 4) -> None:
     torch.testing.assert_close(got.double(), wanted, rtol=0, atol=roundings * torch.finfo(got.dtype).eps * scale)
 
 
-def check(ours: Callable[..., Tensor], definition: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
-    """Values and gradients; the definition is computed in float64."""
+def check(ours: Callable[..., Tensor], definition: Callable[..., Tensor], inputs: tuple[Tensor, ...], _tolerances: object = None) -> None:
+    """Values and gradients, as `close` compares them; the definition is computed in float64."""
     wide = tuple(t.detach().double().requires_grad_() for t in inputs)
     got, wanted = ours(*inputs), definition(*wide)
     grad = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(wanted.device, got.dtype)
