@@ -10,6 +10,7 @@ import torch
 
 from megatron.kernels.attention import OP
 from megatron.kernels.backends import Choice, choose
+from megatron.kernels.compiled import WIDENED
 from megatron.model.attention.context import FusedContext, KernelAttend
 from megatron.model.attention.flash import FlashAttention, reason_against_flash
 from megatron.model.attention.sdpa import CausalSdpa
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger(__name__)
 SDPA = "PyTorch's SDPA"
-SERVED = (torch.float32, torch.bfloat16)
-"""What the compiled op computes in."""
 
 
 def choose_attention(model: ModelConfig, gpt: GPT, backend: str = "auto") -> None:
@@ -54,7 +53,7 @@ def reason_against_kernel(model: ModelConfig, device_type: str, dtype: torch.dty
     chosen = choose(OP, backend, device_type)
     if chosen.runs != "compiled":
         return chosen.because
-    if dtype not in SERVED:
+    if dtype not in WIDENED:
         return f"compiled: computes in float32 and bfloat16 only, and this model is in {str(dtype).removeprefix('torch.')}"
     if model.sliding_window_width is not None:
         return "compiled: has no sliding windows (sliding_window_width)"
