@@ -104,7 +104,6 @@ _MUP = "muP is not part of this version; remove it"
 _DEEPSPEED = "this DeepSpeed feature is not part of this version; remove it"
 _TRANSFORMER_ENGINE = "Transformer Engine is not used; remove it"
 _OTHER_BLOCKS = "only transformer layers are part of this version; remove it"
-_PARALLEL = "in this version processes divide the batch (data parallelism, ZeRO), not the sequence; remove it"
 _OLD_MOE = "NeoX removed it in 2025, and here no token is ever dropped; remove it"
 _REMOVED_BY_DEEPSPEED = "DeepSpeed has removed it"
 
@@ -205,7 +204,6 @@ _NOT_BUILT: dict[str, Ignored | Refused] = {
     ),
     **_entries(Refused, _TRANSFORMER_ENGINE, "te_columnparallel", "te_rowparallel", "te_layernorm_mlp", "te_mha", "te_fp8_mha"),
     "serve_model_weights": Refused(_POST_TRAINING),
-    "sequence_parallel": Refused(_PARALLEL),
     "label_data_paths": Refused("write train_label_data_paths, valid_label_data_paths and test_label_data_paths"),
     "inter_document_attention_masking": Refused(
         "write reset_attention_mask: true; for positions that start again at each document write reset_position_ids: true too"
@@ -268,7 +266,6 @@ _NOT_BUILT: dict[str, Ignored | Refused] = {
     **_entries(
         Refused,
         "NeoX removed it in 2025; every process has all experts in this version; remove it",
-        "moe_expert_parallel_size",
         "enable_expert_tensor_parallelism",
         unless=_is(False, 0, 1),
     ),

@@ -13,7 +13,8 @@ import torch
 
 from megatron.config.machine import usable_cores
 from megatron.mpu.environment import complete_environment
-from megatron.mpu.topology import Topology, current_topology
+from megatron.mpu.groups import make_groups
+from megatron.mpu.topology import Layout, Topology, current_topology
 
 # From glibc's malloc.h: blocks from this size on are mapped one by one; free memory at the top of the heap is given back from this size on; the heap
 # grows by this much more than is needed.
@@ -21,12 +22,12 @@ M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD = -3, -1, -2
 KEPT_BYTES = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 1 << 26}
 
 
-def start_process(*, backend: str | None, threads: int | None) -> Topology:
+def start_process(*, backend: str | None, threads: int | None, layout: Layout = Layout()) -> Topology:
     """Joins the other processes (or makes a group of one) through DeepSpeed and returns the topology.
 
     `backend` None: nccl where there is a GPU, else gloo; nccl without a GPU becomes gloo.
     `threads` None: OMP_NUM_THREADS (deepy.py sets it), else this machine's cores divided by its processes.
-    Raises LaunchError if the environment does not say the rank of this process.
+    Raises LaunchError if the environment does not say the rank of this process, TopologyError if `layout` does not fit the number of processes.
     """
     choose_accelerator()
     keep_freed_memory()
@@ -44,7 +45,9 @@ def start_process(*, backend: str | None, threads: int | None) -> Topology:
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(dist_backend=choose_backend(backend), auto_mpi_discovery=False, verbose=False)
         atexit.register(end_process)
-    return current_topology()
+    topology = current_topology(layout)
+    make_groups(topology)
+    return topology
 
 
 def choose_accelerator() -> None:

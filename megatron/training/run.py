@@ -45,7 +45,9 @@ def train(loaded: LoadedConfig) -> Trainer:
         cleanup.callback(configure_logging, rank=rank)  # when the streams are no longer copied
         failures = cleanup.enter_context(copied_streams(config.logging.log_dir, rank=rank))  # before DeepSpeed keeps a stream for itself
         console = configure_logging(rank=rank)
-        topology = start_process(backend=config.parallel.distributed_backend, threads=config.launcher.threads_per_process)
+        topology = start_process(
+            backend=config.parallel.distributed_backend, threads=config.launcher.threads_per_process, layout=config.parallel.layout
+        )
         check_trainable(config, topology.data_parallel_size)
         check_device(config, os.environ["DS_ACCELERATOR"])
         check_sinks(config.logging)
