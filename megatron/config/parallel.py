@@ -24,6 +24,10 @@ class Layout(NamedTuple):
         return self.tensor * self.pipe
 
 
+ONE = Layout()
+"""Every process holds the whole model."""
+
+
 class ParallelConfig(Section):
     pipe_parallel_size: NaturalInt = 0
     """Number of pipeline stages. 0 and 1 both mean no pipeline. 0: a checkpoint has one file for all layers. 1: it has one file for each layer,

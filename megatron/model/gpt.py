@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron.kernels.backends import check_names
 from megatron.model.attention import LayerCache
+from megatron.model.divide import Divider
 from megatron.model.embedding import Embedding, FinalLinear, LossMask, Targets, build_embedding, project
 from megatron.model.initialization import Initializer, build_initializer
 from megatron.model.layer import TransformerLayer, build_layer
@@ -25,6 +26,7 @@ from megatron.model.norms import build_norm
 from megatron.model.positions import Places, positions_in_documents
 from megatron.model.positions.rpe import RelativePositions
 from megatron.model.state import LayerState, RouterReport
+from megatron.mpu.groups import Groups
 
 if TYPE_CHECKING:
     from megatron.config.model import ModelConfig
@@ -72,18 +74,29 @@ class FinalNorm(nn.Module):
 class GPT(nn.Module):
     """Embedding, layers, norm, head."""
 
-    def __init__(self, model: ModelConfig, moe: MoEConfig, padded_vocab_size: int, init: Initializer) -> None:
+    def __init__(self, model: ModelConfig, moe: MoEConfig, padded_vocab_size: int, init: Initializer, divider: Divider | None = None) -> None:
         super().__init__()
+        divider = divider or Divider(Groups())
         self.num_layers, self.max_positions, self.vocab_size = model.num_layers, model.max_positions, padded_vocab_size
         self.coefficients = tuple(moe.moe_losses.values())
         sections = moe.for_layers(model.num_layers)
-        parts: dict[str, nn.Module] = {"0": build_embedding(model, padded_vocab_size, init)}
+        embedding = build_embedding(model, padded_vocab_size, init)
+        divider.embedding(embedding, "sequential.0")
+        parts: dict[str, nn.Module] = {"0": embedding}
         rpe = _build_relative_positions(model, init)
-        parts |= {str(FIRST_LAYER + i): build_layer(model, sections.get(i), i, init, rpe) for i in range(model.num_layers)}
-        parts[str(model.num_layers + 3)] = FinalNorm(model)
+        for i in range(model.num_layers):
+            layer = build_layer(model, sections.get(i), i, init, rpe)
+            divider.layer(layer, f"sequential.{FIRST_LAYER + i}", model, sections.get(i))
+            parts[str(FIRST_LAYER + i)] = layer
+        norm, head = str(model.num_layers + 3), str(model.num_layers + 4)
+        parts[norm] = FinalNorm(model)
+        divider.norm(parts[norm], f"sequential.{norm}")
         if model.no_weight_tying:
-            parts[str(model.num_layers + 4)] = FinalLinear(model, padded_vocab_size, init)
+            parts[head] = FinalLinear(model, padded_vocab_size, init)
+            divider.head(parts[head], f"sequential.{head}")
         self.sequential = nn.ModuleDict(parts)
+        self.cuts, self.region = divider.cuts, divider.region
+        """What this process holds of every weight, and how it shares the layers with others."""
         experts = [layer.mlp.experts for layer in self.layers if isinstance(layer.mlp, MoELayer)]
         num_experts = max((section.num_experts for section in sections.values()), default=0)
         num_lores = max((getattr(layer_experts, "num_lores", 0) for layer_experts in experts), default=0)
@@ -154,7 +167,8 @@ class GPT(nn.Module):
         key = str(self.num_layers + 4)
         if key in self.sequential:
             return self.sequential[key](hidden_BSD, targets)
-        return project(hidden_BSD, cast(Embedding, self.sequential["0"]).word_embeddings.weight, targets)
+        embedding = cast(Embedding, self.sequential["0"])
+        return project(hidden_BSD, embedding.word_embeddings.weight, targets, embedding.share)
 
     def _places(self, document_BS: Tensor | None, cache: Sequence[LayerCache] | None) -> Places:
         if document_BS is None:
@@ -181,6 +195,11 @@ class GPT(nn.Module):
             raise InputError(f"tokens of shape {shape} and dtype {tokens_BS.dtype}: must be integers [batch, sequence], neither empty")
         if position + shape[1] > self.max_positions:
             raise InputError(f"{position} + {shape[1]} tokens: the model has positions for {self.max_positions} (max_position_embeddings)")
+        if self.region.sequence and (cache is not None or shape[1] % self.region.group.size):
+            raise InputError(
+                f"{shape[1]} tokens: with sequence_parallel their number must be a multiple of model_parallel_size ({self.region.group.size}), "
+                "and there is no cache"
+            )
         for name, given in beside.items():
             if given is not None and tuple(given.shape) != shape:
                 raise InputError(f"{name} of shape {tuple(given.shape)}: must have the tokens' shape {shape}")
@@ -196,14 +215,16 @@ def build_model(
     seed: int,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    divider: Divider | None = None,
 ) -> GPT:
     """A model with new weights. They are drawn in float32 on the CPU from `seed` alone and then moved, so they are the same on every device.
 
+    `divider`: this process keeps its part of each layer. None: all of them, whole.
     Raises KernelUnavailable for a name in `kernel_backends` that does not exist. Whether it can run is known when the model has its final device:
     `choose_implementations`.
     """
     check_names(moe.kernel_backends)
-    return GPT(model, moe, padded_vocab_size, build_initializer(model, seed)).to(device=device, dtype=dtype)
+    return GPT(model, moe, padded_vocab_size, build_initializer(model, seed), divider).to(device=device, dtype=dtype)
 
 
 def _build_relative_positions(model: ModelConfig, init: Initializer) -> RelativePositions | None:

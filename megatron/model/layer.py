@@ -18,6 +18,7 @@ from megatron.model.norms import build_norm
 from megatron.model.positions import START, Places
 from megatron.model.positions.rpe import RelativePositions
 from megatron.model.state import LayerState
+from megatron.mpu.random import SharedDropout
 
 if TYPE_CHECKING:
     from megatron.config.model import ModelConfig
@@ -36,8 +37,8 @@ class TransformerLayer(nn.Module):
         self.attention = SelfAttention(model, init, index=index, rpe=rpe)
         self.post_attention_layernorm = build_norm(model)
         self.mlp: nn.Module = build_mlp(model, init) if moe is None else MoELayer(model, moe, init)
-        self.dropout = nn.Dropout(model.hidden_dropout)
-        self.mlp_dropout = nn.Dropout(model.hidden_dropout if moe is None and model.use_bias_in_mlp else 0.0)
+        self.dropout = SharedDropout(model.hidden_dropout)
+        self.mlp_dropout = SharedDropout(model.hidden_dropout if moe is None and model.use_bias_in_mlp else 0.0)
 
     def forward(self, state: LayerState, places: Places = START, cache: LayerCache | None = None) -> LayerState:
         """The state after this layer. With a cache, the hidden states continue the tokens that the cache holds."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megatron.kernels.precision import linear
 from megatron.model.activations import activation_function
 from megatron.model.initialization import Fill, Initializer, zeros
+from megatron.mpu.regions import WHOLE, Region
 
 if TYPE_CHECKING:
     from megatron.config.model import ModelConfig
@@ -44,13 +45,14 @@ class MLP(nn.Module):
         self.linear1 = build_linear(model.hidden_size, self.parts * model.mlp_width, bias=model.use_bias_in_mlp, fill=init.into)
         self.linear2 = build_linear(model.mlp_width, model.hidden_size, bias=model.use_bias_in_mlp, fill=init.out)
         self.activation = activation_function(model.hidden_function)
+        self.region: Region = WHOLE
 
     parts = 1
     """Matrices packed in linear1."""
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """y_BSD."""
-        return self.linear2(self.activation(self.linear1(x_BSD)))
+        return self.region.row(self.linear2, self.activation(self.linear1(self.region.enter(x_BSD))))
 
 
 class GatedMLP(MLP):
@@ -60,8 +62,8 @@ class GatedMLP(MLP):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """y_BSD."""
-        up_BSF, gate_BSF = self.linear1(x_BSD).chunk(2, dim=-1)
-        return self.linear2(self.activation(gate_BSF) * up_BSF)
+        up_BSF, gate_BSF = self.linear1(self.region.enter(x_BSD)).chunk(2, dim=-1)
+        return self.region.row(self.linear2, self.activation(gate_BSF) * up_BSF)
 
 
 def build_mlp(model: ModelConfig, init: Initializer) -> MLP:

@@ -27,6 +27,7 @@ def router_values(report: RouterReport, moe: MoEConfig, num_layers: int) -> dict
     router_entropy             in nats, at most log E
     expert_replacement         ExRep: experts that the token before did not use, in percent (CoSMoEs, equations 4 and 5)
     experts_per_token          differs from K where a router chooses the number
+    process_overload           with expert parallelism: the most rows that a process received over the mean; 1 is even
     dropped_tokens             always 0: experts have no capacity limit
     <loss>_by_layer            each auxiliary loss, unweighted; for `joint_load_balance`, a loss over all layers, the part of each layer
     """
@@ -38,7 +39,7 @@ def router_values(report: RouterReport, moe: MoEConfig, num_layers: int) -> dict
         "load_imbalance": [imbalance(load_E) for load_E in loads],
         "delta_uniform": [delta_uniform(load_E) for load_E in loads],
     }
-    columns |= {name: report.statistics_XI[:, i].tolist() for i, name in enumerate(STATISTICS)}
+    columns |= {name: report.statistics_XI[:, i].tolist() for i, name in enumerate(STATISTICS) if not report.statistics_XI[:, i].isnan().all()}
     columns["expert_replacement"] = [100 * share for share in columns["expert_replacement"]]
     columns |= {f"{name}_by_layer": report.aux_losses_XA[:, i].tolist() for i, name in enumerate(moe.moe_losses)}
 

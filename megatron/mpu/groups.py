@@ -20,7 +20,7 @@ class Group:
     rank: int = 0
     """This process's place in it."""
     handle: Any = None
-    """PyTorch's process group; None for a group of one."""
+    """PyTorch's process group; None where there is only one process in all."""
 
     @property
     def size(self) -> int:
@@ -60,7 +60,7 @@ def make_groups(topology: Topology) -> Groups:
     own = {}
     for kind in Groups._fields:
         for ranks in map(tuple, topology.group_ranks(kind)):
-            if len(ranks) > 1 and ranks not in made:
+            if topology.world_size > 1 and ranks not in made:
                 made[ranks] = torch.distributed.new_group(list(ranks))
             if topology.rank in ranks:
                 own[kind] = Group(ranks, ranks.index(topology.rank), made.get(ranks))

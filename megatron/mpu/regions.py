@@ -128,7 +128,7 @@ class _Collective(torch.autograd.Function):
         return forward(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.adjoint(grad), None, None
 
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from megatron.config.parallel import Layout, layout_problem
+from megatron.config.parallel import ONE, Layout, layout_problem
 
-__all__ = ["Layout", "Place", "Topology", "TopologyError", "current_topology"]
+__all__ = ["ONE", "Layout", "Place", "Topology", "TopologyError", "current_topology"]
 
 
 class TopologyError(ValueError):
@@ -39,7 +39,7 @@ class Topology:
     """This process, from 0."""
     local_rank: int = 0
     """This process among those on its machine, from 0."""
-    layout: Layout = Layout()
+    layout: Layout = ONE
 
     def __post_init__(self) -> None:
         if self.world_size < 1:
@@ -115,7 +115,7 @@ _KINDS = {
 """Which coordinates the members of a group have in common."""
 
 
-def current_topology(layout: Layout = Layout()) -> Topology:
+def current_topology(layout: Layout = ONE) -> Topology:
     """The topology of the initialised `torch.distributed` and the launcher's LOCAL_RANK. Without a process group: a single process.
 
     Raises TopologyError where `layout` does not fit the number of processes.

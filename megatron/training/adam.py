@@ -32,7 +32,10 @@ class KernelAdam(SkippingAdam):
     @torch.no_grad()
     def step_with(self, gradients: Sequence[Tensor | None], rounded: Sequence[Tensor] | None = None) -> None:
         """A step with these gradients of all weights in the order of the groups. Weights without one stay. `rounded` takes the new weights."""
-        norm = gradient_norm([gradient for gradient in gradients if gradient is not None]) / self.loss_scale
+        if self.global_norm is None:
+            norm = gradient_norm([gradient for gradient in gradients if gradient is not None]) / self.loss_scale
+        else:
+            norm = self.global_norm.total(gradients, gradient_norm) / self.loss_scale
         self._global_grad_norm, self.overflow = norm, not math.isfinite(norm)
         if self.overflow:
             return

@@ -15,6 +15,10 @@ from megatron.config.machine import is_installed
 from megatron.config.neox import NeoXConfig
 from megatron.config.section import ConfigError
 from megatron.model import GPT, choose_implementations
+from megatron.model.divide import expert_group_name
+from megatron.mpu.deepspeed import DeepSpeedMpu, tell_deepspeed
+from megatron.mpu.gradients import marks_of, sum_shared_gradients
+from megatron.mpu.groups import current_groups
 from megatron.training.optimizer import build_optimizer
 from megatron.training.schedule import schedule_of
 from megatron.training.schedule_record import ScheduleRecord
@@ -39,6 +43,15 @@ def own_master_weights(*, sum_in_fp32: bool) -> Iterator[None]:
     theirs = deepspeed.DeepSpeedEngine
 
     class Engine(theirs):  # type: ignore[misc,valid-type]
+        @property
+        def has_moe_layers(self) -> bool:
+            """Whether there are experts that other processes do not have. DeepSpeed looks for layers of its own class."""
+            return any(not marks_of(parameter).allreduce for parameter in self.module.parameters())
+
+        @has_moe_layers.setter
+        def has_moe_layers(self, found: bool) -> None:
+            assert not found
+
         def _configure_fp16_optimizer(self, optimizer: Skipping, low_precision_dtype: torch.dtype) -> MasterWeights:
             arguments = self.loss_scale(), self.dynamic_loss_scale(), self.dynamic_loss_scale_args()
             return MasterWeights(optimizer, scaler=CreateLossScaler(low_precision_dtype, *arguments), sum_in_fp32=sum_in_fp32)
@@ -51,9 +64,15 @@ def own_master_weights(*, sum_in_fp32: bool) -> Iterator[None]:
 
 
 def build_engine(config: NeoXConfig, model: GPT, *, world_size: int) -> Any:
-    """Model, optimizer and ZeRO stage as one engine: `engine(...)`, `engine.backward(loss)`, `engine.step()`. It runs on CPU and CUDA."""
+    """Model, optimizer and ZeRO stage as one engine: `engine(...)`, `engine.backward(loss)`, `engine.step()`. It runs on CPU and CUDA.
+
+    `world_size`: data-parallel processes.
+    """
     import deepspeed
 
+    groups = current_groups()
+    if groups.expert.size > 1:
+        tell_deepspeed(groups, expert_group_name(groups.expert))
     check_packages(config.deepspeed)
     if config.training.checkpoint_activations:
         model.enable_activation_checkpointing(config.training.checkpoint_num_layers)
@@ -63,7 +82,9 @@ def build_engine(config: NeoXConfig, model: GPT, *, world_size: int) -> Any:
     if isinstance(optimizer, Skipping):
         settings["gradient_clipping"] = 0.0  # the optimizer clips while it steps
     with own_master_weights(sum_in_fp32=config.sums_in_fp32):
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+        mpu = DeepSpeedMpu(groups) if groups.model.size > 1 else None
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False)
+    sum_shared_gradients(engine.module, groups.tensor)
     choose_implementations(config.model, config.moe, model)
     if world_size == 1 and isinstance(optimizer, Skipping):
         engine.enable_backward_allreduce = False  # a sum over one process: DeepSpeed would copy all gradients together and back for it

@@ -15,6 +15,7 @@ from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from torch import Tensor
 
 from megatron.checkpoint.errors import CheckpointError
+from megatron.mpu.gradients import marks_of
 from megatron.training.adam import KernelAdam
 from megatron.training.skipping import Skipping
 
@@ -34,6 +35,7 @@ class MasterWeights(DeepSpeedOptimizer):
         self.overflow, self._global_grad_norm = False, 0.0
         groups = [list(group["params"]) for group in optimizer.param_groups]
         self.fp32_groups = [[weight.detach().float().requires_grad_() for weight in group] for group in groups]
+        self.is_expert = [not marks_of(weight).allreduce for group in groups for weight in group]
         for group, masters in zip(optimizer.param_groups, self.fp32_groups, strict=True):
             group["params"] = masters
         self.weights = [weight for group in groups for weight in group]
@@ -65,7 +67,12 @@ class MasterWeights(DeepSpeedOptimizer):
 
     def get_grads_for_reduction(self) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
         """The gradients that the engine averages over processes (DeepSpeed's name). A weight without a gradient gives 0."""
-        return [self._sum(place) for place in range(len(self.weights))], {}
+        sums = [self._sum(place) for place in range(len(self.weights))]
+        experts: dict[str, list[Tensor]] = {}
+        for weight, total, is_expert in zip(self.weights, sums, self.is_expert, strict=True):
+            if is_expert:
+                experts.setdefault(weight.group_name, []).append(total)
+        return [total for total, is_expert in zip(sums, self.is_expert, strict=True) if not is_expert], experts
 
     def gradient(self, weight: Tensor) -> Tensor:
         """The sum over micro-batches of the gradient of one of the model's weights, times the loss scale."""

@@ -13,9 +13,11 @@ from megatron.config.machine import is_installed
 from megatron.config.optimizer import OptimizerConfig
 from megatron.kernels.adam import OP
 from megatron.kernels.backends import Choice, choose
+from megatron.mpu.gradients import GlobalNorm, marks_of
+from megatron.mpu.groups import current_groups
 from megatron.training.adam import KernelAdam, is_compiled
 from megatron.training.lion import Lion
-from megatron.training.skipping import DividingFirst, SkippingAdam, SkippingLion, SkippingSGD
+from megatron.training.skipping import DividingFirst, Skipping, SkippingAdam, SkippingLion, SkippingSGD
 
 
 class OptimizerUnavailable(ValueError):
@@ -33,7 +35,11 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, device_type: str)
     if config.zero_optimization.stage > 0:
         return kind(groups, **settings)
     own = _reason_against_kernel(config, device_type) is None
-    return (KernelAdam if own else skipping(kind))(groups, max_norm=config.gradient_clipping, **settings)
+    optimizer: Skipping = (KernelAdam if own else skipping(kind))(groups, max_norm=config.gradient_clipping, **settings)
+    shared = current_groups()
+    if shared.model.size * shared.expert.size > 1:
+        optimizer.global_norm = GlobalNorm(shared, [parameter for group in groups for parameter in group["params"]])
+    return optimizer
 
 
 def optimizer_choice(config: OptimizerConfig, device_type: str) -> Choice:
@@ -57,9 +63,9 @@ def _reason_against_kernel(config: OptimizerConfig, device_type: str) -> str | N
     return None if is_compiled(device_type) else choose(OP, "auto", device_type).because
 
 
-def skipping(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+def skipping(kind: type[torch.optim.Optimizer]) -> Callable[..., Skipping]:
     """The same optimizer with clipping and skipping."""
-    built_in = {torch.optim.Adam: SkippingAdam, torch.optim.SGD: SkippingSGD, Lion: SkippingLion}
+    built_in: dict[Any, Callable[..., Skipping]] = {torch.optim.Adam: SkippingAdam, torch.optim.SGD: SkippingSGD, Lion: SkippingLion}
     return built_in[kind] if kind in built_in else type(f"Skipping{kind.__name__}", (DividingFirst, kind), {})
 
 
@@ -127,13 +133,18 @@ KINDS: dict[str, Callable[[OptimizerConfig, str], Chosen]] = {
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, by GPT-NeoX's rule: biases and the parameters of norms do not decay, all other parameters do. An empty group is left out."""
+    """Two groups, by GPT-NeoX's rule: biases and the parameters of norms do not decay, all other parameters do. An empty group is left out.
+
+    Experts that other processes do not have are in groups of their own, with DeepSpeed's marks.
+    """
     exempt = set(_exempt_parameters(model))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p not in exempt], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p in exempt], "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = []
+    for name in dict.fromkeys([None, *(marks_of(p).group_name for p in parameters)]):
+        own = [p for p in parameters if marks_of(p).group_name == name]
+        extra = {} if name is None else {"moe": True, "name": name}
+        groups.append({"params": [p for p in own if p not in exempt], "weight_decay": weight_decay, **extra})
+        groups.append({"params": [p for p in own if p in exempt], "weight_decay": 0.0, **extra})
     return [group for group in groups if group["params"]]
 
 

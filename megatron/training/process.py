@@ -14,7 +14,7 @@ import torch
 from megatron.config.machine import usable_cores
 from megatron.mpu.environment import complete_environment
 from megatron.mpu.groups import make_groups
-from megatron.mpu.topology import Layout, Topology, current_topology
+from megatron.mpu.topology import ONE, Layout, Topology, current_topology
 
 # From glibc's malloc.h: blocks from this size on are mapped one by one; free memory at the top of the heap is given back from this size on; the heap
 # grows by this much more than is needed.
@@ -22,7 +22,7 @@ M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD = -3, -1, -2
 KEPT_BYTES = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 1 << 26}
 
 
-def start_process(*, backend: str | None, threads: int | None, layout: Layout = Layout()) -> Topology:
+def start_process(*, backend: str | None, threads: int | None, layout: Layout = ONE) -> Topology:
     """Joins the other processes (or makes a group of one) through DeepSpeed and returns the topology.
 
     `backend` None: nccl where there is a GPU, else gloo; nccl without a GPU becomes gloo.

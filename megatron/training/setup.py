@@ -18,7 +18,9 @@ from megatron.data.indexed import DatasetError
 from megatron.data.loader import Datasets, SamplePlan, build_data
 from megatron.data.sampler import MicroBatchSampler
 from megatron.data.tokenizer import Tokenizer, build_tokenizer, end_of_document
+from megatron.model.divide import Divider
 from megatron.model.gpt import build_model
+from megatron.mpu.groups import current_groups
 from megatron.mpu.topology import Topology
 from megatron.training.engine import build_engine
 from megatron.training.evaluate import evaluations_until
@@ -45,9 +47,10 @@ def build_trainer(config: NeoXConfig, topology: Topology) -> Trainer:
     check_evaluation_data(datasets, plan, topology)
     vocabulary = padded_vocab_size(tokenizer.vocab_size, config.model.make_vocab_size_divisible_by)
     check_training_fits(config, vocabulary, world_size=topology.data_parallel_size)
-    model = build_model(config.model, config.moe, vocabulary, seed=config.training.seed)
+    divider = Divider(current_groups(), sequence=config.parallel.sequence_parallel)
+    model = build_model(config.model, config.moe, vocabulary, seed=config.training.seed, divider=divider)
     model.separate_documents(attention=config.data.reset_attention_mask, positions=config.data.reset_position_ids)
-    engine = build_engine(config, model, world_size=topology.world_size)
+    engine = build_engine(config, model, world_size=topology.data_parallel_size)
     seed_random(config.training.seed + topology.data_parallel_rank)
     return Trainer(config, plan, topology, engine=engine, datasets=datasets, expected=expected_model(config, tokenizer.vocab_size))
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron.mpu.gradients import GlobalNorm
 from megatron.training.lion import Lion
 
 
@@ -22,14 +23,18 @@ class Skipping(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], *, max_norm: float, **settings: Any) -> None:
         super().__init__(groups, **settings)
         self.max_norm = max_norm
+        self.global_norm: GlobalNorm | None = None
+        """The norm over all processes that share the model. None: this process has all gradients."""
         self.loss_scale = 1.0
         """The gradients are still multiplied by this number."""
         self.overflow = False
         self._global_grad_norm = 0.0
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients) / self.loss_scale
+        every = [p.grad for group in self.param_groups for p in group["params"]]
+        gradients = [gradient for gradient in every if gradient is not None]
+        norm = nn.utils.get_total_norm(gradients) if self.global_norm is None else self._norm_of_all(self.global_norm, every)
+        norm = norm / self.loss_scale
         self._global_grad_norm = norm.item()
         self.overflow = not bool(torch.isfinite(norm))
         if self.overflow:
@@ -37,6 +42,11 @@ class Skipping(torch.optim.Optimizer):
         self._divide(gradients, self._clip_divisor(norm) * self.loss_scale)
         loss: float | None = super().step(closure)
         return loss
+
+    @staticmethod
+    def _norm_of_all(global_norm: GlobalNorm, gradients: list[Tensor | None]) -> Tensor:
+        norm = global_norm.total(gradients, lambda own: nn.utils.get_total_norm(own).item())
+        return torch.tensor(norm, dtype=torch.float32, device=next(gradient.device for gradient in gradients if gradient is not None))
 
     def _divide(self, gradients: list[Tensor], divisor: Tensor) -> None:
         self.grad_scale = divisor

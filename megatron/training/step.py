@@ -18,6 +18,7 @@ from megatron.model.embedding import LossMask
 from megatron.model.gpt import GPTOutput
 from megatron.model.state import RouterReport
 from megatron.mpu.collectives import sum_over_data_parallel
+from megatron.mpu.groups import current_groups
 from megatron.training.labels import Labels, look_ahead
 from megatron.training.loss import next_token_targets, poison_if_not_finite
 from megatron.training.optimizer import set_learning_rate
@@ -76,8 +77,8 @@ class Tally:
         parts = [torch.stack(part) for part in zip(*self._reports, strict=True)]
         means = torch.cat([torch.stack(self._losses).mean()[None], *(parts[i].mean(0).flatten() for i in (0, 3))])
         loads = torch.cat([parts[i].sum(0).flatten() for i in (1, 2)])
-        world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        means, loads = sum_over_data_parallel(means).cpu() / world_size, sum_over_data_parallel(loads).cpu()
+        replicas = current_groups().data.size
+        means, loads = sum_over_data_parallel(means).cpu() / replicas, sum_over_data_parallel(loads).cpu()
         losses, statistics = means[1:].split([parts[0][0].numel(), parts[3][0].numel()])
         experts, lores = loads.split([parts[1][0].numel(), parts[2][0].numel()])
         shaped = (flat.view(part.shape[1:]) for flat, part in zip((losses, experts, lores, statistics), parts, strict=True))

@@ -53,7 +53,7 @@ def linear_cross_entropy(
     _check(hidden_TD, weight_VD, labels_T, mask_T)
     if not torch.is_grad_enabled():
         hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
-    scale_T = _token_weights(labels_T, mask_T, total, hidden_TD.dtype)
+    scale_T = token_weights(labels_T, mask_T, total, hidden_TD.dtype)
     return OP.resolve(backend, hidden_TD.device.type).loss(hidden_TD, weight_VD, labels_T, scale_T)
 
 
@@ -67,7 +67,7 @@ def _check(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, mask_T: Tenso
             raise ValueError(f"cross entropy: {name} of shape {tuple(given.shape)} for {hidden_TD.shape[0]} tokens; give one for each token")
 
 
-def _token_weights(labels_T: Tensor, mask_T: Tensor | None, total: Tensor | None, dtype: torch.dtype) -> Tensor:
+def token_weights(labels_T: Tensor, mask_T: Tensor | None, total: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What each token's loss counts in the mean."""
     if mask_T is None and total is not None:
         mask_T = torch.ones_like(labels_T)

@@ -11,8 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron.model.positions.alibi import alibi_slopes
-
 
 class Sight(NamedTuple):
     """The queries are the last positions of the keys. Each query sees itself and the `window` positions before it (None: all of them)."""
@@ -43,10 +41,10 @@ def visible_SP(sight: Sight) -> Tensor:
 
 
 @lru_cache(maxsize=2)
-def alibi_mask_HSP(sight: Sight, heads: int, coefficient: float, dtype: torch.dtype) -> Tensor:
-    """ALiBi's bias times `coefficient`, and minus infinity for keys that a query does not see. All layers share it."""
+def alibi_mask_HSP(sight: Sight, slopes: tuple[float, ...], coefficient: float, dtype: torch.dtype) -> Tensor:
+    """ALiBi's bias times `coefficient`, and minus infinity for keys that a query does not see. All layers share it. `slopes`: one for each head."""
     with torch.inference_mode(False):
-        slope_H = torch.tensor(alibi_slopes(heads), dtype=torch.float32, device=sight.device) * coefficient
+        slope_H = torch.tensor(slopes, dtype=torch.float32, device=sight.device) * coefficient
         bias_HSP = -slope_H[:, None, None] * distance_SP(sight)
         return bias_HSP.masked_fill_(~visible_SP(sight), -torch.inf).to(dtype)
 

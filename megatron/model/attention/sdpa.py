@@ -56,13 +56,13 @@ class CausalSdpa:
 class AlibiSdpa(CausalSdpa):
     """With ALiBi's bias, times `coefficient`, on the scores."""
 
-    def __init__(self, window: int | None, heads: int, coefficient: float) -> None:
+    def __init__(self, window: int | None, slopes: tuple[float, ...], coefficient: float) -> None:
         super().__init__(window)
-        self.heads, self.coefficient = heads, coefficient
+        self.slopes, self.coefficient = slopes, coefficient
 
     def mask(self, sight: Sight, dtype: torch.dtype) -> Tensor:
         """mask_HSP, added to the scores."""
-        return alibi_mask_HSP(sight, self.heads, self.coefficient, dtype)
+        return alibi_mask_HSP(sight, self.slopes, self.coefficient, dtype)
 
 
 class RelativeSdpa(CausalSdpa):

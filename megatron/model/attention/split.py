@@ -14,6 +14,8 @@ from megatron.kernels.attention.interface import HeadLayout
 from megatron.kernels.attention.reference import turned
 from megatron.model.positions import Places
 from megatron.model.positions.rotary import rotary_table, split_rotated
+from megatron.mpu.groups import Group
+from megatron.mpu.regions import gather
 
 Split = Callable[[Tensor, Places], tuple[Tensor, Tensor, Tensor]]
 """(fused_BSW, places) -> query BSHd, key BSKd, value BSKd."""
@@ -100,6 +102,20 @@ class RepeatedRotarySplit(RepeatedSplit, NormedRotarySplit):
 def over_all_heads(norm: nn.Module) -> Norm:
     """The norm of all heads' dimensions together, [..., H*d], for heads that are apart, [..., H, d]."""
     return lambda x: norm(x.flatten(-2)).view_as(x)
+
+
+def shared_norm(norm: Norm, group: Group, heads: int) -> Norm:
+    """A norm over all `heads` heads of the model, for BSHd of which each process has some. Where there are fewer heads than processes, neighbours
+    have the same one."""
+
+    def normed(x_BSHd: Tensor) -> Tensor:
+        own = x_BSHd.shape[2]
+        copies = max(1, own * group.size // heads)
+        whole_BSHd = gather(x_BSHd, group, 2, summed=True)[:, :, ::copies]
+        first = group.rank * own // copies
+        return norm(whole_BSHd)[:, :, first : first + own]
+
+    return normed
 
 
 def widened(x: Tensor) -> Tensor:

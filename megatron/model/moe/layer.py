@@ -19,6 +19,7 @@ from megatron.model.moe.losses.load_balance import expert_usage
 from megatron.model.moe.routing import AuxLoss, LossContext, Routing
 from megatron.model.moe.shared import build_beside
 from megatron.mpu.collectives import sum_over_data_parallel
+from megatron.mpu.regions import WHOLE, Region
 
 if TYPE_CHECKING:
     from megatron.config.model import ModelConfig
@@ -41,9 +42,9 @@ class MoEOutput(NamedTuple):
     """`expert_usage` summed over the layers up to this one; None where no loss asks for it."""
 
 
-STATISTICS = ("router_entropy", "expert_replacement", "experts_per_token")
+STATISTICS = ("router_entropy", "expert_replacement", "experts_per_token", "process_overload")
 """Mean entropy of the router's probabilities in nats; the share of experts that the token before did not use (CoSMoEs, equations 4 and 5); mean
-number of experts that a token uses."""
+number of experts that a token uses; the most rows that an expert-parallel process received over the mean (NaN where nothing is sent)."""
 
 
 class MoELayer(nn.Module):
@@ -55,6 +56,7 @@ class MoELayer(nn.Module):
         self.experts = resolve_component(EXPERTS, moe.moe_expert_type)(model, moe, init)
         self.beside = build_beside(model, moe, init)
         self.dispatcher = resolve_component(DISPATCHERS, moe.dispatcher)(moe)
+        self.region: Region = WHOLE
         self.losses: list[AuxLoss] = [resolve_component(LOSSES, name) for name in moe.moe_losses]
         self.wants_usage = "joint_load_balance" in moe.moe_losses
         self.context = LossContext(
@@ -71,19 +73,21 @@ class MoELayer(nn.Module):
         `earlier_rows_E` is the load of the step's earlier micro-batches, for losses over the global batch. `earlier_usage_2E` is the `usage_2E`
         of the MoE layer before this one, for losses over all layers.
         """
+        x_BSD = self.region.whole(x_BSD)
         x_TD = x_BSD.flatten(0, 1)
         routing = self.router(x_TD)._replace(batch_shape=tuple(x_BSD.shape[:2]))
-        y_TD, rows_E, lores = self.dispatcher.run(x_TD, routing, self.experts)
+        shared_TD, weight_TK = self.region.copied(x_TD), self.region.copied(routing.weight_TK)
+        y_TD, rows_E, lores, overload = self.dispatcher.run(shared_TD, routing._replace(weight_TK=weight_TK), self.experts)
         for part in self.beside:
-            y_TD = part(x_TD, y_TD)
+            y_TD = part(shared_TD, y_TD)
         context = self.context._replace(rows_E=rows_E, lores=lores, earlier_rows_E=earlier_rows_E, earlier_usage_2E=earlier_usage_2E)
         lore_load_G = rows_E.new_zeros(0) if lores is None else lores.rows_G
         return MoEOutput(
-            y_TD.view(x_BSD.shape),
+            self.region.leave(y_TD.view(x_BSD.shape)),
             self._auxiliary_losses(routing, context),
             rows_E,
             lore_load_G,
-            statistics(routing, context),
+            statistics(routing, context, overload),
             self._usage(routing, earlier_usage_2E) if self.wants_usage else None,
         )
 
@@ -98,7 +102,9 @@ class MoELayer(nn.Module):
 
 
 @torch.no_grad()
-def statistics(routing: Routing, context: LossContext) -> Tensor:
+def statistics(routing: Routing, context: LossContext, overload: Tensor | None = None) -> Tensor:
     """float32, in the order of STATISTICS. Nothing is transferred to the host."""
     entropy = token_entropy(routing).mean() if routing.softmax is None else routing.softmax.entropy
-    return torch.cat([entropy.detach().double()[None], choice_statistics(routing.expert_TK, context.num_experts, sequences(routing)[1])]).float()
+    chosen = choice_statistics(routing.expert_TK, context.num_experts, sequences(routing)[1])
+    overload = entropy.new_full((), torch.nan) if overload is None else overload
+    return torch.cat([entropy.detach().double()[None], chosen, overload.double()[None]]).float()

@@ -8,10 +8,11 @@ from megatron.model.positions.derived import DerivedBuffer
 
 
 class AlibiSlopes(DerivedBuffer):
-    """The slopes of the heads, under GPT-NeoX's name."""
+    """The slopes of the heads, under GPT-NeoX's name. `own`: the heads that this process has; None: all of them."""
 
-    def __init__(self, heads: int) -> None:
-        super().__init__("slopes", alibi_slopes(heads))
+    def __init__(self, heads: int, own: range | None = None) -> None:
+        slopes = alibi_slopes(heads)
+        super().__init__("slopes", slopes if own is None else slopes[own.start : own.stop])
 
 
 def alibi_slopes(heads: int) -> list[float]:

@@ -25,6 +25,8 @@ class Computed(NamedTuple):
     """int64: rows of each expert."""
     lores: LoreRouting | None
     """The second routing; None where there is none."""
+    overload: Tensor | None = None
+    """float32 scalar: the most rows that a process received over the mean; None where nothing is sent."""
 
 
 @dataclass(frozen=True)

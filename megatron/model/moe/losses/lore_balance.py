@@ -21,7 +21,7 @@ def lore_balance_loss(routing: Routing, context: LossContext) -> Tensor:
     lores, rows_E = context.lores, context.rows_E
     if lores is None or rows_E is None:
         raise ValueError("lore_balance: these experts have no routed LoREs to balance; take it out of moe_losses")
-    rows, per_expert = lores.probability_RM.shape
+    per_expert = lores.probability_RM.shape[1]
     total_EM = totals(lores.probability_RM, rows_E) if lores.total_EM is None else lores.total_EM  # R_e * P_em
     share_EM = shares(lores.rows_G.view(-1, per_expert)).to(total_EM.dtype)
-    return per_expert * (share_EM * total_EM).sum() / max(1, rows)
+    return per_expert * (share_EM * total_EM).sum() / rows_E.sum().clamp(min=1)

@@ -1,0 +1,77 @@
+"""Rows that processes send each other, in numbers that differ from one to the other.
+
+Shapes: R rows sent; Q rows received; ... what is in a row; P processes of the group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.mpu.groups import Group
+
+
+class Splits:
+    """How many rows go to each process of the group, and how many come from each."""
+
+    def __init__(self, sent: Sequence[int], received: Sequence[int]) -> None:
+        self.sent, self.received = list(sent), list(received)
+
+    @property
+    def back(self) -> Splits:
+        """The way back."""
+        return Splits(self.received, self.sent)
+
+
+def exchange(x_R: Tensor, splits: Splits, group: Group) -> Tensor:
+    """[Q, ...]: the rows from every process, in the order of the processes. The gradient goes the way back. Collective."""
+    if group.size == 1:
+        return x_R
+    received: Tensor = _Exchange.apply(x_R, splits, group)
+    return received
+
+
+def gather_counts(count: Tensor, group: Group) -> Tensor:
+    """[P, ...]: the counts of every process, on every process. Collective."""
+    if group.size == 1:
+        return count[None]
+    counts = [torch.empty_like(count) for _ in range(group.size)]
+    torch.distributed.all_gather(counts, count.contiguous(), group=group.handle)
+    return torch.stack(counts)
+
+
+def reordered(x_R: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+    """x[order], where `order` is a permutation; its gradient is a copy of rows too, and adds nothing up."""
+    y: Tensor = _Reordered.apply(x_R, order_R, inverse_R)
+    return y
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_R: Tensor, splits: Splits, group: Group) -> Tensor:
+        ctx.splits, ctx.group = splits, group
+        return _all_to_all(x_R, splits, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad_Q: Tensor) -> tuple[Tensor | None, ...]:
+        return _all_to_all(grad_Q, ctx.splits.back, ctx.group), None, None
+
+
+class _Reordered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_R: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+        ctx.save_for_backward(order_R, inverse_R)
+        return x_R.index_select(0, order_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_R.index_select(0, ctx.saved_tensors[1]), None, None
+
+
+def _all_to_all(x_R: Tensor, splits: Splits, group: Group) -> Tensor:
+    received = x_R.new_empty(sum(splits.received), *x_R.shape[1:])
+    torch.distributed.all_to_all_single(received, x_R.contiguous(), splits.received, splits.sent, group=group.handle)
+    return received
