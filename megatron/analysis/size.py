@@ -10,8 +10,9 @@ from megatron.analysis.vocabulary import stated_vocabulary, vocabulary
 from megatron.config.loader import LoadedConfig, load_config
 from megatron.config.moe import MoEConfig
 from megatron.config.neox import NeoXConfig
+from megatron.config.parallel import layout_problem
 from megatron.config.section import ConfigError
-from megatron.config.size import Memory, ParameterCount, count_parameters, flops_per_token, padded_vocab_size, training_memory
+from megatron.config.size import Memory, ParameterCount, count_parameters, flops_per_token, padded_vocab_size, process_parameters, training_memory
 
 _MOST = 4096  # experts or LoREs that a match may ask for
 
@@ -75,7 +76,7 @@ def size_of(name: str, loaded: LoadedConfig, layout: Layout) -> ModelSize:
         padded_vocabulary=padded,
         count=count,
         flops=flops_per_token(config.model, config.moe, padded),
-        memory=memory_per_process(config, count.total_sum, layout.processes, layout.zero_stage),
+        memory=memory_in_layout(config, count, layout.processes, layout.zero_stage),
     )
 
 
@@ -90,6 +91,16 @@ def memory_per_process(config: NeoXConfig, parameters: int, processes: int, zero
         averages=config.optimizer.averages,
         sums_in_fp32=config.sums_in_fp32 if config.optimizer.data_types else None,
     )
+
+
+def memory_in_layout(config: NeoXConfig, count: ParameterCount, processes: int, zero_stage: int | None = None) -> Memory:
+    """The same for one of `processes` that divide the model as the configuration says. Where they cannot, as if one process had all of it."""
+    layout = config.parallel.layout
+    if layout_problem(layout, processes) is not None:
+        return memory_per_process(config, count.total_sum, processes, zero_stage)
+    dense, experts = process_parameters(count, layout)
+    replicas = processes // layout.model
+    return memory_per_process(config, dense, replicas, zero_stage).plus(memory_per_process(config, experts, replicas // layout.expert, zero_stage))
 
 
 def matches(model: ModelSize, other: ModelSize, *, active: bool = False) -> list[Match]:

@@ -15,7 +15,7 @@ from megatron.config.logging import LoggingConfig
 from megatron.config.model import ModelConfig
 from megatron.config.moe import MoEConfig
 from megatron.config.optimizer import OptimizerConfig
-from megatron.config.parallel import ParallelConfig
+from megatron.config.parallel import ONE, ParallelConfig, division_problems, layout_problem
 from megatron.config.section import ConfigError, Problem, Section
 from megatron.config.training import TrainingConfig, resolve_batch
 
@@ -84,6 +84,9 @@ class NeoXConfig(Section):
                 ("wandb.enabled", "use_wandb"), "cannot be combined with use_wandb: true, because one process can write only one run; keep use_wandb"
             )
         yield from self.moe.check_with(self.model)
+        if self.parallel.layout != ONE and self.logging.log_gradient_noise_scale:
+            yield Problem(("log_gradient_noise_scale",), "measures the gradients of one process only, and here several processes divide the model")
+        yield from division_problems(self.parallel, self.model, self.moe, zero.stage)
         if self.moe.has_experts and self.moe.kernel_backends.get("experts") == "megablocks" and self.precision != "bfloat16":
             yield Problem(
                 ("kernel_backends.experts", "precision"), f"computes in bfloat16 only, and precision is {self.precision}; write precision: bfloat16"
@@ -150,6 +153,13 @@ def rounding_notice(config: NeoXConfig, data_parallel_size: int) -> str | None:
         f"the gradients of {accumulation} micro-batches are summed in {short}; this loses small gradients beside large ones; "
         "data_types: {grad_accum_dtype: fp32} sums them in fp32"
     )
+
+
+def data_parallel_size(config: NeoXConfig, processes: int) -> int:
+    """The replicas among so many processes. Raises ConfigError where the layout does not fit their number."""
+    if problem := layout_problem(config.parallel.layout, processes):
+        raise ConfigError([problem])
+    return processes // config.parallel.layout.model
 
 
 def check_trainable(config: NeoXConfig, data_parallel_size: int) -> None:

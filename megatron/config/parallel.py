@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+from megatron.config.model import ModelConfig
+from megatron.config.moe import MoEConfig
 from megatron.config.section import NaturalInt, PositiveInt, Problem, Section
 
 
@@ -55,6 +57,60 @@ class ParallelConfig(Section):
                 ("pipe_parallel_size",),
                 "pipeline parallelism is not part of this version; use 0 or 1 (several processes train with data parallelism and ZeRO)",
             )
+
+
+def division_problems(parallel: ParallelConfig, model: ModelConfig, moe: MoEConfig, zero_stage: int) -> Iterator[Problem]:
+    """What of the model cannot be divided in this layout, and what would be the nearest layout that can. Uneven numbers are refused, not rounded."""
+    layout = parallel.layout
+    if layout.tensor > 1:
+        yield from _tensor_problems(layout.tensor, model, moe)
+        if parallel.sequence_parallel and model.seq_length % layout.tensor:
+            yield Problem(("sequence_parallel", "seq_length"), f"needs seq_length ({model.seq_length}) to be a multiple of {layout.tensor}")
+    if layout.expert > 1 and not moe.has_experts:
+        yield Problem(("moe_expert_parallel_size", "moe_num_experts"), "needs experts: give moe_num_experts, or use 1")
+    elif layout.expert * layout.tensor > 1 and moe.has_experts:
+        yield from _expert_problems(layout, model, moe)
+    if layout.expert > 1 and zero_stage == 3:
+        yield Problem(
+            ("moe_expert_parallel_size", "zero_optimization.stage"),
+            "cannot be combined with zero_optimization.stage 3, whose processes all hold a part of every expert; use stage 0, 1 or 2",
+        )
+
+
+def _tensor_problems(size: int, model: ModelConfig, moe: MoEConfig) -> Iterator[Problem]:
+    key = "model_parallel_size"
+    if model.num_attention_heads % size:
+        yield Problem(
+            (key, "num_attention_heads"), f"must divide num_attention_heads ({model.num_attention_heads}); use {_divisor(model, moe, size)}"
+        )
+    elif model.kv_heads % size and size % model.kv_heads:
+        yield Problem((key, "num_kv_heads"), f"must divide num_kv_heads ({model.kv_heads}), or be a multiple of it; use {_divisor(model, moe, size)}")
+
+
+def _divisor(model: ModelConfig, moe: MoEConfig, size: int) -> int:
+    """The largest number of processes up to `size` that heads and experts can be divided among."""
+    numbers = [model.num_attention_heads, *(moe.expert_counts if moe.has_experts else ())]
+    fitting = (n for n in range(size, 0, -1) if not any(number % n for number in numbers) and not (model.kv_heads % n and n % model.kv_heads))
+    return next(fitting, 1)
+
+
+def _expert_problems(layout: Layout, model: ModelConfig, moe: MoEConfig) -> Iterator[Problem]:
+    if moe.dispatcher == "library":
+        library = moe.kernel_backends["experts"]
+        yield Problem(
+            ("kernel_backends.experts", "moe_expert_parallel_size", "model_parallel_size"),
+            f"{library} computes all experts of a layer on one process here; remove this entry of kernel_backends, or use 1",
+        )
+    for count in sorted(set(moe.expert_counts)):
+        if count % layout.tensor:
+            yield Problem(
+                ("model_parallel_size", "moe_num_experts"),
+                f"must divide the experts of a layer ({count}), because experts are shared out whole; use {_divisor(model, moe, layout.tensor)}",
+            )
+        elif count // layout.tensor % layout.expert:
+            each = f"{count} experts / model_parallel_size ({layout.tensor}) = {count // layout.tensor}"
+            fitting = max(n for n in range(1, layout.expert + 1) if count // layout.tensor % n == 0)
+            yield Problem(("moe_expert_parallel_size", "moe_num_experts"), f"must divide the experts of a layer, and {each}; use {fitting}")
 
 
 def layout_problem(layout: Layout, world_size: int) -> str | None:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from megatron.config.model import ModelConfig
 from megatron.config.moe import MoEConfig
+from megatron.config.parallel import Layout
 
 Part = Literal["embedding", "attention", "norms", "mlp", "experts", "lores", "routers", "head"]
 
@@ -45,6 +46,10 @@ class Memory:
     def total(self) -> int:
         """Weights, gradients and optimizer state together."""
         return self.weights + self.gradients + self.optimizer
+
+    def plus(self, other: Memory) -> Memory:
+        """Both together."""
+        return Memory(self.weights + other.weights, self.gradients + other.gradients, self.optimizer + other.optimizer)
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
@@ -115,6 +120,12 @@ def training_memory(
         return -(-parameters * size // data_parallel_size) if zero_stage >= from_stage else parameters * size
 
     return Memory(weights=share(weights, 3), gradients=share(gradients, 2), optimizer=share(optimizer, 1))
+
+
+def process_parameters(count: ParameterCount, layout: Layout) -> tuple[int, int]:
+    """(parameters beside the experts, parameters of experts) of one process, as if layers and vocabulary divided evenly and norms too."""
+    experts = count.total["experts"] + count.total["lores"]
+    return -(-(count.total_sum - experts) // layout.model), -(-experts // (layout.model * layout.expert))
 
 
 def _gradient_bytes(precision: str, zero_stage: int, sums_in_fp32: bool | None) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron.config.loader import LoadedConfig, load_config
-from megatron.config.neox import OWNER, check_trainable
+from megatron.config.neox import OWNER, check_trainable, data_parallel_size
 from megatron.config.section import ConfigError
 from megatron.config.source import canonical
 from megatron.config.training import resolve_batch
@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
         if request.check:
             return _show_check(loaded, machine, processes)
         if script.stem == "train":
-            check_trainable(loaded.config, processes)
+            check_trainable(loaded.config, data_parallel_size(loaded.config, processes))
         notices = machine_notices(loaded, machine)
         launch = plan_launch(script, loaded, machine)
     except ConfigError as error:
@@ -230,5 +230,5 @@ def _show_check(loaded: LoadedConfig, machine: Machine, processes: int) -> int:
         console.print(part, soft_wrap=isinstance(part, str))  # sentences stay in one line, tables keep to the width
     training = loaded.config.training
     if training.train_batch_size is not None or training.train_micro_batch_size_per_gpu is not None:
-        resolve_batch(training, processes)
+        resolve_batch(training, data_parallel_size(loaded.config, processes))
     return 0

@@ -9,11 +9,12 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from megatron.analysis.size import memory_per_process
+from megatron.analysis.size import memory_in_layout
 from megatron.analysis.tables import bytes_text, plain_table
 from megatron.analysis.vocabulary import Vocabulary
 from megatron.config.loader import LoadedConfig
-from megatron.config.neox import OWNER, SECTION_CLASSES, NeoXConfig, check_trainable, rounding_notice
+from megatron.config.neox import OWNER, SECTION_CLASSES, NeoXConfig, check_trainable, data_parallel_size, rounding_notice
+from megatron.config.parallel import ONE, layout_problem
 from megatron.config.section import ConfigError, Section
 from megatron.config.size import count_parameters, flops_per_token, padded_vocab_size
 from megatron.config.training import resolve_batch
@@ -41,10 +42,10 @@ def summary(loaded: LoadedConfig, processes: int, words: Vocabulary, device: str
     parts += [f"note: {escape(notice)}" for notice in loaded.notices]
     if loaded.config.precision == "fp16":
         parts.append("note: training in fp16 needs a GPU")
-    if notice := rounding_notice(loaded.config, processes):
+    if notice := rounding_notice(loaded.config, max(1, processes // loaded.config.parallel.layout.model)):
         parts.append(f"note: {escape(notice)}")
     try:
-        check_trainable(loaded.config, processes)
+        check_trainable(loaded.config, data_parallel_size(loaded.config, processes))
     except ConfigError as error:
         parts += [f"cannot train yet: {escape(problem)}" for problem in error.problems]
     return parts
@@ -75,20 +76,21 @@ def _parameters(config: NeoXConfig, words: Vocabulary) -> Table:
 def _work(config: NeoXConfig, processes: int, words: Vocabulary) -> Table:
     padded = _padded(config, words)
     table = _table("what", "value")
-    table.add_row("processes", str(processes))
+    table.add_row("processes", _processes(config, processes))
     if words.size is not None:
         table.add_row("vocabulary", f"{words.size:,}, padded to {padded:,}")
     flops = flops_per_token(config.model, config.moe, padded, recompute=config.training.checkpoint_activations)
     table.add_row("FLOPs per token (training)", f"{flops:.3e}")
     try:
-        batch = resolve_batch(config.training, processes)
+        replicas = data_parallel_size(config, processes)
+        batch = resolve_batch(config.training, replicas)
     except ConfigError:
         batch = None
     if batch is not None:
         tokens = batch.global_ * config.model.seq_length
         table.add_row(
             "sequences per step",
-            f"{batch.global_:,} = {batch.micro} x {batch.accumulation} accumulation x {processes} {'process' if processes == 1 else 'processes'}",
+            f"{batch.global_:,} = {batch.micro} x {batch.accumulation} accumulation x {replicas} {'process' if replicas == 1 else 'processes'}",
         )
         table.add_row("tokens per step", f"{tokens:,}")
         table.add_row("FLOPs per step", f"{tokens * flops:.3e}")
@@ -99,12 +101,21 @@ def _work(config: NeoXConfig, processes: int, words: Vocabulary) -> Table:
                 "steps", f"{config.training.train_epochs:,} passes through the training data; the number of steps is known when the data is read"
             )
     table.add_section()
-    total = count_parameters(config.model, config.moe, padded).total_sum
     stage = config.optimizer.zero_optimization.stage
-    memory = memory_per_process(config, total, processes)
+    memory = memory_in_layout(config, count_parameters(config.model, config.moe, padded), processes)
     table.add_row("memory per process", f"{bytes_text(memory.total)} without activations ({config.precision}, ZeRO stage {stage})")
     table.add_row("", f"weights {bytes_text(memory.weights)}, gradients {bytes_text(memory.gradients)}, optimizer {bytes_text(memory.optimizer)}")
     return table
+
+
+def _processes(config: NeoXConfig, processes: int) -> str:
+    """Their number, and how they divide the model."""
+    layout = config.parallel.layout
+    kinds = (("tensor", layout.tensor), ("pipeline", layout.pipe), ("data", processes // layout.model))
+    if layout == ONE or layout_problem(layout, processes) is not None:
+        return str(processes)
+    product = " x ".join(f"{size} {kind}" for kind, size in kinds if size > 1 or kind == "data")
+    return f"{processes} = {product} parallel" + (f", experts over {layout.expert}" if layout.expert > 1 else "")
 
 
 def _implementations(config: NeoXConfig, device: str) -> Table:

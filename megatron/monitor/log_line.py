@@ -67,6 +67,8 @@ def router_line(values: Mapping[str, Value]) -> str:
         f"dead experts: {shown('dead_experts', 'd')}",
         *([f"dead lores: {shown('dead_lores', 'd')}"] if "moe/dead_lores" in values else []),
         f"dropped tokens: {shown('dropped_tokens', 'd')}",
+        *([f"process overload: {shown('process_overload', '.2f')}"] if "moe/process_overload" in values else []),
+        *([f"which costs {shown('process_overload_share', '.1%')} of the time"] if "moe/process_overload_share" in values else []),
     ]
     return " | ".join([" routers", *parts]) + " |"
 

@@ -28,6 +28,7 @@ def router_values(report: RouterReport, moe: MoEConfig, num_layers: int) -> dict
     expert_replacement         ExRep: experts that the token before did not use, in percent (CoSMoEs, equations 4 and 5)
     experts_per_token          differs from K where a router chooses the number
     process_overload           with expert parallelism: the most rows that a process received over the mean; 1 is even
+    overload_seconds           the time that this costs for each micro-batch (on CPUs)
     dropped_tokens             always 0: experts have no capacity limit
     <loss>_by_layer            each auxiliary loss, unweighted; for `joint_load_balance`, a loss over all layers, the part of each layer
     """

@@ -79,6 +79,14 @@ def _summing_rows(group: Group, shared: SharedRows) -> Callable[[Tensor], Tensor
     return total
 
 
+def over_processes(parameter: Tensor, numbers: Tensor, groups: Groups) -> Tensor:
+    """Sums of numbers of this process's part of a weight, over the processes that hold its other parts. Collective."""
+    marks = marks_of(parameter)
+    if marks.model_parallel:
+        numbers = groups.tensor.sum(numbers)
+    return numbers if marks.allreduce else groups.expert.sum(numbers)
+
+
 class GlobalNorm:
     """The norm of the gradients of a whole model, whichever processes hold them. Each gradient counts once."""
 

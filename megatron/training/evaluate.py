@@ -104,8 +104,10 @@ def evaluation_logits(engine: Any, tokens_BS: torch.Tensor) -> torch.Tensor:
     engine.eval()
     try:
         with torch.no_grad():
-            output: GPTOutput = engine(tokens_BS.to(engine.device))
+            length, region = tokens_BS.shape[1], engine.module.region
+            extra = -length % region.group.size if region.sequence else 0  # tokens at the end change nothing before them
+            output: GPTOutput = engine(torch.nn.functional.pad(tokens_BS, (0, extra)).to(engine.device))
     finally:
         engine.train()
     assert output.logits_BSV is not None
-    return output.logits_BSV
+    return output.logits_BSV[:, :length]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.mpu.groups import current_groups
+
 
 def whole_gradients(engine: Any) -> Iterator[tuple[str, Tensor]]:
     """Name and gradient of each parameter that has one, averaged over micro-batches and processes, before clipping and without the loss scale.
@@ -40,9 +42,10 @@ def optimizer_state_norms(engine: Any) -> dict[str, Tensor]:
             if torch.is_tensor(value) and value.is_floating_point() and value.numel() == parameter.numel() > 1:
                 key = f"{group}_{name}"
                 squares[key] = squares.get(key, torch.zeros((), device=value.device)) + value.float().square().sum()
-    if int(engine.zero_optimization_stage()) > 0 and squares:
+    groups = current_groups()
+    if squares and (int(engine.zero_optimization_stage()) > 0 or groups.model.size > 1):
         together = torch.stack(list(squares.values()))
-        torch.distributed.all_reduce(together)
+        together = groups.model.sum(groups.data.sum(together) if int(engine.zero_optimization_stage()) > 0 else together)
         squares = dict(zip(squares, together, strict=True))
     return {key: value.sqrt() for key, value in squares.items()}
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron.config.memory import Room, check_fits, machine_memory
 from megatron.config.neox import NeoXConfig
-from megatron.config.size import count_parameters, training_memory
+from megatron.config.size import count_parameters, process_parameters, training_memory
 
 log = logging.getLogger(__name__)
 BYTES = {"fp32": 4, "fp16": 2, "bfloat16": 2}
@@ -21,10 +21,14 @@ def check_training_fits(config: NeoXConfig, vocabulary: int, *, world_size: int)
 
     Gradients and activations are not counted, so a model that passes may still be too large.
     """
-    parameters = count_parameters(config.model, config.moe, vocabulary).total_sum
-    stage = config.optimizer.zero_optimization.stage
-    averages = config.optimizer.averages
-    memory = training_memory(parameters, config.precision, zero_stage=stage, data_parallel_size=world_size, averages=averages)
+    count, layout = count_parameters(config.model, config.moe, vocabulary), config.parallel.layout
+    parameters, stage = count.total_sum, config.optimizer.zero_optimization.stage
+    shares = zip(process_parameters(count, layout), (world_size, max(1, world_size // layout.expert)), strict=True)
+    dense, experts = (
+        training_memory(share, config.precision, zero_stage=stage, data_parallel_size=replicas, averages=config.optimizer.averages)
+        for share, replicas in shares
+    )
+    memory = dense.plus(experts)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     processes = here if os.environ.get("DS_ACCELERATOR") != "cuda" else -(-here // max(1, torch.cuda.device_count()))
     _check(

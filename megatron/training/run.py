@@ -13,10 +13,11 @@ from megatron.checkpoint.lock import RunLock
 from megatron.checkpoint.ranks import gather, together
 from megatron.config.loader import LoadedConfig
 from megatron.config.neox import check_device, check_trainable, rounding_notice
+from megatron.config.size import count_parameters
 from megatron.monitor.console import ProgressDisplay, configure_logging
 from megatron.monitor.guarded import OutputFailed
 from megatron.monitor.tee import copied_streams
-from megatron.mpu.topology import Topology
+from megatron.mpu.topology import ONE, Topology
 from megatron.training.callbacks.build import build_callbacks, build_sinks, check_sinks
 from megatron.training.callbacks.stop import FAILURE
 from megatron.training.health import TrainingDiverged, way_back
@@ -110,12 +111,23 @@ def announce(trainer: Trainer, loaded: LoadedConfig) -> None:
     plan, topology = trainer.plan, trainer.topology
     if rounded := rounding_notice(trainer.config, topology.data_parallel_size):
         log.warning("%s%s.", rounded[0].upper(), rounded[1:])
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.engine.module.parameters())
+    words = trainer.checkpoint_args["padded_vocab_size"]
+    parameters = count_parameters(trainer.config.model, trainer.config.moe, words).total_sum
     log.info(
         "%s parameters, %s, ZeRO %d, %s.", f"{parameters:,}", loaded.config.precision, trainer.engine.zero_optimization_stage(), trainer.engine.device
     )
+    layout = topology.layout
+    if layout != ONE:
+        log.info(
+            "%d processes: %d tensor x %d pipeline x %d data parallel, experts over %d of the data-parallel ones.",
+            topology.world_size,
+            layout.tensor,
+            layout.pipe,
+            topology.data_parallel_size,
+            layout.expert,
+        )
     log.info(
-        "%s steps of %s tokens (%d sequences of %d, %d process(es) x %d micro-batch x %d accumulation steps): %s tokens in all.",
+        "%s steps of %s tokens (%d sequences of %d, %d replica(s) x %d micro-batch x %d accumulation steps): %s tokens in all.",
         f"{plan.train_iters:,}",
         f"{plan.tokens_per_step:,}",
         plan.batch.global_,

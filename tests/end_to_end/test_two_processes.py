@@ -54,7 +54,7 @@ def test_two_processes_train_and_share_the_cores(corpus: Path, tmp_path: Path) -
     process = start(write_run(tmp_path, values))
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
-    assert "2 process(es) x 2 micro-batch x 1 accumulation steps" in output
+    assert "2 replica(s) x 2 micro-batch x 1 accumulation steps" in output
     assert len(losses_of(tmp_path / "run/metrics.jsonl")) == 6
 
 

@@ -28,7 +28,7 @@ def test_numbers_of_two_layers_of_different_sizes() -> None:
         aux_losses_XA=torch.tensor([[1.5, 0.25], [2.0, 0.75]]),
         expert_load_XE=torch.tensor([[6, 2, 0, 0], [4, 0, 2, 2]]),
         lore_load_XG=torch.tensor([[2, 0, 0, 4, 1, 1, 0, 0] + 8 * [0], 16 * [1]]),
-        statistics_XI=torch.tensor([[0.5, 0.25, 1.0, torch.nan], [1.0, 0.75, 1.0, torch.nan]]),
+        statistics_XI=torch.tensor([[0.5, 0.25, 1.0, torch.nan, torch.nan], [1.0, 0.75, 1.0, torch.nan, torch.nan]]),
     )
     values = router_values(report, moe_section(**section), 2)
     wanted = {
@@ -56,7 +56,7 @@ def test_numbers_of_two_layers_of_different_sizes() -> None:
 
 
 def test_a_dense_model_has_none() -> None:
-    empty = RouterReport(torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0, 4))
+    empty = RouterReport(torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0, 5))
     assert router_values(empty, moe_section(moe_num_experts=1, moe_expert_type="grouped"), 2) == {}
 
 
@@ -75,7 +75,7 @@ def test_every_number_reaches_every_destination(
     train_losses(run_values(corpus, None, train_iters=4, eval_iters=0, **wanted))
     records = [json.loads(line) for line in Path("metrics.jsonl").read_text().splitlines()]
     last = {key: value for key, value in records[-1].items() if key.startswith("moe/")}
-    report = RouterReport(torch.zeros(2, 2), torch.ones(2, 4), torch.ones(2, 16), torch.cat([torch.zeros(2, 3), torch.full((2, 1), torch.nan)], 1))
+    report = RouterReport(torch.zeros(2, 2), torch.ones(2, 4), torch.ones(2, 16), torch.cat([torch.zeros(2, 3), torch.full((2, 2), torch.nan)], 1))
     assert last.keys() == router_values(report, moe_section(moe_num_experts=4, moe_num_lores=4, moe_losses=LOSSES), 2).keys()
     assert [sum(row) for row in last["moe/expert_load"]] == [2 * 2 * 16 * 2] * 2, "two steps of 2 sequences of 16 tokens with 2 experts each"
     assert all(0 < entropy <= math.log(4) for entropy in last["moe/router_entropy_by_layer"])

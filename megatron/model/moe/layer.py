@@ -42,9 +42,10 @@ class MoEOutput(NamedTuple):
     """`expert_usage` summed over the layers up to this one; None where no loss asks for it."""
 
 
-STATISTICS = ("router_entropy", "expert_replacement", "experts_per_token", "process_overload")
+STATISTICS = ("router_entropy", "expert_replacement", "experts_per_token", "process_overload", "overload_seconds")
 """Mean entropy of the router's probabilities in nats; the share of experts that the token before did not use (CoSMoEs, equations 4 and 5); mean
-number of experts that a token uses; the most rows that an expert-parallel process received over the mean (NaN where nothing is sent)."""
+number of experts that a token uses; the most rows that an expert-parallel process received over the mean,
+and the seconds that this costs for each micro-batch (NaN where nothing is sent)."""
 
 
 class MoELayer(nn.Module):
@@ -77,7 +78,7 @@ class MoELayer(nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         routing = self.router(x_TD)._replace(batch_shape=tuple(x_BSD.shape[:2]))
         shared_TD, weight_TK = self.region.copied(x_TD), self.region.copied(routing.weight_TK)
-        y_TD, rows_E, lores, overload = self.dispatcher.run(shared_TD, routing._replace(weight_TK=weight_TK), self.experts)
+        y_TD, rows_E, lores, overload_2 = self.dispatcher.run(shared_TD, routing._replace(weight_TK=weight_TK), self.experts)
         for part in self.beside:
             y_TD = part(shared_TD, y_TD)
         context = self.context._replace(rows_E=rows_E, lores=lores, earlier_rows_E=earlier_rows_E, earlier_usage_2E=earlier_usage_2E)
@@ -87,7 +88,7 @@ class MoELayer(nn.Module):
             self._auxiliary_losses(routing, context),
             rows_E,
             lore_load_G,
-            statistics(routing, context, overload),
+            statistics(routing, context, overload_2),
             self._usage(routing, earlier_usage_2E) if self.wants_usage else None,
         )
 
@@ -102,9 +103,9 @@ class MoELayer(nn.Module):
 
 
 @torch.no_grad()
-def statistics(routing: Routing, context: LossContext, overload: Tensor | None = None) -> Tensor:
+def statistics(routing: Routing, context: LossContext, overload_2: Tensor | None = None) -> Tensor:
     """float32, in the order of STATISTICS. Nothing is transferred to the host."""
     entropy = token_entropy(routing).mean() if routing.softmax is None else routing.softmax.entropy
     chosen = choice_statistics(routing.expert_TK, context.num_experts, sequences(routing)[1])
-    overload = entropy.new_full((), torch.nan) if overload is None else overload
-    return torch.cat([entropy.detach().double()[None], chosen, overload.double()[None]]).float()
+    overload_2 = entropy.new_full((2,), torch.nan) if overload_2 is None else overload_2
+    return torch.cat([entropy.detach().double()[None], chosen, overload_2.double()]).float()

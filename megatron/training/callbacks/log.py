@@ -161,7 +161,11 @@ class LogCallback(Callback):
     def _router_values(self, trainer: Trainer) -> dict[str, Value]:
         if not self.window.with_labels:
             return {}
-        return router_values(self.window.router(), trainer.config.moe, trainer.config.model.num_layers)
+        values = router_values(self.window.router(), trainer.config.moe, trainer.config.model.num_layers)
+        if "moe/overload_seconds" in values:  # of one micro-batch, a mean over layers
+            lost = sum(values["moe/overload_seconds_by_layer"]) * trainer.plan.batch.accumulation  # type: ignore[arg-type]
+            values["moe/process_overload_share"] = lost / self.window.seconds_per_step
+        return values
 
     def _record(self, trainer: Trainer, metrics: StepMetrics) -> LogRecord:
         seconds, peak = self.window.seconds_per_step, self.config.peak_theoretical_tflops

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from megatron.config.logging import LoggingConfig
 from megatron.monitor.sink import Sink
+from megatron.mpu.gradients import over_processes
+from megatron.mpu.groups import current_groups
 from megatron.training.callbacks.base import Callback
 from megatron.training.gradients import optimizer_state_norms, whole_gradients, whole_parameters
 
@@ -19,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class Measures(NamedTuple):
-    """What to measure: of the gradients (name of the sinks' group -> a function of one gradient), and after the update."""
+    """What to measure: of the gradients (name of the sinks' group -> a function of a weight and its gradient), and after the update."""
 
-    of_gradients: dict[str, Callable[[Tensor], Tensor]]
+    of_gradients: dict[str, Callable[[Tensor, Tensor], Tensor]]
     after_update: dict[str, Callable[[Any], dict[str, Tensor]]]
 
 
@@ -47,7 +49,8 @@ class NormsCallback(Callback):
     def before_update(self, trainer: Trainer) -> None:
         if self.chosen.of_gradients:
             for name, gradient in whole_gradients(trainer.engine):
-                self._found |= {f"{group}/{name}": measure(gradient) for group, measure in self.chosen.of_gradients.items()}
+                weight = trainer.engine.module.get_parameter(name)
+                self._found |= {f"{group}/{name}": measure(weight, gradient) for group, measure in self.chosen.of_gradients.items()}
 
     def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
         for group, measure in self.chosen.after_update.items():
@@ -59,13 +62,15 @@ class NormsCallback(Callback):
         self._found = {}
 
 
-def _norm(tensor: Tensor) -> Tensor:
-    return tensor.float().norm()
+def _norm(weight: Tensor, tensor: Tensor) -> Tensor:
+    """Of a whole weight, of which this process may have a part."""
+    return over_processes(weight, tensor.float().square().sum(), current_groups()).sqrt()
 
 
-def _per_cent_zeros(tensor: Tensor) -> Tensor:
-    return 100 * (tensor == 0).float().mean()
+def _per_cent_zeros(weight: Tensor, tensor: Tensor) -> Tensor:
+    zeros, every = over_processes(weight, torch.stack([(tensor == 0).float().sum(), tensor.new_tensor(tensor.numel()).float()]), current_groups())
+    return 100 * zeros / every
 
 
 def _parameter_norms(engine: Any) -> dict[str, Tensor]:
-    return {name: _norm(parameter) for name, parameter in whole_parameters(engine)}
+    return {name: _norm(engine.module.get_parameter(name), parameter) for name, parameter in whole_parameters(engine)}

@@ -3,12 +3,13 @@
 Shapes: T tokens; K experts per token; R rows that this process sends; Q rows that it receives; E experts of the layer; P expert-parallel processes,
 each with E / P of them; N tensor-parallel processes, which have the same tokens and each L = E / P / N of these experts; D model width; M LoREs.
 
-Experts lie in the order of (expert-parallel process, tensor-parallel process, expert). Among the tensor-parallel processes nothing is sent: each takes
-the rows of its own experts, and the sum of their results is the layer's output, which the caller makes.
+Experts lie in the order of (expert-parallel process, tensor-parallel process, expert). Among the tensor-parallel processes nothing is sent: each
+takes the rows of its own experts, and the sum of their results is the layer's output, which the caller makes.
 """
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -53,8 +54,8 @@ class Received(NamedTuple):
     order_Q: Tensor
     """From the order of arrival (process, expert) to (expert, process)."""
     inverse_Q: Tensor
-    overload: Tensor
-    """float32 scalar: the most rows that a process of the group received, over the mean."""
+    received_PN: Tensor
+    """float32: rows that each process received."""
 
 
 class AllToAllDispatcher:
@@ -71,10 +72,12 @@ class AllToAllDispatcher:
         order, weight_TK = self._own_order(routing)
         received = self._receive(order.rows_G, rows_E)
         x_QD = exchange(permute(x_TD, order, backend=self.backend), received.splits, self.share.expert)
+        started = time.perf_counter()
         y_QD, lores = experts(reordered(x_QD, received.order_Q, received.inverse_Q), received.rows_PL.sum(0))
+        overload_2 = overload(received.received_PN, rows=len(x_QD), seconds=torch.nan if x_TD.is_cuda else time.perf_counter() - started)
         y_RD = exchange(reordered(y_QD, received.inverse_Q, received.order_Q), received.splits.back, self.share.expert)
         y_TD = combine(y_RD, order, weight_TK, backend=self.backend)
-        return Computed(y_TD, rows_E, None if lores is None else self._returned(lores, received), received.overload)
+        return Computed(y_TD, rows_E, None if lores is None else self._returned(lores, received), overload_2)
 
     def _all_rows(self, routing: Routing) -> Tensor:
         """rows_E of this process's tokens."""
@@ -105,8 +108,7 @@ class AllToAllDispatcher:
         rows_PL = rows_PPNL[:, share.expert.rank, share.tensor.rank]
         sent = sent_G.view(share.expert.size, share.here).sum(1).tolist()
         order_Q, inverse_Q = _by_expert(rows_PL)
-        overload = received_PN.max() / received_PN.mean().clamp(min=1e-9)
-        return Received(Splits(sent, rows_PL.sum(1).tolist()), rows_PL, order_Q, inverse_Q, overload)
+        return Received(Splits(sent, rows_PL.sum(1).tolist()), rows_PL, order_Q, inverse_Q, received_PN)
 
     def _returned(self, lores: LoreRouting, received: Received) -> LoreRouting:
         """The second routing with counts and sums of probabilities of this process's tokens, over all experts. Losses look at these.
@@ -126,6 +128,16 @@ class AllToAllDispatcher:
         total_PNLM = gather(total_PLM[:, None], share.tensor, 1, summed=False)
         count_PNLM = gather(count_PLM[:, None], share.tensor, 1, summed=False)
         return lores._replace(rows_G=count_PNLM.flatten(), total_EM=total_PNLM.reshape(share.num_experts, per_expert))
+
+
+def overload(received_PN: Tensor, *, rows: int, seconds: float) -> Tensor:
+    """float32 [2]: the most rows that a process received over the mean, and the seconds of a step that all lose by it.
+
+    This process needed `seconds` for the forward pass of its `rows`. The backward pass takes about twice as long. The others wait for the process
+    with the most rows; with even loads it would have the mean.
+    """
+    most, mean = received_PN.max(), received_PN.mean().clamp(min=1e-9)
+    return torch.stack([most / mean, 3 * seconds / max(1, rows) * (most - mean)])
 
 
 def _by_expert(rows_PL: Tensor) -> tuple[Tensor, Tensor]:

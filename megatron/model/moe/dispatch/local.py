@@ -25,8 +25,9 @@ class Computed(NamedTuple):
     """int64: rows of each expert."""
     lores: LoreRouting | None
     """The second routing; None where there is none."""
-    overload: Tensor | None = None
-    """float32 scalar: the most rows that a process received over the mean; None where nothing is sent."""
+    overload_2: Tensor | None = None
+    """float32: the most rows that an expert-parallel process received over the mean, and the seconds that this costs (NaN on a device that computes
+    while the host goes on). None where nothing is sent."""
 
 
 @dataclass(frozen=True)
