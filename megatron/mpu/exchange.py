@@ -34,6 +34,67 @@ def exchange(x_R: Tensor, splits: Splits, group: Group) -> Tensor:
     return received
 
 
+class Flight:
+    """An exchange during which this process computes something else, in the forward and in the backward pass."""
+
+    def __init__(self, splits: Splits, group: Group) -> None:
+        self.splits, self.group = splits, group
+        self._work: Any = None
+        self._landing = self._sent = torch.empty(0)
+
+    def launch(self, x_R: Tensor) -> Tensor:
+        """Starts it. What it returns has no values yet: give it to `land`."""
+        if self.group.size == 1:
+            return x_R
+        launched: Tensor = _Launch.apply(x_R, self)
+        return launched
+
+    def land(self, launched: Tensor) -> Tensor:
+        """[Q, ...]: waits for the rows."""
+        if self.group.size == 1:
+            return launched
+        landed: Tensor = _Land.apply(launched, self)
+        return landed
+
+    def start(self, x: Tensor, splits: Splits) -> Tensor:
+        """Starts without a gradient."""
+        self._sent = x.contiguous()
+        self._landing = x.new_empty(sum(splits.received), *x.shape[1:])
+        self._work = torch.distributed.all_to_all_single(
+            self._landing, self._sent, splits.received, splits.sent, group=self.group.handle, async_op=True
+        )
+        return self._landing
+
+    def wait(self) -> Tensor:
+        """The rows."""
+        self._work.wait()
+        landed, self._landing, self._sent = self._landing, torch.empty(0), torch.empty(0)
+        return landed
+
+
+class _Launch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_R: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.start(x_R, flight.splits)
+
+    @staticmethod
+    def backward(ctx: Any, _started: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.flight.wait(), None
+
+
+class _Land(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, launched: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.wait().view_as(launched)
+
+    @staticmethod
+    def backward(ctx: Any, grad_Q: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.flight.start(grad_Q, ctx.flight.splits.back)
+        return grad_Q, None  # stands for the rows on their way, which `_Launch` waits for
+
+
 def gather_counts(count: Tensor, group: Group) -> Tensor:
     """[P, ...]: the counts of every process, on every process. Collective."""
     if group.size == 1:

@@ -5,7 +5,7 @@ Shapes: B batch; S sequence; T = B*S tokens; R routed rows; E experts; G LoREs o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megatron.config.components import DISPATCHERS, EXPERTS, LOSSES, ROUTERS, resolve_component
 from megatron.kernels.route import choice_statistics
 from megatron.model.initialization import Initializer
+from megatron.model.moe.dispatch.all_to_all import AllToAllDispatcher
 from megatron.model.moe.losses.block_wise_selection import sequences
 from megatron.model.moe.losses.entropy import token_entropy
 from megatron.model.moe.losses.load_balance import expert_usage
@@ -78,9 +79,17 @@ class MoELayer(nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         routing = self.router(x_TD)._replace(batch_shape=tuple(x_BSD.shape[:2]))
         shared_TD, weight_TK = self.region.copied(x_TD), self.region.copied(routing.weight_TK)
-        y_TD, rows_E, lores, overload_2 = self.dispatcher.run(shared_TD, routing._replace(weight_TK=weight_TK), self.experts)
-        for part in self.beside:
-            y_TD = part(shared_TD, y_TD)
+        beside: list[Any] = list(self.beside)
+        branches: list[Tensor] = []
+        given = (shared_TD, routing._replace(weight_TK=weight_TK), self.experts)
+        if isinstance(self.dispatcher, AllToAllDispatcher):
+            computed = self.dispatcher.run(*given, lambda: branches.extend(part.branch(shared_TD) for part in beside))
+        else:
+            computed = self.dispatcher.run(*given)
+            branches.extend(part.branch(shared_TD) for part in beside)
+        y_TD, rows_E, lores, overload_2 = computed
+        for part, branch in zip(beside, branches, strict=True):
+            y_TD = part(shared_TD, y_TD, branch)
         context = self.context._replace(rows_E=rows_E, lores=lores, earlier_rows_E=earlier_rows_E, earlier_usage_2E=earlier_usage_2E)
         lore_load_G = rows_E.new_zeros(0) if lores is None else lores.rows_G
         return MoEOutput(

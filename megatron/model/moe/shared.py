@@ -27,9 +27,13 @@ class SharedExpert(nn.Module):
         width = {"ffn_hidden_size": moe.shared_width(model), "intermediate_size": None, "expansion_factor": None}
         self.mlp = build_mlp(model.model_copy(update=width), init)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Tensor:
+        """What does not depend on the routed experts."""
+        return self.mlp(x)
+
+    def forward(self, x: Tensor, y: Tensor, branch: Tensor) -> Tensor:
         """The layer's output."""
-        return y + self.mlp(x)
+        return y + branch
 
 
 class GatedSharedExpert(SharedExpert):
@@ -39,9 +43,9 @@ class GatedSharedExpert(SharedExpert):
         super().__init__(model, moe, init)
         self.gate = RouterLinear(model.hidden_size, 1, init.into)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The layer's output."""
-        return y + self.gate(x).sigmoid().to(x.dtype) * self.mlp(x)
+    def branch(self, x: Tensor) -> Tensor:
+        """What does not depend on the routed experts."""
+        return self.gate(x).sigmoid().to(x.dtype) * self.mlp(x)
 
 
 class ResidualMLP(nn.Module):
@@ -52,16 +56,20 @@ class ResidualMLP(nn.Module):
         self.mlp = build_mlp(model, init)
         self.coefficient = build_linear(model.hidden_size, 2, bias=True, fill=init.into)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Tensor:
+        """What does not depend on the routed experts."""
+        return self.mlp(x)
+
+    def forward(self, x: Tensor, y: Tensor, branch: Tensor) -> Tensor:
         """The layer's output."""
         logits = self.coefficient(x)
         weights = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
         experts, dense = weights.to(x.dtype).unsqueeze(-2).unbind(-1)
-        return experts * y + dense * self.mlp(x)
+        return experts * y + dense * branch
 
 
 def build_beside(model: ModelConfig, moe: MoEConfig, init: Initializer) -> nn.ModuleList:
-    """The modules that the config puts beside the routed experts. Each maps (x, y so far) to y."""
+    """The modules that the config puts beside the routed experts. Each maps (x, y so far, its `branch` of x) to y."""
     beside: list[nn.Module] = []
     if moe.shared_width(model):
         beside.append((GatedSharedExpert if moe.moe_shared_expert_gate else SharedExpert)(model, moe, init))

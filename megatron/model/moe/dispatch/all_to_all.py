@@ -10,6 +10,7 @@ takes the rows of its own experts, and the sum of their results is the layer's o
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,12 +20,16 @@ from megatron.kernels.permute import Order, combine, permute, sort_by_group
 from megatron.kernels.route.reference import totals
 from megatron.model.moe.dispatch.local import Computed
 from megatron.model.moe.routing import LoreRouting, Routing
-from megatron.mpu.exchange import Splits, exchange, gather_counts, reordered
+from megatron.mpu.exchange import Flight, Splits, exchange, gather_counts, reordered
 from megatron.mpu.groups import Group
 from megatron.mpu.regions import gather
 
 if TYPE_CHECKING:
     from megatron.config.moe import MoEConfig
+
+
+def nothing() -> None:
+    """There is nothing else to compute."""
 
 
 class ExpertShare(NamedTuple):
@@ -65,13 +70,16 @@ class AllToAllDispatcher:
         self.share = share
         self.backend = moe.kernel_backends.get("permute", "auto")
 
-    def run(self, x_TD: Tensor, routing: Routing, experts: Any) -> Computed:
+    def run(self, x_TD: Tensor, routing: Routing, experts: Any, meanwhile: Callable[[], None] = nothing) -> Computed:
         """This process's part of the layer's output, complete where there is one tensor-parallel process. `rows_E` and the LoREs' counts are those
-        of this process's tokens."""
+        of this process's tokens. `meanwhile` is called while rows are on their way."""
         rows_E = self._all_rows(routing)
         order, weight_TK = self._own_order(routing)
         received = self._receive(order.rows_G, rows_E)
-        x_QD = exchange(permute(x_TD, order, backend=self.backend), received.splits, self.share.expert)
+        flight = Flight(received.splits, self.share.expert)
+        launched = flight.launch(permute(x_TD, order, backend=self.backend))
+        meanwhile()
+        x_QD = flight.land(launched)
         started = time.perf_counter()
         y_QD, lores = experts(reordered(x_QD, received.order_Q, received.inverse_Q), received.rows_PL.sum(0))
         overload_2 = overload(received.received_PN, rows=len(x_QD), seconds=torch.nan if x_TD.is_cuda else time.perf_counter() - started)
