@@ -41,6 +41,10 @@ class Variant(NamedTuple):
     experts_only: bool = False
     """Whether it makes sense only for a model with experts."""
 
+    def suits(self, model: Mapping[str, Any]) -> bool:
+        """Whether the layout makes sense for a model."""
+        return not self.experts_only or "moe_num_experts" in model
+
 
 def _tp(size: int, **keys: Any) -> dict[str, Any]:
     return {"model_parallel_size": size, **keys}

@@ -9,7 +9,7 @@ from megatron.testing.tiny import TINY_DENSE, TINY_MOE
 
 QUICK = [("structmoe", "TP2 x EP2"), ("mixtral", "SP"), ("decomposed", "EP2 ZeRO 1"), ("dense", "TP2 x DP2 ZeRO 1")]
 """One of each model in the default run; all of them in the slow one."""
-EVERY = [(model, layout) for model in MODELS for layout, variant in LAYOUTS.items() if not (variant.experts_only and model == "dense")]
+EVERY = [(model, layout) for model in MODELS for layout, variant in LAYOUTS.items() if variant.suits(MODELS[model])]
 
 
 @pytest.mark.parametrize(("model", "layout"), QUICK)

@@ -1,0 +1,53 @@
+"""Layouts that cannot work are refused in words, with the nearest one that would."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron.config.neox import data_parallel_size
+from megatron.config.parallel import Layout, layout_problem
+from megatron.config.section import ConfigError
+from megatron.testing.tiny import TINY_DENSE, TINY_MOE, tiny_config
+
+EXPERTS = dict(TINY_MOE)
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"model_parallel_size": 3}, r"'model_parallel_size' = 3: must divide num_attention_heads \(4\); use 2"),
+    ({"num_attention_heads": 12, "hidden_size": 48, "num_kv_heads": 3, "model_parallel_size": 2}, r"must divide num_kv_heads \(3\), or be a multiple"),
+    ({"model_parallel_size": 2, "sequence_parallel": True, "seq_length": 15}, r"'sequence_parallel' = true: needs seq_length \(15\) to be a multiple"),
+    ({"moe_expert_parallel_size": 2}, "'moe_expert_parallel_size' = 2: needs experts: give moe_num_experts, or use 1"),
+    ({**EXPERTS, "moe_expert_parallel_size": 3}, r"'moe_expert_parallel_size' = 3: must divide the experts of a layer, and 4 experts / .* use 2"),
+    ({**EXPERTS, "moe_expert_parallel_size": 8}, r"must divide the experts of a layer, .* use 4"),
+    ({**EXPERTS, "moe_num_experts": 3, "model_parallel_size": 2}, r"'model_parallel_size' = 2: must divide the experts of a layer \(3\).* use 1"),
+    ({**EXPERTS, "moe_expert_parallel_size": 4, "model_parallel_size": 2}, r"4 experts / model_parallel_size \(2\) = 2; use 2"),
+    ({**EXPERTS, "moe_expert_parallel_size": 2, "zero_optimization": {"stage": 3}}, "cannot be combined with zero_optimization.stage 3"),
+    ({**EXPERTS, "model_parallel_size": 2, "log_gradient_noise_scale": True}, "measures the gradients of one process only"),
+]
+
+
+@pytest.mark.parametrize(("keys", "message"), REFUSED)
+def test_a_layout_that_cannot_work(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(TINY_DENSE, **keys)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"model_parallel_size": 4},
+        {"model_parallel_size": 4, "num_kv_heads": 2},
+        {"model_parallel_size": 2, "sequence_parallel": True},
+        {**EXPERTS, "moe_expert_parallel_size": 2, "model_parallel_size": 2, "zero_optimization": {"stage": 1}},
+    ],
+)
+def test_a_layout_that_works(keys: dict[str, Any]) -> None:
+    assert tiny_config(TINY_DENSE, **keys).parallel.layout.model == keys.get("model_parallel_size", 1)
+
+
+def test_processes_that_do_not_fit_the_layout() -> None:
+    config = tiny_config(TINY_DENSE, model_parallel_size=4)
+    assert data_parallel_size(config, 8) == 2
+    with pytest.raises(ConfigError, match=r"= 4 processes hold the model once, and 6 process\(es\) cannot be divided by that; start 4 or 8 processes"):
+        data_parallel_size(config, 6)
+    assert layout_problem(Layout(expert=2), 4) is None
