@@ -22,6 +22,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**EXPERTS, "moe_num_experts": 3, "model_parallel_size": 2}, r"'model_parallel_size' = 2: must divide the experts of a layer \(3\).* use 1"),
     ({**EXPERTS, "moe_expert_parallel_size": 4, "model_parallel_size": 2}, r"4 experts / model_parallel_size \(2\) = 2; use 2"),
     ({**EXPERTS, "moe_expert_parallel_size": 2, "zero_optimization": {"stage": 3}}, "cannot be combined with zero_optimization.stage 3"),
+    ({"model_parallel_size": 4, "num_kv_heads": 2, "zero_optimization": {"stage": 1}}, r"is more than num_kv_heads \(2\).* use 2, or zero"),
     ({**EXPERTS, "model_parallel_size": 2, "log_gradient_noise_scale": True}, "measures the gradients of one process only"),
 ]
 
