@@ -51,6 +51,11 @@ class ParallelConfig(Section):
         """The sizes."""
         return Layout(self.model_parallel_size, max(1, self.pipe_parallel_size), self.moe_expert_parallel_size)
 
+    def idle_keys(self) -> Iterator[tuple[str, str]]:
+        """(key, what to say of it) for keys that were given and do nothing here."""
+        if self.sequence_parallel and self.model_parallel_size == 1:
+            yield "sequence_parallel", "has no effect: model_parallel_size is 1, so no process shares its layers"
+
     def check(self) -> Iterator[Problem]:
         if self.pipe_parallel_size > 1:
             yield Problem(

@@ -88,7 +88,7 @@ def load_ready_model(config: NeoXConfig) -> ReadyModel:
     check_args(path, weights.client_state.get("args") or {}, without_free_positions(expected.args, config.model.pos_emb))
     for notice in weights.notices:
         log.info("%s", notice)
-    gpt = build_model(config.model, config.moe, vocabulary, seed=0, dtype=DTYPES[config.precision], device=device)
+    gpt = build_model(config.model, config.moe, vocabulary, seed=0, dtype=DTYPES[config.precision]).to(device)
     check_shapes(path, shapes_of(weights.state_dict), module_shapes(gpt))
     gpt.load_state_dict(weights.state_dict)
     choose_implementations(config.model, config.moe, gpt)

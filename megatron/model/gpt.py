@@ -214,17 +214,16 @@ def build_model(
     *,
     seed: int,
     dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
     divider: Divider | None = None,
 ) -> GPT:
-    """A model with new weights. They are drawn in float32 on the CPU from `seed` alone and then moved, so they are the same on every device.
+    """A model with new weights. They are drawn in float32 from `seed` alone, on the CPU, where the model stays. So they are the same on every device.
 
     `divider`: this process keeps its part of each layer. None: all of them, whole.
     Raises KernelUnavailable for a name in `kernel_backends` that does not exist. Whether it can run is known when the model has its final device:
     `choose_implementations`.
     """
     check_names(moe.kernel_backends)
-    return GPT(model, moe, padded_vocab_size, build_initializer(model, seed), divider).to(device=device, dtype=dtype)
+    return GPT(model, moe, padded_vocab_size, build_initializer(model, seed), divider).to(dtype=dtype)
 
 
 def _build_relative_positions(model: ModelConfig, init: Initializer) -> RelativePositions | None:

@@ -47,12 +47,6 @@ def marks_of(parameter: Tensor) -> Marks:
     return Marks(**{name: getattr(parameter, name) for name in Marks._fields if hasattr(parameter, name)})
 
 
-def copy_marks(source: Tensor, target: Tensor) -> None:
-    """Puts the marks of one tensor on another that stands for the same weight."""
-    for name, value in marks_of(source)._asdict().items():
-        setattr(target, name, value)
-
-
 def sum_shared_gradients(module: nn.Module, tensor: Group) -> None:
     """From now on every backward pass leaves whole gradients on weights of which each process computes a part. Call it once, when the weights have
     their final format. Every process of the group has to run the same backward passes."""

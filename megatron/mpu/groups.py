@@ -50,12 +50,15 @@ class Groups(NamedTuple):
     expert_data: Group = ALONE
 
 
-_current = Groups()
+class Process:
+    """This process. A process belongs to one run and has one place in it, so its groups are the one thing here that is not passed from call to call:
+    losses that look at all replicas, and sums of measurements, ask for them."""
+
+    groups = Groups()
 
 
 def make_groups(topology: Topology) -> Groups:
     """The groups of this process, which `current_groups` gives from now on. Collective: every process makes all groups in the same order."""
-    global _current
     made: dict[tuple[int, ...], Any] = {}
     own = {}
     for kind in Groups._fields:
@@ -64,8 +67,8 @@ def make_groups(topology: Topology) -> Groups:
                 made[ranks] = torch.distributed.new_group(list(ranks))
             if topology.rank in ranks:
                 own[kind] = Group(ranks, ranks.index(topology.rank), made.get(ranks))
-    _current = Groups(**own)
-    return _current
+    Process.groups = Groups(**own)
+    return Process.groups
 
 
 def current_groups() -> Groups:
@@ -73,7 +76,8 @@ def current_groups() -> Groups:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return Groups()
     world = torch.distributed.get_world_size()
-    if world > 1 and _current.model.size * _current.data.size != world:
+    made = Process.groups
+    if world > 1 and made.model.size * made.data.size != world:
         everyone = Group(tuple(range(world)), torch.distributed.get_rank(), torch.distributed.group.WORLD)
         return Groups(data=everyone, expert_data=everyone)
-    return _current if world > 1 else Groups()
+    return made if world > 1 else Groups()

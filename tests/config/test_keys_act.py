@@ -16,6 +16,9 @@ SCRIPTS = ("deepy.py", "train.py", "generate.py", "eval.py", "prepare_data.py")
 # Read by the section itself, through a property or method that others use; or by a rule only, because just one value is allowed.
 THROUGH_THE_SECTION = {
     "num_kv_heads": "kv_heads",
+    "model_parallel_size": "layout",
+    "moe_expert_parallel_size": "layout",
+    "pipe_parallel_size": "layout",
     "head_dim": "head_width",
     "add_qkv_bias": "has_qkv_bias",
     "intermediate_size": "mlp_width",
@@ -44,7 +47,7 @@ THROUGH_THE_SECTION = {
     "train_batch_size": "resolve_batch",
     "use_bnb_optimizer": "optimizer_type",
 }
-ONE_VALUE_ONLY = {"pipe_parallel_size", "model_parallel_size", "data_impl"}
+ONE_VALUE_ONLY = {"data_impl"}
 THROUGH_THE_SECTION |= dict.fromkeys(DeepSpeedConfig.model_fields, r"deepspeed\.settings")
 BEFORE_THE_SECTIONS = {"plugins"}  # imported by the loader, tested in test_loader.py
 

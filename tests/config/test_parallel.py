@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from megatron.config.loader import load_config
 from megatron.config.neox import data_parallel_size
 from megatron.config.parallel import Layout, layout_problem
 from megatron.config.section import ConfigError
@@ -14,8 +15,14 @@ from megatron.testing.tiny import TINY_DENSE, TINY_MOE, tiny_config
 EXPERTS = dict(TINY_MOE)
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model_parallel_size": 3}, r"'model_parallel_size' = 3: must divide num_attention_heads \(4\); use 2"),
-    ({"num_attention_heads": 12, "hidden_size": 48, "num_kv_heads": 3, "model_parallel_size": 2}, r"must divide num_kv_heads \(3\), or be a multiple"),
-    ({"model_parallel_size": 2, "sequence_parallel": True, "seq_length": 15}, r"'sequence_parallel' = true: needs seq_length \(15\) to be a multiple"),
+    (
+        {"num_attention_heads": 12, "hidden_size": 48, "num_kv_heads": 3, "model_parallel_size": 2},
+        r"must divide num_kv_heads \(3\), or be a multiple",
+    ),
+    (
+        {"model_parallel_size": 2, "sequence_parallel": True, "seq_length": 15},
+        r"'sequence_parallel' = true: needs seq_length \(15\) to be a multiple",
+    ),
     ({"moe_expert_parallel_size": 2}, "'moe_expert_parallel_size' = 2: needs experts: give moe_num_experts, or use 1"),
     ({**EXPERTS, "moe_expert_parallel_size": 3}, r"'moe_expert_parallel_size' = 3: must divide the experts of a layer, and 4 experts / .* use 2"),
     ({**EXPERTS, "moe_expert_parallel_size": 8}, r"must divide the experts of a layer, .* use 4"),
@@ -49,6 +56,15 @@ def test_a_layout_that_works(keys: dict[str, Any]) -> None:
 def test_processes_that_do_not_fit_the_layout() -> None:
     config = tiny_config(TINY_DENSE, model_parallel_size=4)
     assert data_parallel_size(config, 8) == 2
-    with pytest.raises(ConfigError, match=r"= 4 processes hold the model once, and 6 process\(es\) cannot be divided by that; start 4 or 8 processes"):
+    with pytest.raises(
+        ConfigError, match=r"= 4 processes hold the model once, and 6 process\(es\) cannot be divided by that; start 4 or 8 processes"
+    ):
         data_parallel_size(config, 6)
     assert layout_problem(Layout(expert=2), 4) is None
+
+
+def test_sequence_parallel_without_tensor_parallelism_has_a_notice() -> None:
+    loaded = load_config(
+        [], ["num_layers=2", "hidden_size=32", "num_attention_heads=4", "seq_length=16", "max_position_embeddings=16", "sequence_parallel=true"]
+    )
+    assert any("'sequence_parallel' has no effect: model_parallel_size is 1" in notice for notice in loaded.notices)

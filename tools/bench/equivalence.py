@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron.testing.equivalence import LAYOUTS, MODELS, STEPS, compare
+from megatron.analysis.equivalence import LAYOUTS, MODELS, STEPS, compare
 
 HEAD = "| model | layout | processes | losses | auxiliary losses | gradients | norm |\n| --- | --- | ---: | ---: | ---: | ---: | ---: |"
 
