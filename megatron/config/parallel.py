@@ -74,8 +74,8 @@ def division_problems(parallel: ParallelConfig, model: ModelConfig, moe: MoEConf
         if layout.tensor > model.kv_heads and zero_stage > 0:
             yield Problem(
                 ("model_parallel_size", "num_kv_heads", "zero_optimization.stage"),
-                f"is more than num_kv_heads ({model.kv_heads}), so processes share key heads, and DeepSpeed's ZeRO would count these twice in the norm "
-                f"of the gradients; use {model.kv_heads}, or zero_optimization.stage 0",
+                f"is more than num_kv_heads ({model.kv_heads}), so processes share key heads, and DeepSpeed's ZeRO would count these "
+                f"twice in the norm of the gradients; use {model.kv_heads}, or zero_optimization.stage 0",
             )
     if layout.expert > 1 and not moe.has_experts:
         yield Problem(("moe_expert_parallel_size", "moe_num_experts"), "needs experts: give moe_num_experts, or use 1")

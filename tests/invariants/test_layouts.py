@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron.analysis.equivalence import LAYOUTS, MODELS, compare
+from tests.invariants.equivalence import LAYOUTS, MODELS, compare
 from megatron.testing.tiny import TINY_DENSE, TINY_MOE
 
 QUICK = [("structmoe", "TP2 x EP2"), ("mixtral", "SP"), ("decomposed", "EP2 ZeRO 1"), ("dense", "TP2 x DP2 ZeRO 1")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron.analysis.equivalence import MODELS, measure
+from tests.invariants.equivalence import MODELS, measure
 from megatron.mpu.groups import make_groups
 from megatron.mpu.random import SharedDropout, own_stream
 from megatron.mpu.regions import Region

@@ -12,7 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from megatron.analysis.equivalence import LAYOUTS, MODELS, STEPS, compare
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.invariants.equivalence import LAYOUTS, MODELS, STEPS, compare  # noqa: E402
 
 HEAD = "| model | layout | processes | losses | auxiliary losses | gradients | norm |\n| --- | --- | ---: | ---: | ---: | ---: | ---: |"
 
