@@ -166,7 +166,7 @@ _WITHOUT_EFFECT: dict[str, Ignored | Refused] = {
         "use_flashattn_swiglu",
         "fused_kernels_build_path",
     ),
-    **_entries(Ignored, _ONE_PROCESS_MODEL, "partition_activations", "pipe_partition_method", unless=_is(False, "type:transformer|mlp")),
+    "partition_activations": Ignored(_ONE_PROCESS_MODEL, _is(False)),
     "output_layer_parallelism": Ignored(_ONE_PROCESS_MODEL, _is("column")),
     **_entries(
         Ignored, "PyTorch's activation checkpointing has no such setting", "synchronize_each_layer", "contiguous_checkpointing", "profile_backward"

@@ -84,8 +84,8 @@ class NeoXConfig(Section):
                 ("wandb.enabled", "use_wandb"), "cannot be combined with use_wandb: true, because one process can write only one run; keep use_wandb"
             )
         yield from self.moe.check_with(self.model)
-        if self.parallel.layout != ONE and self.logging.log_gradient_noise_scale:
-            yield Problem(("log_gradient_noise_scale",), "measures the gradients of one process only, and here several processes divide the model")
+        if self.parallel.layout._replace(pipe=1) != ONE and self.logging.log_gradient_noise_scale:
+            yield Problem(("log_gradient_noise_scale",), "measures the gradients of one process only, and here several processes divide each layer")
         yield from division_problems(self.parallel, self.model, self.moe, zero.stage)
         if self.moe.has_experts and self.moe.kernel_backends.get("experts") == "megablocks" and self.precision != "bfloat16":
             yield Problem(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -32,8 +33,11 @@ ONE = Layout()
 
 class ParallelConfig(Section):
     pipe_parallel_size: NaturalInt = 0
-    """Number of pipeline stages. 0 and 1 both mean no pipeline. 0: a checkpoint has one file for all layers. 1: it has one file for each layer,
-    except under ZeRO 3."""
+    """Number of pipeline stages. Each holds some of the layers. 0 and 1 both mean no pipeline. 0: a checkpoint has one file for all layers. 1 and
+    more: it has one file for each layer, except under ZeRO 3."""
+    pipe_partition_method: str = "type:transformer|mlp"
+    """How the layers are divided among the pipeline stages. `uniform`: as many layers on each. `parameters`: as many weights on each. `type:REGEX`:
+    as many on each of the layers whose name in NeoX matches (such as ParallelTransformerLayerPipe); the others stay beside them."""
     model_parallel_size: PositiveInt = 1
     """Number of processes that share every layer (tensor parallelism). They divide the heads, the width of the MLPs, the experts and the
     vocabulary."""
@@ -57,16 +61,27 @@ class ParallelConfig(Section):
             yield "sequence_parallel", "has no effect: model_parallel_size is 1, so no process shares its layers"
 
     def check(self) -> Iterator[Problem]:
-        if self.pipe_parallel_size > 1:
-            yield Problem(
-                ("pipe_parallel_size",),
-                "pipeline parallelism is not part of this version; use 0 or 1 (several processes train with data parallelism and ZeRO)",
-            )
+        method = self.pipe_partition_method
+        if method not in ("uniform", "parameters") and not method.startswith("type:"):
+            yield Problem(("pipe_partition_method",), "must be uniform, parameters, or type: and a regular expression")
+        elif problem := _regex_problem(method.removeprefix("type:")):
+            yield Problem(("pipe_partition_method",), problem)
+
+
+def _regex_problem(pattern: str) -> str | None:
+    """Why it is no regular expression. None: it is one."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return f"is no regular expression ({error})"
+    return None
 
 
 def division_problems(parallel: ParallelConfig, model: ModelConfig, moe: MoEConfig, zero_stage: int) -> Iterator[Problem]:
     """What of the model cannot be divided in this layout, and what would be the nearest layout that can. Uneven numbers are refused, not rounded."""
     layout = parallel.layout
+    if layout.pipe > 1:
+        yield from _pipeline_problems(layout.pipe, model, zero_stage)
     if layout.tensor > 1:
         yield from _tensor_problems(layout.tensor, model, moe)
         if parallel.sequence_parallel and model.seq_length % layout.tensor:
@@ -86,6 +101,17 @@ def division_problems(parallel: ParallelConfig, model: ModelConfig, moe: MoEConf
             ("moe_expert_parallel_size", "zero_optimization.stage"),
             "cannot be combined with zero_optimization.stage 3, whose processes all hold a part of every expert; use stage 0, 1 or 2",
         )
+
+
+def _pipeline_problems(stages: int, model: ModelConfig, zero_stage: int) -> Iterator[Problem]:
+    if zero_stage > 1:
+        yield Problem(
+            ("pipe_parallel_size", "zero_optimization.stage"),
+            "a pipeline needs zero_optimization.stage 0 or 1, because the stages 2 and 3 give gradients and weights away before all micro-batches are "
+            f"through; use zero_optimization.stage 1, or pipe_parallel_size: 0 with stage {zero_stage}",
+        )
+    if stages > model.num_layers:
+        yield Problem(("pipe_parallel_size", "num_layers"), f"must be at most num_layers, because each stage needs a layer; use {model.num_layers}")
 
 
 def _tensor_problems(size: int, model: ModelConfig, moe: MoEConfig) -> Iterator[Problem]:

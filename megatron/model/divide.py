@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megatron.kernels.attention import HeadLayout
 from megatron.model.attention import SelfAttention
 from megatron.model.division import Cut, Span, whole_cut
-from megatron.model.embedding import Embedding, Head, VocabShare
+from megatron.model.embedding import Embedding, FinalLinear, Head, VocabShare
 from megatron.model.layer import TransformerLayer
 from megatron.model.mlp import MLP
 from megatron.model.moe.dispatch.all_to_all import AllToAllDispatcher, ExpertShare
@@ -48,6 +48,17 @@ class Divider:
         self.region = Region(groups.tensor, sequence and groups.tensor.size > 1)
         self.cuts: dict[str, Cut] = {}
         self._divided: dict[int, Cut] = {}
+
+    def part(self, part: nn.Module, name: str, model: ModelConfig, moe: MoEConfig | None) -> None:
+        """Any part of the model; `moe` is the section of a layer with experts."""
+        if isinstance(part, TransformerLayer):
+            self.layer(part, name, model, moe)
+        elif isinstance(part, Embedding):
+            self.embedding(part, name)
+        elif isinstance(part, FinalLinear):
+            self.head(part, name)
+        else:
+            self.norm(part, name)
 
     def layer(self, layer: TransformerLayer, name: str, model: ModelConfig, moe: MoEConfig | None) -> None:
         """A transformer layer; `moe` is its own section."""

@@ -68,6 +68,11 @@ def whole_cut(shape: Sequence[int], *, owned: bool = True) -> Cut:
     return Cut(tuple(shape), tuple((Span(0, size, owned),) for size in shape))
 
 
+def disowned(cut: Cut) -> Cut:
+    """The same part, for which another process counts."""
+    return Cut(cut.shape, tuple(tuple(span._replace(owned=False) for span in spans) for spans in cut.spans))
+
+
 Cuts = Mapping[str, Cut]
 """Name -> what this process holds of the weight. Weights that are not in it: the whole, owned by the first tensor-parallel process."""
 

@@ -8,7 +8,7 @@ Shapes: B batch; S sequence; D model width; V padded vocabulary; A auxiliary los
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -72,34 +72,41 @@ class FinalNorm(nn.Module):
 
 
 class GPT(nn.Module):
-    """Embedding, layers, norm, head."""
+    """Embedding, layers, norm, head. `span`: the numbers of those that this process keeps; the others are drawn as well, and dropped. None: all."""
 
-    def __init__(self, model: ModelConfig, moe: MoEConfig, padded_vocab_size: int, init: Initializer, divider: Divider | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        moe: MoEConfig,
+        padded_vocab_size: int,
+        init: Initializer,
+        divider: Divider | None = None,
+        span: range | None = None,
+    ) -> None:
         super().__init__()
         divider = divider or Divider(Groups())
         self.num_layers, self.max_positions, self.vocab_size = model.num_layers, model.max_positions, padded_vocab_size
         self.coefficients = tuple(moe.moe_losses.values())
         sections = moe.for_layers(model.num_layers)
-        embedding = build_embedding(model, padded_vocab_size, init)
-        divider.embedding(embedding, "sequential.0")
-        parts: dict[str, nn.Module] = {"0": embedding}
-        rpe = _build_relative_positions(model, init)
-        for i in range(model.num_layers):
-            layer = build_layer(model, sections.get(i), i, init, rpe)
-            divider.layer(layer, f"sequential.{FIRST_LAYER + i}", model, sections.get(i))
-            parts[str(FIRST_LAYER + i)] = layer
-        norm, head = str(model.num_layers + 3), str(model.num_layers + 4)
-        parts[norm] = FinalNorm(model)
-        divider.norm(parts[norm], f"sequential.{norm}")
-        if model.no_weight_tying:
-            parts[head] = FinalLinear(model, padded_vocab_size, init)
-            divider.head(parts[head], f"sequential.{head}")
+        self.is_first, self.is_last = span is None or 0 in span, span is None or model.num_layers + 4 in span
+        parts: dict[str, nn.Module] = {}
+        num_lores = 0
+        for number, part in draw_parts(model, moe, padded_vocab_size, init):
+            if isinstance(part, TransformerLayer) and isinstance(part.mlp, MoELayer):
+                num_lores = max(num_lores, getattr(part.mlp.experts, "num_lores", 0))
+            if span is None or number in span or (number == 0 and self.is_last and not model.no_weight_tying):
+                if span is not None and number not in span and hasattr(part, "position_embeddings"):
+                    del part.position_embeddings  # the head is tied to the words alone
+                divider.part(part, f"sequential.{number}", model, sections.get(number - FIRST_LAYER))
+                parts[str(number)] = part
         self.sequential = nn.ModuleDict(parts)
         self.cuts, self.region = divider.cuts, divider.region
         """What this process holds of every weight, and how it shares the layers with others."""
-        experts = [layer.mlp.experts for layer in self.layers if isinstance(layer.mlp, MoELayer)]
+        self.moe_rows = len(sections)
+        """MoE layers of the whole model."""
+        self.moe_rows_before = 0 if span is None else sum(FIRST_LAYER + i < span.start for i in sections)
+        """MoE layers before those that this process keeps."""
         num_experts = max((section.num_experts for section in sections.values()), default=0)
-        num_lores = max((getattr(layer_experts, "num_lores", 0) for layer_experts in experts), default=0)
         self.wants_earlier_load = "global_load_balance" in moe.moe_losses
         """Whether a loss looks at the step's earlier micro-batches."""
         self.report_widths = (len(self.coefficients), num_experts, num_lores, len(STATISTICS))
@@ -109,18 +116,23 @@ class GPT(nn.Module):
 
     @property
     def layers(self) -> list[TransformerLayer]:
-        """The transformer layers in order."""
-        return [self.sequential[str(FIRST_LAYER + i)] for i in range(self.num_layers)]  # type: ignore[misc]
+        """The transformer layers that this process has, in order."""
+        return [self.sequential[str(FIRST_LAYER + i)] for i in self.layer_numbers]  # type: ignore[misc]
+
+    @property
+    def layer_numbers(self) -> list[int]:
+        """Which of the model's transformer layers they are, from 0."""
+        return [i for i in range(self.num_layers) if str(FIRST_LAYER + i) in self.sequential]
 
     def empty_report(self) -> RouterReport:
-        """The report of the MoE layers for no tokens, on the CPU."""
-        rows = sum(isinstance(layer.mlp, MoELayer) for layer in self.layers)
-        return LayerState.start(torch.empty(0), widths=self.report_widths, rows=rows).report
+        """The report of the whole model's MoE layers for no tokens, on the CPU."""
+        return LayerState.start(torch.empty(0), widths=self.report_widths, rows=self.moe_rows).report
 
     def update_balance(self, expert_load_XE: Tensor) -> None:
         """After a step, changes the biases that balance the load of the routers. `expert_load_XE`: the load of the whole step, over all processes."""
         moe_layers = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoELayer)]
-        for moe, load_E in zip(moe_layers, expert_load_XE, strict=True):
+        own_XE = expert_load_XE[self.moe_rows_before : self.moe_rows_before + len(moe_layers)]
+        for moe, load_E in zip(moe_layers, own_XE, strict=True):
             if (balance := getattr(moe.router, "balance", None)) is not None:
                 balance.update(load_E[: moe.context.num_experts])
 
@@ -151,13 +163,16 @@ class GPT(nn.Module):
         """
         self._check(tokens_BS, {"labels": labels_BS, "loss mask": None if loss_mask is None else loss_mask.mask_BS, "documents": document_BS}, cache)
         places = self._places(document_BS, cache)
-        hidden_BSD = self.sequential["0"](tokens_BS, places)
-        state = LayerState.start(hidden_BSD, widths=self.report_widths, earlier_load_XE=earlier_load_XE)
-        state = self._run_layers(state, places, cache)
-        hidden_BSD = self.sequential[str(self.num_layers + 3)](state.hidden_BSD)
+        state = self._run_layers(self._begin(tokens_BS, places, earlier_load_XE), places, cache)
+        return self._end(state, labels_BS, loss_mask)
+
+    def _begin(self, tokens_BS: Tensor, places: Places, earlier_load_XE: Tensor | None) -> LayerState:
+        return LayerState.start(self.sequential["0"](tokens_BS, places), widths=self.report_widths, earlier_load_XE=earlier_load_XE)
+
+    def _end(self, state: LayerState, labels_BS: Tensor | None, loss_mask: LossMask | None) -> GPTOutput:
         if labels_BS is None:
-            return GPTOutput(None, None, self._head(hidden_BSD, None)[0], state.report, None)
-        lm_loss, token_loss_BS = self._head(hidden_BSD, Targets(labels_BS, loss_mask, self.loss_backend))
+            return GPTOutput(None, None, self._head(state.hidden_BSD, None)[0], state.report, None)
+        lm_loss, token_loss_BS = self._head(state.hidden_BSD, Targets(labels_BS, loss_mask, self.loss_backend))
         loss = lm_loss
         for coefficient, aux_loss in zip(self.coefficients, state.report.aux_losses_XA.sum(0).unbind(), strict=True):
             loss = loss + coefficient * aux_loss
@@ -180,14 +195,17 @@ class GPT(nn.Module):
         return Places(position_BS=position_BS, document_BS=document_BS if self.separate_attention else None)
 
     def _run_layers(self, state: LayerState, places: Places, cache: Sequence[LayerCache] | None) -> LayerState:
+        """The state after the layers and the final norm."""
+        layers = self.layers
         if self.recompute_layers and self.training and cache is None and torch.is_grad_enabled():
-            layers = self.layers
             for begin in range(0, len(layers), self.recompute_layers):
                 state = checkpoint(_chain(layers[begin : begin + self.recompute_layers], places), state, use_reentrant=False)
-            return state
-        for i, layer in enumerate(self.layers):
-            state = layer(state, places, None if cache is None else cache[i])
-        return state
+        else:
+            caches = [None] * len(layers) if cache is None else [cache[i] for i in self.layer_numbers]
+            for layer, own_cache in zip(layers, caches, strict=True):
+                state = layer(state, places, own_cache)
+        norm = str(self.num_layers + 3)
+        return state._replace(hidden_BSD=self.sequential[norm](state.hidden_BSD)) if norm in self.sequential else state
 
     def _check(self, tokens_BS: Tensor, beside: Mapping[str, Tensor | None], cache: Sequence[LayerCache] | None) -> None:
         shape, position = tuple(tokens_BS.shape), cache[0].length if cache else 0
@@ -224,6 +242,18 @@ def build_model(
     """
     check_names(moe.kernel_backends)
     return GPT(model, moe, padded_vocab_size, build_initializer(model, seed), divider).to(dtype=dtype)
+
+
+def draw_parts(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int, init: Initializer) -> Iterator[tuple[int, nn.Module]]:
+    """NeoX's number and module of every part, drawn one after the other, so that a caller need not hold all of them."""
+    sections = moe.for_layers(model.num_layers)
+    yield 0, build_embedding(model, padded_vocab_size, init)
+    rpe = _build_relative_positions(model, init)
+    for i in range(model.num_layers):
+        yield FIRST_LAYER + i, build_layer(model, sections.get(i), i, init, rpe)
+    yield model.num_layers + 3, FinalNorm(model)
+    if model.no_weight_tying:
+        yield model.num_layers + 4, FinalLinear(model, padded_vocab_size, init)
 
 
 def _build_relative_positions(model: ModelConfig, init: Initializer) -> RelativePositions | None:

@@ -45,6 +45,10 @@ class DeepSpeedMpu:
         """PyTorch's group."""
         return self.groups.pipe.handle
 
+    def get_pipe_parallel_group(self) -> Any:
+        """PyTorch's group."""
+        return self.groups.pipe.handle
+
     def get_data_parallel_rank(self) -> int:
         """Among the replicas."""
         return self.groups.data.rank

@@ -16,6 +16,7 @@ from megatron.config.neox import NeoXConfig
 from megatron.config.section import ConfigError
 from megatron.model import GPT, choose_implementations
 from megatron.model.divide import expert_group_name
+from megatron.model.pipeline import Stage
 from megatron.mpu.deepspeed import DeepSpeedMpu, tell_deepspeed
 from megatron.mpu.gradients import marks_of, sum_shared_gradients
 from megatron.mpu.groups import current_groups
@@ -33,42 +34,45 @@ def check_packages(settings: DeepSpeedConfig) -> None:
 
 
 @contextmanager
-def own_master_weights(*, sum_in_fp32: bool) -> Iterator[None]:
-    """Inside this context DeepSpeed uses our MasterWeights, and not its own wrapper, for 16-bit weights at stage 0."""
+def own_engines(*, sum_in_fp32: bool) -> Iterator[None]:
+    """Inside this context DeepSpeed uses our MasterWeights, and not its own wrapper, for 16-bit weights at stage 0; and our engine for a pipeline."""
     import deepspeed
     from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 
     from megatron.training.master_weights import MasterWeights
+    from megatron.training.pipeline import StageEngine
 
-    theirs = deepspeed.DeepSpeedEngine
-
-    class Engine(theirs):  # type: ignore[misc,valid-type]
+    class Own:
         @property
         def has_moe_layers(self) -> bool:
             """Whether there are experts that other processes do not have. DeepSpeed looks for layers of its own class."""
-            return any(not marks_of(parameter).allreduce for parameter in self.module.parameters())
+            return any(not marks_of(parameter).allreduce for parameter in self.module.parameters())  # type: ignore[attr-defined]
 
         @has_moe_layers.setter
         def has_moe_layers(self, found: bool) -> None:
             assert not found
 
-        def _configure_fp16_optimizer(self, optimizer: Skipping, low_precision_dtype: torch.dtype) -> MasterWeights:
+        def _configure_fp16_optimizer(self: Any, optimizer: Skipping, low_precision_dtype: torch.dtype) -> MasterWeights:
             arguments = self.loss_scale(), self.dynamic_loss_scale(), self.dynamic_loss_scale_args()
             return MasterWeights(optimizer, scaler=CreateLossScaler(low_precision_dtype, *arguments), sum_in_fp32=sum_in_fp32)
 
-    deepspeed.DeepSpeedEngine = Engine
+    theirs = deepspeed.DeepSpeedEngine, deepspeed.PipelineEngine
+    deepspeed.DeepSpeedEngine = type("Engine", (Own, theirs[0]), {})
+    deepspeed.PipelineEngine = type("PipeEngine", (Own, StageEngine), {})
     try:
         yield
     finally:
-        deepspeed.DeepSpeedEngine = theirs
+        deepspeed.DeepSpeedEngine, deepspeed.PipelineEngine = theirs
 
 
 def build_engine(config: NeoXConfig, model: GPT, *, world_size: int) -> Any:
     """Model, optimizer and ZeRO stage as one engine: `engine(...)`, `engine.backward(loss)`, `engine.step()`. It runs on CPU and CUDA.
 
-    `world_size`: data-parallel processes.
+    For a stage of a pipeline it is a `StageEngine`. `world_size`: data-parallel processes.
     """
     import deepspeed
+
+    from megatron.training.pipeline import StageModule
 
     groups = current_groups()
     if groups.expert.size > 1:
@@ -81,13 +85,15 @@ def build_engine(config: NeoXConfig, model: GPT, *, world_size: int) -> Any:
     settings = deepspeed_config(config, world_size)
     if isinstance(optimizer, Skipping):
         settings["gradient_clipping"] = 0.0  # the optimizer clips while it steps
-    with own_master_weights(sum_in_fp32=config.sums_in_fp32):
-        mpu = DeepSpeedMpu(groups) if groups.model.size > 1 else None
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False)
+    with own_engines(sum_in_fp32=config.sums_in_fp32):
+        mpu = DeepSpeedMpu(groups) if groups.model.size > 1 and groups.pipe.size == 1 else None  # a pipeline module brings it along
+        module = StageModule(model) if isinstance(model, Stage) else model
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False)
     sum_shared_gradients(engine.module, groups.tensor)
     choose_implementations(config.model, config.moe, model)
     if world_size == 1 and isinstance(optimizer, Skipping):
-        engine.enable_backward_allreduce = False  # a sum over one process: DeepSpeed would copy all gradients together and back for it
+        # a sum over one process: DeepSpeed would copy all gradients together and back for it
+        engine.enable_backward_allreduce = engine.pipeline_enable_backward_allreduce = False
     engine.lr_scheduler = ScheduleRecord(schedule_of(config))
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):

@@ -14,11 +14,11 @@ from megatron.config.training import TrainingConfig
 from megatron.data.blend import BlendedDataset
 from megatron.data.loader import TextDataset, batches
 from megatron.model.gpt import GPTOutput
-from megatron.mpu.collectives import sum_over_data_parallel
+from megatron.mpu.collectives import sum_over_replicas_and_stages
 from megatron.mpu.topology import Topology
 from megatron.training.labels import masks
 from megatron.training.loss import next_token_targets
-from megatron.training.step import Tally, forward
+from megatron.training.step import forward, tally_of
 
 
 def evaluates_after(training: TrainingConfig, step: int) -> bool:
@@ -57,7 +57,7 @@ def evaluate(engine: Any, dataset: TextDataset, topology: Topology, *, span: ran
         start_iteration=span.start,
     )
     corpora = dataset.names if isinstance(dataset, BlendedDataset) else ()
-    tally, sums, any_mask = Tally(), Sums(len(corpora), engine.device), False
+    tally, sums, any_mask = tally_of(engine), Sums(len(corpora), engine.device), False
     engine.eval()
     try:
         with torch.no_grad():
@@ -66,7 +66,7 @@ def evaluate(engine: Any, dataset: TextDataset, topology: Topology, *, span: ran
                 masked = masks(batch, masked_token)
                 output = forward(engine, batch, masked_token=masked_token)
                 tally.add(output)
-                if masked or corpora:
+                if engine.module.is_last and (masked or corpora):
                     sums.add(output, batch, masked_token=masked_token)
                 any_mask |= masked
     finally:
@@ -96,11 +96,11 @@ class Sums:
 
     def means(self) -> list[float | None]:
         """Means of everything and of each corpus, over all processes. None: no token counts. Collective."""
-        return [total / count if count else None for total, count in sum_over_data_parallel(self.sum_C2).tolist()]
+        return [total / count if count else None for total, count in sum_over_replicas_and_stages(self.sum_C2).tolist()]
 
 
 def evaluation_logits(engine: Any, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Logits [B, S, V] of the engine's model in evaluation mode, on its device. Collective under ZeRO 3."""
+    """Logits [B, S, V] of the engine's model in evaluation mode, on its device. Collective under ZeRO 3 and in a pipeline."""
     engine.eval()
     try:
         with torch.no_grad():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron.mpu.gradients import marks_of
 from megatron.mpu.groups import current_groups
 
 
@@ -34,6 +35,25 @@ def whole_parameters(engine: Any) -> Iterator[tuple[str, Tensor]]:
         yield name, safe_get_full_fp32_param(parameter) if hasattr(parameter, "ds_id") else parameter.detach()
 
 
+def counted_gradients(engine: Any) -> Iterator[Tensor]:
+    """`whole_gradients` of the weights that no earlier pipeline stage has as well."""
+    copies = {name for name, parameter in engine.module.named_parameters() if marks_of(parameter).ds_pipe_replicated}
+    yield from (gradient for name, gradient in whole_gradients(engine) if name not in copies)
+
+
+def over_stages(own: Mapping[str, float], *, added: bool = False) -> dict[str, float]:
+    """The numbers of all pipeline stages. Of one that several have, that of the first, or their sum if `added`. Collective."""
+    pipe = current_groups().pipe
+    stages: list[Mapping[str, float]] = [own] * pipe.size
+    if pipe.size > 1:
+        torch.distributed.all_gather_object(stages, own, group=pipe.handle)
+    found: dict[str, float] = {}
+    for numbers in stages:
+        for name, number in numbers.items():
+            found[name] = found.get(name, 0.0) + number if added else found.get(name, number)
+    return found
+
+
 def optimizer_state_norms(engine: Any) -> dict[str, Tensor]:
     """`<group>_<average>` -> its norm over all parameters of that group (0: those that decay) and all processes, except averages of 8 bits."""
     squares: dict[str, Tensor] = {}
@@ -51,10 +71,18 @@ def optimizer_state_norms(engine: Any) -> dict[str, Tensor]:
 
 
 def _states(optimizer: Any) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
-    """Group, parameter (or ZeRO's part of several) and state of everything that this process updates."""
+    """Group, parameter (or ZeRO's part of several) and state of what this process updates, but for copies of another stage's weights."""
     inner = getattr(optimizer, "optimizer", optimizer)
+    copies = {id(own) for own, weight in zip(*_weights_and_own(optimizer), strict=True) if marks_of(weight).ds_pipe_replicated}
     if hasattr(optimizer, "sub_group_to_group_id"):  # ZeRO 3 hands its parts to the optimizer one after the other
         parts = [(optimizer.sub_group_to_group_id[number], part) for number, part in enumerate(optimizer.fp32_partitioned_groups_flat)]
     else:
         parts = [(number, parameter) for number, group in enumerate(inner.param_groups) for parameter in group["params"]]
-    yield from ((number, parameter, inner.state[parameter]) for number, parameter in parts if parameter in inner.state)
+    counted = [(number, part) for number, part in parts if part in inner.state and id(part) not in copies]
+    yield from ((number, part, inner.state[part]) for number, part in counted)
+
+
+def _weights_and_own(optimizer: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """At ZeRO stage 0, what the optimizer updates, and the model's weights for it, in the same order."""
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return own, getattr(optimizer, "weights", own)

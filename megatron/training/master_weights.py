@@ -80,6 +80,10 @@ class MasterWeights(DeepSpeedOptimizer):
         first = self._first[place]
         return self._sum(place) if first is None else first.float()
 
+    def sum_of(self, weight: Tensor) -> Tensor:
+        """The tensor in which the gradient of one of the model's weights is summed over micro-batches."""
+        return self._sum(self._place[id(weight)])
+
     def _sum(self, place: int) -> Tensor:
         if self.sum_in_fp32:
             return self._fp32_sum(place)

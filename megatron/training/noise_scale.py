@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -20,12 +20,13 @@ class NoiseScale:
         S     = (|G_small|^2 - |G_big|^2) / (1 / b - 1 / B)
         noise scale = S / |G|^2, each of them averaged over the measurements so far
 
-    It keeps one sum of gradients, on `device` (None: on the device of the gradients).
+    It keeps one sum of gradients, on `device` (None: on the device of the gradients). `total` sums a number over the processes that hold the other
+    gradients (None: there are none).
     """
 
-    def __init__(self, *, batch: int, n_batches: int, device: torch.device | None = None) -> None:
+    def __init__(self, *, batch: int, n_batches: int, device: torch.device | None = None, total: Callable[[float], float] | None = None) -> None:
         self.small, self.big, self.n_batches = batch, batch * n_batches, n_batches
-        self.device = device
+        self.device, self._total = device, total or float
         self._sums: list[Tensor] = []
         self._squares: list[float] = []
         self._signal = self._noise = 0.0
@@ -36,7 +37,7 @@ class NoiseScale:
         After only a few measurements the noise scale may be negative, because both averages are estimates.
         """
         mine = [gradient.to(device=self.device, dtype=torch.float32, copy=True) for gradient in gradients]
-        square = _square(mine)
+        square = self._total(_square(mine))
         if not math.isfinite(square):
             return None
         self._squares.append(square)
@@ -47,7 +48,7 @@ class NoiseScale:
         return self._measure() if len(self._squares) == self.n_batches else None
 
     def _measure(self) -> float:
-        small, big = sum(self._squares) / self.n_batches, _square(self._sums) / self.n_batches**2
+        small, big = sum(self._squares) / self.n_batches, self._total(_square(self._sums)) / self.n_batches**2
         self._sums, self._squares = [], []
         self._signal = KEPT * self._signal + (1 - KEPT) * (self.big * big - self.small * small) / (self.big - self.small)
         self._noise = KEPT * self._noise + (1 - KEPT) * (small - big) / (1 / self.small - 1 / self.big)

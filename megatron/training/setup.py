@@ -19,7 +19,8 @@ from megatron.data.loader import Datasets, SamplePlan, build_data
 from megatron.data.sampler import MicroBatchSampler
 from megatron.data.tokenizer import Tokenizer, build_tokenizer, end_of_document
 from megatron.model.divide import Divider
-from megatron.model.gpt import build_model
+from megatron.model.gpt import GPT, build_model
+from megatron.model.pipeline import build_stage
 from megatron.mpu.groups import current_groups
 from megatron.mpu.topology import Topology
 from megatron.training.engine import build_engine
@@ -47,12 +48,18 @@ def build_trainer(config: NeoXConfig, topology: Topology) -> Trainer:
     check_evaluation_data(datasets, plan, topology)
     vocabulary = padded_vocab_size(tokenizer.vocab_size, config.model.make_vocab_size_divisible_by)
     check_training_fits(config, vocabulary, world_size=topology.data_parallel_size)
-    divider = Divider(current_groups(), sequence=config.parallel.sequence_parallel)
-    model = build_model(config.model, config.moe, vocabulary, seed=config.training.seed, divider=divider)
-    model.separate_documents(attention=config.data.reset_attention_mask, positions=config.data.reset_position_ids)
-    engine = build_engine(config, model, world_size=topology.data_parallel_size)
-    seed_random(config.training.seed + topology.data_parallel_rank)
+    engine = build_engine(config, model_of_process(config, vocabulary), world_size=topology.data_parallel_size)
+    seed_random(config.training.seed + topology.data_parallel_rank + topology.pipe_rank * topology.data_parallel_size)
     return Trainer(config, plan, topology, engine=engine, datasets=datasets, expected=expected_model(config, tokenizer.vocab_size))
+
+
+def model_of_process(config: NeoXConfig, vocabulary: int) -> GPT:
+    """The part of the model that this process trains, with new weights. Raises PartitionError."""
+    groups, seed = current_groups(), config.training.seed
+    divider = Divider(groups, sequence=config.parallel.sequence_parallel)
+    if groups.pipe.size == 1:
+        return build_model(config.model, config.moe, vocabulary, seed=seed, divider=divider)
+    return build_stage(config.model, config.moe, vocabulary, seed=seed, method=config.parallel.pipe_partition_method, divider=divider)
 
 
 def after_the_first(build: Callable[[], Datasets], topology: Topology, *, shared: bool) -> Datasets:
@@ -89,7 +96,7 @@ def settle_length(config: NeoXConfig, datasets: Datasets, batch: Batch) -> NeoXC
 
 
 def seed_random(seed: int) -> None:
-    """Seeds the random numbers of dropout and jitter. Each data-parallel process has its own stream."""
+    """Seeds the random numbers of dropout and jitter. Each data-parallel process of each pipeline stage has its own stream."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megatron.model.embedding import LossMask
 from megatron.model.gpt import GPTOutput
-from megatron.model.state import RouterReport
-from megatron.mpu.collectives import sum_over_data_parallel
+from megatron.model.state import LayerState, RouterReport
+from megatron.mpu.collectives import sum_over_data_parallel, sum_over_replicas_and_stages
 from megatron.mpu.groups import current_groups
 from megatron.training.labels import Labels, look_ahead
 from megatron.training.loss import next_token_targets, poison_if_not_finite
@@ -56,15 +56,20 @@ class StepMetrics:
 
 
 class Tally:
-    """Sums the outputs of several micro-batches on the device. `totals` turns the sums into numbers once, over all processes."""
+    """Sums the outputs of several micro-batches on the device. `totals` turns the sums into numbers once, over all processes.
 
-    def __init__(self) -> None:
+    `nothing`: the output that is counted in place of this process's own, where another stage of the pipeline has the losses. None: its own counts.
+    """
+
+    def __init__(self, nothing: RouterReport | None = None) -> None:
+        self._nothing = nothing
         self._losses: list[Tensor] = []
         self._reports: list[RouterReport] = []
 
-    def add(self, output: GPTOutput) -> None:
-        assert output.lm_loss is not None
-        self._losses.append(output.lm_loss.detach().float())
+    def add(self, output: GPTOutput | LayerState) -> None:
+        lm_loss = output.lm_loss if isinstance(output, GPTOutput) else output.report.statistics_XI.new_zeros(())
+        assert lm_loss is not None
+        self._losses.append(lm_loss.detach().float())
         self._reports.append(RouterReport(*(part.detach() for part in output.report)))
 
     @property
@@ -74,11 +79,13 @@ class Tally:
 
     def totals(self) -> tuple[float, RouterReport]:
         """(mean loss of the language model, report), over micro-batches and processes."""
-        parts = [torch.stack(part) for part in zip(*self._reports, strict=True)]
+        device = self._losses[0].device
+        reports = self._reports if self._nothing is None else [RouterReport(*(part.to(device) for part in self._nothing))]
+        parts = [torch.stack(part) for part in zip(*reports, strict=True)]
         means = torch.cat([torch.stack(self._losses).mean()[None], *(parts[i].mean(0).flatten() for i in (0, 3))])
         loads = torch.cat([parts[i].sum(0).flatten() for i in (1, 2)])
-        replicas = current_groups().data.size
-        means, loads = sum_over_data_parallel(means).cpu() / replicas, sum_over_data_parallel(loads).cpu()
+        means = sum_over_replicas_and_stages(means).cpu() / current_groups().data.size
+        loads = sum_over_replicas_and_stages(loads).cpu()
         losses, statistics = means[1:].split([parts[0][0].numel(), parts[3][0].numel()])
         experts, lores = loads.split([parts[1][0].numel(), parts[2][0].numel()])
         shaped = (flat.view(part.shape[1:]) for flat, part in zip((losses, experts, lores, statistics), parts, strict=True))
@@ -102,28 +109,18 @@ def take_step(
     """
     started = time.perf_counter()
     set_learning_rate(engine.optimizer, learning_rate)
-    tally, phases, earlier_load_XE, steps = Tally(), Phases(torch.device(engine.device)), None, engine.gradient_accumulation_steps()
+    phases, steps = Phases(torch.device(engine.device)), engine.gradient_accumulation_steps()
     with phases("forward"), phases("batch generator"):
         batches, labels = look_ahead(batches, steps, masked_token=masked_token, device=engine.device)
     if labels is not None and not labels.counted:
         return empty_step(engine, labels, learning_rate=learning_rate, seconds=time.perf_counter() - started)
     total = labels.per_micro_batch if labels is not None and per_token else None
-    for left in reversed(range(steps)):
-        with phases("forward"):
-            with phases("batch generator"):
-                batch = next(batches)
-            output = forward(engine, batch, masked_token=masked_token, total=total, earlier_load_XE=earlier_load_XE)
-        assert output.loss is not None
-        with phases("backward"):
-            backward(engine, poison_if_not_finite(output.loss))
-        if not left:
-            before_update()
-        with phases("optimizer"):
-            engine.step()
-        tally.add(output)
-        if engine.module.wants_earlier_load:
-            earlier_load_XE = tally.load_XE
-    lm_loss, router = tally.totals()
+    feed = Feed(engine, batches, phases, masked_token=masked_token, total=total)
+    if hasattr(engine, "take_micro_batches"):
+        engine.take_micro_batches(feed, phases=phases, before_update=before_update)
+    else:
+        take_micro_batches(engine, feed, steps=steps, phases=phases, before_update=before_update)
+    lm_loss, router = feed.tally.totals()
     applied = bool(engine.was_step_applied())
     if applied:
         engine.module.update_balance(router.expert_load_XE)
@@ -139,6 +136,56 @@ def take_step(
         phase_seconds=phases.seconds(),
         labels=labels,
     )
+
+
+class Feed:
+    """The inputs of a step's micro-batches, one after the other, and the tally of their outputs."""
+
+    def __init__(self, engine: Any, batches: Iterator[dict[str, Tensor]], phases: Phases, *, masked_token: int | None, total: float | None) -> None:
+        self._engine, self._batches, self._phases = engine, batches, phases
+        self._masked_token, self._total = masked_token, total
+        self._earlier_load_XE: Tensor | None = None
+        self.tally = tally_of(engine)
+
+    def next_batch(self) -> dict[str, Tensor]:
+        """The next micro-batch."""
+        with self._phases("batch generator"):
+            return next(self._batches)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How `model_inputs` treats it."""
+        return {"masked_token": self._masked_token, "total": self._total, "earlier_load_XE": self._earlier_load_XE}
+
+    def next_inputs(self) -> dict[str, Any]:
+        """The arguments of `GPT.forward` for the next micro-batch."""
+        return model_inputs(self._engine, self.next_batch(), **self.settings)
+
+    def add(self, output: GPTOutput | LayerState) -> None:
+        """Counts what the model, or this process's stage of it, gave for a micro-batch."""
+        self.tally.add(output)
+        if self._engine.module.wants_earlier_load:
+            self._earlier_load_XE = self.tally.load_XE
+
+
+def tally_of(engine: Any) -> Tally:
+    """A tally for the outputs of this engine."""
+    return Tally(None if engine.module.is_last else engine.module.empty_report())
+
+
+def take_micro_batches(engine: Any, feed: Feed, *, steps: int, phases: Phases, before_update: Callable[[], None]) -> None:
+    """Forward and backward of each micro-batch, and the update after the last, where this process has the whole model."""
+    for left in reversed(range(steps)):
+        with phases("forward"):
+            output = forward(engine, feed.next_batch(), **feed.settings)
+        feed.add(output)
+        assert output.loss is not None
+        with phases("backward"):
+            backward(engine, poison_if_not_finite(output.loss))
+        if not left:
+            before_update()
+        with phases("optimizer"):
+            engine.step()
 
 
 def empty_step(engine: Any, labels: Labels, *, learning_rate: float, seconds: float) -> StepMetrics:
@@ -169,17 +216,21 @@ def loss_scale(engine: Any) -> float | None:
     return float(engine.optimizer.cur_scale) if engine.fp16_enabled() else None
 
 
-def forward(
-    engine: Any, batch: dict[str, Tensor], *, masked_token: int | None, total: float | None = None, earlier_load_XE: Tensor | None = None
-) -> GPTOutput:
-    """Runs one micro-batch through the model. The loss is the sum over the predictions that count, divided by `total` (None: by their number).
+def forward(engine: Any, batch: dict[str, Tensor], **settings: Any) -> GPTOutput:
+    """Runs one micro-batch through the model; the settings are those of `model_inputs`."""
+    output: GPTOutput = engine(**model_inputs(engine, batch, **settings))
+    return output
 
-    `earlier_load_XE` as `GPT.forward` takes it.
+
+def model_inputs(
+    engine: Any, batch: dict[str, Tensor], *, masked_token: int | None, total: float | None = None, earlier_load_XE: Tensor | None = None
+) -> dict[str, Any]:
+    """The arguments of `GPT.forward` for one micro-batch. The loss is the sum over the predictions that count, divided by `total` (None: by their
+    number). `earlier_load_XE` as `GPT.forward` takes it.
     """
     there = {key: values.to(engine.device, non_blocking=True) for key, values in batch.items()}
     tokens, labels, mask = next_token_targets(there["text"], there.get("label"), masked_token=masked_token)
     documents = {"document_BS": there["document"][:, :-1].contiguous()} if "document" in there else {}
     divisor = None if total is None else torch.tensor(total, dtype=torch.float32, device=engine.device)
     loss_mask = None if mask is None else LossMask(mask, divisor)
-    output: GPTOutput = engine(tokens, labels_BS=labels, loss_mask=loss_mask, earlier_load_XE=earlier_load_XE, **documents)
-    return output
+    return {"tokens_BS": tokens, "labels_BS": labels, "loss_mask": loss_mask, "earlier_load_XE": earlier_load_XE, **documents}

@@ -32,7 +32,7 @@ def choose_attention(model: ModelConfig, gpt: GPT, backend: str = "auto") -> Non
     nothing.
     """
     weight = next(gpt.parameters())
-    flash = [layer.attention for layer, kind in zip(gpt.layers, model.attention_types, strict=True) if kind == "flash"]
+    flash = [layer.attention for layer, i in zip(gpt.layers, gpt.layer_numbers, strict=True) if model.attention_types[i] == "flash"]
     reason = reason_against_flash(model, weight.device, weight.dtype) if flash else None
     if reason is not None:
         LOGGER.info("attention_config: flash in %d of %d layers, computed as the others: %s.", len(flash), model.num_layers, reason)

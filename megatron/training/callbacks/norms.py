@@ -13,7 +13,7 @@ from megatron.monitor.sink import Sink
 from megatron.mpu.gradients import over_processes
 from megatron.mpu.groups import current_groups
 from megatron.training.callbacks.base import Callback
-from megatron.training.gradients import optimizer_state_norms, whole_gradients, whole_parameters
+from megatron.training.gradients import optimizer_state_norms, over_stages, whole_gradients, whole_parameters
 
 if TYPE_CHECKING:
     from megatron.training.step import StepMetrics
@@ -56,7 +56,8 @@ class NormsCallback(Callback):
         for group, measure in self.chosen.after_update.items():
             self._found |= {f"{group}/{name}": number for name, number in measure(trainer.engine).items()}
         if self._found:
-            values = dict(zip(self._found, torch.stack(list(self._found.values())).tolist(), strict=True))
+            numbers = torch.stack(list(self._found.values())).tolist()
+            values = over_stages(dict(zip(self._found, numbers, strict=True)))
             for sink in self.sinks:
                 sink.write(trainer.state.iteration, values)
         self._found = {}
