@@ -16,16 +16,17 @@ from megatron.script import exit_status
 
 def main(argv: list[str]) -> int:
     def work() -> None:
+        from megatron.inference.processes import take_part
         from megatron.launcher import config_from_argv
 
         loaded = config_from_argv(argv)
-        if int(os.environ.get("RANK", "0")) > 0:
-            return  # one process does it, however many the configuration starts for training
+        if not take_part(loaded.config.parallel, loaded.config.launcher):
+            return
         from megatron.data.progress import build_reporter
         from megatron.inference.evaluation import evaluate
         from megatron.monitor.console import configure_logging
 
-        console = configure_logging(rank=0)
+        console = configure_logging(rank=int(os.environ.get("RANK", "0")))
         logging.getLogger("megatron.kernels").setLevel(logging.WARNING)
         evaluate(loaded.config, console, build_reporter())
 

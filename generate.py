@@ -18,18 +18,19 @@ from megatron.script import exit_status
 
 def main(argv: list[str]) -> int:
     def work() -> None:
+        from megatron.inference.processes import take_part
         from megatron.launcher import config_from_argv
 
         loaded = config_from_argv(argv)
-        if int(os.environ.get("RANK", "0")) > 0:
-            return  # one process does it, however many the configuration starts for training
+        if not take_part(loaded.config.parallel, loaded.config.launcher):
+            return
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 -- line editing for input()
 
         from megatron.inference.session import generate
         from megatron.monitor.console import configure_logging
 
-        console = configure_logging(rank=0)
+        console = configure_logging(rank=int(os.environ.get("RANK", "0")))
         logging.getLogger("megatron.kernels").setLevel(logging.WARNING)
         generate(loaded.config, console, input, terminal=sys.stdin.isatty())
 

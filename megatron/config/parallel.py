@@ -107,8 +107,8 @@ def _pipeline_problems(stages: int, model: ModelConfig, zero_stage: int) -> Iter
     if zero_stage > 1:
         yield Problem(
             ("pipe_parallel_size", "zero_optimization.stage"),
-            "a pipeline needs zero_optimization.stage 0 or 1, because the stages 2 and 3 give gradients and weights away before all micro-batches are "
-            f"through; use zero_optimization.stage 1, or pipe_parallel_size: 0 with stage {zero_stage}",
+            "a pipeline needs zero_optimization.stage 0 or 1, because the stages 2 and 3 give gradients and weights away before all "
+            f"micro-batches are through; use zero_optimization.stage 1, or pipe_parallel_size: 0 with stage {zero_stage}",
         )
     if stages > model.num_layers:
         yield Problem(("pipe_parallel_size", "num_layers"), f"must be at most num_layers, because each stage needs a layer; use {model.num_layers}")

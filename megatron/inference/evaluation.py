@@ -30,12 +30,14 @@ from megatron.inference.errors import InferenceError
 from megatron.inference.model import ReadyModel, load_ready_model
 from megatron.inference.prompts import read_text
 from megatron.inference.score import TextScore, score_text
+from megatron.mpu.groups import current_groups
 
 log = logging.getLogger(__name__)
 
 
-def evaluate(config: NeoXConfig, console: Console, reporter: Reporter) -> Path:
-    """Scores `eval_text_files` with the configured checkpoint and returns the path of the results file.
+def evaluate(config: NeoXConfig, console: Console, reporter: Reporter) -> Path | None:
+    """Scores `eval_text_files` with the configured checkpoint and returns the path of the results file. The stages of a pipeline call it together;
+    the first one shows and writes the results, and the others return None.
 
     Raises ConfigError, InferenceError for a file that cannot be read or is empty (before the model is loaded), and what load_ready_model raises.
     """
@@ -44,6 +46,8 @@ def evaluate(config: NeoXConfig, console: Console, reporter: Reporter) -> Path:
     ready = load_ready_model(config)
     log.info("%s, windows of %d tokens that move by %d.", ready.description, ready.context_length, stride)
     scores = {name: _score(ready, name, text, stride=stride, reporter=reporter) for name, text in texts.items()}
+    if current_groups().pipe.rank > 0:
+        return None
     console.print(results_table(scores))
     first = "a uniform guess" if ready.tokenizer.eod is None else "predicted from the end-of-document token"
     log.info(

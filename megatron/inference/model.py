@@ -1,4 +1,4 @@
-"""A checkpoint as a model that is ready to run: no DeepSpeed, no optimizer, no process group."""
+"""A checkpoint as a model that is ready to run: no DeepSpeed engine, no optimizer; on one process, or on the stages of a pipeline."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ from megatron.data.tokenizer.companions import folder_of
 from megatron.data.tokenizer.eod import find_stop_tokens
 from megatron.kernels.precision import DTYPES
 from megatron.model import GPT, build_model, choose_implementations
+from megatron.model.divide import Divider
+from megatron.model.pipeline import build_stage
+from megatron.mpu.groups import current_groups
 from megatron.training.memory import check_model_fits
 from megatron.training.setup import expected_model
 
@@ -88,15 +91,28 @@ def load_ready_model(config: NeoXConfig) -> ReadyModel:
     check_args(path, weights.client_state.get("args") or {}, without_free_positions(expected.args, config.model.pos_emb))
     for notice in weights.notices:
         log.info("%s", notice)
-    gpt = build_model(config.model, config.moe, vocabulary, seed=0, dtype=DTYPES[config.precision]).to(device)
-    check_shapes(path, shapes_of(weights.state_dict), module_shapes(gpt))
-    gpt.load_state_dict(weights.state_dict)
+    gpt = _build(config, vocabulary).to(device=device, dtype=DTYPES[config.precision])
+    own = (
+        weights.state_dict
+        if gpt.is_first and gpt.is_last
+        else {name: weights.state_dict[name] for name in gpt.state_dict() if name in weights.state_dict}
+    )
+    check_shapes(path, shapes_of(own), module_shapes(gpt))
+    gpt.load_state_dict(own)
     choose_implementations(config.model, config.moe, gpt)
     gpt.eval().requires_grad_(False)
     if config.checkpoint.checkpoint_validation_with_forward_pass:
         log.info("%s", _compare_logits(config, gpt, path, weights.client_state.get(forward_check.KEY)))
     stops = find_stop_tokens(tokenizer.token_to_id, folder_of(config.data), tokenizer.eod)
     return ReadyModel(gpt, tokenizer, config.model, device, path, weights.client_state.get("iteration"), stops)
+
+
+def _build(config: NeoXConfig, vocabulary: int) -> GPT:
+    """The model, or this process's stage of it."""
+    groups = current_groups()
+    if groups.pipe.size == 1:
+        return build_model(config.model, config.moe, vocabulary, seed=0)
+    return build_stage(config.model, config.moe, vocabulary, seed=0, method=config.parallel.pipe_partition_method, divider=Divider(groups))
 
 
 def _compare_logits(config: NeoXConfig, gpt: GPT, path: Path, stored: Any) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron.data.tokenizer.lost import LossFinder, lost_text
 from megatron.inference.errors import InferenceError
 from megatron.inference.model import ReadyModel
+from megatron.mpu.groups import current_groups
 
 # Tokens in one batch of windows: enough to keep the matrix products busy, little enough for the memory that activations take.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
@@ -114,4 +115,5 @@ def plan_windows(total: int, length: int, stride: int) -> list[Window]:
 def _window_losses(ready: ReadyModel, text_N1: Tensor, windows: Sequence[Window]) -> Tensor:
     tokens_WS = torch.stack([text_N1[window.begin : window.end] for window in windows]).to(ready.device)
     labels_WS = torch.stack([text_N1[window.begin + 1 : window.end + 1] for window in windows]).to(ready.device)
-    return ready.gpt(tokens_WS, labels_BS=labels_WS).token_loss_BS.float().cpu()
+    losses_WS = ready.gpt(tokens_WS, labels_BS=labels_WS).token_loss_BS.float()
+    return current_groups().pipe.sum(losses_WS).cpu()  # the stages before the last have zeros

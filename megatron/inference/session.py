@@ -13,10 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron.config.inference import InferenceConfig
 from megatron.config.neox import NeoXConfig
 from megatron.inference.continuation import Continuation, complete, encode_prompt, sample_generator
+from megatron.inference.errors import InferenceError
 from megatron.inference.model import ReadyModel, load_ready_model
 from megatron.inference.prompts import QUIT, Source, choose_source, read_prompts, typed_prompts
 from megatron.inference.samples import SampleFile, printable, show
 from megatron.inference.sampling import Sampling
+from megatron.mpu.groups import current_groups
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +26,18 @@ log = logging.getLogger(__name__)
 def generate(config: NeoXConfig, console: Console, read_line: Callable[[str], str], *, terminal: bool) -> None:
     """Generates as the configuration says. `read_line` asks a person for a line. `terminal`: whether there is a terminal.
 
+    The stages of a pipeline call it together. The first one writes.
+
     Raises the errors of load_ready_model, and InferenceError for prompts and files that cannot be used, if possible before the model is loaded.
     """
     inference = config.inference
-    source = choose_source(inference, terminal=terminal)
+    pipe = current_groups().pipe
+    source = choose_source(inference, terminal=terminal and pipe.size == 1)
+    if source == "interactive" and pipe.size > 1:
+        raise InferenceError(
+            f"text_gen_type: interactive needs one process, and {pipe.size} run this model; add -o pipe_parallel_size=0, or give the prompts in a "
+            "file (sample_input_file)."
+        )
     prompts = (
         read_prompts(Path(inference.sample_input_file), inference.prompt_end) if source == "input-file" and inference.sample_input_file else [""]
     )
@@ -36,6 +46,9 @@ def generate(config: NeoXConfig, console: Console, read_line: Callable[[str], st
     announce(ready, inference, source, seed)
     if source == "interactive":
         converse(ready, inference, console, read_line, seed=seed)
+    elif pipe.rank > 0:
+        for index, prompt in enumerate(prompt for prompt in prompts for _ in range(inference.num_samples)):
+            _answer(ready, inference, prompt, seed=seed, index=index)
     else:
         write_samples(ready, inference, console, [prompt for prompt in prompts for _ in range(inference.num_samples)], seed=seed)
 
