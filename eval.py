@@ -26,9 +26,10 @@ def main(argv: list[str]) -> int:
         from megatron.inference.evaluation import evaluate
         from megatron.monitor.console import configure_logging
 
-        console = configure_logging(rank=int(os.environ.get("RANK", "0")))
+        rank = int(os.environ.get("RANK", "0"))
+        console = configure_logging(rank=rank)
         logging.getLogger("megatron.kernels").setLevel(logging.WARNING)
-        evaluate(loaded.config, console, build_reporter())
+        evaluate(loaded.config, console, build_reporter(quiet=rank > 0))
 
     return exit_status(work)
 

@@ -126,7 +126,7 @@ class LineStage(Stage):
         self._console.print(f"{self._what}: {self.rates()}, {state}", soft_wrap=True, markup=False, highlight=False)
 
 
-def build_reporter() -> Reporter:
-    """Bars when standard error is a terminal, lines when it is not."""
-    console = Console(stderr=True)
+def build_reporter(*, quiet: bool = False) -> Reporter:
+    """Bars when standard error is a terminal, lines when it is not; nothing if `quiet`."""
+    console = Console(stderr=True, quiet=quiet)
     return TerminalReporter(console) if console.is_terminal else LineReporter(console)
