@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.invariants.equivalence import LAYOUTS, MODELS, compare
 from megatron.testing.tiny import TINY_DENSE, TINY_MOE
+from tests.invariants.equivalence import LAYOUTS, MODELS, compare
 
 QUICK = [("structmoe", "TP2 x EP2"), ("mixtral", "SP"), ("decomposed", "EP2 ZeRO 1"), ("dense", "TP2 x DP2 ZeRO 1")]
 """One of each model in the default run; all of them in the slow one."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron.testing.distributed import run_distributed
-from megatron.testing.equivalence import MODELS, Comparison, Variant, compare, joined, measure
+from tests.invariants.equivalence import MODELS, Comparison, Variant, compare, joined, measure
 
 MIXTRAL = MODELS["mixtral"]
 ZERO_1 = {"zero_optimization": {"stage": 1}}

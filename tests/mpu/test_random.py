@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from tests.invariants.equivalence import MODELS, measure
 from megatron.mpu.groups import make_groups
 from megatron.mpu.random import SharedDropout, own_stream
 from megatron.mpu.regions import Region
 from megatron.mpu.topology import Layout, current_topology
 from megatron.testing.distributed import run_distributed
+from tests.invariants.equivalence import MODELS, measure
 
 
 def draws() -> dict[str, list[float]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.invariants.equivalence import LAYOUTS, MODELS, STEPS, compare  # noqa: E402
+from tests.invariants.equivalence import LAYOUTS, MODELS, STEPS, compare
 
 HEAD = "| model | layout | processes | losses | auxiliary losses | gradients | norm |\n| --- | --- | ---: | ---: | ---: | ---: | ---: |"
 
