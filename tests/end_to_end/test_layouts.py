@@ -1,4 +1,4 @@
-"""`deepy.py` with processes that divide the model: the same losses as one process, evaluations included, and the load of the processes in the metrics."""
+"""`deepy.py` with processes that divide the model: the losses of one process, evaluations included, and the load of the processes in the metrics."""
 
 from __future__ import annotations
 
