@@ -55,7 +55,10 @@ def over_stages(own: Mapping[str, float], *, added: bool = False) -> dict[str, f
 
 
 def optimizer_state_norms(engine: Any) -> dict[str, Tensor]:
-    """`<group>_<average>` -> its norm over all parameters of that group (0: those that decay) and all processes, except averages of 8 bits."""
+    """`<group>_<average>` -> its norm over all parameters of that group (0: those that decay) and all processes, except averages of 8 bits.
+
+    With ZeRO 1 a weight that several pipeline stages have counts once for each of them.
+    """
     squares: dict[str, Tensor] = {}
     for group, parameter, state in _states(engine.optimizer):
         for name, value in state.items():

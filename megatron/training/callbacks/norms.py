@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron.config.logging import LoggingConfig
 from megatron.monitor.sink import Sink
-from megatron.mpu.gradients import over_processes
+from megatron.mpu.gradients import marks_of, over_processes
 from megatron.mpu.groups import current_groups
 from megatron.training.callbacks.base import Callback
 from megatron.training.gradients import optimizer_state_norms, over_stages, whole_gradients, whole_parameters
@@ -39,7 +39,8 @@ def measures(config: LoggingConfig) -> Measures | None:
 
 
 class NormsCallback(Callback):
-    """Writes the norms at every step, as GPT-NeoX does. Under ZeRO each gradient is gathered on every process, one at a time."""
+    """Writes the norms at every step, as GPT-NeoX does. Under ZeRO each gradient is gathered on every process, one at a time. A weight that several
+    pipeline stages have is measured on the first of them."""
 
     def __init__(self, chosen: Measures, sinks: Sequence[Sink]) -> None:
         self.chosen = chosen
@@ -50,7 +51,8 @@ class NormsCallback(Callback):
         if self.chosen.of_gradients:
             for name, gradient in whole_gradients(trainer.engine):
                 weight = trainer.engine.module.get_parameter(name)
-                self._found |= {f"{group}/{name}": measure(weight, gradient) for group, measure in self.chosen.of_gradients.items()}
+                if not marks_of(weight).ds_pipe_replicated:
+                    self._found |= {f"{group}/{name}": measure(weight, gradient) for group, measure in self.chosen.of_gradients.items()}
 
     def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
         for group, measure in self.chosen.after_update.items():
@@ -74,4 +76,5 @@ def _per_cent_zeros(weight: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _parameter_norms(engine: Any) -> dict[str, Tensor]:
-    return {name: _norm(engine.module.get_parameter(name), parameter) for name, parameter in whole_parameters(engine)}
+    values = ((name, engine.module.get_parameter(name), value) for name, value in whole_parameters(engine))
+    return {name: _norm(weight, value) for name, weight, value in values if not marks_of(weight).ds_pipe_replicated}
