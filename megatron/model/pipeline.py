@@ -82,13 +82,15 @@ class Stage(GPT):
         tokens_BS: Tensor,
         received: LayerState | None,
         *,
-        labels_BS: Tensor | None = None,
-        loss_mask: LossMask | None = None,
-        document_BS: Tensor | None = None,
         cache: Sequence[LayerCache] | None = None,
         earlier_load_XE: Tensor | None = None,
+        **beside: Any,
     ) -> LayerState | GPTOutput:
-        """What this stage alone makes of `received` (None: it is the first): the state to send on, or the output of the model at the last stage."""
+        """What this stage alone makes of `received` (None: it is the first): the state to send on, or the output of the model at the last stage.
+
+        `beside`: labels_BS, loss_mask and document_BS, as `forward` takes them.
+        """
+        labels_BS, loss_mask, document_BS = (beside.get(name) for name in ("labels_BS", "loss_mask", "document_BS"))
         self._check(tokens_BS, {"labels": labels_BS, "loss mask": None if loss_mask is None else loss_mask.mask_BS, "documents": document_BS}, cache)
         places = self._places(document_BS, cache)
         if received is None:

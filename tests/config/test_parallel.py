@@ -30,6 +30,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**EXPERTS, "moe_expert_parallel_size": 4, "model_parallel_size": 2}, r"4 experts / model_parallel_size \(2\) = 2; use 2"),
     ({**EXPERTS, "moe_expert_parallel_size": 2, "zero_optimization": {"stage": 3}}, "cannot be combined with zero_optimization.stage 3"),
     ({"model_parallel_size": 4, "num_kv_heads": 2, "zero_optimization": {"stage": 1}}, r"is more than num_kv_heads \(2\).* use 2, or zero"),
+    ({"pipe_parallel_size": 2, "zero_optimization": {"stage": 3}}, "needs zero_optimization.stage 0 or 1, .* or pipe_parallel_size: 0 with stage 3"),
+    ({"pipe_parallel_size": 3}, r"'pipe_parallel_size' = 3: must be at most num_layers, because each stage needs a layer; use 2"),
     ({**EXPERTS, "model_parallel_size": 2, "log_gradient_noise_scale": True}, "measures the gradients of one process only"),
 ]
 
@@ -44,13 +46,14 @@ def test_a_layout_that_cannot_work(keys: dict[str, Any], message: str) -> None:
     "keys",
     [
         {"model_parallel_size": 4},
+        {"pipe_parallel_size": 2, "zero_optimization": {"stage": 1}, "log_gradient_noise_scale": True},
         {"model_parallel_size": 4, "num_kv_heads": 2},
         {"model_parallel_size": 2, "sequence_parallel": True},
         {**EXPERTS, "moe_expert_parallel_size": 2, "model_parallel_size": 2, "zero_optimization": {"stage": 1}},
     ],
 )
 def test_a_layout_that_works(keys: dict[str, Any]) -> None:
-    assert tiny_config(TINY_DENSE, **keys).parallel.layout.model == keys.get("model_parallel_size", 1)
+    assert tiny_config(TINY_DENSE, **keys).parallel.layout.model == keys.get("model_parallel_size", 1) * keys.get("pipe_parallel_size", 1)
 
 
 def test_processes_that_do_not_fit_the_layout() -> None:

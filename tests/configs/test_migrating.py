@@ -62,7 +62,6 @@ REFUSED = [
     ("num_layers: 3", "1.yml:1: 'num_layers' is already given at "),
     ("train_iters: 1e5", "must be a whole number; write 100000"),
     ("zero_optimization: {stage: 0, stage: 1}", "'zero_optimization.stage' is given twice"),
-    ("pipe_parallel_size: 2", "pipeline parallelism is not part of this version"),
     ("data_impl: cached", "'data_impl' = 'cached'"),
     ("autotuning_run: tune", "is not supported"),
     ("use_mup: true", "is not supported"),
