@@ -13,6 +13,7 @@ from megatron.testing.distributed import run_distributed
 from tests.training.runs import run_values, train_losses
 
 MEASURED = {
+    "eod_mask_loss": True,
     "log_grad_norm": True,
     "log_param_norm": True,
     "log_optimizer_states": True,
