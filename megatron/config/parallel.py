@@ -81,7 +81,7 @@ def division_problems(parallel: ParallelConfig, model: ModelConfig, moe: MoEConf
     """What of the model cannot be divided in this layout, and what would be the nearest layout that can. Uneven numbers are refused, not rounded."""
     layout = parallel.layout
     if layout.pipe > 1:
-        yield from _pipeline_problems(layout.pipe, model, zero_stage)
+        yield from _pipeline_problems(parallel, model, zero_stage)
     if layout.tensor > 1:
         yield from _tensor_problems(layout.tensor, model, moe)
         if parallel.sequence_parallel and model.seq_length % layout.tensor:
@@ -103,7 +103,8 @@ def division_problems(parallel: ParallelConfig, model: ModelConfig, moe: MoEConf
         )
 
 
-def _pipeline_problems(stages: int, model: ModelConfig, zero_stage: int) -> Iterator[Problem]:
+def _pipeline_problems(parallel: ParallelConfig, model: ModelConfig, zero_stage: int) -> Iterator[Problem]:
+    stages, method = parallel.pipe_parallel_size, parallel.pipe_partition_method
     if zero_stage > 1:
         yield Problem(
             ("pipe_parallel_size", "zero_optimization.stage"),
@@ -112,6 +113,21 @@ def _pipeline_problems(stages: int, model: ModelConfig, zero_stage: int) -> Iter
         )
     if stages > model.num_layers:
         yield Problem(("pipe_parallel_size", "num_layers"), f"must be at most num_layers, because each stage needs a layer; use {model.num_layers}")
+    names = part_names(model.num_layers, tied=not model.no_weight_tying)
+    if method.startswith("type:") and not any(matches(method, name) for name in names):
+        yield Problem(("pipe_partition_method",), f"matches none of the layers {', '.join(dict.fromkeys(names))}")
+
+
+def part_names(num_layers: int, *, tied: bool) -> list[str]:
+    """NeoX's names of all parts of the model by their number, which `type:` matches. Two of them are functions without weights."""
+    layers = ["ParallelTransformerLayerPipe"] * num_layers
+    head = "EmbeddingPipe" if tied else "ParallelLinearPipe"
+    return ["EmbeddingPipe", "_pre_transformer_block", *layers, "_post_transformer_block", "NormPipe", head]
+
+
+def matches(method: str, name: str) -> bool:
+    """Whether the expression of `type:REGEX` matches a part's name."""
+    return re.search(method.removeprefix("type:"), name, re.IGNORECASE) is not None
 
 
 def _tensor_problems(size: int, model: ModelConfig, moe: MoEConfig) -> Iterator[Problem]:

@@ -8,7 +8,6 @@ gradients in the same way. Losses and counts are values of the state here too, s
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from megatron.config.parallel import matches, part_names
 from megatron.kernels.backends import check_names
 from megatron.model.attention import LayerCache
 from megatron.model.divide import Divider
@@ -243,16 +243,13 @@ def divide_layers(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int, *,
     """
     from deepspeed.runtime.utils import partition_balanced, partition_uniform
 
-    names = part_names(model)
+    names = part_names(model.num_layers, tied=not model.no_weight_tying)
     if method == "uniform":
         bounds = partition_uniform(len(names), stages)
     elif method == "parameters":
         bounds = partition_balanced(parameter_counts(model, moe, padded_vocab_size), stages)
     else:
-        weights = [int(re.search(method.removeprefix("type:"), name, re.IGNORECASE) is not None) for name in names]
-        if not any(weights):
-            raise PartitionError(f"'pipe_partition_method' = {method}: matches none of the layers {', '.join(dict.fromkeys(names))}")
-        bounds = partition_balanced(weights, stages)
+        bounds = partition_balanced([int(matches(method, name)) for name in names], stages)
     spans = [range(begin, end) for begin, end in pairwise(bounds)]
     empty = [str(stage) for stage, span in enumerate(spans) if not set(span) - {1, model.num_layers + 2}]
     if empty:
@@ -260,13 +257,6 @@ def divide_layers(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int, *,
             f"'pipe_partition_method' = {method}: leaves stage {', '.join(empty)} of {stages} without layers; use another method or fewer stages"
         )
     return spans
-
-
-def part_names(model: ModelConfig) -> list[str]:
-    """NeoX's names of all parts by their number; `type:` matches them. Two of them are functions without weights."""
-    layers = ["ParallelTransformerLayerPipe"] * model.num_layers
-    head = "ParallelLinearPipe" if model.no_weight_tying else "EmbeddingPipe"
-    return ["EmbeddingPipe", "_pre_transformer_block", *layers, "_post_transformer_block", "NormPipe", head]
 
 
 def parameter_counts(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int) -> list[int]:

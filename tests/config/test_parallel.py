@@ -31,6 +31,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**EXPERTS, "moe_expert_parallel_size": 2, "zero_optimization": {"stage": 3}}, "cannot be combined with zero_optimization.stage 3"),
     ({"model_parallel_size": 4, "num_kv_heads": 2, "zero_optimization": {"stage": 1}}, r"is more than num_kv_heads \(2\).* use 2, or zero"),
     ({"pipe_parallel_size": 2, "zero_optimization": {"stage": 3}}, "needs zero_optimization.stage 0 or 1, .* or pipe_parallel_size: 0 with stage 3"),
+    (
+        {"pipe_parallel_size": 2, "pipe_partition_method": "type:mamba"},
+        r"'pipe_partition_method' = 'type:mamba': matches none of the layers EmbeddingPipe, .*NormPipe, ParallelLinearPipe",
+    ),
     ({"pipe_parallel_size": 3}, r"'pipe_parallel_size' = 3: must be at most num_layers, because each stage needs a layer; use 2"),
     ({**EXPERTS, "model_parallel_size": 2, "log_gradient_noise_scale": True}, "measures the gradients of one process only"),
 ]
