@@ -86,6 +86,11 @@ class NeoXConfig(Section):
         yield from self.moe.check_with(self.model)
         if self.parallel.layout._replace(pipe=1) != ONE and self.logging.log_gradient_noise_scale:
             yield Problem(("log_gradient_noise_scale",), "measures the gradients of one process only, and here several processes divide each layer")
+        if self.parallel.layout.pipe > 1 and self.deepspeed.flops_profiler is not None and self.deepspeed.flops_profiler.enabled:
+            yield Problem(
+                ("flops_profiler.enabled", "pipe_parallel_size"),
+                "profiles a model that is on one process; use `profile` in a pipeline, or one process",
+            )
         yield from division_problems(self.parallel, self.model, self.moe, zero.stage)
         if self.moe.has_experts and self.moe.kernel_backends.get("experts") == "megablocks" and self.precision != "bfloat16":
             yield Problem(

@@ -35,6 +35,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"pipe_parallel_size": 2, "pipe_partition_method": "type:mamba"},
         r"'pipe_partition_method' = 'type:mamba': matches none of the layers EmbeddingPipe, .*NormPipe, ParallelLinearPipe",
     ),
+    ({"pipe_parallel_size": 2, "flops_profiler": {"enabled": True}}, "'flops_profiler.enabled' = true: profiles a model that is on one process"),
     ({"pipe_parallel_size": 3}, r"'pipe_parallel_size' = 3: must be at most num_layers, because each stage needs a layer; use 2"),
     ({**EXPERTS, "model_parallel_size": 2, "log_gradient_noise_scale": True}, "measures the gradients of one process only"),
 ]
