@@ -46,6 +46,11 @@ class LauncherConfig(Section):
     threads_per_process: PositiveInt | None = None
     """Number of CPU threads of each process. None: the cores are divided evenly."""
 
+    collective_timeout_s: Annotated[float, Field(ge=0)] = 600.0
+    """A run of several processes ends when a process has waited for the others for this many seconds within a step. Then the stack of each
+    process is printed, the collective operation, the step, and which processes never entered it. The exit status is 124. In the first step, in
+    evaluations, while saving and at the start, waiting for a process that works is allowed. 0: the run waits until PyTorch gives up."""
+
     def check(self) -> Iterator[Problem]:
         if self.include is not None and self.exclude is not None:
             yield Problem(("exclude", "include"), "cannot be combined with include; give only one of the two")

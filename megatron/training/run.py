@@ -26,6 +26,7 @@ from megatron.training.process import start_process
 from megatron.training.resume import resume
 from megatron.training.setup import build_trainer
 from megatron.training.trainer import Trainer
+from megatron.training.watch import watched
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def train(loaded: LoadedConfig) -> Trainer:
         topology = start_process(
             backend=config.parallel.distributed_backend, threads=config.launcher.threads_per_process, layout=config.parallel.layout
         )
+        watcher = cleanup.enter_context(watched(topology, config.launcher.collective_timeout_s, device_type=os.environ["DS_ACCELERATOR"]))
         check_trainable(config, topology.data_parallel_size)
         check_device(config, os.environ["DS_ACCELERATOR"])
         check_sinks(config.logging)
@@ -57,6 +59,8 @@ def train(loaded: LoadedConfig) -> Trainer:
             cleanup.callback(lock(Path(config.checkpoint.save), topology).close)
         trainer = build_trainer(config, topology)
         trainer.failures = failures
+        if watcher is not None:
+            watcher.steps = lambda: trainer.state.iteration
         announce(trainer, loaded)
         resume(trainer)
         trainer.callbacks = build_callbacks(trainer, loaded, build_sinks(trainer), display(trainer, console))

@@ -1,0 +1,45 @@
+"""Several processes of train.py as a launcher starts them, each with its own output: so a test sees what each of them says, and when it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from megatron.launcher.processes import free_port
+from tests.scripts import ScriptProcess
+from tests.training.runs import outer_environment
+
+
+@contextmanager
+def started(values: Mapping[str, Any], folder: Path, world_size: int, **environment: str) -> Iterator[list[ScriptProcess]]:
+    """The processes, in the order of the ranks. None of them outlives the block."""
+    file, port = folder / "run.json", str(free_port(0))
+    file.write_text(json.dumps(dict(values)))
+    ranks = []
+    try:
+        for rank in range(world_size):
+            (place := folder / f"rank{rank}").mkdir(exist_ok=True)
+            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            given = {**outer_environment(), **{key: str(value) for key, value in own.items()}, **meeting, **environment}
+            ranks.append(ScriptProcess("train.py", str(file), folder=place, environment=given))
+        yield ranks
+    finally:
+        for process in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(process.process.pid or 0, signal.SIGKILL)
+            process.process.join()
+
+
+def ended(ranks: Sequence[ScriptProcess], within: float) -> list[tuple[int | None, str]]:
+    """(exit status, standard error) of each process, once all of them have ended. None: it was still there after `within` seconds."""
+    end = time.monotonic() + within
+    while any(process.poll() is None for process in ranks) and time.monotonic() < end:
+        time.sleep(0.05)
+    return [(process.poll(), process.outputs[1].read_text() if process.outputs[1].exists() else "") for process in ranks]
