@@ -29,7 +29,9 @@ from megatron.config.source import canonical
 from megatron.config.training import resolve_batch
 from megatron.config.transport import decode, encode
 from megatron.launcher.command_line import load_request, read_deepy_arguments
-from megatron.launcher.plan import runner_options, worker_count
+from megatron.launcher.machines import find_hostfile
+from megatron.launcher.multinode import Meeting, runner_options
+from megatron.launcher.plan import worker_count
 from megatron.launcher.processes import survey
 
 # What DeepSpeed assumes where `zero_optimization` is silent, as NeoX tells it.
@@ -189,7 +191,9 @@ class NeoXArgs:
         if self.user_script is None:
             raise ConfigError(["'user_script' must be given: the script that the processes run"])
         current = self._current()
-        return [*runner_options(current), str(self.user_script), "--megatron_config", encode(current)]
+        launcher = current.config.launcher
+        options = runner_options(launcher, find_hostfile(launcher), Meeting(launcher.master_addr, launcher.master_port))
+        return [*options, str(self.user_script), "--megatron_config", encode(current)]
 
     def _current(self) -> LoadedConfig:
         """What was loaded, with the keys that were written since. Raises ConfigError for what does not fit."""

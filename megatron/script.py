@@ -48,8 +48,12 @@ def exit_status(work: Callable[[], int | None]) -> int:
             sys.stderr.write(f"{_speaker()}The connection to another process of this run was lost, because that process has ended.\n")
             return FAILURE_STATUS
         if type(error).__module__.split(".")[0] != "megatron":
+            from megatron.config.failures import note_failure
+
+            note_failure(error)
             raise
-        sys.stderr.write(f"{_speaker()}{error}\n")
+        if str(error):  # another process of the run, or another thread, has said it already
+            sys.stderr.write(f"{_speaker()}{error}\n")
         return CONFIGURATION_STATUS if _is_about_configuration(error) else FAILURE_STATUS
 
 

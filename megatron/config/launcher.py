@@ -29,8 +29,9 @@ class LauncherConfig(Section):
     """Port on which the processes meet. On one machine, a free port is taken when this one is busy."""
     master_addr: str | None = None
     """Address at which the processes meet. None: the launcher finds it."""
-    launcher: Literal["pdsh", "openmpi", "mvapich", "slurm"] = "pdsh"
-    """Program that starts processes on several machines, as DeepSpeed names it."""
+    launcher: Literal["pdsh", "openmpi", "mvapich", "mpich", "impi", "slurm", "torchrun"] = "pdsh"
+    """Program that starts processes on several machines, as DeepSpeed names it. With `torchrun`, `deepy.py` starts the processes of its own machine
+    only: give the same command on each machine of the hostfile."""
     deepspeed_slurm: bool = False
     """The same as `launcher: slurm`."""
     force_multi: bool = False
@@ -38,9 +39,9 @@ class LauncherConfig(Section):
     no_ssh_check: bool = False
     """Do not test the ssh connection to the hosts before the start."""
     comment: str | None = None
-    """Comment for the cluster's scheduler. None: none."""
+    """Comment for the cluster's scheduler, with `launcher: slurm`. None: none."""
     account: str | None = None
-    """Account for the cluster's scheduler. None: none."""
+    """Account for the cluster's scheduler, with `launcher: slurm`. None: none."""
     plugins: list[str] = []
     """Python modules to import first. They register routers, experts and losses."""
     threads_per_process: PositiveInt | None = None
@@ -50,6 +51,11 @@ class LauncherConfig(Section):
     """A run of several processes ends when a process has waited for the others for this many seconds within a step. Then the stack of each
     process is printed, the collective operation, the step, and which processes never entered it. The exit status is 124. In the first step, in
     evaluations, while saving and at the start, waiting for a process that works is allowed. 0: the run waits until PyTorch gives up."""
+
+    @property
+    def program(self) -> str:
+        """The way to start processes on several machines: `launcher`, or slurm."""
+        return "slurm" if self.deepspeed_slurm else self.launcher
 
     def check(self) -> Iterator[Problem]:
         if self.include is not None and self.exclude is not None:

@@ -18,6 +18,7 @@ from megatron.config.section import ConfigError
 from megatron.config.source import canonical
 from megatron.config.training import resolve_batch
 from megatron.config.transport import decode
+from megatron.launcher.dry_run import dry_run
 from megatron.launcher.implementations import check_backends
 from megatron.launcher.machines import machines
 from megatron.launcher.plan import machine_notices, plan_launch, runs_elsewhere, worker_count
@@ -61,6 +62,7 @@ class Request:
     conf_dir: Path | None
     overrides: tuple[str, ...]
     check: bool
+    dry_run: bool
     transported: str | None
 
 
@@ -82,14 +84,17 @@ def main(argv: Sequence[str]) -> int:
         if script.stem == "train":
             check_trainable(loaded.config, data_parallel_size(loaded.config, processes))
         notices = machine_notices(loaded, machine)
-        launch = plan_launch(script, loaded, machine)
+        launch = plan_launch(script, loaded, machine, ask=not request.dry_run)
     except ConfigError as error:
         _stop(parser, str(error))
     for notice in notices:
         sys.stderr.write(f"{parser.prog}: {notice}\n")
+    if request.dry_run:
+        sys.stdout.write(dry_run(launch))
+        return 0
     if launch.replaces:
         os.execve(launch.argv[0], launch.argv, launch.env)
-    return run_until_done(launch.argv, launch.env, launch.processes)
+    return run_until_done(launch.argv, launch.env, launch.processes, launch.stop)
 
 
 def find_script(word: str) -> Path | None:
@@ -129,6 +134,8 @@ def _deepy_parser() -> argparse.ArgumentParser:
     parser = _parser("deepy.py", "SCRIPT CONFIG [CONFIG ...]")
     parser.description = "Read the configuration, check it, and start SCRIPT with it, on as many processes as the configuration and the machine say."
     parser.add_argument("--check", action="store_true", help="show the complete configuration, sizes, memory, FLOPs and what computes, then stop")
+    shown = "show the complete command and the environment of the processes on each machine, then stop; nothing is started"
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help=shown)
     return parser
 
 
@@ -191,8 +198,8 @@ def _take_apart(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Request
             overrides.append(f"{key}={value if key == 'iteration' else json.dumps(value)}")
     if arguments.key_sample_input_file is not None and not any(canonical(override).startswith("text_gen_type=") for override in overrides):
         overrides.append("text_gen_type=input-file")  # whoever names prompts wants them, whatever text_generation.yml says
-    check, transported = getattr(arguments, "check", False), getattr(arguments, "megatron_config", None)
-    return Request(tuple(words), arguments.conf_dir, tuple(overrides), check, transported)
+    check, dry = getattr(arguments, "check", False), getattr(arguments, "dry_run", False)
+    return Request(tuple(words), arguments.conf_dir, tuple(overrides), check, dry, getattr(arguments, "megatron_config", None))
 
 
 def _as_override(flag: str, argv: Sequence[str]) -> str:

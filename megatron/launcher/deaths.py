@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -44,19 +45,26 @@ class Deaths:
         self.find = find
         self.expected = expected
         self.first: Death | None = None
-        self._over = False
+        self._ended: float | None = None
+        """When the first worker was seen that has failed. None: there is none."""
         self._ranks: dict[int, str] = {}
 
     def look(self) -> None:
         """Call it more often than the launcher asks for its dead children, which are gone afterwards."""
-        if self._over:
+        if self._ended is not None:
             return
         if len(self._ranks) < self.expected:
             self._ranks |= {pid: rank for pid in self.find() if (rank := rank_of(pid)) is not None}
         ended = {pid: status for pid in self._ranks if (status := status_of_dead(pid)) is not None}
         killed = [Death(self._ranks[pid], pid, os.WTERMSIG(status)) for pid, status in ended.items() if os.WIFSIGNALED(status)]
-        self._over = any(ended.values())  # what happens to the others afterwards is the launcher's doing
+        if any(ended.values()):  # what happens to the others afterwards is the launcher's doing
+            self._ended = time.monotonic()
         self.first = next(iter(killed), None)
+
+    @property
+    def seconds_ago(self) -> float:
+        """The time since the first failure; 0 before it."""
+        return 0.0 if self._ended is None else time.monotonic() - self._ended
 
 
 def rank_of(pid: int) -> str | None:

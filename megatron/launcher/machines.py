@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import ipaddress
 import logging
 import os
 import socket
@@ -38,7 +39,7 @@ class Machines:
 
     @property
     def only_this_one(self) -> bool:
-        return len(self.slots) == 1 and next(iter(self.slots)) in names_of_this_machine()
+        return len(self.slots) == 1 and is_this_machine(next(iter(self.slots)))
 
 
 def find_hostfile(launcher: LauncherConfig) -> str | None:
@@ -161,6 +162,15 @@ def local_slots(runner: ModuleType, machine: Machine) -> int:
     return machine.gpus or int(runner.get_accelerator().device_count())
 
 
-def names_of_this_machine() -> set[str]:
+def is_this_machine(host: str) -> bool:
+    """Whether a name, or an address, is this machine's."""
     name = socket.gethostname()
-    return {"localhost", "127.0.0.1", "::1", name, name.split(".")[0], socket.getfqdn()}
+    if host in {"localhost", name, name.split(".")[0], socket.getfqdn()}:
+        return True
+    try:
+        family = socket.AF_INET if ipaddress.ip_address(host).version == 4 else socket.AF_INET6
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((host, 0))
+    except (ValueError, OSError):  # no address, or another machine's
+        return False
+    return True

@@ -6,7 +6,7 @@ import base64
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,18 +15,29 @@ from megatron.config.loader import LoadedConfig
 from megatron.config.section import ConfigError
 from megatron.config.transport import encode
 from megatron.launcher.machines import Machines, find_hostfile, machines
+from megatron.launcher.multinode import Meeting, Multinode
 from megatron.launcher.processes import Machine, free_port
-from megatron.launcher.reach import check_program, reach
+from megatron.launcher.reach import first_address, reach
+from megatron.launcher.torchrun import devices, this_node, torchrun_command
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A command and its environment; `replaces` says that it takes the place of the calling process, `processes` how many workers it starts here."""
+    """A command and its environment. `slots`: of each machine, in the order of the ranks; `processes`: how many workers the command starts here."""
 
     argv: tuple[str, ...]
     env: dict[str, str]
     processes: int
-    replaces: bool
+    slots: Mapping[str, Sequence[int | str]]
+    meeting: Meeting
+    program: str | None
+    """What starts the workers. None: nothing, the command takes the place of the calling process."""
+    stop: tuple[str, ...] = ()
+    """The command that ends the workers on other machines. Empty: a signal to the command is enough."""
+
+    @property
+    def replaces(self) -> bool:
+        return self.program is None
 
 
 def worker_count(loaded: LoadedConfig, machine: Machine) -> int:
@@ -54,37 +65,65 @@ def count_of(launcher: LauncherConfig, machine: Machine, chosen: Machines | None
     return launcher.global_num_gpus
 
 
-def plan_launch(script: Path, loaded: LoadedConfig, machine: Machine) -> Launch:
-    """The command that starts the script's workers. Raises ConfigError as worker_count does, and LaunchError for a machine that cannot be reached."""
+def plan_launch(script: Path, loaded: LoadedConfig, machine: Machine, *, ask: bool = True) -> Launch:
+    """The command that starts the script's workers. Raises ConfigError as worker_count does, and LaunchError for a machine that cannot be reached.
+
+    `ask` False: no machine is asked for anything, so the name of the first one may stand where its address will.
+    """
     launcher = loaded.config.launcher
     chosen = machines(launcher, machine)
     processes = count_of(launcher, machine, chosen)
-    worker_arguments = [str(script), "--megatron_config", encode(loaded)]
-    remote = runs_elsewhere(launcher, chosen)
-    if remote or (chosen is not None and chosen.hostfile is None):
-        here = 1 if chosen is None else max(map(len, chosen.slots.values()))
-        options = runner_options(loaded)
-        if remote and chosen is not None:
-            address = reach(launcher, chosen)
-            missing = check_program(options, chosen, machine) if starts_elsewhere(launcher, chosen) else None
-            if missing is not None:
-                raise ConfigError([missing])
-            options = runner_options(loaded, master_addr=address)
-        argv = (sys.executable, "-m", "deepspeed.launcher.runner", *options, *worker_arguments)
-        return Launch(argv, _environment(loaded, machine, here), processes, False)
+    worker = [str(script), "--megatron_config", encode(loaded)]
+    if launcher.program == "torchrun" and (launcher.force_multi or (chosen is not None and chosen.hostfile is not None)):
+        return plan_torchrun(loaded, machine, here_alone(processes) if chosen is None else chosen, worker)
+    if runs_elsewhere(launcher, chosen):
+        return plan_elsewhere(loaded, machine, here_alone(processes) if chosen is None else chosen, worker, ask=ask)
     env = _environment(loaded, machine, processes)
-    if processes == 1 and chosen is None:
-        return Launch((sys.executable, *worker_arguments), env, 1, True)
     slots = machine.devices(processes) if chosen is None else next(iter(chosen.slots.values()))
+    if processes == 1 and chosen is None:
+        return Launch((sys.executable, *worker), env, 1, {"localhost": slots}, Meeting("127.0.0.1", launcher.master_port), None)
     world = base64.urlsafe_b64encode(json.dumps({"localhost": list(slots)}).encode()).decode()
-    port = free_port(launcher.master_port)
-    local = ["--world_info", world, "--master_addr", "127.0.0.1", "--master_port", str(port), "--log_level", "critical"]
-    return Launch((sys.executable, "-m", "deepspeed.launcher.launch", *local, *worker_arguments), env, processes, False)
+    meeting = Meeting("127.0.0.1", free_port(launcher.master_port))
+    local = ["--world_info", world, "--master_addr", "127.0.0.1", "--master_port", str(meeting.port), "--log_level", "critical"]
+    argv = (sys.executable, "-m", "deepspeed.launcher.launch", *local, *worker)
+    return Launch(argv, env, processes, {"localhost": slots}, meeting, "deepspeed.launcher.launch")
 
 
-def starts_elsewhere(launcher: LauncherConfig, chosen: Machines) -> bool:
-    """Whether DeepSpeed starts processes through `launcher`; one host alone gets them without."""
-    return launcher.force_multi or len(chosen.slots) > 1
+def plan_elsewhere(loaded: LoadedConfig, machine: Machine, chosen: Machines, worker: Sequence[str], *, ask: bool) -> Launch:
+    """Through pdsh, an MPI or SLURM. SLURM needs no ssh, and its processes find the first machine themselves."""
+    launcher = loaded.config.launcher
+    multinode = Multinode(launcher, chosen.slots, hostfile=chosen.hostfile, machine=machine)
+    if ask and not multinode.program_exists():
+        raise ConfigError([missing_program(launcher)])
+    first = next(iter(chosen.slots))
+    if launcher.program == "slurm":
+        address = launcher.master_addr
+    else:
+        address = reach(launcher, chosen) if ask else first_address(launcher, chosen) or first
+    meeting = Meeting(address, launcher.master_port)
+    shared = {"MASTER_ADDR": address} if launcher.program == "slurm" and address is not None else {}
+    if launcher.threads_per_process is not None:
+        shared["OMP_NUM_THREADS"] = str(launcher.threads_per_process)
+    here = _environment(loaded, machine, max(map(len, chosen.slots.values())))
+    command = multinode.command(worker, meeting, here, shared)
+    return Launch(command.argv, command.env, chosen.processes, chosen.slots, meeting, launcher.program, command.stop)
+
+
+def plan_torchrun(loaded: LoadedConfig, machine: Machine, chosen: Machines, worker: Sequence[str]) -> Launch:
+    """Through torchrun on this machine alone. The other machines of the hostfile are given the same command."""
+    launcher = loaded.config.launcher
+    node = this_node(chosen, launcher.master_addr)
+    meeting = Meeting(node.address, launcher.master_port)
+    env = {**_environment(loaded, machine, len(node.slots)), **devices(node, machine.gpus)}
+    return Launch(torchrun_command(node, meeting.port, worker), env, len(node.slots), chosen.slots, meeting, "torchrun")
+
+
+def here_alone(processes: int) -> Machines:
+    return Machines({"localhost": range(processes)}, None)
+
+
+def missing_program(launcher: LauncherConfig) -> str:
+    return f"'launcher' = '{launcher.program}': the program is not installed on this machine; install it, or choose another launcher"
 
 
 def runs_elsewhere(launcher: LauncherConfig, chosen: Machines | None) -> bool:
@@ -95,41 +134,26 @@ def runs_elsewhere(launcher: LauncherConfig, chosen: Machines | None) -> bool:
 def machine_notices(loaded: LoadedConfig, machine: Machine | None = None) -> list[str]:
     """Sentences on what was asked for about machines and is not done; with the machine, on what the hostfile does not have as well.
 
-    Raises ConfigError as worker_count does, and for what DeepSpeed's way to start processes (`launcher`) does not take.
+    Raises ConfigError as worker_count does, and for what the way to start processes (`launcher`) does not take.
     """
     launcher = loaded.config.launcher
     chosen = machines(launcher, machine) if machine is not None else None
+    scheduler = [key for key in ("comment", "account") if getattr(launcher, key) is not None and launcher.program != "slurm"]
+    notices = [f"'{key}' is for SLURM's scheduler, and 'launcher' = '{launcher.program}' has none" for key in scheduler]
     if machine is not None and chosen is not None and chosen.hostfile is not None:
-        missing = check_program(runner_options(loaded), chosen, machine) if starts_elsewhere(launcher, chosen) else None
-        return [*chosen.notices, *([] if missing is None else [missing])]
+        notices += chosen.notices
+        if launcher.program != "torchrun" and runs_elsewhere(launcher, chosen):
+            multinode = Multinode(launcher, chosen.slots, hostfile=chosen.hostfile, machine=machine)
+            multinode.command(["script.py"], Meeting(next(iter(chosen.slots)), launcher.master_port), os.environ, {})
+            notices += [] if multinode.program_exists() else [missing_program(launcher)]
+        return notices
     for name, file in (("'hostfile'", launcher.hostfile), ("DLTS_HOSTFILE", os.environ.get("DLTS_HOSTFILE"))):
         if file:
-            return [] if Path(file).is_file() else [f"{name} = '{file}': no such file, so only this machine is used"]
-    asked = "slurm" if launcher.deepspeed_slurm else launcher.launcher
-    if asked == "pdsh" or find_hostfile(launcher) is not None or launcher.force_multi:
-        return []
-    return [f"'launcher' = '{asked}': there is no hostfile, so only this machine is used; give a hostfile, or write force_multi: true"]
-
-
-def runner_options(loaded: LoadedConfig, *, master_addr: str | None = None) -> list[str]:
-    """The launcher section as options of deepspeed.launcher.runner. `master_addr`: found by asking the machines, so that DeepSpeed need not."""
-    launcher = loaded.config.launcher
-    named = {
-        "--hostfile": find_hostfile(launcher),
-        "--include": launcher.include,
-        "--exclude": launcher.exclude,
-        "--num_nodes": launcher.num_nodes if launcher.num_nodes >= 0 else None,
-        "--num_gpus": launcher.num_gpus,
-        "--master_port": launcher.master_port,
-        "--master_addr": master_addr or launcher.master_addr,
-        "--launcher": "slurm" if launcher.deepspeed_slurm else launcher.launcher,
-    }
-    options = [word for option, value in named.items() if value is not None for word in (option, str(value))]
-    scheduler = [f"--{name}={value}" for name, value in (("comment", launcher.comment), ("account", launcher.account)) if value is not None]
-    if scheduler:
-        options.append(f"--launcher_args={' '.join(scheduler)}")
-    switches = {"--force_multi": launcher.force_multi, "--no_ssh_check": launcher.no_ssh_check or master_addr is not None}
-    return options + [option for option, chosen in switches.items() if chosen]
+            return notices if Path(file).is_file() else [*notices, f"{name} = '{file}': no such file, so only this machine is used"]
+    if launcher.program == "pdsh" or find_hostfile(launcher) is not None or launcher.force_multi:
+        return notices
+    alone = f"'launcher' = '{launcher.program}': there is no hostfile, so only this machine is used; give a hostfile, or write force_multi: true"
+    return [*notices, alone]
 
 
 def _environment(loaded: LoadedConfig, machine: Machine, processes: int) -> dict[str, str]:

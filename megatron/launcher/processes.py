@@ -8,17 +8,21 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from megatron.config.failures import FOLDER, first_failure
 from megatron.config.machine import usable_cores
 from megatron.launcher.deaths import Deaths
 
 _IMPATIENCE_S = 2.0  # a Ctrl-C this long after the first one means: now
 _MOMENT_S = 0.3  # between two looks at the workers; DeepSpeed's launcher looks once a second, and a dead worker is seen until then
+PATIENCE_S = 15.0  # a worker that is still there this long after another one has failed waits for it, and does not hear SIGTERM
+_PARENTS = (b"deepspeed.launcher.launch", b"torch.distributed.run")
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -81,26 +85,40 @@ def free_port(preferred: int) -> int:
     return preferred
 
 
-def run_until_done(argv: Sequence[str], env: Mapping[str, str], workers: int) -> int:
-    """Runs DeepSpeed's launcher in a session of its own and returns its exit status (128 + n for a worker that signal n ended).
+def run_until_done(argv: Sequence[str], env: Mapping[str, str], workers: int, end_elsewhere: Sequence[str] = ()) -> int:
+    """Runs a launcher in a session of its own and returns its exit status (128 + n for a worker that signal n ended).
+
+    `end_elsewhere`: the command that ends the workers on other machines, which a signal to the launcher does not reach.
 
     SIGINT and SIGTERM go to the workers alone, once, and this waits for as long as they need to save. DeepSpeed's launcher
     would pass a signal to one worker after the other and kill each after 30 s, while they wait for each other; so it is kept out of it.
     A second Ctrl-C ends everything at once. When this process dies, the launcher gets SIGTERM from the kernel. A signal that this process was
-    started to ignore stays ignored. A worker that a signal of somebody else's ended is named on standard error, with its rank.
+    started to ignore stays ignored. A worker that a signal of somebody else's ended is named on standard error, with its rank. If a worker
+    failed with a traceback, it is repeated, so that it is the last thing that is said. Workers that wait for one that has ended have PATIENCE_S to end.
     """
+    with tempfile.TemporaryDirectory(prefix="failures_") as folder:
+        return _run_until_done(argv, {**env, FOLDER: folder}, workers, end_elsewhere)
+
+
+def _run_until_done(argv: Sequence[str], env: Mapping[str, str], workers: int, end_elsewhere: Sequence[str]) -> int:
     process = subprocess.Popen(list(argv), env=dict(env), start_new_session=True, preexec_fn=_die_with_parent if sys.platform == "linux" else None)
-    stop = _Stop(process.pid, workers)
+    stop = _Stop(process.pid, workers, end_elsewhere)
     heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in heard}
     deaths = Deaths(lambda: _workers(process.pid), workers)
     try:
         while (status := _wait(process)) is None:
             deaths.look()
+            if deaths.seconds_ago > PATIENCE_S:
+                _kill_workers(process.pid)
     finally:
         _signal_group(process.pid, signal.SIGTERM)  # whoever is left, should the launcher have died before its workers
+        if process.returncode:
+            stop.end_elsewhere()
         for number, handler in before.items():
             signal.signal(number, handler)
+    if stop.received is None and (failure := first_failure(Path(env[FOLDER]))) is not None:
+        sys.stderr.write(f"{failure}\n")
     if deaths.first is not None and stop.received is None:
         sys.stderr.write(f"{deaths.first}\n")
         return 128 + deaths.first.number
@@ -112,9 +130,10 @@ def run_until_done(argv: Sequence[str], env: Mapping[str, str], workers: int) ->
 class _Stop:
     """What a signal does: see `run_until_done`."""
 
-    def __init__(self, launcher: int, workers: int) -> None:
+    def __init__(self, launcher: int, workers: int, elsewhere: Sequence[str]) -> None:
         self.launcher = launcher
         self.workers = workers
+        self.elsewhere = elsewhere
         self.received: int | None = None
         """The first signal; None before it."""
         self.reached_all = False
@@ -124,9 +143,15 @@ class _Stop:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received, self._moment = number, time.monotonic()
-            self.reached_all = not _signal_workers(self.launcher, self.workers, number)
+            self.reached_all = not (self.end_elsewhere() or _signal_workers(self.launcher, self.workers, number))
         elif number == signal.SIGINT and time.monotonic() - self._moment > _IMPATIENCE_S:
             _signal_group(self.launcher, signal.SIGKILL)
+
+    def end_elsewhere(self) -> bool:
+        """Ends the workers on other machines; False where there are none."""
+        if self.elsewhere:
+            subprocess.Popen(list(self.elsewhere), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return bool(self.elsewhere)
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int | None:
@@ -157,13 +182,21 @@ def _signal_workers(launcher: int, expected: int, number: int) -> bool:
     return True
 
 
+def _kill_workers(launcher: int) -> None:
+    for pid in _workers(launcher):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
 def _workers(launcher: int) -> list[int]:
-    """The worker processes: children of `deepspeed.launcher.launch`, which is `launcher` itself or somewhere below it. Empty without /proc."""
+    """The worker processes: children of a launcher of DeepSpeed or torch, which is `launcher` itself or somewhere below it. Empty without /proc."""
     children = _children_by_parent()
     below = [launcher]
     for pid in below:
         below.extend(children.get(pid, []))
-    return [child for pid in below if b"deepspeed.launcher.launch" in _command_line(pid) for child in children.get(pid, [])]
+    return [child for pid in below if any(name in _command_line(pid) for name in _PARENTS) for child in children.get(pid, [])]
 
 
 def _children_by_parent() -> dict[int, list[int]]:

@@ -1,16 +1,14 @@
-"""Before a run on several machines: can each be reached, is the program that starts processes there installed, and at which address do they meet?"""
+"""Before a run on several machines: can each be reached, and at which address do they meet?"""
 
 from __future__ import annotations
 
+import ipaddress
 import shlex
 import subprocess
-import warnings
 from collections.abc import Sequence
 
 from megatron.config.launcher import LauncherConfig
-from megatron.config.section import ConfigError
-from megatron.launcher.machines import Machines, deepspeed_runner, silenced
-from megatron.launcher.processes import Machine
+from megatron.launcher.machines import Machines, is_this_machine
 
 SSH = ("ssh", "-o", "PasswordAuthentication=no", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15")
 AT_ONCE = 64
@@ -21,43 +19,33 @@ class LaunchError(RuntimeError):
     """A run could not be started on the machines that were asked for."""
 
 
-def check_program(options: Sequence[str], chosen: Machines, machine: Machine) -> str | None:
-    """Raises ConfigError when DeepSpeed's way to start processes (`launcher`) does not take what was asked for.
-
-    Returns a sentence when its program is not installed on this machine, None when it is. `options`: those of deepspeed.launcher.runner.
-    """
-    runner = deepspeed_runner(machine)
-    arguments = runner.parse_args([*options, "script.py"])
-    name = arguments.launcher.lower()
-    kind = runner.LAUNCHER_CLASSES[name]
-    world, pool = runner.encode_world_info(dict(chosen.slots)), {host: len(slots) for host, slots in chosen.slots.items()}
-    try:
-        with silenced():
-            kind.validate_active_resources(chosen.slots)
-            backend = kind(arguments, world) if name == runner.PDSH_LAUNCHER else kind(arguments, world, pool)
-    except ValueError as error:
-        raise ConfigError([f"'launcher' = '{name}': {error}"]) from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what it warns of is in the sentence
-        there = bool(backend.backend_exists())
-    return None if there else f"'launcher' = '{name}': the program is not installed on this machine; install it, or choose another launcher"
-
-
 def reach(launcher: LauncherConfig, chosen: Machines) -> str:
-    """The address at which the processes meet: `master_addr`, else the first that the first host names. Raises LaunchError for a host without answer.
+    """The address at which the processes meet (`first_address`). Raises LaunchError for a host without answer.
 
-    Every host is asked at once (DeepSpeed asks the first alone); with no_ssh_check only what is needed for the address.
+    Every other machine is asked at once (DeepSpeed asks the first alone); with no_ssh_check only what is needed for the address.
     """
-    hosts = list(chosen.slots)
+    hosts = [host for host in chosen.slots if not is_this_machine(host)]
     if not launcher.no_ssh_check:
         for begin in range(0, len(hosts), AT_ONCE):
             ask(hosts[begin : begin + AT_ONCE], "hostname", chosen.hostfile)
+    if (known := first_address(launcher, chosen)) is not None:
+        return known
+    first = next(iter(chosen.slots))
+    addresses = ask([first], "hostname -I", chosen.hostfile)[0].split()
+    if not addresses:
+        raise LaunchError(f"{chosen.hostfile}: {first} gives no address (the output of `hostname -I` is empty); set master_addr to its address.")
+    return addresses[0]
+
+
+def first_address(launcher: LauncherConfig, chosen: Machines) -> str | None:
+    """`master_addr`, else the first host if it is an address. None: the first host has to be asked."""
     if launcher.master_addr is not None:
         return launcher.master_addr
-    addresses = ask(hosts[:1], "hostname -I", chosen.hostfile)[0].split()
-    if not addresses:
-        raise LaunchError(f"{chosen.hostfile}: {hosts[0]} gives no address (the output of `hostname -I` is empty); set master_addr to its address.")
-    return addresses[0]
+    first = next(iter(chosen.slots))
+    try:
+        return str(ipaddress.ip_address(first))
+    except ValueError:
+        return None
 
 
 def ask(hosts: Sequence[str], command: str, hostfile: str | None) -> list[str]:

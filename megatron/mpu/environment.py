@@ -33,6 +33,9 @@ _LAUNCHERS = {
     "srun": Launcher("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     "Open MPI": Launcher("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     "MVAPICH": Launcher("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    "MVAPICH 3": Launcher("MVP_COMM_WORLD_RANK", "MVP_COMM_WORLD_SIZE", "MVP_COMM_WORLD_LOCAL_RANK", "MVP_COMM_WORLD_LOCAL_SIZE"),
+    # Hydra, the process manager of MPICH and Intel MPI.
+    "MPICH or Intel MPI": Launcher("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }
 
 
@@ -71,7 +74,11 @@ def _translate(environment: Environment, name: str, master_addr: str | None, mas
     if here is not None:
         environment["LOCAL_WORLD_SIZE"] = _tasks_here(here, _number(environment.get("SLURM_NODEID", "0"))) if name == "srun" else here
     if "MASTER_ADDR" not in environment:
-        address = master_addr or _first_host(environment.get("SLURM_STEP_NODELIST", ""))
+        address = master_addr or _first_host(environment.get("SLURM_STEP_NODELIST", "") if name == "srun" else "")
+        if address is None and environment.get("LOCAL_WORLD_SIZE") == environment["WORLD_SIZE"]:
+            address = "127.0.0.1"
+        if address is None and name != "srun":
+            address = _first_host(environment.get("SLURM_JOB_NODELIST", ""))  # an MPI in an allocation of SLURM's
         if address is None:
             raise LaunchError(
                 f"{name} started {environment['WORLD_SIZE']} processes but gave no address where they can meet; set master_addr or MASTER_ADDR"

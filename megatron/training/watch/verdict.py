@@ -30,20 +30,18 @@ def report(places: Mapping[int, Place], accounts: Mapping[int, Account], limit_s
 
 def summary(places: Mapping[int, Place], accounts: Mapping[int, Account], limit_s: float) -> Iterator[str]:
     """Sentences: the step, which operation who entered and who did not, where each process is."""
-    latest = {rank: accounts[rank].place if rank in accounts else place for rank, place in places.items()}
-    steps = {place.step + 1 for place in latest.values()}
+    steps = {account.place.step + 1 for account in accounts.values()}
     step = f"step {min(steps)}" if len(steps) == 1 else f"steps {min(steps)} to {max(steps)}"
     yield f"The run hangs in {step}: processes have waited for {limit_s:g} s and more (collective_timeout_s)."
     yield from missing(accounts, sorted(places))
     alike: dict[tuple[str | None, str], list[int]] = defaultdict(list)
-    for rank, place in sorted(latest.items()):
-        if rank in accounts:
-            alike[place.operation, place.line].append(rank)
+    for rank, account in sorted(accounts.items()):
+        alike[account.place.operation, account.place.line].append(rank)
     for (operation, line), ranks in alike.items():
         where = "in no collective operation" if operation is None else f"in {operation}"
         yield f"{who(ranks)} {'is' if len(ranks) == 1 else 'are'} {where}: {line}."
     for rank in sorted(set(places) - set(accounts)):
-        place = latest[rank]
+        place = places[rank]
         yield (
             f"Process {rank} ({place.host}, pid {place.pid}) does not answer: it is stopped, or compiled code in it does not return. "
             f"It was last seen at {place.line}."
@@ -51,7 +49,7 @@ def summary(places: Mapping[int, Place], accounts: Mapping[int, Account], limit_
 
 
 def missing(accounts: Mapping[int, Account], ranks: Sequence[int]) -> Iterator[str]:
-    """For each group in which some members have entered an operation and others have not: which."""
+    """For each group with an operation that is not complete: who entered it, who did not. `ranks`: the processes that were asked."""
     views: dict[tuple[str, tuple[int, ...]], dict[int, Group]] = defaultdict(dict)
     for rank, account in accounts.items():
         for name, group in account.groups.items():
@@ -59,12 +57,15 @@ def missing(accounts: Mapping[int, Account], ranks: Sequence[int]) -> Iterator[s
     for (_, members), seen in views.items():
         number = max(group.entered for group in seen.values())
         waiting = {rank: group for rank, group in seen.items() if group.entered == number and group.pending}
-        absent = [rank for rank in members if rank not in seen or seen[rank].entered < number]
-        if not waiting or not absent:
+        absent = [rank for rank, group in sorted(seen.items()) if group.entered < number]
+        silent = [rank for rank in members if rank in ranks and rank not in seen]
+        if not waiting:
             continue
         name = next(iter(waiting.values())).pending[-1]
         among = "all processes" if list(members) == list(ranks) else f"the processes {listed(members)}"
-        yield f"{name}, operation {number} among {among}: entered by {listed(sorted(waiting))}; never entered by {listed(absent)}."
+        never = f"; never entered by {listed(absent)}" if absent else ""
+        never += f"; never entered, as far as is known, by {listed(silent)}" if silent else ""
+        yield f"{name}, operation {number} among {among}: entered by {listed(sorted(waiting))}{never}."
 
 
 def who(ranks: Sequence[int]) -> str:

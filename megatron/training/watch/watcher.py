@@ -1,7 +1,7 @@
 """The thread of each process that watches its own main thread and, on the first process, all the others.
 
-Every process tells the first one each second where it is. When the run hangs (verdict.py), the first process asks every process for its stacks, prints
-them and ends the run. A process that dies closes its connection, so all others know of it at once, whatever they wait for.
+Every process tells the first one each second where it is. When the run hangs (verdict.py), the first process asks every process for its stacks,
+prints them and ends the run. A process that dies closes its connection, so all others know of it at once, whatever they wait for.
 """
 
 from __future__ import annotations
