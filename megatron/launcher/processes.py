@@ -10,8 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -93,7 +94,9 @@ def run_until_done(argv: Sequence[str], env: Mapping[str, str], workers: int, en
     SIGINT and SIGTERM go to the workers alone, once, and this waits for as long as they need to save. DeepSpeed's launcher
     would pass a signal to one worker after the other and kill each after 30 s, while they wait for each other; so it is kept out of it.
     A second Ctrl-C ends everything at once. When this process dies, the launcher gets SIGTERM from the kernel. A signal that this process was
-    started to ignore stays ignored. A worker that a signal of somebody else's ended is named on standard error, with its rank. If a worker
+    started to ignore stays ignored.
+
+    A worker that a signal of somebody else's ended is named on standard error, with its rank. If a worker
     failed with a traceback, it is repeated, so that it is the last thing that is said. Workers that wait for one that has ended have PATIENCE_S to end.
     """
     with tempfile.TemporaryDirectory(prefix="failures_") as folder:
@@ -102,7 +105,7 @@ def run_until_done(argv: Sequence[str], env: Mapping[str, str], workers: int, en
 
 def _run_until_done(argv: Sequence[str], env: Mapping[str, str], workers: int, end_elsewhere: Sequence[str]) -> int:
     process = subprocess.Popen(list(argv), env=dict(env), start_new_session=True, preexec_fn=_die_with_parent if sys.platform == "linux" else None)
-    stop = _Stop(process.pid, workers, end_elsewhere)
+    stop = _Stop(process.pid, workers, partial(_start_quietly, end_elsewhere, env) if end_elsewhere else None)
     heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in heard}
     deaths = Deaths(lambda: _workers(process.pid), workers)
@@ -130,7 +133,7 @@ def _run_until_done(argv: Sequence[str], env: Mapping[str, str], workers: int, e
 class _Stop:
     """What a signal does: see `run_until_done`."""
 
-    def __init__(self, launcher: int, workers: int, elsewhere: Sequence[str]) -> None:
+    def __init__(self, launcher: int, workers: int, elsewhere: Callable[[], None] | None) -> None:
         self.launcher = launcher
         self.workers = workers
         self.elsewhere = elsewhere
@@ -149,9 +152,13 @@ class _Stop:
 
     def end_elsewhere(self) -> bool:
         """Ends the workers on other machines; False where there are none."""
-        if self.elsewhere:
-            subprocess.Popen(list(self.elsewhere), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        return bool(self.elsewhere)
+        if self.elsewhere is not None:
+            self.elsewhere()
+        return self.elsewhere is not None
+
+
+def _start_quietly(argv: Sequence[str], env: Mapping[str, str]) -> None:
+    subprocess.Popen(list(argv), env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int | None:

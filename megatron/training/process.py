@@ -12,7 +12,7 @@ import warnings
 import torch
 
 from megatron.config.machine import usable_cores
-from megatron.mpu.environment import complete_environment
+from megatron.mpu.environment import LaunchError, complete_environment
 from megatron.mpu.groups import make_groups
 from megatron.mpu.topology import ONE, Layout, Topology, current_topology
 
@@ -43,11 +43,25 @@ def start_process(*, backend: str | None, threads: int | None, layout: Layout = 
     decline_compiled_collectives()
     import_muon_without_compiling()
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(dist_backend=choose_backend(backend), auto_mpi_discovery=False, verbose=False)
+        try:
+            deepspeed.init_distributed(dist_backend=choose_backend(backend), auto_mpi_discovery=False, verbose=False)
+        except torch.distributed.DistNetworkError as error:
+            raise no_meeting(error) from None
         atexit.register(end_process)
     topology = current_topology(layout)
     make_groups(topology)
     return topology
+
+
+def no_meeting(error: Exception) -> LaunchError:
+    """A sentence for what torch says when the processes cannot meet."""
+    place = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
+    if "EADDRINUSE" in str(error):
+        return LaunchError(f"The processes cannot meet at {place}: another program uses this port. Set master_port to another one")
+    return LaunchError(
+        f"The processes cannot meet at {place}: {str(error).splitlines()[0]} Is process 0 started there, and can this machine reach it? "
+        "The keys master_addr and master_port say where to meet"
+    )
 
 
 def choose_accelerator() -> None:
