@@ -1,6 +1,6 @@
 """The command that starts processes on several machines, made by DeepSpeed's classes for pdsh, MPI and SLURM.
 
-DeepSpeed's own runner is not used to run it: its status is 0 when a signal has ended the command, and it does not show the command without running it.
+DeepSpeed's own runner is not used: its status is 0 when a signal has ended the command, and it does not show the command without running it.
 """
 
 from __future__ import annotations

@@ -96,8 +96,8 @@ def run_until_done(argv: Sequence[str], env: Mapping[str, str], workers: int, en
     A second Ctrl-C ends everything at once. When this process dies, the launcher gets SIGTERM from the kernel. A signal that this process was
     started to ignore stays ignored.
 
-    A worker that a signal of somebody else's ended is named on standard error, with its rank. If a worker
-    failed with a traceback, it is repeated, so that it is the last thing that is said. Workers that wait for one that has ended have PATIENCE_S to end.
+    A worker that a signal of somebody else's ended is named on standard error, with its rank. If a worker failed with a traceback, it is repeated, so
+    that it is the last thing that is said. Workers that wait for one that has ended have PATIENCE_S to end.
     """
     with tempfile.TemporaryDirectory(prefix="failures_") as folder:
         return _run_until_done(argv, {**env, FOLDER: folder}, workers, end_elsewhere)

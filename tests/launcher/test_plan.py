@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+import shlex
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from megatron.config.transport import decode
 from megatron.launcher.plan import Launch, machine_notices, plan_launch, worker_count
 from megatron.launcher.processes import Machine, free_port
 from megatron.launcher.reach import HINT, LaunchError
+from megatron.launcher.torchrun import NODE_RANK
 
 MODEL = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32, "max_position_embeddings": 32}
 CPU, TWO_GPUS = Machine(gpus=0, cores=8), Machine(gpus=2, cores=8)
@@ -105,19 +109,104 @@ def test_two_counts_that_contradict_each_other() -> None:
     assert caught.value.problems == ["'global_num_gpus' = 3: num_gpus is 2; on one machine give only one of them"]
 
 
-def test_a_hostfile_goes_to_deepspeed_s_runner(tmp_path: Path, stub: Stub) -> None:
-    from deepspeed.launcher.runner import parse_args
-
-    stub("sinfo", "exit 0")
+@pytest.fixture
+def two_hosts(tmp_path: Path) -> str:
+    """A hostfile with two machines of four slots."""
     hostfile = tmp_path / "hosts"
-    hostfile.write_text("# two machines\nworker-1 slots=4\nworker-2 slots=4\n")
-    launch = plan(hostfile=str(hostfile), launcher="slurm", comment="run", account="me", no_ssh_check=True, master_addr="10.0.0.1", num_gpus=2)
-    assert launch.argv[1:3] == ("-m", "deepspeed.launcher.runner")
-    options = parse_args(list(launch.argv[3:]))
-    assert (options.hostfile, options.launcher, options.launcher_args) == (str(hostfile), "slurm", "--comment=run --account=me")
-    assert (options.no_ssh_check, options.force_multi, options.master_addr, options.num_gpus) == (True, False, "10.0.0.1", 2)
-    assert (options.user_script, options.user_args[0]) == ("train.py", "--megatron_config")
-    assert launch.processes == 4
+    hostfile.write_text("# two machines\nnode-a slots=4\nnode-b slots=4\n")
+    return str(hostfile)
+
+
+WORKER = [sys.executable, "-u", "train.py", "--megatron_config"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "program", "begins", "holds"),
+    [
+        ("pdsh", "pdsh", ["pdsh", "-S"], ["-w node-a,node-b", "-m deepspeed.launcher.launch", "--node_rank=%n", "--master_addr=10.0.0.1"]),
+        ("openmpi", "ompi_info", ["mpirun", "-n", "8"], ["-hostfile HOSTS", "-x MASTER_ADDR=10.0.0.1", "-x MASTER_PORT=29500"]),
+        ("mpich", "mpirun", ["mpirun", "-n", "8", "-ppn", "4"], ["-hosts node-a,node-b", "-genv MASTER_ADDR 10.0.0.1", "-genv WORLD_SIZE 8"]),
+        ("impi", "mpirun", ["mpirun", "-ppn", "4"], ["-hosts node-a,node-b", "-genv MASTER_ADDR 10.0.0.1", "-env RANK 7 -env LOCAL_RANK 3"]),
+        ("slurm", "sinfo", ["srun", "-n", "8"], ["--comment=run", "--account=me", "--kill-on-bad-exit=1", "MASTER_ADDR=10.0.0.1"]),
+    ],
+)
+def test_the_command_for_several_machines(two_hosts: str, stub: Stub, launcher: str, program: str, begins: list[str], holds: list[str]) -> None:
+    stub(program, "exit 0")
+    scheduler = {"comment": "run", "account": "me"} if launcher == "slurm" else {}
+    launch = plan(hostfile=two_hosts, launcher=launcher, no_ssh_check=True, master_addr="10.0.0.1", **scheduler)
+    assert list(launch.argv[: len(begins)]) == begins
+    assert all(part.replace("HOSTS", two_hosts) in " ".join(launch.argv) for part in holds)
+    assert decode(launch.argv[-1]).config.launcher.launcher == launcher
+    assert list(launch.argv[-5:-1]) == WORKER or launcher == "pdsh", "no script of DeepSpeed's between, which hides the worker's status"
+    assert (launch.processes, launch.program, bool(launch.stop)) == (8, launcher, launcher == "pdsh")
+
+
+def test_pdsh_stops_the_processes_of_this_run_alone(two_hosts: str, stub: Stub) -> None:
+    stub("pdsh", "exit 0")
+    launch = plan(hostfile=two_hosts, no_ssh_check=True, master_addr="10.0.0.1", master_port=4000)
+    *_, command = launch.stop
+    pattern = shlex.split(command)[-1]
+    ours, others = (
+        f"{sys.executable} -u -m deepspeed.launcher.launch {launch.argv[-8]} --node_rank=0 --x --master_port={port} train.py" for port in (4000, 4001)
+    )
+    assert "--world_info=" in launch.argv[-8]
+    assert re.search(pattern, ours)
+    assert not re.search(pattern, others)
+    assert not re.search(pattern, f"pdsh -w a {ours}"), "nor the command that brings the word"
+
+
+def test_variables_for_the_other_machines(two_hosts: str, stub: Stub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stub("ompi_info", "exit 0")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    monkeypatch.setenv("UNRELATED", "1")
+    (tmp_path / ".deepspeed_env").write_text("\nMINE=5\n")
+    asked = {"hostfile": two_hosts, "launcher": "openmpi", "no_ssh_check": True, "master_addr": "10.0.0.1"}
+    words = plan(**asked, threads_per_process=3).argv
+    assert {"GLOO_SOCKET_IFNAME=eth7", "MINE=5", "OMP_NUM_THREADS=3", f"PYTHONPATH={tmp_path}"} <= {word.partition(":")[0] for word in words}
+    assert "UNRELATED=1" not in words
+    assert not [word for word in plan(**asked).argv if word.startswith("OMP_NUM_THREADS")], "this machine's cores say nothing about another's"
+    (tmp_path / ".deepspeed_env").write_text("MINE 5\n")
+    with pytest.raises(ConfigError, match=r"\.deepspeed_env: 'MINE 5' is no variable; write NAME=VALUE on each line"):
+        plan(**asked)
+
+
+def test_slurm_needs_no_ssh(two_hosts: str, stub: Stub) -> None:
+    stub("sinfo", "exit 0")
+    launch = plan(hostfile=two_hosts, launcher="slurm", num_gpus=2)
+    assert launch.argv[:3] == ("srun", "-n", "4")
+    assert not [word for word in launch.argv if "MASTER_ADDR" in word], "the tasks find the first machine in SLURM's list"
+
+
+def test_one_host_that_is_another_machine_is_reached_too(tmp_path: Path, stub: Stub) -> None:
+    """DeepSpeed's runner would start the processes here, where they wait for an address of the other machine."""
+    stub("pdsh", "exit 0")
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("node-a slots=2\n")
+    assert plan(hostfile=str(hostfile), no_ssh_check=True, master_addr="10.0.0.1").argv[0] == "pdsh"
+
+
+def test_torchrun_starts_this_machine_s_part(two_hosts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NODE_RANK:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match=r"none of its machines is this one; say which one this is: set NODE_RANK in the environment, from 0 to 1"):
+        plan(hostfile=two_hosts, launcher="torchrun")
+    monkeypatch.setenv("NODE_RANK", "1")
+    launch = plan(hostfile=two_hosts, launcher="torchrun", include="node-a@node-b:0,2")
+    words = ("--nnodes=2", "--node-rank=1", "--nproc-per-node=2", "--max-restarts=0", "--rdzv-backend=static", "--master-addr=node-a")
+    assert launch.argv[1 : 3 + len(words)] == ("-m", "torch.distributed.run", *words)
+    assert (launch.processes, launch.env["OMP_NUM_THREADS"]) == (2, "4")
+    assert plan(TWO_GPUS, hostfile=two_hosts, launcher="torchrun", include="node-a@node-b:1").env["CUDA_VISIBLE_DEVICES"] == "1"
+    monkeypatch.setenv("NODE_RANK", "2")
+    with pytest.raises(ConfigError, match=r"NODE_RANK is 2 in the environment, but .*hosts names 2 machine\(s\), from 0 to 1"):
+        plan(hostfile=two_hosts, launcher="torchrun")
+    monkeypatch.delenv("NODE_RANK")
+    mine = tmp_path / "mine"
+    mine.write_text("node-a slots=2\n127.0.0.2 slots=3\n")
+    assert "--node-rank=1" in plan(hostfile=str(mine), launcher="torchrun").argv, "an address of this machine"
+    mine.write_text("127.0.0.1 slots=2\n127.0.0.2 slots=3\n")
+    with pytest.raises(ConfigError, match=r"127.0.0.1 and 127.0.0.2 are all this machine"):
+        plan(hostfile=str(mine), launcher="torchrun")
 
 
 def test_slots_of_the_hostfile_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,8 +328,10 @@ def test_machines_that_cannot_be_reached_are_named(tmp_path: Path, stub: Stub) -
     assert first.endswith(" node-b hostname` ended with status 255 (ssh: connect to host node-b port 22: Connection refused)")
     assert last == f"For each: {HINT}."
     launch = plan(hostfile=str(hostfile), exclude="node-b")
-    assert launch.argv[launch.argv.index("--master_addr") + 1] == "10.0.0.7"
-    assert "--no_ssh_check" in launch.argv
+    assert "--master_addr=10.0.0.7" in launch.argv
+    hostfile.write_text("10.0.0.3 slots=4\nnode-c slots=4\n")
+    assert "--master_addr=10.0.0.3" in plan(hostfile=str(hostfile)).argv, "an address need not be asked for"
+    hostfile.write_text("node-a slots=4\nnode-c slots=4\n")
     stub("ssh", "exit 0")
     with pytest.raises(LaunchError, match=r"node-a gives no address .*; set master_addr to its address"):
         plan(hostfile=str(hostfile))
@@ -249,7 +340,7 @@ def test_machines_that_cannot_be_reached_are_named(tmp_path: Path, stub: Stub) -
         plan(hostfile=str(hostfile))
 
 
-@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "mvapich", "slurm"])
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "mvapich", "mpich", "impi", "slurm"])
 def test_a_launcher_whose_program_is_missing(tmp_path: Path, stub: Stub, launcher: str) -> None:
     hostfile = tmp_path / "hosts"
     hostfile.write_text("node-a slots=4\nnode-b slots=4\n")
@@ -268,6 +359,12 @@ def test_what_a_launcher_does_not_take_and_counts_that_are_not_there_are_said(tm
         machine_notices(loaded(hostfile=str(hostfile), launcher="openmpi", include="node-a@node-b:0"), CPU)
     with pytest.raises(ConfigError, match="'launcher' = 'slurm': slurm backend needs the same slot count on every host"):
         machine_notices(loaded(hostfile=str(hostfile), launcher="slurm", include="node-a@node-b:0"), CPU)
+    hostfile.write_text("node-a slots=4\nnode-b slots=3\n")
+    with pytest.raises(ConfigError, match="'launcher' = 'mpich': MPICH requires same number of devices per node"):
+        machine_notices(loaded(hostfile=str(hostfile), launcher="mpich"), CPU)
+    hostfile.write_text("node-a slots=4\nnode-b slots=4\n")
+    said = machine_notices(loaded(hostfile=str(hostfile), comment="mine"), CPU)
+    assert said[0] == "'comment' is for SLURM's scheduler, and 'launcher' = 'pdsh' has none"
     notices = machine_notices(loaded(hostfile=str(hostfile), num_nodes=3, num_gpus=6), CPU)
     assert notices[0] == f"'num_nodes' = 3: {hostfile} names 2 machine(s), and all of them are used"
     assert notices[1].startswith(f"'num_gpus' = 6: more than the slots of node-a (4), node-b (4) in {hostfile}; DeepSpeed starts 6 on each")
@@ -277,10 +374,10 @@ def test_a_hostfile_that_is_not_there_means_this_machine() -> None:
     assert plan(hostfile="/mock_path").replaces
 
 
-def test_filters_go_to_deepspeed_s_runner() -> None:
+def test_filters_on_this_machine() -> None:
     launch = plan(TWO_GPUS, include="localhost:1")
-    assert launch.argv[1:3] == ("-m", "deepspeed.launcher.runner")
-    assert launch.argv[launch.argv.index("--include") + 1] == "localhost:1"
+    world = launch.argv[launch.argv.index("--world_info") + 1]
+    assert json.loads(base64.urlsafe_b64decode(world)) == {"localhost": [1]}
 
 
 def test_a_busy_port_is_left_alone() -> None:

@@ -97,3 +97,22 @@ def test_a_script_says_the_sentence(script: str) -> None:
         1,
         "RANK is '0' in the environment, but WORLD_SIZE is missing; set both, or neither of them for one process\n",
     )
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+        ("MVP_COMM_WORLD_RANK", "MVP_COMM_WORLD_SIZE", "MVP_COMM_WORLD_LOCAL_RANK", "MVP_COMM_WORLD_LOCAL_SIZE"),
+        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ],
+    ids=lambda names: names[0],
+)
+def test_where_processes_of_an_mpi_meet(names: tuple[str, ...]) -> None:
+    several = dict(zip(names, ("3", "4", "1", "2"), strict=True))
+    assert completed(several | {"MASTER_ADDR": "10.0.0.1"}, master_port=2222) == ["3", "4", "1", "2", "10.0.0.1", "2222"]
+    assert completed(several | {"SLURM_JOB_NODELIST": "gpu[07,09]"})[4] == "gpu07", "an MPI in an allocation of SLURM's"
+    with pytest.raises(LaunchError, match="gave no address where they can meet; set master_addr or MASTER_ADDR"):
+        complete_environment(dict(several))
+    assert completed(several | {names[3]: "4"})[4] == "127.0.0.1", "all of them are on this machine"
