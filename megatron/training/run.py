@@ -59,10 +59,10 @@ def train(loaded: LoadedConfig) -> Trainer:
             cleanup.callback(lock(Path(config.checkpoint.save), topology).close)
         trainer = build_trainer(config, topology)
         trainer.failures = failures
-        if watcher is not None:
-            watcher.steps = lambda: trainer.state.iteration
         announce(trainer, loaded)
         resume(trainer)
+        if watcher is not None:
+            watcher.observer.follow(lambda: trainer.state.iteration)
         trainer.callbacks = build_callbacks(trainer, loaded, build_sinks(trainer), display(trainer, console))
         for callback in trainer.callbacks:
             cleanup.callback(callback.close)

@@ -76,23 +76,26 @@ class Account:
 
 
 class Observer:
-    """Looks at the main thread of this process. `step` gives the number of steps done; `counts_cpu`: computing is moving (not on GPUs, where waiting
-    for the device computes too)."""
+    """Looks at the main thread of this process. `counts_cpu`: computing is moving (not on GPUs, where waiting for the device computes too)."""
 
-    def __init__(self, rank: int, step: Callable[[], int], *, counts_cpu: bool) -> None:
+    def __init__(self, rank: int, *, counts_cpu: bool) -> None:
         self.rank = rank
-        self.step = step
+        self.steps: Callable[[], int] = lambda: 0
+        self._first_step = 0
         self.counts_cpu = counts_cpu
         self._main = threading.main_thread()
-        self._first_step: int | None = None
         self._marks: tuple[int, ...] = ()
         self._cpu = self._looked = 0.0
         self._moved = time.monotonic()
 
+    def follow(self, steps: Callable[[], int]) -> None:
+        """Call it before the first step of this launch. `steps` gives the number of steps done, now and later."""
+        self.steps, self._first_step = steps, steps()
+
     def look(self) -> Place:
         """Call it from time to time: the place says for how long nothing has changed between looks."""
         frames = list(stack_of(self._main))
-        now, cpu, step = time.monotonic(), self._cpu_seconds(), self.step()
+        now, cpu, step = time.monotonic(), self._cpu_seconds(), self.steps()
         marks = (step, hash(tuple((frame.f_code, frame.f_lasti) for frame in frames)), *operation_counts(), bytes_moved(self._main))
         computed = self.counts_cpu and cpu - self._cpu > BUSY * (now - self._looked)
         if computed or marks != self._marks:
@@ -107,8 +110,6 @@ class Observer:
     def _phase(self, frames: list[FrameType], step: int) -> str:
         if TAKE_STEP not in (frame.f_code for frame in frames):
             return ELSEWHERE
-        if self._first_step is None:
-            self._first_step = step
         return FIRST_STEP if step == self._first_step else STEP
 
     def _cpu_seconds(self) -> float:

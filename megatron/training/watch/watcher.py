@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from select import select
@@ -33,6 +33,8 @@ ANSWER_S = 10.0
 """How long the first process waits for the stacks of the others."""
 OWN_WORDS_S = 0.3
 """After another process has failed, this one may fail of the same cause within this time. Then it says so itself."""
+HANG_UP_S = 0.5
+"""How long a process that leaves waits for the others to read its last words."""
 GRACE_S = 5.0
 """A main thread that has lost another process has this time to end by itself."""
 LOST = re.compile(r"gloo|nccl|connection (?:reset|closed|refused)|broken pipe|socket", re.IGNORECASE)
@@ -74,9 +76,7 @@ class Watcher:
         self.rank = topology.rank
         self.world_size = topology.world_size
         self.limit_s = limit_s or float("inf")
-        self.steps: Callable[[], int] = lambda: 0
-        """How many steps are done. The run sets it as soon as it knows."""
-        self.observer = Observer(topology.rank, lambda: self.steps(), counts_cpu=device_type == "cpu")
+        self.observer = Observer(topology.rank, counts_cpu=device_type == "cpu")
         self.host = host
         self.stopped: str | None = None
         """Why the run ends, when another process has failed. None: it goes on."""
@@ -96,6 +96,10 @@ class Watcher:
 
     @abstractmethod
     def sockets(self) -> list[Any]: ...
+
+    @abstractmethod
+    def lines_left(self) -> list[Line]:
+        """The connections that are open."""
 
     @abstractmethod
     def tell(self, message: Message) -> None:
@@ -157,9 +161,20 @@ class Watcher:
                 self.turn(readable)
         faulthandler.cancel_dump_traceback_later()
         self.tell(self._last_words)
-        for line in self.sockets():
-            line.close()
+        self.hang_up()
         self._ended.set()
+
+    def hang_up(self) -> None:
+        """Closes the connections when the others have read what was said: a socket that is closed with something unread takes its last words back."""
+        lines = self.lines_left()
+        for line in lines:
+            line.finish()
+        end = time.monotonic() + HANG_UP_S
+        while (open_lines := [line for line in lines if not line.closed]) and time.monotonic() < end:
+            for line in select(open_lines, [], [], HANG_UP_S)[0]:
+                list(line.messages())
+        for line in lines:
+            line.close()
 
     def _arm(self) -> None:
         """If compiled code keeps Python's lock, this thread stands still as well. Then the stacks come from a thread that needs no lock."""
@@ -173,6 +188,7 @@ class First(Watcher):
     def __init__(self, topology: Topology, limit_s: float, device_type: str, host: str) -> None:
         super().__init__(topology, limit_s, device_type, host)
         self.lines: dict[int, Line] = {}
+        self.names: dict[int, str] = {}
         self.places: dict[int, tuple[Place, float]] = {}
         """Where each process was, and when it said so."""
         self.accounts: dict[int, Account] = {}
@@ -184,7 +200,10 @@ class First(Watcher):
         self.server, self.word = listen(self.host)
 
     def sockets(self) -> list[Any]:
-        return [self.server, *self._strangers, *(line for line in self.lines.values() if not line.closed)]
+        return [self.server, *self._strangers, *self.lines_left()]
+
+    def lines_left(self) -> list[Line]:
+        return [line for line in self.lines.values() if not line.closed]
 
     def tell(self, message: Message) -> None:
         for line in self.lines.values():
@@ -234,6 +253,7 @@ class First(Watcher):
             line.close()
             return
         self.lines[said[0]["rank"]] = line
+        self.names[said[0]["rank"]] = said[0]["name"]
         for message in said[1:]:
             self._take(said[0]["rank"], message)
 
@@ -248,10 +268,8 @@ class First(Watcher):
                 self._someone_failed(rank, f"failed with {message['failed']}")
 
     def _someone_failed(self, rank: int, what: str) -> None:
-        place = self.places[rank][0] if rank in self.places else None
-        where = "" if place is None else f" ({place.host}, pid {place.pid})"
-        step = "" if place is None else f" Its last known step is {place.step + 1}."
-        sentence = f"Stopping, because process {rank}{where} {what}.{step}"
+        step = f" Its last known step is {self.places[rank][0].step + 1}." if rank in self.places else ""
+        sentence = f"Stopping, because process {rank} ({self.names[rank]}) {what}.{step}"
         self.tell({"stop": sentence, "status": FAILURE_STATUS})
         self.stop(sentence)
 
@@ -264,6 +282,7 @@ class First(Watcher):
             self._hear(readable)
         sys.stderr.write(report(self.now(), self.accounts, self.limit_s))
         self.tell({"stop": "", "status": HANG_STATUS})
+        self.hang_up()
         end_now(HANG_STATUS)
 
 
@@ -277,6 +296,9 @@ class Other(Watcher):
         self._first_is_done = False
 
     def sockets(self) -> list[Any]:
+        return self.lines_left()
+
+    def lines_left(self) -> list[Line]:
         return [] if self.line.closed else [self.line]
 
     def tell(self, message: Message) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from torch.distributed import distributed_c10d
@@ -45,6 +47,11 @@ class Line:
         for text in whole:
             yield json.loads(text)
 
+    def finish(self) -> None:
+        """Nothing more will be sent."""
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+
     def close(self) -> None:
         self.socket.close()
 
@@ -65,7 +72,7 @@ def call(host: str, rank: int) -> Line:
     port, word = json.loads(distributed_c10d._get_default_store().get(KEY))
     connection = socket.create_connection((host, port), timeout=PATIENCE_S)
     line = Line(connection)
-    line.send({"word": word, "rank": rank})
+    line.send({"word": word, "rank": rank, "name": f"{socket.gethostname()}, pid {os.getpid()}"})
     return line
 
 
