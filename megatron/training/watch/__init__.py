@@ -6,6 +6,21 @@ wire.py      lines of JSON between the processes' watchers
 watcher.py   the thread of each process
 """
 
-from megatron.training.watch.watcher import HANG_STATUS, PeerFailed, Watcher, watched
+from __future__ import annotations
 
-__all__ = ["HANG_STATUS", "PeerFailed", "Watcher", "watched"]
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+from megatron.mpu.topology import Topology
+
+if TYPE_CHECKING:
+    from megatron.training.watch.watcher import Watcher
+
+
+def watched(topology: Topology, limit_s: float, *, device_type: str) -> AbstractContextManager[Watcher | None]:
+    """`watcher.watching`, where there is anyone to watch. A process that is alone (None) loads nothing of it, so that it starts no later."""
+    if topology.world_size == 1:
+        return nullcontext()
+    from megatron.training.watch.watcher import watching
+
+    return watching(topology, limit_s, device_type=device_type)

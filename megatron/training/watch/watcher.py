@@ -46,15 +46,12 @@ class PeerFailed(RuntimeError):
 
 
 @contextmanager
-def watched(topology: Topology, limit_s: float, *, device_type: str) -> Iterator[Watcher | None]:
-    """Watches this process and the others until the end of the block. None: this process is alone.
+def watching(topology: Topology, limit_s: float, *, device_type: str) -> Iterator[Watcher]:
+    """Watches this process and the others until the end of the block.
 
     `limit_s`: collective_timeout_s; 0: only for processes that die. An exception that leaves the block is made known to the other processes, which
     then end too. An exception that is only the echo of another process's end becomes PeerFailed.
     """
-    if topology.world_size == 1:
-        yield None
-        return
     host = os.environ["MASTER_ADDR"]
     watcher: Watcher = First(topology, limit_s, device_type, host) if topology.is_first else Other(topology, limit_s, device_type, host)
     watcher.start()
