@@ -19,6 +19,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from megatron.checkpoint import layout, reading
+from megatron.checkpoint.held import Share
 from megatron.checkpoint.manifest import FileRecord, HashingWriter
 
 CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
@@ -36,6 +37,8 @@ class Contents:
     """The weights lie in a file for each layer, as GPT-NeoX's pipeline writes them; ZeRO 3 has its own files for them."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Further entries of the manifest."""
+    share: Share | None = None
+    """What this process holds of the model. None: all of it; processes are data-parallel."""
 
 
 class HashingCheckpointEngine(CheckpointEngine):

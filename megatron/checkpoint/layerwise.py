@@ -37,11 +37,13 @@ class LayerwiseWeights:
         if stored.is_zero3:
             loaded = load_model_weights(path, expected)
             self._whole: dict[str, Tensor] | None = loaded.state_dict
+            self.layout = loaded.gqa_layout
             self.names, self.notices, self._expected = list(loaded.state_dict), list(loaded.notices), expected
             return
         named = [modern_names(shard) for shard in stored.shards]
         ordered = in_todays_order(stored, named, expected)
         self._whole, self._expected = None, replace(expected, gqa_layout=ordered.layout)
+        self.layout = ordered.layout
         self.names = list(named[0].state)
         self.notices = [f"{path}: {notice}" for notice in notices_on(stored, named, ordered)]
 
@@ -56,6 +58,10 @@ class LayerwiseWeights:
         if name not in self._weights:
             raise CheckpointError(f"{self.path} holds no {name}.")
         return self._weights[name]
+
+    def close(self) -> None:
+        """Gives back the memory of the layer that was read last."""
+        self._layer, self._weights = None, {}
 
     def _read_layer(self, stored: StoredCheckpoint, layer: str) -> dict[str, Tensor]:
         named = [modern_names({name: shard[name] for name in of_layer(shard, layer)}) for shard in stored.shards]

@@ -9,8 +9,11 @@ GPT-NeoX's layout, with our own files beside it:
         [bf16_]zero_pp_rank_0_mp_rank_00_optim_states.pt one for each data-parallel rank (ZeRO 1 to 3)
         zero_pp_rank_0_mp_rank_00_model_states.pt        one for each data-parallel rank (ZeRO 3), instead of the first
         rng_state_rank_01.pt                             random states of the ranks above 0
+        part_of_rank_03_model_states.pt                  experts of a rank above 0 that share them (our own)
+        layer_02-optim_states.pt                         optimizer state of layer 2, whole, as tools/ckpts/reshape.py writes it (our own)
         configs/<original>.yml, configs/resolved.json
-        manifest.json                                    size and SHA-256 of every file above, written last
+        division.json                                    which rank wrote each file, and which part of every weight it held
+        manifest.json                                    size and SHA-256 of every file above, a checksum of every tensor; written last
     <save>/.incomplete/global_step100/                   a checkpoint being written: renamed to its place when whole
     <save>/.global_step100.replaced                      a checkpoint of the same step that is just being replaced
     <save>/.global_step100.deleting                      a checkpoint that retention is deleting
@@ -26,8 +29,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+STATES = "optimizer_states"
+"""In a file of a part: optimizer state by name."""
 LATEST = "latest"
 MANIFEST = "manifest.json"
+DIVISION = "division.json"
+TENSORS = "tensors"
+"""In a manifest: checksums by name of weight and kind of tensor."""
 CONFIGS = "configs"
 RESOLVED_CONFIG = "resolved.json"
 LOCK = ".lock"
@@ -41,6 +49,8 @@ MODEL_FILE_PATTERN = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 ZERO3_MODEL_FILE_PATTERN = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 OPTIMIZER_FILE_PATTERN = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 LAYER_FILE_PATTERN = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+PART_FILE_PATTERN = re.compile(r"part_of_rank_(\d+)_model_states\.pt")
+LAYER_OPTIMIZER_FILE_PATTERN = re.compile(r"layer_(\d+)-optim_states\.pt")
 PARAMETER_PATTERN = re.compile(r"sequential\.(\d+)\.(.+)")
 """A weight's name in a model file: the number of its layer and its name in a layer file."""
 
@@ -113,6 +123,16 @@ def model_file(rank: int) -> str:
 def layer_file(layer: int, rank: int) -> str:
     """The file with the weights of one layer of a tensor-parallel rank."""
     return f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
+
+
+def part_file(rank: int) -> str:
+    """The file of a rank above 0 with what only it and its copies hold."""
+    return f"part_of_rank_{rank:02d}_model_states.pt"
+
+
+def layer_optimizer_file(layer: int) -> str:
+    """The file with the whole optimizer state of one layer."""
+    return f"layer_{layer:02d}-optim_states.pt"
 
 
 def random_state_file(rank: int) -> str:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from megatron.checkpoint import layout, ranks
-from megatron.checkpoint.adam_state import check_adam_state, pytorch_form
 from megatron.checkpoint.errors import CheckpointError, NoCheckpointError
+from megatron.checkpoint.fill import fill_engine
 from megatron.checkpoint.find import find_checkpoint, find_checkpoint_together
-from megatron.checkpoint.names import is_derived
-from megatron.checkpoint.random_state import restore_random_state
+from megatron.checkpoint.held import Share, base_optimizer
+from megatron.checkpoint.logical import LogicalCheckpoint
+from megatron.checkpoint.manifest import read_manifest
+from megatron.checkpoint.names import is_derived, logical_name
+from megatron.checkpoint.random_state import derive_random_state, restore_random_state
 from megatron.checkpoint.reading import read_file
-from megatron.checkpoint.stored import StoredCheckpoint, inspect_checkpoint
+from megatron.checkpoint.stored import client_state_of, inspect_checkpoint
+from megatron.checkpoint.sums import check_sums
+from megatron.checkpoint.vocabulary import TABLE
 from megatron.checkpoint.weights import Expected, ModelWeights, load_model_weights
+from megatron.mpu.topology import Layout, Topology
 
 __all__ = [
     "CheckpointError",
@@ -32,61 +40,99 @@ __all__ = [
 
 MAX_LISTED = 4
 PADDING_ARGS = frozenset({"make_vocab_size_divisible_by", "padded_vocab_size", "model_parallel_size"})
+AVERAGES = ("exp_avg", "exp_avg_sq")
 WEIGHTS_ALONE = "add `-o no_load_optim=true` to continue from the weights with a new optimizer state"
 
 log = logging.getLogger(__name__)
 
 
 def load_checkpoint(
-    engine: Any, path: Path | str, *, load_optimizer: bool = True, load_rng: bool = True, expected: Expected | None = None
+    engine: Any,
+    path: Path | str,
+    *,
+    load_optimizer: bool = True,
+    load_rng: bool = True,
+    expected: Expected | None = None,
+    share: Share | None = None,
 ) -> dict[str, Any]:
     """Loads the checkpoint at `path` (from find_checkpoint, which checks its files) and returns its client state. Collective: every rank calls it.
 
-    `load_optimizer` False takes the weights only (`no_load_optim`, `finetune`), from any number of processes and any ZeRO stage, and leaves the
-    engine's step counters alone. What was translated or decided on the way is logged.
-    Raises CheckpointError, on every rank and before anything is changed, when the checkpoint does not fit the model or the processes.
+    The checkpoint may be of any layout (data, tensor, pipeline and expert parallelism, ZeRO stage, number format) and so may this run (`share`;
+    None: data parallelism alone). `load_optimizer` False takes the weights only (`no_load_optim`, `finetune`) and leaves the engine's step counters
+    alone. What was translated or decided on the way is logged. Afterwards the checksum of every tensor is compared with the checkpoint's.
+    Raises CheckpointError on every rank: before anything is changed when the checkpoint does not fit the model, and after it when a checksum differs.
     """
     path, expected = Path(path), expected or Expected()
-    checked = ranks.together(lambda: _checked(engine, path, expected, load_optimizer=load_optimizer))
+    share = share or Share(Topology(ranks.world_size(), ranks.rank()))
+    own_shapes = ranks.together(lambda: module_shapes(engine.module, share))
+    shapes = {name: shape for process in ranks.gather(own_shapes or {}) for name, shape in process.items()}
+    checked = ranks.together(lambda: _checked(engine, path, expected, shapes, load_optimizer=load_optimizer))
     assert checked is not None
-    random_state = ranks.together(lambda: _random_state(checked.stored)) if load_rng else None
+    as_saved = all(ranks.gather(load_optimizer and is_as_saved(engine, checked, share)))
+    random_state = ranks.together(lambda: _random_state(checked.checkpoint, share)) if load_rng else None
     for notice in checked.notices:
         log.info("%s", notice)
-    if load_optimizer:
-        _load_everything(engine, checked)
+    if as_saved:
+        _load_as_saved(engine, path, expected)
     else:
-        _load_weights(engine, checked.weights)
+        fill_engine(engine, checked.checkpoint, share, optimizer=load_optimizer)
+    check_sums(path, engine, share, optimizer=load_optimizer)
     if random_state is not None:
-        restore_random_state(random_state)
-    return _unmapped(checked.stored.client_state)
+        random_state()
+    client_state = _unmapped(client_state_of(path, checked.checkpoint.head))
+    checked.checkpoint.close()
+    return client_state
 
 
 class Checked(NamedTuple):
-    """A checkpoint that fits, with its weights in today's form (under ZeRO 3 with its optimizer: empty, DeepSpeed reads them)."""
+    """A checkpoint that fits the model. `vocabulary_changed`: rows that only fill up the vocabulary are cut off or added."""
 
-    stored: StoredCheckpoint
-    weights: dict[str, Tensor]
+    checkpoint: LogicalCheckpoint
     notices: tuple[str, ...]
+    vocabulary_changed: bool
 
 
-def _checked(engine: Any, path: Path, expected: Expected, *, load_optimizer: bool) -> Checked:
-    stored = inspect_checkpoint(path)
-    check_args(path, stored.client_state.get("args") or {}, expected.args)
+def _checked(engine: Any, path: Path, expected: Expected, shapes: Mapping[str, tuple[int, ...]], *, load_optimizer: bool) -> Checked:
     if load_optimizer:
-        check_optimizer(stored, int(engine.zero_optimization_stage()), int(engine.seq_dp_world_size))
-    if load_optimizer and stored.is_zero3:
-        check_shapes(path, stored.shapes, module_shapes(engine.module))
-        check_precision(path, stored.shards[0], engine)
-        return Checked(stored, stored.shards[0], ())
-    loaded = load_model_weights(path, expected)
-    check_shapes(path, shapes_of(loaded.state_dict), module_shapes(engine.module))
+        check_has_optimizer(path)
+    checkpoint = LogicalCheckpoint(path, expected, optimizer=load_optimizer)
+    check_args(path, client_state_of(path, checkpoint.head).get("args") or {}, expected.args)
+    try:
+        padded = checkpoint.check_vocabulary(shapes)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    stored = {name: shapes[name] if padded and TABLE.search(name) and name in shapes else shape for name, shape in checkpoint.shapes.items()}
+    check_shapes(path, stored, shapes)
+    notices = [*checkpoint.notices, *([f"{path}: {padded}"] if padded else [])]
     if load_optimizer:
-        check_precision(path, loaded.state_dict, engine)
-        if loaded.vocabulary_changed:
-            raise CheckpointError(f"{path}: its vocabulary is padded differently, so its optimizer's state does not fit: {WEIGHTS_ALONE}.")
-        if not stored.is_own:
-            check_adam_state(path, stored.head["optimizer"], engine.optimizer.param_groups)
-    return Checked(stored, loaded.state_dict, loaded.notices)
+        check_adam_state(path, engine, checkpoint)
+        formats = sorted({name_of(dtype) for name, dtype in checkpoint.dtypes.items() if dtype.is_floating_point and name in shapes})
+        here = sorted({name_of(tensor.dtype) for tensor in engine.module.state_dict().values() if tensor.is_floating_point()})
+        if formats != here:
+            notices.append(f"{path} was trained in {' and '.join(formats)}; this run goes on in {' and '.join(here)}.")
+    return Checked(checkpoint, tuple(notices), padded is not None)
+
+
+def is_as_saved(engine: Any, checked: Checked, share: Share) -> bool:
+    """Whether DeepSpeed itself can read the files: this program wrote them, nothing divides the model, and stage, format and processes are the same.
+
+    Otherwise this process puts the tensors in one by one, which gives the same numbers.
+    """
+    manifest, table = read_manifest(checked.checkpoint.path), checked.checkpoint.table
+    if manifest is None or checked.vocabulary_changed or share.topology.layout != Layout() or (table is not None and table.is_divided):
+        return False
+    stage = int(engine.zero_optimization_stage())
+    if manifest.facts.get("zero_stage") != stage or (stage > 0 and manifest.facts.get("world_size") != ranks.world_size()):
+        return False
+    if layout.matching_files(checked.checkpoint.path, layout.LAYER_OPTIMIZER_FILE_PATTERN):
+        return False
+    dtypes = checked.checkpoint.dtypes
+    return all(dtypes.get(name, tensor.dtype) == tensor.dtype for name, tensor in engine.module.state_dict().items())
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`bfloat16`, `float32`, ..."""
+    return str(dtype).removeprefix("torch.")
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -94,9 +140,12 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def module_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Every parameter and persistent buffer of a model with its full shape, also when ZeRO 3 has cut it up."""
-    return {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in module.state_dict(keep_vars=True).items()}
+def module_shapes(module: nn.Module, share: Share | None = None) -> dict[str, tuple[int, ...]]:
+    """Every parameter and persistent buffer of a model with the shape of the whole weight, also when ZeRO 3 or `share` has cut it up."""
+    shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in module.state_dict(keep_vars=True).items()}
+    if share is None:
+        return shapes
+    return {logical_name(name): share.cut_of(logical_name(name), shape).shape for name, shape in shapes.items()}
 
 
 def check_args(path: Path, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -132,94 +181,63 @@ def check_shapes(path: Path, stored: Mapping[str, tuple[int, ...]], expected: Ma
         )
 
 
-def check_optimizer(stored: StoredCheckpoint, zero_stage: int, world_size: int) -> None:
-    """Raises CheckpointError when there is no optimizer state, or it is cut up in a way that this run cannot read.
+def check_has_optimizer(path: Path) -> None:
+    """Raises CheckpointError when there is no optimizer state at all."""
+    files = [*layout.matching_files(path, layout.OPTIMIZER_FILE_PATTERN), *layout.matching_files(path, layout.LAYER_OPTIMIZER_FILE_PATTERN)]
+    if not files and not any(read_file(file, mmap=True).get("optimizer") for file in layout.matching_files(path, layout.MODEL_FILE_PATTERN)[:1]):
+        raise CheckpointError(f"{path} holds no optimizer state (it was saved with no_save_optim, or converted): {WEIGHTS_ALONE}.")
 
-    Stage 0 loads at any number of processes; stages 1 and 2 read each other's files; stages 1 to 3 need the number of processes they were saved by.
-    """
-    if not stored.has_optimizer:
-        raise CheckpointError(f"{stored.path} holds no optimizer state (it was saved with no_save_optim, or converted): {WEIGHTS_ALONE}.")
-    if len(stored.shards) > 1 or len(stored.model_files) > 1:
-        count = max(len(stored.shards), len(stored.model_files))
+
+def check_adam_state(path: Path, engine: Any, checkpoint: LogicalCheckpoint) -> None:
+    """Raises CheckpointError when the optimizer is Adam, and the checkpoint holds only one of its averages of a weight, or none of any weight."""
+    if type(base_optimizer(engine)).__name__.removeprefix("Skipping") not in ("Adam", "AdamW", "KernelAdam"):
+        return
+    missing = [name for name in checkpoint.sources.by_name if checkpoint.kinds(name) and not set(AVERAGES) <= set(checkpoint.kinds(name))]
+    if missing or (not checkpoint.has_optimizer and any(checkpoint.sources.steps.values())):
         raise CheckpointError(
-            f"{stored.path} was saved by {count} processes that divided the model. Such an optimizer state cannot be read: {WEIGHTS_ALONE}."
-        )
-    saved_stage = stored.zero_stage()
-    if not stored.is_own and (saved_stage or zero_stage):
-        raise CheckpointError(
-            f"{stored.path} was written by another program with zero_optimization stage {saved_stage}; its optimizer state can be read only if both "
-            f"it and this run ({zero_stage}) use stage 0: {WEIGHTS_ALONE}."
-        )
-    if saved_stage != zero_stage and {saved_stage, zero_stage} != {1, 2}:
-        raise CheckpointError(
-            f"{stored.path} was saved with zero_optimization stage {saved_stage}, but this run uses stage {zero_stage}. The optimizer "
-            "states of the two stages have "
-            f"different forms: set stage {saved_stage}, or {WEIGHTS_ALONE}."
-        )
-    if zero_stage > 0 and stored.world_size != world_size:
-        raise CheckpointError(
-            f"{stored.path} was saved by {stored.world_size} data-parallel processes with zero_optimization stage {saved_stage}, which cuts "
-            f"the optimizer's state into as many parts; this run has {world_size}: start {stored.world_size} processes, or {WEIGHTS_ALONE}."
+            f"The optimizer's state in {path} is not Adam's: it does not hold both averages of {missing[0] if missing else 'any weight'}. Add "
+            "`-o no_load_optim=true` to continue from the weights with a new optimizer state."
         )
 
 
-def check_precision(path: Path, weights: Mapping[str, Tensor], engine: Any) -> None:
-    """Raises CheckpointError when the weights were trained in another precision: the optimizer's state would not fit or be rounded."""
-    floating, here = (
-        {str(tensor.dtype).removeprefix("torch.") for name, tensor in state.items() if tensor.is_floating_point() and not is_derived(name)}
-        for state in (weights, engine.module.state_dict())
-    )
-    if floating != here:
-        raise CheckpointError(
-            f"{path} was trained in {' and '.join(sorted(floating))}, but this run uses {' and '.join(sorted(here))}: set the same `precision`, "
-            f"or {WEIGHTS_ALONE}."
-        )
-
-
-def _random_state(stored: StoredCheckpoint) -> dict[str, Any] | None:
-    """This rank's random states; None where this rank keeps its own. Raises CheckpointError when the checkpoint has none for it."""
+def _random_state(checkpoint: LogicalCheckpoint, share: Share) -> Callable[[], None] | None:
+    """Sets this rank's random states; None where this rank keeps its own. Raises CheckpointError when the checkpoint has none for it."""
+    path, state = checkpoint.path, client_state_of(checkpoint.path, checkpoint.head)
+    manifest, topology = read_manifest(path), share.topology
+    saved = Layout() if checkpoint.table is None else checkpoint.table.topology.layout
+    processes = topology.world_size if manifest is None else manifest.facts.get("world_size", topology.world_size)
+    if (processes, saved) != (topology.world_size, topology.layout):
+        log.info(
+            "%s was saved by %d process(es) with %s; this run has %d with %s. The random states of dropout follow from seed, step and data-parallel "
+            "rank from here on.", path, processes, described(saved), topology.world_size, described(topology.layout)
+        )  # fmt: skip
+        return partial(derive_random_state, seed=share.seed, iteration=int(state.get("iteration", 0)), data_parallel_rank=topology.data_parallel_rank)
     if ranks.rank() == 0:
-        return stored.client_state
-    if not stored.is_own:
+        return partial(restore_random_state, state)
+    if manifest is None and layout.GQA_LAYOUT_KEY not in checkpoint.head:
         return None  # GPT-NeoX stores one process's, and would give it to all
-    file = stored.path / layout.random_state_file(ranks.rank())
+    file = path / layout.random_state_file(ranks.rank())
     if not file.exists():
         raise CheckpointError(
-            f"{stored.path} holds no random state for process {ranks.rank()} ({file.name} is missing). The checkpoint was saved by fewer "
-            "processes or with "
-            "no_save_rng. Add `-o no_load_rng=true` to continue with new random states."
+            f"{path} holds no random state for process {ranks.rank()} ({file.name} is missing), because it was saved with no_save_rng. Add "
+            "`-o no_load_rng=true` to continue with new random states."
         )
-    return read_file(file, mmap=False)
+    return partial(restore_random_state, read_file(file, mmap=False))
 
 
-def _load_everything(engine: Any, checked: Checked) -> None:
+def described(parallel: Layout) -> str:
+    """`tensor 2, pipe 1, expert 1`."""
+    return ", ".join(f"{name} {size}" for name, size in parallel._asdict().items())
+
+
+def _load_as_saved(engine: Any, path: Path, expected: Expected) -> None:
     from megatron.checkpoint.engine import checkpoint_engine, without_wildcards  # imports DeepSpeed, which reading weights does without
 
-    stored = checked.stored
-
-    def in_todays_form(content: dict[str, Any]) -> dict[str, Any]:
-        content = {**content, "module": checked.weights}
-        if stored.is_own:
-            return content
-        steps = int(content.get("global_steps") or stored.client_state.get("iteration") or 0)
-        content["optimizer"] = pytorch_form(content["optimizer"], engine.optimizer.param_groups, steps=steps)
-        return {**dict.fromkeys(("dp_world_size", "mp_world_size"), 1), "global_steps": steps, "skipped_steps": 0, **content}
-
-    with checkpoint_engine(engine, change=in_todays_form), without_wildcards(stored.path.parent) as directory:
-        loaded, _ = engine.load_checkpoint(str(directory), tag=stored.path.name)
-    assert loaded is not None, stored.path
-
-
-def _load_weights(engine: Any, weights: dict[str, Tensor]) -> None:
-    """Weights into any engine. DeepSpeed's own way for ZeRO 3 reads through `latest` and unpickles what it finds, so it is not used."""
-    optimizer = engine.optimizer
-    if hasattr(optimizer, "checkpoint_event_prologue"):
-        optimizer.checkpoint_event_prologue()
-    engine.load_module_state_dict({"module": weights}, strict=True, fetch_z3_params=engine.zero_optimization_partition_weights())
-    if hasattr(optimizer, "refresh_fp32_params"):
-        optimizer.refresh_fp32_params()
-    if hasattr(optimizer, "checkpoint_event_epilogue"):
-        optimizer.checkpoint_event_epilogue()
+    stored = inspect_checkpoint(path)
+    weights = stored.shards[0] if stored.is_zero3 else load_model_weights(path, expected).state_dict
+    with checkpoint_engine(engine, change=lambda content: {**content, "module": weights}), without_wildcards(path.parent) as directory:
+        loaded, _ = engine.load_checkpoint(str(directory), tag=path.name)
+    assert loaded is not None, path
 
 
 def _unmapped(value: Any) -> Any:

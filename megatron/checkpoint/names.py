@@ -16,6 +16,8 @@ from torch import Tensor
 from megatron.checkpoint.errors import CheckpointError
 
 WRAPPER = "module."
+STAGE_NAME, TIED_NAME = re.compile(r"\d+\."), re.compile(r"tied_modules\.[^.]+\.")
+"""How DeepSpeed's pipeline names a layer by its number, and the embedding, which the last stage shares."""
 RENAMED = {".mlp.dense_h_to_4h.": ".mlp.linear1.", ".mlp.dense_4h_to_h.": ".mlp.linear2.", ".mlp.w2.": ".mlp.linear2."}
 UP, GATE, PACKED = ".mlp.w3.", ".mlp.w1.", ".mlp.linear1."
 BUFFER = re.compile(r"(?:\.rotary_emb\.(?:inv_freq|cos_cached|sin_cached)|\.alibi_embed\.slopes|\.position_embeddings\.inv_freq|\.masked_bias)$")
@@ -24,6 +26,15 @@ BUFFER = re.compile(r"(?:\.rotary_emb\.(?:inv_freq|cos_cached|sin_cached)|\.alib
 def is_derived(name: str) -> bool:
     """Whether a checkpoint's entry is no weight but a buffer that follows from the configuration."""
     return BUFFER.search(name) is not None
+
+
+def logical_name(name: str) -> str:
+    """`2.norm.scale` and `module.sequential.2.norm.scale` -> `sequential.2.norm.scale`, `tied_modules.embed.x` -> `sequential.0.x`."""
+    while name.startswith(WRAPPER):
+        name = name.removeprefix(WRAPPER)
+    if match := TIED_NAME.match(name):
+        return f"sequential.0.{name[match.end() :]}"
+    return f"sequential.{name}" if STAGE_NAME.match(name) else name
 
 
 class Named(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -41,3 +42,13 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
             torch.cuda.set_rng_state(state["cuda_rng_state"])
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"The checkpoint's random state cannot be used ({error}). Load it with no_load_rng.") from error
+
+
+def derive_random_state(*, seed: int, iteration: int, data_parallel_rank: int) -> None:
+    """New states for a run that goes on in another layout: they follow from the run's seed, the step and the data-parallel rank alone, so that
+    processes that share a model have the same, and a second resume is the same as the first."""
+    digest = hashlib.sha256(f"{seed} {iteration} {data_parallel_rank}".encode()).digest()
+    number = int.from_bytes(digest[:8], "little")
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number % 2**63)

@@ -11,20 +11,25 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from megatron.checkpoint import layout, ranks
 from megatron.checkpoint.engine import Contents, checkpoint_engine, write_tensors
 from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.held import Share, base_optimizer, held_optimizer, held_weights, optimizer_order, optimizer_slots
 from megatron.checkpoint.manifest import FileRecord, sync_directory, write_bytes, write_manifest
 from megatron.checkpoint.random_state import capture_random_state
+from megatron.checkpoint.sums import OwnSums, described, own_sums
+from megatron.checkpoint.table import Table, table_bytes
 from megatron.config import disk
 from megatron.data.folders import broken_link, remove_folder
+from megatron.model.division import Cut
+from megatron.mpu.topology import Topology
 
 
 def save_checkpoint(
@@ -43,24 +48,65 @@ def save_checkpoint(
     Raises CheckpointError on every rank when any rank could not write (disk full, no permission, ...); what was there stays as it is.
     """
     directory, contents = Path(directory), contents or Contents()
+    share = contents.share or Share(Topology(ranks.world_size(), ranks.rank()))
     ranks.together(lambda: check_client_state(client_state))
     ranks.together(lambda: prepare(directory), only_rank=0)
     staged = layout.staging(directory) / layout.tag(iteration)
     random_state = capture_random_state() if contents.random_state else {}
     state = {"iteration": iteration, layout.GQA_LAYOUT_KEY: layout.GQA_LAYOUT, **client_state, **random_state}
-    files, failure = _write_rank_files(engine, staged, state, contents)
-    gathered = ranks.gather((files, failure))
+    cuts = cuts_by_name(ranks.gather({held.name: held.cut for held in held_weights(engine, share)}))
+    gathered = ranks.gather(_write_rank_files(engine, staged, state, contents, Owned(share, cuts)))
     facts = {**contents.facts, "iteration": iteration, "world_size": ranks.world_size(), "zero_stage": int(engine.zero_optimization_stage())}
     try:
-        ranks.raise_first([(_explain(directory, iteration, error) if error else None, CheckpointError) for _, error in gathered])
-        all_files = {name: record for rank_files, _ in gathered for name, record in rank_files.items()}
-        ranks.together(lambda: commit(directory, staged, all_files, documents, facts), only_rank=0)
+        ranks.raise_first([(_explain(directory, iteration, rank.error) if rank.error else None, CheckpointError) for rank in gathered])
+        facts[layout.TENSORS] = described([rank.sums for rank in gathered], share.topology)
+        all_files = {name: record for rank in gathered for name, record in rank.files.items()}
+        writers = {name: number for number, rank in enumerate(gathered) for name in rank.files}
+        table = Table(share.topology, cuts, writers, {number: rank.order for number, rank in enumerate(gathered)})
+        ranks.together(lambda: commit(directory, staged, all_files, documents, facts, table), only_rank=0)
     except CheckpointError as error:
         if ranks.rank() == 0:
             shutil.rmtree(layout.staging(directory), ignore_errors=True)
         message = str(error)
         raise CheckpointError(message if message.startswith("Could not save") else _explain(directory, iteration, message)) from error
     return directory / layout.tag(iteration)
+
+
+class Owned(NamedTuple):
+    """This process's share, and what every process holds of each weight."""
+
+    share: Share
+    cuts: Mapping[str, Mapping[int, Cut]]
+
+    def alone(self) -> frozenset[str]:
+        """The weights of which the file of the first data-parallel process, which DeepSpeed writes, has another part, while this process is the first
+        of those that hold the same part: experts that data-parallel processes share."""
+        topology = self.share.topology
+        first = topology.rank_of(topology.place._replace(data=0))
+        own, theirs = topology.rank, {name: by_rank.get(first) for name, by_rank in self.cuts.items()}
+        return frozenset(
+            name
+            for name, by_rank in self.cuts.items()
+            if own in by_rank and by_rank[own] != theirs[name] and min(rank for rank, cut in by_rank.items() if cut == by_rank[own]) == own
+        )
+
+
+class Written(NamedTuple):
+    """What a process wrote, and what it says about that. `error`: why it could not."""
+
+    files: dict[str, FileRecord]
+    sums: OwnSums
+    order: list[list[str]]
+    error: str | None
+
+
+def cuts_by_name(gathered: Sequence[Mapping[str, Cut]]) -> dict[str, dict[int, Cut]]:
+    """Name -> process -> its part, from what each process holds."""
+    cuts: dict[str, dict[int, Cut]] = {}
+    for rank, own in enumerate(gathered):
+        for name, cut in own.items():
+            cuts.setdefault(name, {})[rank] = cut
+    return cuts
 
 
 def check_client_state(client_state: Mapping[str, Any]) -> None:
@@ -103,28 +149,57 @@ def prepare(directory: Path) -> None:
         raise CheckpointError(f"Could not save into {directory}: {why}. Nothing was changed. Check that you may write to the directory.") from error
 
 
-def _write_rank_files(engine: Any, staged: Path, state: dict[str, Any], contents: Contents) -> tuple[dict[str, FileRecord], str | None]:
-    """This rank's files under their names inside the checkpoint, and what went wrong."""
+def _write_rank_files(engine: Any, staged: Path, state: dict[str, Any], contents: Contents, owned: Owned) -> Written:
     rank = ranks.rank()
     with checkpoint_engine(engine, contents) as writer:
         engine.save_checkpoint(str(staged.parent), tag=staged.name, client_state=state, save_latest=False)
     files, error = {file.name: record for file, record in writer.files.items()}, writer.error
-    if rank > 0 and contents.random_state and error is None:
-        name = layout.random_state_file(rank)
-        try:
-            files[name] = write_tensors({key: state[key] for key in capture_random_state()}, staged / name)
-        except OSError as failure:
-            error = failure
-    return files, None if error is None else disk.explained(error, staged)
+    own: dict[str, Any] = {}
+    if rank > 0 and contents.random_state:
+        own[layout.random_state_file(rank)] = {key: state[key] for key in capture_random_state()}
+    if int(engine.zero_optimization_stage()) < 3 and (alone := owned.alone()):
+        own[layout.part_file(rank)] = part_content(engine, owned.share, alone, optimizer=contents.optimizer)
+    for name, content in own.items():
+        if error is None:
+            try:
+                files[name] = write_tensors(content, staged / name)
+            except OSError as failure:
+                error = failure
+    sums, order = OwnSums({}, {}), list[list[str]]()
+    if error is None:
+        sums = own_sums(engine, owned.share, optimizer=contents.optimizer, copies=False)
+        order = optimizer_order(engine) if contents.optimizer else []
+    return Written(files, sums, order, None if error is None else disk.explained(error, staged))
 
 
-def commit(directory: Path, staged: Path, files: dict[str, FileRecord], documents: Mapping[str, str], facts: Mapping[str, Any]) -> None:
-    """Rank 0, when every rank's files are on the disk: documents, manifest, rename, `latest`."""
+def part_content(engine: Any, share: Share, names: Collection[str], *, optimizer: bool) -> dict[str, Any]:
+    """The weights of these names that this process holds, and without ZeRO (which has files of its own) their optimizer state by name."""
+    module = {held.name: held.values.view(held.cut.local_shape).clone() for held in held_weights(engine, share) if held.name in names}
+    if not optimizer or engine.zero_optimization_stage() or hasattr(engine.optimizer, "fp32_groups_flat_partition"):
+        return {"module": module}
+    slots = [slot for slot in optimizer_slots(engine, share) if slot.name in names]
+    states: dict[str, dict[str, Any]] = {slot.name: {} for slot in slots}
+    for kind, held in held_optimizer(engine, slots):
+        states[held.name][kind] = held.values.view(held.cut.local_shape).clone()
+    base = base_optimizer(engine)
+    for slot in slots:
+        steps = base.state.get(slot.flat, {}).get("step")
+        if steps is not None:
+            states[slot.name]["step"] = float(steps)
+    return {"module": module, layout.STATES: states}
+
+
+def commit(
+    directory: Path, staged: Path, files: dict[str, FileRecord], documents: Mapping[str, str], facts: Mapping[str, Any], table: Table | None = None
+) -> None:
+    """Rank 0, when every rank's files are on the disk: documents, table of parts, manifest, rename, `latest`."""
     configs = staged / layout.CONFIGS
     configs.mkdir()
     for name, text in documents.items():
         files[f"{layout.CONFIGS}/{name}"] = write_bytes(configs / name, text.encode())
     sync_directory(configs)
+    if table is not None:
+        files[layout.DIVISION] = write_bytes(staged / layout.DIVISION, table_bytes(table))
     versions = {"torch": str(torch.__version__), "host": socket.gethostname(), "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     write_manifest(staged, files, {**facts, **versions})
     sync_directory(staged)

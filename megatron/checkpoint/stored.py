@@ -37,15 +37,8 @@ class StoredCheckpoint:
 
     @property
     def client_state(self) -> dict[str, Any]:
-        """Everything in the head that is not DeepSpeed's. `iteration` is also found under its old name, `args` always is a dictionary."""
-        state = {key: value for key, value in self.head.items() if key not in layout.DEEPSPEED_KEYS}
-        if "total_iters" in state:
-            state.setdefault("iteration", state["total_iters"])
-        if "iteration" in state and not _is_count(state["iteration"]):
-            raise CheckpointError(f"{self.path}: its iteration is {state['iteration']!r}, which is not a number of steps.")
-        if "args" in state and not isinstance(state["args"], dict):
-            state["args"] = dict(vars(state["args"])) if hasattr(state["args"], "__dict__") else {}
-        return state
+        """Everything in the head that is not DeepSpeed's."""
+        return client_state_of(self.path, self.head)
 
     @property
     def is_own(self) -> bool:
@@ -65,7 +58,7 @@ class StoredCheckpoint:
     @property
     def has_optimizer(self) -> bool:
         """Whether it holds an optimizer's state at all."""
-        return bool(self.head.get("optimizer") or self.optimizer_files)
+        return bool(self.head.get("optimizer") or self.optimizer_files or layout.matching_files(self.path, layout.LAYER_OPTIMIZER_FILE_PATTERN))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -93,6 +86,19 @@ class StoredCheckpoint:
         stage = state.get("zero_stage")
         values = getattr(stage, "values", [1])  # the stage is an enumeration of DeepSpeed's, read as a stand-in; its BF16 optimizer names none
         return int(values[0])
+
+
+def client_state_of(path: Path, head: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model file holds beside what is DeepSpeed's. `iteration` is also found under its old name, `args` always is a dictionary. Raises
+    CheckpointError for an iteration that is none."""
+    state = {key: value for key, value in head.items() if key not in layout.DEEPSPEED_KEYS}
+    if "total_iters" in state:
+        state.setdefault("iteration", state["total_iters"])
+    if "iteration" in state and not _is_count(state["iteration"]):
+        raise CheckpointError(f"{path}: its iteration is {state['iteration']!r}, which is not a number of steps.")
+    if "args" in state and not isinstance(state["args"], dict):
+        state["args"] = dict(vars(state["args"])) if hasattr(state["args"], "__dict__") else {}
+    return state
 
 
 def inspect_checkpoint(path: Path) -> StoredCheckpoint:

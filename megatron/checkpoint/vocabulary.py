@@ -37,16 +37,35 @@ def fit_vocabulary(state: Mapping[str, Tensor], *, rows: int, vocab_size: int, a
         if not TABLE.search(name) or table.shape[0] == rows:
             continue
         stored_rows = table.shape[0]
-        if not _is_padding(stored_rows, vocab_size, args):
-            raise CheckpointError(
-                f"{name} has {stored_rows:,} rows, but the tokenizer has {vocab_size:,} entries, padded to {rows:,}. The model was trained with "
-                "another tokenizer. Set tokenizer_type and vocab_file to that tokenizer."
-            )
+        _check_rows(name, stored_rows, rows, vocab_size, args)
         fitted[name] = table[:rows] if stored_rows > rows else torch.cat([table, table.new_zeros(rows - stored_rows, *table.shape[1:])])
-    if not stored_rows:
-        return Fitted(fitted, None)
+    return Fitted(fitted, _notice(stored_rows, rows, vocab_size) if stored_rows else None)
+
+
+def check_padding(
+    stored: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], *, vocab_size: int | None, args: Mapping[str, Any]
+) -> str | None:
+    """Compares the shapes of a checkpoint with those of a model, as `fit_vocabulary` does with weights. A sentence where rows are cut off or added;
+    None where not. Raises CheckpointError for another tokenizer. `vocab_size` None: nothing is compared."""
+    sentence = None
+    for name, shape in shapes.items():
+        if vocab_size is not None and TABLE.search(name) and name in stored and stored[name][0] != shape[0]:
+            _check_rows(name, stored[name][0], shape[0], vocab_size, args)
+            sentence = _notice(stored[name][0], shape[0], vocab_size)
+    return sentence
+
+
+def _check_rows(name: str, stored_rows: int, rows: int, vocab_size: int, args: Mapping[str, Any]) -> None:
+    if not _is_padding(stored_rows, vocab_size, args):
+        raise CheckpointError(
+            f"{name} has {stored_rows:,} rows, but the tokenizer has {vocab_size:,} entries, padded to {rows:,}. The model was trained with "
+            "another tokenizer. Set tokenizer_type and vocab_file to that tokenizer."
+        )
+
+
+def _notice(stored_rows: int, rows: int, vocab_size: int) -> str:
     change = f"{stored_rows - rows} padding rows are left out" if stored_rows > rows else f"{rows - stored_rows} padding rows of zeros are added"
-    return Fitted(fitted, f"The checkpoint's vocabulary has {stored_rows:,} rows; this run has {rows:,} rows for {vocab_size:,} tokens: {change}.")
+    return f"The checkpoint's vocabulary has {stored_rows:,} rows; this run has {rows:,} rows for {vocab_size:,} tokens: {change}."
 
 
 def _is_padding(stored_rows: int, vocab_size: int, args: Mapping[str, Any]) -> bool:

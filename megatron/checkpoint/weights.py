@@ -48,6 +48,8 @@ class ModelWeights(NamedTuple):
     notices: tuple[str, ...] = ()
     vocabulary_changed: bool = False
     """Whether padding rows were cut off or added."""
+    gqa_layout: str = layout.GQA_LAYOUT
+    """How the stored rows of grouped query/key/value projections were found to lie."""
 
 
 def load_model_weights(path: Path | str, expected: Expected | None = None) -> ModelWeights:
@@ -60,15 +62,14 @@ def load_model_weights(path: Path | str, expected: Expected | None = None) -> Mo
         path = find_checkpoint(path)
     stored = inspect_checkpoint(path)
     try:
-        state, notices = _whole_weights(stored, expected)
+        state, notices, gqa_layout = _whole_weights(stored, expected)
         fitted = _fitted(stored, state, expected)
     except CheckpointError as error:
         message = str(error)
         raise CheckpointError(message if str(path) in message else f"{path}: {message}") from error
     notices += filter(None, [fitted.notice])
-    return ModelWeights(
-        fitted.state, read_config(path), stored.client_state, tuple(f"{path}: {notice}" for notice in notices), fitted.notice is not None
-    )
+    told = tuple(f"{path}: {notice}" for notice in notices)
+    return ModelWeights(fitted.state, read_config(path), stored.client_state, told, fitted.notice is not None, gqa_layout)
 
 
 def _fitted(stored: StoredCheckpoint, state: dict[str, torch.Tensor], expected: Expected) -> Fitted:
@@ -78,13 +79,14 @@ def _fitted(stored: StoredCheckpoint, state: dict[str, torch.Tensor], expected: 
     return fit_vocabulary(state, rows=rows, vocab_size=expected.vocab_size, args=stored.client_state.get("args") or {})
 
 
-def _whole_weights(stored: StoredCheckpoint, expected: Expected) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The weights under today's names and in today's order, tensor-parallel shards merged, and notices. Raises CheckpointError."""
+def _whole_weights(stored: StoredCheckpoint, expected: Expected) -> tuple[dict[str, torch.Tensor], list[str], str]:
+    """The weights under today's names and in today's order, tensor-parallel shards merged; notices; the order of grouped queries. Raises
+    CheckpointError."""
     check_known_layout(stored)
     named = [modern_names(shard) for shard in ([merge_zero3(stored)] if stored.is_zero3 else stored.shards)]
     ordered = in_todays_order(stored, named, expected)
     merged = merge_shards(ordered.shards, parallel_residual=expected.parallel_residual)
-    return merged.state, [*notices_on(stored, named, ordered), *merged.notices]
+    return merged.state, [*notices_on(stored, named, ordered), *merged.notices], ordered.layout
 
 
 def notices_on(stored: StoredCheckpoint, named: list[Named], ordered: Ordered) -> list[str]:
