@@ -129,10 +129,27 @@ def checkpoint_engine(
     """Puts our checkpoint engine into a DeepSpeed engine for the length of a save or load. `change` None: model files are taken as they are."""
     ours, theirs = HashingCheckpointEngine(contents or Contents(), change or dict), engine.checkpoint_engine
     engine.checkpoint_engine = ours
+    with _without_expert_files(type(engine)):
+        try:
+            yield ours
+        finally:
+            engine.checkpoint_engine = theirs
+
+
+@contextmanager
+def _without_expert_files(kind: Any) -> Iterator[None]:
+    """Inside, an engine with experts that processes share (a property of ours, see training/engine.py) writes the files of any other: those that
+    DeepSpeed has for experts are for its own layers alone."""
+    name = "has_moe_layers"
+    ours = kind.__dict__.get(name)
+    if ours is None:
+        yield
+        return
+    setattr(kind, name, False)
     try:
-        yield ours
+        yield
     finally:
-        engine.checkpoint_engine = theirs
+        setattr(kind, name, ours)
 
 
 @contextmanager

@@ -14,9 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.held import WEIGHT
 from megatron.checkpoint.names import modern_names
 from megatron.checkpoint.shards import merge_shards
-from megatron.checkpoint.stored import StoredCheckpoint, check_known_layout, inspect_checkpoint
+from megatron.checkpoint.stored import StoredCheckpoint, check_known_layout, client_state_of, inspect_checkpoint
+from megatron.checkpoint.table import read_table
 from megatron.checkpoint.weights import Expected, in_todays_order, load_model_weights, notices_on
 
 LAYER = re.compile(r"sequential\.(\d+)\.")
@@ -29,6 +31,12 @@ class LayerwiseWeights:
     """
 
     def __init__(self, path: Path, expected: Expected) -> None:
+        table = read_table(path)
+        self._joined: Any = None
+        """A LogicalCheckpoint, where this program divided the weights among processes; else None."""
+        if table is not None and table.is_divided:
+            self._open_divided(path, expected)
+            return
         stored = inspect_checkpoint(path)
         check_known_layout(stored)
         self.path, self.client_state = path, stored.client_state
@@ -49,6 +57,9 @@ class LayerwiseWeights:
 
     def read(self, name: str) -> Tensor:
         """A weight. It is read from the file when it is used, and valid until one of another layer is asked for."""
+        if self._joined is not None:
+            weight: Tensor = self._joined.read(name, WEIGHT, self._joined.whole(name))
+            return weight
         if self._whole is not None:
             return self._whole[name]
         layer = layer_of(name)
@@ -59,8 +70,17 @@ class LayerwiseWeights:
             raise CheckpointError(f"{self.path} holds no {name}.")
         return self._weights[name]
 
+    def _open_divided(self, path: Path, expected: Expected) -> None:
+        from megatron.checkpoint.logical import LogicalCheckpoint  # which reads other checkpoints through this class
+
+        self._joined = LogicalCheckpoint(path, expected, optimizer=False)
+        self.path, self.client_state, self.layout = path, client_state_of(path, self._joined.head), "q,k,v"
+        self.names, self.notices = list(self._joined.shapes), list[str]()
+
     def close(self) -> None:
         """Gives back the memory of the layer that was read last."""
+        if self._joined is not None:
+            self._joined.close()
         self._layer, self._weights = None, {}
 
     def _read_layer(self, stored: StoredCheckpoint, layer: str) -> dict[str, Tensor]:

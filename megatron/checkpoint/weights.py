@@ -17,9 +17,11 @@ from megatron.checkpoint import layout
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.gqa_layout import Ordered, todays_order
+from megatron.checkpoint.held import WEIGHT
 from megatron.checkpoint.names import Named, modern_names
 from megatron.checkpoint.shards import merge_shards
-from megatron.checkpoint.stored import StoredCheckpoint, check_known_layout, has_checksums, inspect_checkpoint
+from megatron.checkpoint.stored import StoredCheckpoint, check_known_layout, client_state_of, has_checksums, inspect_checkpoint
+from megatron.checkpoint.table import read_table
 from megatron.checkpoint.vocabulary import Fitted, fit_vocabulary
 from megatron.checkpoint.zero3 import merge_zero3
 
@@ -60,6 +62,9 @@ def load_model_weights(path: Path | str, expected: Expected | None = None) -> Mo
     path, expected = Path(path), expected or Expected()
     if not layout.looks_like_checkpoint(path):
         path = find_checkpoint(path)
+    table = read_table(path)
+    if table is not None and table.is_divided:
+        return _joined_weights(path, expected)
     stored = inspect_checkpoint(path)
     try:
         state, notices, gqa_layout = _whole_weights(stored, expected)
@@ -70,6 +75,22 @@ def load_model_weights(path: Path | str, expected: Expected | None = None) -> Mo
     notices += filter(None, [fitted.notice])
     told = tuple(f"{path}: {notice}" for notice in notices)
     return ModelWeights(fitted.state, read_config(path), stored.client_state, told, fitted.notice is not None, gqa_layout)
+
+
+def _joined_weights(path: Path, expected: Expected) -> ModelWeights:
+    """The weights that this program divided among processes, joined in memory."""
+    from megatron.checkpoint.logical import LogicalCheckpoint  # which reads other checkpoints through this module
+
+    checkpoint = LogicalCheckpoint(path, expected, optimizer=False)
+    state = {name: checkpoint.read(name, WEIGHT, checkpoint.whole(name)).clone() for name in checkpoint.shapes}
+    client_state = client_state_of(path, checkpoint.head)
+    checkpoint.close()
+    rows = expected.args.get("padded_vocab_size")
+    if expected.vocab_size is None or rows is None:
+        return ModelWeights(state, read_config(path), client_state)
+    fitted = fit_vocabulary(state, rows=rows, vocab_size=expected.vocab_size, args=client_state.get("args") or {})
+    notices = () if fitted.notice is None else (f"{path}: {fitted.notice}",)
+    return ModelWeights(fitted.state, read_config(path), client_state, notices, fitted.notice is not None)
 
 
 def _fitted(stored: StoredCheckpoint, state: dict[str, torch.Tensor], expected: Expected) -> Fitted:

@@ -59,6 +59,7 @@ def resume(trainer: Trainer) -> None:
         expected=replace(
             trainer.expected, args=without_free_positions(trainer.expected.args, trainer.config.model.pos_emb, finetune=not start.go_on)
         ),
+        share=trainer.share,
     )
     trainer.origin = client_state.get(layout.ORIGIN_KEY)
     for group, own in zip(trainer.engine.optimizer.param_groups, settings, strict=True):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.held import Share
 from megatron.checkpoint.weights import Expected
 from megatron.config.neox import NeoXConfig
 from megatron.config.training import Batch
@@ -48,6 +49,8 @@ class Trainer:
         self.engine = engine
         self.datasets = datasets
         self.expected = expected
+        self.share = Share(topology, getattr(engine.module, "cuts", {}), config.training.seed)
+        """This process's part of the weights, for checkpoints."""
         """The description of the model that every checkpoint holds."""
         self.data_facts = data_facts(config.data, datasets, {"seed": config.training.seed, "seq_length": plan.seq_length})
         """Facts about the data that the run reads. Every checkpoint holds them."""

@@ -122,7 +122,7 @@ class CheckpointCallback(Callback):
                 **self._logits(trainer),
             },
             documents=self.documents,
-            contents=replace(self.contents, facts={layout.LOSSES_FINITE: trainer.health.losses_finite}),
+            contents=replace(self.contents, facts={layout.LOSSES_FINITE: trainer.health.losses_finite}, share=trainer.share),
         )
 
     @staticmethod
