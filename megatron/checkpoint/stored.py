@@ -75,18 +75,6 @@ class StoredCheckpoint:
         shared = {name: full[source] for name, source in (self.head.get("shared_params") or {}).items()}
         return {**buffers, **full, **shared}
 
-    def zero_stage(self) -> int:
-        """0 to 3, as the files say; reads one of the optimizer's."""
-        if self.is_zero3 or not self.optimizer_files:
-            return 3 if self.is_zero3 else 0
-        content = read_file(self.optimizer_files[0], mmap=True)
-        state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
-        if not isinstance(state, dict):
-            raise CheckpointError(f"{self.optimizer_files[0]} holds no ZeRO optimizer state (no entry 'optimizer_state_dict').")
-        stage = state.get("zero_stage")
-        values = getattr(stage, "values", [1])  # the stage is an enumeration of DeepSpeed's, read as a stand-in; its BF16 optimizer names none
-        return int(values[0])
-
 
 def client_state_of(path: Path, head: Mapping[str, Any]) -> dict[str, Any]:
     """What a model file holds beside what is DeepSpeed's. `iteration` is also found under its old name, `args` always is a dictionary. Raises

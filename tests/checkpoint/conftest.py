@@ -37,6 +37,7 @@ def one(root: Path, first_disk: Path | None) -> dict[str, Any]:
         "bad_client_states": (str(root / "bad"),),
         "save_without_rng": (str(root / "without_rng"),),
         "pipeline_module": (str(root / "pipeline"),),
+        "save_gpt": (str(root / "gpt"),),
         "unwritable": (str(root / "file" / "run"),),
     }
     (root / "file").write_text("no directory")
@@ -52,7 +53,7 @@ def two(root: Path, one: dict[str, Any]) -> list[dict[str, Any]]:
         "save_and_resume": (str(root), TWO),
         "load_at_another_size": (one["save_and_resume"]["fp32", 0]["saved"],),
         "resume_in_other_stage": (str(root),),
-        "load_foreign": (one["save_and_resume"]["fp32", 0]["saved"],),
+        "load_foreign": (one["save_gpt"],),
         "fill_up": (str(root / "full"),),
     }
     return run_distributed(rank_work.several, 2, work)
@@ -67,5 +68,4 @@ def weight_paths(one: dict[str, Any], two: list[dict[str, Any]]) -> list[str]:
 @pytest.fixture(scope="session")
 def afterwards(weight_paths: list[str]) -> dict[str, Any]:
     """What one process returned that loads the others' checkpoints, by the name of the work."""
-    zero0, zero1, _, _, two_zero1, _ = weight_paths
-    return run_distributed(rank_work.several, 1, {"load_weights_only": (weight_paths, [0, 2, 3], "fp32"), "refusals": (zero1, zero0, two_zero1)})[0]
+    return run_distributed(rank_work.several, 1, {"load_weights_only": (weight_paths, [0, 2, 3], "fp32"), "refusals": (weight_paths[1],)})[0]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.errors import CheckpointError
-from megatron.checkpoint.load import check_args, check_optimizer
+from megatron.checkpoint.load import check_args, check_has_optimizer
+from megatron.checkpoint.logical import LogicalCheckpoint
 from megatron.checkpoint.random_state import restore_random_state
-from megatron.checkpoint.stored import inspect_checkpoint
 from megatron.checkpoint.weights import Expected, load_model_weights
 from megatron.config import config_from_dict
 from megatron.model.gpt import build_model
@@ -234,24 +234,27 @@ def test_a_later_layout_of_ours_is_refused(tmp_path: Path) -> None:
         load_model_weights(path)
 
 
+@pytest.mark.parametrize("changes", [{}, {"optimizer": {}}])
+def test_a_checkpoint_without_optimizer_state(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path = write_sequential(tmp_path, shards(weights(), 1), head(7, ARGS, **changes))
+    with pytest.raises(CheckpointError, match=re.escape("holds no optimizer state (it was saved with no_save_optim, or converted)")) as caught:
+        check_has_optimizer(path)
+    assert "add `-o no_load_optim=true` to continue from the weights with a new optimizer state" in str(caught.value)
+
+
 @pytest.mark.parametrize(
-    ("count", "stages", "changes", "zero_stage", "message"),
+    ("count", "stages", "optimizer", "message"),
     [
-        (1, 0, {}, 0, "holds no optimizer state (it was saved with no_save_optim, or converted)"),
-        (1, 0, {"optimizer": {}}, 0, "holds no optimizer state"),
-        (2, 0, {"optimizer": {"state": {}}}, 0, "was saved by 2 processes that divided the model"),
-        (2, 2, {"optimizer": {"state": {}}}, 0, "was saved by 4 processes that divided the model"),
-        (1, 0, {"optimizer": {"state": {}}}, 1, "written by another program with zero_optimization stage 0; its optimizer state can be read only if"),
+        (2, 2, {"state": {}, "param_groups": []}, "was saved by 4 processes that divided the model, without ZeRO"),
+        (1, 0, {"state": {}}, "its files are not in a form that this program knows (KeyError: 'param_groups')"),
+        (1, 0, {"state": {}, "param_groups": [{"params": [0]}]}, "its optimizer has 1 groups of weights, which are not those of this model"),
     ],
 )
-def test_optimizer_states_that_cannot_be_read(
-    tmp_path: Path, count: int, stages: int, changes: dict[str, Any], zero_stage: int, message: str
-) -> None:
-    content, parts = head(7, ARGS | {"model_parallel_size": count}, **changes), shards(weights(), count)
+def test_optimizer_states_that_cannot_be_read(tmp_path: Path, count: int, stages: int, optimizer: dict[str, Any], message: str) -> None:
+    content, parts = head(7, ARGS | {"model_parallel_size": count}, optimizer=optimizer), shards(weights(), count)
     path = write_layers(tmp_path, parts, content, stages=stages) if stages else write_sequential(tmp_path, parts, content)
-    with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
-        check_optimizer(inspect_checkpoint(path), zero_stage, 1)
-    assert "add `-o no_load_optim=true` to continue from the weights with a new optimizer state" in str(caught.value)
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        LogicalCheckpoint(path)
 
 
 def test_its_random_states_are_taken(tmp_path: Path) -> None:
