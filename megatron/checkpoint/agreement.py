@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.manifest import read_manifest
+from megatron.checkpoint.table import read_table
 from megatron.checkpoint.weights import read_config
 from megatron.config.messages import show
 from megatron.config.model import ModelConfig
@@ -102,6 +103,13 @@ def batch_change(path: Path, batch: Batch) -> str | None:
     )
 
 
+def samples_at_once(path: Path) -> int:
+    """How many samples all processes of the checkpoint's run took for one forward pass, as its configuration says; 0 where it does not say. Raises
+    CheckpointError."""
+    before = _stored_batch(path)
+    return 0 if before is None else before.global_ // before.accumulation
+
+
 def length_change(path: Path, train_iters: int) -> str | None:
     """A sentence for the log when a run that goes on from the checkpoint is to be of another length. None when it is not, or the checkpoint does not
     say. Raises CheckpointError.
@@ -122,10 +130,11 @@ def _advice(key: str, pos_emb: str, *, finetune: bool) -> str:
 
 
 def _stored_batch(path: Path) -> Batch | None:
-    manifest, stored = read_manifest(path), read_config(path)
+    manifest, stored, table = read_manifest(path), read_config(path), read_table(path)
     if manifest is None or not stored:
         return None
     try:
-        return resolve_batch(TrainingConfig.model_validate({key: stored.get(key) for key in BATCH_KEYS}), manifest.facts["world_size"])
+        replicas = manifest.facts["world_size"] if table is None else table.topology.data_parallel_size
+        return resolve_batch(TrainingConfig.model_validate({key: stored.get(key) for key in BATCH_KEYS}), replicas)
     except (KeyError, TypeError, ValueError):
         return None  # written by a version whose keys or facts were others

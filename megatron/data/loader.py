@@ -23,7 +23,7 @@ from megatron.data.sample.map_cache import Packing, load_or_build
 from megatron.data.sample.packed import PackedDataset
 from megatron.data.sample.samples import SampleDataset, Source
 from megatron.data.sample.whole_documents import WholeDocumentDataset
-from megatron.data.sampler import MicroBatchSampler
+from megatron.data.sampler import MicroBatchSampler, Start
 from megatron.data.split import SPLITS, parse_split, split_documents
 from megatron.data.vocabulary import check_labels, check_vocabulary
 
@@ -223,7 +223,8 @@ class Batches:
 
 def batches(dataset: TextDataset, *, micro_batch: int, rank: int = 0, world_size: int = 1, start_iteration: int = 0, num_workers: int = 0) -> Batches:
     """Micro-batches of `dataset` from number `start_iteration` on; earlier ones are not read. At the end it begins again, as NeoX does."""
-    sampler = MicroBatchSampler(len(dataset), micro_batch=micro_batch, rank=rank, world_size=world_size, start_iteration=start_iteration)
+    start = Start(start_iteration * micro_batch * world_size)
+    sampler = MicroBatchSampler(len(dataset), micro_batch=micro_batch, rank=rank, world_size=world_size, start=start)
     return Batches(dataset, sampler, num_workers)
 
 

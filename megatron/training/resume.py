@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron.checkpoint import forward_check, layout
-from megatron.checkpoint.agreement import batch_change, check_architecture, length_change, without_free_positions
+from megatron.checkpoint.agreement import batch_change, check_architecture, length_change, samples_at_once, without_free_positions
 from megatron.checkpoint.errors import CheckpointError, NoCheckpointError
 from megatron.checkpoint.find import find_checkpoint_together
 from megatron.checkpoint.load import load_checkpoint
@@ -75,6 +75,7 @@ def resume(trainer: Trainer) -> None:
     # In GPT-NeoX's checkpoints, which are without our counters.
     upstreams = {"iteration": iteration, "skipped": trainer.engine.skipped_steps, "consumed_samples": iteration * trainer.plan.batch.global_}
     trainer.state = TrainingState.from_state_dict({**upstreams, **client_state.get(STATE, {})})
+    trainer.state.samples_at_once = trainer.state.samples_at_once or samples_at_once(path)
     trainer.last_checkpoint = path
     record = trainer.engine.lr_scheduler
     record.steps_done = trainer.state.steps_done

@@ -17,6 +17,9 @@ class TrainingState:
     skipped_in_a_row: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
+    samples_at_once: int = 0
+    """The samples that all processes together took for one forward pass when the run began. A pass through the data is a multiple of it, in this
+    layout and in those that the run goes on in. 0: not known yet."""
 
     @property
     def steps_done(self) -> int:

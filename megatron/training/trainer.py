@@ -14,7 +14,8 @@ from megatron.config.neox import NeoXConfig
 from megatron.config.training import Batch
 from megatron.data.changed import data_facts
 from megatron.data.indexed import DatasetError
-from megatron.data.loader import Batches, Datasets, batches
+from megatron.data.loader import Batches, Datasets
+from megatron.data.sampler import MicroBatchSampler, Start
 from megatron.mpu.topology import Topology
 from megatron.training.callbacks.base import Callback
 from megatron.training.health import Health
@@ -103,14 +104,16 @@ class Trainer:
         """This process's micro-batches, from the current step of the run on."""
         if self.datasets.train is None:
             raise DatasetError("there is no training data: set data_path or train_data_paths")
-        return batches(
-            self.datasets.train,
-            micro_batch=self.plan.batch.micro,
+        micro, processes = self.plan.batch.micro, self.topology.data_parallel_size
+        self.state.samples_at_once = self.state.samples_at_once or micro * processes
+        sampler = MicroBatchSampler(
+            len(self.datasets.train),
+            micro_batch=micro,
             rank=self.topology.data_parallel_rank,
-            world_size=self.topology.data_parallel_size,
-            start_iteration=self.state.consumed_samples // (self.plan.batch.micro * self.topology.data_parallel_size),
-            num_workers=self.config.data.num_workers,
+            world_size=processes,
+            start=Start(self.state.consumed_samples, self.state.samples_at_once),
         )
+        return Batches(self.datasets.train, sampler, self.config.data.num_workers)
 
     def count(self, metrics: StepMetrics) -> None:
         state = self.state
