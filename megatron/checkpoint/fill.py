@@ -113,14 +113,14 @@ def _fill_counters(engine: Any, checkpoint: LogicalCheckpoint) -> None:
     engine.skipped_steps = int(head.get("skipped_steps") or 0)
     if engine.lr_scheduler is not None and head.get("lr_scheduler") is not None:
         engine.lr_scheduler.load_state_dict(head["lr_scheduler"])
-    scaler, stored = getattr(engine.optimizer, "loss_scaler", None), _stored_scaler(checkpoint)
+    scaler, stored = getattr(engine.optimizer, "loss_scaler", None), stored_scaler(checkpoint)
     if getattr(scaler, "dynamic", False):
         for name in SCALER:
             if name in stored:
                 setattr(scaler, name, stored[name])
 
 
-def _stored_scaler(checkpoint: LogicalCheckpoint) -> Mapping[str, Any]:
+def stored_scaler(checkpoint: LogicalCheckpoint) -> Mapping[str, Any]:
     """The loss scale of a run in fp16; empty where there is none."""
     optimizer = checkpoint.head.get("optimizer")
     if isinstance(optimizer, dict) and optimizer.get("dynamic_loss_scale"):

@@ -29,6 +29,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+RESHAPED = "reshaped"
+"""In a manifest: no run saved it in this form."""
 STATES = "optimizer_states"
 """In a file of a part: optimizer state by name."""
 LATEST = "latest"

@@ -206,7 +206,8 @@ def _random_state(checkpoint: LogicalCheckpoint, share: Share) -> Callable[[], N
     manifest, topology = read_manifest(path), share.topology
     saved = Layout() if checkpoint.table is None else checkpoint.table.topology.layout
     processes = topology.world_size if manifest is None else manifest.facts.get("world_size", topology.world_size)
-    if (processes, saved) != (topology.world_size, topology.layout):
+    reshaped = manifest is not None and manifest.facts.get(layout.RESHAPED)
+    if reshaped or (processes, saved) != (topology.world_size, topology.layout):
         log.info(
             "%s was saved by %d process(es) with %s; this run has %d with %s. The random states of dropout follow from seed, step and data-parallel "
             "rank from here on.", path, processes, described(saved), topology.world_size, described(topology.layout)
