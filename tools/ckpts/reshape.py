@@ -3,8 +3,8 @@
 
 python tools/ckpts/reshape.py runs/quickstart reshaped --model-parallel-size 2 --pipe-parallel-size 2
 
-This program resumes from any layout without this tool. It is for GPT-NeoX, and for tools that want their own layout. Reads checkpoints of this program
-and of GPT-NeoX, in any layout; the checksum of every tensor is compared at the end.
+This program resumes from any layout without this tool. It is for GPT-NeoX, and for tools that want a layout of their own. It reads checkpoints of
+this program and of GPT-NeoX in any layout. At the end the checksum of every tensor is compared.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
         expected = Expected(parallel_residual=model.gpt_j_residual, gqa_layout=opened.source.config.checkpoint.gqa_layout)
         division = Division(options.model_parallel_size, options.pipe_parallel_size, parallel_residual=model.gpt_j_residual)
         with build_reporter().stage(f"Reshaping {opened.path}", total_bytes(opened.path, expected)) as stage:
-            written = reshape_checkpoint(opened.path, options.output, division, expected, stage.advance)
+            written = reshape_checkpoint(opened.path, options.output, division, expected, lambda size: stage.advance(size, 0))
         for notice in written.notices:
             print(notice)
         print(f"Wrote {written.path}. {written.compared:,} checksums of {opened.path} were compared, and all new files were read again.")
