@@ -1,7 +1,7 @@
 """A checkpoint written again for another number of tensor-parallel processes and pipeline stages, layer by layer, without an engine.
 
 The weights lie as GPT-NeoX's processes read them. The optimizer's state lies whole in files of our own, one a layer: this program resumes from them
-in any layout. About one layer is in memory at a time; with `stages` 0 GPT-NeoX wants a process's weights in one file, and they are in memory together.
+in any layout. About one layer is in memory at a time. With `stages` 0 GPT-NeoX wants a process's weights in one file: they are in memory together.
 """
 
 from __future__ import annotations
