@@ -125,10 +125,10 @@ def test_every_layout_goes_on_in_six_others(corpus: Path, source: str, tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [{"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}, {"type": "Lion", "params": {"lr": 1e-4}}])
 def test_other_optimizers(corpus: Path, tmp_path: Path, optimizer: dict[str, Any]) -> None:
-    saved = save(corpus, tmp_path / "run", "data 2, ZeRO 1", optimizer=optimizer)
+    saved = save(corpus, tmp_path / "run", "data 2, ZeRO 1", optimizer=optimizer, min_lr=1e-5)
     for target in ("one", "data 2, ZeRO 3", "expert 2"):
         case = EVERY[target]
-        keys = values(corpus, load=str(saved.path.parent), **case.keys, optimizer=optimizer)
+        keys = values(corpus, load=str(saved.path.parent), **case.keys, optimizer=optimizer, min_lr=1e-5)
         outcomes = run(case.processes, keys, again=tmp_path / target)
         assert outcomes[0].losses == pytest.approx(saved.outcomes[0].losses, abs=1e-5)
         assert same_sums(saved.path, tmp_path / target / "global_step3") > 30
