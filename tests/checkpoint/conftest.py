@@ -49,10 +49,17 @@ def one(root: Path, first_disk: Path | None) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def two(root: Path, one: dict[str, Any]) -> list[dict[str, Any]]:
     """What each of two processes returned, by the name of the work."""
+
+    def saved_in(stage: int) -> str:
+        return f"{root}/fp32 zero[{stage}] world 2/global_step3"
+
     work = {
         "save_and_resume": (str(root), TWO),
         "load_at_another_size": (one["save_and_resume"]["fp32", 0]["saved"],),
         "resume_in_other_stage": (str(root),),
+        "changed_on_the_last_rank": (
+            {"weight": f"{root}/fp32 zero[0] world 2/global_step3", "exp_avg": f"{root}/fp32 zero[1] world 2/global_step3"},
+        ),
         "load_foreign": (one["save_gpt"],),
         "fill_up": (str(root / "full"),),
     }

@@ -11,7 +11,7 @@ import torch
 
 from megatron.checkpoint import ranks
 from megatron.checkpoint.engine import Contents
-from megatron.checkpoint.held import Share
+from megatron.checkpoint.held import WEIGHT, Share, held_optimizer, held_weights, optimizer_slots
 from megatron.checkpoint.load import Expected, find_checkpoint_together, load_checkpoint
 from megatron.checkpoint.save import resolved_config_document, save_checkpoint
 from megatron.checkpoint.sums import check_sums
@@ -167,6 +167,21 @@ def load_foreign(path: str) -> dict[str, Any]:
     load_checkpoint(engine, foreign)
     check_sums(Path(path), engine, Share(Topology(ranks.world_size(), ranks.rank())), optimizer=True)
     return {"random": torch.rand(1).item(), "steps": engine.global_steps}
+
+
+def changed_on_the_last_rank(paths: Mapping[str, str]) -> dict[str, str]:
+    """By kind of tensor: the sentence when one number differs on the last rank only, after a checkpoint was loaded."""
+    share = Share(Topology(ranks.world_size(), ranks.rank()))
+    sentences = {}
+    for kind, path in paths.items():
+        engine = build_engine(0 if "zero[0]" in path else 1)
+        load_checkpoint(engine, path)
+        if ranks.rank() == ranks.world_size() - 1:
+            found = {WEIGHT: held_weights(engine, share)} if kind == WEIGHT else {}
+            held = found.get(kind) or (entry for name, entry in held_optimizer(engine, optimizer_slots(engine, share)) if name == kind)
+            next(entry for entry in held if entry.name == "layers.1.weight").values[-1] += 1
+        sentences[kind] = refused(lambda engine=engine, path=path: check_sums(Path(path), engine, share, optimizer=True))
+    return sentences
 
 
 def pipeline_module(root: str) -> dict[str, bool]:

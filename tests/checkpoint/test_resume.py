@@ -139,6 +139,14 @@ def test_zero0_loads_at_any_number_of_processes(saved: Saved, two: list[dict[str
         assert result["content"] == stored
 
 
+@pytest.mark.parametrize("kind", ["weight", "exp_avg"])
+def test_a_number_that_differs_on_one_process_is_found(two: list[dict[str, Any]], kind: str) -> None:
+    """Also where other processes hold the same weight."""
+    what = {"weight": "the weight itself", "exp_avg": "exp_avg"}[kind]
+    for results in two:
+        assert f"was not loaded as it was saved: {what} of layers.1.weight has the checksum" in results["changed_on_the_last_rank"][kind]
+
+
 def test_another_programs_random_state_is_the_first_processs(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     first, second = (results["load_foreign"] for results in two)
     assert first["steps"] == second["steps"] == 3
