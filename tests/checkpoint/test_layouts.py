@@ -114,6 +114,13 @@ def test_a_run_goes_on_in_another_layout(corpus: Path, saved: Saved, target: str
     check_same(corpus, saved, SOURCE, target, tmp_path)
 
 
+def test_experts_that_processes_share_are_all_saved(corpus: Path, tmp_path: Path) -> None:
+    """DeepSpeed writes the first replica's weights alone."""
+    saved = save(corpus, tmp_path / "run", "expert 2")
+    assert (saved.path / "part_of_rank_01_model_states.pt").exists()
+    check_same(corpus, saved, "expert 2", "one", tmp_path / "again")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("source", EVERY)
 def test_every_layout_goes_on_in_six_others(corpus: Path, source: str, tmp_path: Path) -> None:
