@@ -61,7 +61,7 @@ class LogicalCheckpoint:
         try:
             divided = self.table is not None and self.table.is_divided
             self.head = self._open_divided(self.table) if divided and self.table is not None else self._open_whole()
-            if optimizer:
+            if optimizer or (divided and layout.matching_files(path, layout.ZERO3_MODEL_FILE_PATTERN)):
                 self._add_optimizer()
         except UNREADABLE as error:
             if isinstance(error, CheckpointError):

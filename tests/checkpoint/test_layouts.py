@@ -58,6 +58,7 @@ OF_FOUR = {
     "data 4, ZeRO 3": Case(4, zero(3)),
     "tensor 4": Case(4, {"model_parallel_size": 4}),
     "tensor 2, data 2, ZeRO 2": Case(4, {**TENSOR, **zero(2)}),
+    "tensor 2, data 2, ZeRO 3": Case(4, {**TENSOR, **zero(3)}),
     "tensor 2, expert 2": Case(4, {**TENSOR, **EXPERT}),
     "tensor 2, expert 2, ZeRO 1": Case(4, {**TENSOR, **EXPERT, **zero(1)}),
     "expert 2, data 4, ZeRO 1": Case(4, {**EXPERT, **zero(1)}),
