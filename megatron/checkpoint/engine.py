@@ -109,7 +109,7 @@ def arranged(name: str, content: Mapping[str, Any], contents: Contents) -> Itera
         yield name, content
         return
     head = {**content, "optimizer": content["optimizer"] if contents.optimizer else None}
-    if contents.layer_files:
+    if contents.layer_files and content["module"] is not None:  # DeepSpeed's pipeline has written the layers by itself
         by_layer: dict[int, list[tuple[str, str]]] = defaultdict(list)
         for stored_name in content["module"]:
             place = layout.PARAMETER_PATTERN.fullmatch(stored_name)

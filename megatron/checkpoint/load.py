@@ -124,7 +124,7 @@ def is_as_saved(engine: Any, checked: Checked, share: Share) -> bool:
     stage = int(engine.zero_optimization_stage())
     if manifest.facts.get("zero_stage") != stage or (stage > 0 and manifest.facts.get("world_size") != ranks.world_size()):
         return False
-    if layout.matching_files(checked.checkpoint.path, layout.LAYER_OPTIMIZER_FILE_PATTERN):
+    if manifest.facts.get(layout.RESHAPED) or checked.checkpoint.is_bf16_form != hasattr(engine.optimizer, "fp32_groups_flat_partition"):
         return False
     dtypes = checked.checkpoint.dtypes
     return all(dtypes.get(name, tensor.dtype) == tensor.dtype for name, tensor in engine.module.state_dict().items())
@@ -184,7 +184,8 @@ def check_shapes(path: Path, stored: Mapping[str, tuple[int, ...]], expected: Ma
 def check_has_optimizer(path: Path) -> None:
     """Raises CheckpointError when there is no optimizer state at all."""
     files = [*layout.matching_files(path, layout.OPTIMIZER_FILE_PATTERN), *layout.matching_files(path, layout.LAYER_OPTIMIZER_FILE_PATTERN)]
-    if not files and not any(read_file(file, mmap=True).get("optimizer") for file in layout.matching_files(path, layout.MODEL_FILE_PATTERN)[:1]):
+    heads = [read_file(file, mmap=True) for file in layout.matching_files(path, layout.MODEL_FILE_PATTERN)[:1]]
+    if not files and not any(isinstance(head, dict) and head.get("optimizer") for head in heads):
         raise CheckpointError(f"{path} holds no optimizer state (it was saved with no_save_optim, or converted): {WEIGHTS_ALONE}.")
 
 

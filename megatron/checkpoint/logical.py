@@ -73,6 +73,12 @@ class LogicalCheckpoint:
         """Whether it holds the state of an optimizer."""
         return any(kind not in (WEIGHT, MASTER) for kinds in self.sources.by_name.values() for kind in kinds)
 
+    @property
+    def is_bf16_form(self) -> bool:
+        """Whether DeepSpeed's BF16 optimizer wrote the optimizer files, which differ from those of ZeRO 1 and 2 in a few entries."""
+        files = layout.matching_files(self.path, layout.OPTIMIZER_FILE_PATTERN)
+        return bool(files) and "zero_stage" not in self.files.at(files[0], (STATE,))
+
     def kinds(self, name: str) -> list[str]:
         """What there is of the optimizer's state of a weight: `exp_avg`, ..."""
         return [kind for kind in self.sources.by_name.get(name, {}) if kind not in (WEIGHT, MASTER)]
@@ -151,7 +157,7 @@ class LogicalCheckpoint:
             self.notices += self._weights.notices
         args = stored.client_state.get("args") or {}
         heads, count = args.get("num_attention_heads") or self.expected.args.get("num_attention_heads") or 1, len(stored.shards)
-        if not stored.is_own and self._weights is not None:
+        if self._weights is not None and (not stored.is_own or count > 1):
             self._parts = ForeignParts(stored.shapes, count, heads=max(1, heads // count), per_head=self._weights.layout == "per_head")
             self.sources.keeps_copies = self._parts.is_copied
         for name, shape in stored.shapes.items():

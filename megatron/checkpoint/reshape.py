@@ -51,6 +51,15 @@ class Reshaped(NamedTuple):
     compared: int
 
 
+class Job(NamedTuple):
+    """What is written again, and where."""
+
+    staged: Path
+    checkpoint: LogicalCheckpoint
+    division: Division
+    report: Report
+
+
 @dataclass
 class Written:
     """What was written so far."""
@@ -101,7 +110,7 @@ def total_bytes(source: Path, expected: Expected) -> int:
 def _write(staged: Path, checkpoint: LogicalCheckpoint, head: dict[str, Any], division: Division, report: Report) -> Written:
     written = Written(modules=[{} for _ in range(division.tensor_parallel)])
     for layer, names in _layers(checkpoint.shapes):
-        _write_weights(staged, checkpoint, layer, names, division, written, report)
+        _write_weights(Job(staged, checkpoint, division, report), layer, names, written)
         states = {name: entry for name in names if (entry := _read_states(checkpoint, name, written))}
         if states:
             file = layout.layer_optimizer_file(int(layer or 0))
@@ -129,9 +138,8 @@ def _table(written: Written, count: int) -> Table:
     return Table(Topology(count, layout=Layout(tensor=count)), written.cuts, {**writers, **heads}, {})
 
 
-def _write_weights(
-    staged: Path, checkpoint: LogicalCheckpoint, layer: str, names: list[str], division: Division, written: Written, report: Report
-) -> None:
+def _write_weights(job: Job, layer: str, names: list[str], written: Written) -> None:
+    staged, checkpoint, division = job.staged, job.checkpoint, job.division
     count = division.tensor_parallel
     whole = {name: checkpoint.read(name, WEIGHT, checkpoint.whole(name)) for name in names}
     for name, tensor in whole.items():
@@ -153,7 +161,7 @@ def _write_weights(
             continue
         file = layout.layer_file(int(layer), process)
         written.files[file] = write_tensors({key.split(".", 2)[2]: tensor for key, tensor in owned.items()}, staged / file)
-        report(written.files[file].size)
+        job.report(written.files[file].size)
 
 
 def _layers(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:

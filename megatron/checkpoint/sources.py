@@ -119,6 +119,9 @@ def add_numbered(sources: Sources, files: Files, file: Path, orders: Sequence[Ma
                 found[MASTER] = ("optimizer", "fp32_groups_flat", number) if in_one else ("optimizer", "fp32_groups", number, place)
             if (target := placed(name, tuple(shape))) is not None:
                 for kind, where in found.items():
+                    if not in_one and tuple(files.at(file, where).shape) != tuple(shape):
+                        found_shape = list(files.at(file, where).shape)
+                        raise CheckpointError(f"{file}: {kind} of {name} has shape {found_shape}, but the weight has {list(shape)}.")
                     sources.add(target[0], kind, Source(target[1], (Run(file, where, offset, count),)))
                 sources.steps.setdefault(target[0], _steps(entry, group))
             offset += count if in_one else 0

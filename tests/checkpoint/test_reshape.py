@@ -140,6 +140,7 @@ def wide_state() -> dict[str, torch.Tensor]:
 def peak_growth(directory: str, stages: int) -> tuple[int, int]:
     """(bytes that the process grew by at most, bytes of the checkpoint) while it is written again for two processes."""
     path = Path(directory) / "theirs" / "global_step7"
+    reshape_checkpoint(upstream_checkpoint(Path(directory) / "small"), Path(directory) / "first", Division(2, stages), Expected())  # code comes in
     Path("/proc/self/clear_refs").write_text("5")
     before = _peak()
     reshape_checkpoint(path, Path(directory) / f"new{stages}", Division(2, stages), Expected())

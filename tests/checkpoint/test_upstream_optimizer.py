@@ -13,13 +13,14 @@ from torch import Tensor
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.held import MASTER, WEIGHT
 from megatron.checkpoint.logical import LogicalCheckpoint
+from megatron.checkpoint.save_weights import Division, save_weights
 from megatron.checkpoint.weights import Expected
 from megatron.model.division import Cut, Span
 from tests.checkpoint.layout_work import run, samples_by_step, values
 from tests.checkpoint.test_layouts import EVERY, save
 from tests.checkpoint.test_upstream_layout import ARGS, LLAMA, shards, weights
 from tests.checkpoint.upstream import cut_for_rank, head, renamed, with_llama_names, write_layers, write_sequential
-from tests.checkpoint.upstream_optimizer import AVERAGES, numbered, write_zero
+from tests.checkpoint.upstream_optimizer import AVERAGES, Zero, numbered, write_zero
 
 STEPS = 7
 KINDS = ("master", *AVERAGES)
@@ -63,7 +64,7 @@ def test_zero_of_one_stage(tmp_path: Path, count: int, replicas: int, prefix: st
     parts = parts_of(kinds, count)
     path = write_sequential(tmp_path, [{name: t.bfloat16() for name, t in part["master"].items()} for part in parts], content(count))
     for process, part in enumerate(parts):
-        shapes = write_zero(path, process, part, replicas, prefix=prefix, steps=STEPS, list_form=list_form)
+        shapes = write_zero(path, process, part, Zero(replicas, prefix, STEPS, list_form))
         file = path / f"mp_rank_{process:02d}_model_states.pt"
         torch.save({**torch.load(file, weights_only=False), "param_shapes": shapes, "dp_world_size": replicas}, file)
     checkpoint = check(path, kinds)
@@ -84,7 +85,7 @@ def test_zero_of_two_stages(tmp_path: Path, count: int) -> None:
                 for kind, state in part.items()
             }
             number = stage * count + process
-            shapes = write_zero(path, number, own, 2, prefix="bf16_", steps=STEPS)
+            shapes = write_zero(path, number, own, Zero(2, "bf16_"))
             file = path / f"mp_rank_{number:02d}_model_states.pt"
             torch.save({**torch.load(file, weights_only=False), "param_shapes": shapes, "dp_world_size": 2}, file)
     check(path, kinds)
@@ -117,7 +118,7 @@ def test_old_names(
     parts = [{kind: names(state) for kind, state in part.items()} for part in parts_of(kinds, 2, **settings)]
     path = write_sequential(tmp_path, [part["master"] for part in parts], content(2))
     for process, part in enumerate(parts):
-        shapes = write_zero(path, process, part, 2, prefix="", steps=STEPS)
+        shapes = write_zero(path, process, part, Zero(2))
         file = path / f"mp_rank_{process:02d}_model_states.pt"
         torch.save({**torch.load(file, weights_only=False), "param_shapes": shapes, "dp_world_size": 2}, file)
     check(path, kinds)
@@ -138,7 +139,7 @@ def test_grouped_queries_that_lie_head_by_head(tmp_path: Path) -> None:
     parts = [{kind: per_head(state) for kind, state in part.items()} for part in parts_of(kinds, 2, kv=8, gated=True)]
     path = write_sequential(tmp_path, [part["master"] for part in parts], content(2))
     for process, part in enumerate(parts):
-        shapes = write_zero(path, process, part, 1, prefix="", steps=STEPS)
+        shapes = write_zero(path, process, part, Zero(1))
         file = path / f"mp_rank_{process:02d}_model_states.pt"
         torch.save({**torch.load(file, weights_only=False), "param_shapes": shapes}, file)
     check(path, kinds, Expected(gqa_layout="per_head"))
@@ -149,7 +150,7 @@ def test_parallel_residuals_add_the_copies_of_biases_and_keep_their_averages(tmp
     parts = parts_of(kinds, 2)
     path = write_sequential(tmp_path, [part["master"] for part in parts], content(2))
     for process, part in enumerate(parts):
-        shapes = write_zero(path, process, part, 2, prefix="", steps=STEPS)
+        shapes = write_zero(path, process, part, Zero(2))
         file = path / f"mp_rank_{process:02d}_model_states.pt"
         torch.save({**torch.load(file, weights_only=False), "param_shapes": shapes, "dp_world_size": 2}, file)
     checkpoint = LogicalCheckpoint(path, Expected(parallel_residual=True))
@@ -185,7 +186,7 @@ def test_a_run_of_gpt_neox_goes_on_in_other_layouts(corpus: Path, tmp_path: Path
     counts = {"lr_scheduler": ours.head["lr_scheduler"], "dp_world_size": 2, "global_steps": 3}
     path = write_sequential(tmp_path / "theirs", [part["master"] for part in parts], head(3, {"model_parallel_size": 2}, **counts))
     for process, part in enumerate(parts):
-        shapes = write_zero(path, process, part, 2, prefix="", steps=3)
+        shapes = write_zero(path, process, part, Zero(2, steps=3))
         file = path / f"mp_rank_{process:02d}_model_states.pt"
         torch.save({**torch.load(file, weights_only=False), "param_shapes": shapes}, file)
     for target in ("one", "tensor 2, ZeRO 1"):
@@ -195,10 +196,28 @@ def test_a_run_of_gpt_neox_goes_on_in_other_layouts(corpus: Path, tmp_path: Path
         assert samples_by_step(outcomes, case.replicas) == samples_by_step(saved.outcomes, [0])
 
 
+def test_weights_that_this_program_wrote_for_two_processes_of_gpt_neox(tmp_path: Path) -> None:
+    state = weights(**LLAMA)
+    client_state = {"iteration": STEPS, "args": {**ARGS, "model_parallel_size": 2}}
+    path = save_weights(tmp_path, state.items(), client_state=client_state, documents={}, division=Division(2, 1))
+    checkpoint = LogicalCheckpoint(path, optimizer=False)
+    assert checkpoint.shapes == {name: tuple(tensor.shape) for name, tensor in state.items()}
+    assert all(torch.equal(checkpoint.read(name, WEIGHT, checkpoint.whole(name)), tensor) for name, tensor in state.items())
+
+
+def test_a_state_of_another_shape_is_named(tmp_path: Path) -> None:
+    kinds = whole_state()
+    name = "sequential.2.attention.dense.weight"
+    kinds["exp_avg"][name] = kinds["exp_avg"][name][:-1]
+    path = write_sequential(tmp_path, [kinds["master"]], content(1, optimizer=numbered(kinds, steps=STEPS, form="plain")))
+    with pytest.raises(CheckpointError, match=rf"exp_avg of {name} has shape \[15, 16\], but the weight has \[16, 16\]"):
+        LogicalCheckpoint(path)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     kinds = whole_state()
     path = write_sequential(tmp_path, [kinds["master"]], content(1))
-    shapes = write_zero(path, 0, kinds, 2, prefix="", steps=STEPS)
+    shapes = write_zero(path, 0, kinds, Zero(2))
     file = path / "mp_rank_00_model_states.pt"
     torch.save({**torch.load(file, weights_only=False), "param_shapes": shapes, "dp_world_size": 2}, file)
     (path / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()

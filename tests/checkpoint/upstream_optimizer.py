@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,13 +30,18 @@ def flat_parts(tensors: Sequence[Tensor], count: int) -> list[Tensor]:
     return list(torch.cat([flat, torch.zeros(length - flat.numel())]).chunk(count))
 
 
-def write_zero(
-    path: Path, process: int, kinds: Mapping[str, State], replicas: int, *, prefix: str, steps: int, list_form: bool = False
-) -> list[dict[str, Any]]:
-    """ZeRO 1 or 2, or the BF16 optimizer, of one process of a model: a file for each replica. `kinds`: `master` and the averages by name.
+class Zero(NamedTuple):
+    """How ZeRO 1 or 2, or the BF16 optimizer (`prefix`), writes. `list_form`: as with `elastic_checkpoint`, without what fills the last part up."""
 
-    Returns `param_shapes`. `list_form`: as with `elastic_checkpoint`, without what fills the last part up.
-    """
+    replicas: int
+    prefix: str = ""
+    steps: int = 7
+    list_form: bool = False
+
+
+def write_zero(path: Path, process: int, kinds: Mapping[str, State], zero: Zero) -> list[dict[str, Any]]:
+    """The files of one process of a model, one for each replica. `kinds`: `master` and the averages by name. Returns `param_shapes`."""
+    replicas = zero.replicas
     groups = grouped(list(kinds["master"]))
     for replica in range(replicas):
         state: dict[int, dict[str, Any]] = {}
@@ -45,12 +50,15 @@ def write_zero(
             parts = {kind: flat_parts([kinds[kind][name] for name in names], replicas)[replica] for kind in ("master", *AVERAGES)}
             left = sum(kinds["master"][name].numel() for name in names) - replica * parts["master"].numel()
             masters.append(parts["master"][: max(0, left)].clone())
-            cut = {kind: parts[kind][: max(0, left)].clone() if list_form else parts[kind].clone() for kind in AVERAGES}
-            state[number] = {"step": torch.tensor(float(steps)), **cut}
-        base: Any = list(state.values()) if list_form else {"state": state, "param_groups": [{"params": [number]} for number in range(len(groups))]}
+            cut = {kind: parts[kind][: max(0, left)].clone() if zero.list_form else parts[kind].clone() for kind in AVERAGES}
+            state[number] = {"step": torch.tensor(float(zero.steps)), **cut}
+        base: Any = (
+            list(state.values()) if zero.list_form else {"state": state, "param_groups": [{"params": [number]} for number in range(len(groups))]}
+        )
         content = {"base_optimizer_state": base, "single_partition_of_fp32_groups": masters, "partition_count": [replicas] * len(groups)}
         torch.save(
-            {"optimizer_state_dict": content, "ds_version": "0.16.5"}, path / f"{prefix}zero_pp_rank_{replica}_mp_rank_{process:02d}_optim_states.pt"
+            {"optimizer_state_dict": content, "ds_version": "0.16.5"},
+            path / f"{zero.prefix}zero_pp_rank_{replica}_mp_rank_{process:02d}_optim_states.pt",
         )
     return [{name: kinds["master"][name].shape for name in names} for names in groups]
 
