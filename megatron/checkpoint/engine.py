@@ -39,6 +39,8 @@ class Contents:
     """Further entries of the manifest."""
     share: Share | None = None
     """What this process holds of the model. None: all of it; processes are data-parallel."""
+    stage: Callable[[], Mapping[str, Any]] | None = None
+    """The weights of a pipeline stage, which DeepSpeed does not hand over. None: it does."""
 
 
 class HashingCheckpointEngine(CheckpointEngine):
@@ -109,7 +111,10 @@ def arranged(name: str, content: Mapping[str, Any], contents: Contents) -> Itera
         yield name, content
         return
     head = {**content, "optimizer": content["optimizer"] if contents.optimizer else None}
-    if contents.layer_files and content["module"] is not None:  # DeepSpeed's pipeline has written the layers by itself
+    if content["module"] is None and contents.stage is not None:
+        content = {**content, "module": contents.stage()}
+        head["module"] = content["module"]
+    if contents.layer_files:
         by_layer: dict[int, list[tuple[str, str]]] = defaultdict(list)
         for stored_name in content["module"]:
             place = layout.PARAMETER_PATTERN.fullmatch(stored_name)
@@ -117,7 +122,8 @@ def arranged(name: str, content: Mapping[str, Any], contents: Contents) -> Itera
             by_layer[int(place[1])].append((place[2], stored_name))
         for layer, names in by_layer.items():
             # Under ZeRO the weights are views of one long tensor, which would be written whole with each of them.
-            yield layout.layer_file(layer, int(match[1])), {short: content["module"][long].detach().clone() for short, long in names}
+            process = int(match[1]) if contents.share is None else contents.share.topology.tensor_rank
+            yield layout.layer_file(layer, process), {short: content["module"][long].detach().clone() for short, long in names}
         head["module"] = None
     yield name, head
 

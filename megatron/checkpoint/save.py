@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from megatron.checkpoint.engine import Contents, checkpoint_engine, write_tensor
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.held import Share, base_optimizer, held_optimizer, held_weights, optimizer_order, optimizer_slots
 from megatron.checkpoint.manifest import FileRecord, sync_directory, write_bytes, write_manifest
+from megatron.checkpoint.names import logical_name
 from megatron.checkpoint.random_state import capture_random_state
 from megatron.checkpoint.sums import OwnSums, described, own_sums
 from megatron.checkpoint.table import Table, table_bytes
@@ -90,6 +92,12 @@ class Owned(NamedTuple):
             if own in by_rank and by_rank[own] != theirs[name] and min(rank for rank, cut in by_rank.items() if cut == by_rank[own]) == own
         )
 
+    def of_this_stage(self, engine: Any) -> dict[str, Any]:
+        """The weights without those that an earlier stage of the pipeline has as well, and writes."""
+        topology = self.share.topology
+        earlier = {topology.rank_of(topology.place._replace(pipe=pipe)) for pipe in range(topology.pipe_rank)}
+        return {name: tensor for name, tensor in engine.module.state_dict().items() if not earlier & set(self.cuts.get(logical_name(name), ()))}
+
 
 class Written(NamedTuple):
     """What a process wrote, and what it says about that. `error`: why it could not."""
@@ -151,6 +159,7 @@ def prepare(directory: Path) -> None:
 
 def _write_rank_files(engine: Any, staged: Path, state: dict[str, Any], contents: Contents, owned: Owned) -> Written:
     rank = ranks.rank()
+    contents = replace(contents, share=owned.share, stage=lambda: owned.of_this_stage(engine))
     with checkpoint_engine(engine, contents) as writer:
         engine.save_checkpoint(str(staged.parent), tag=staged.name, client_state=state, save_latest=False)
     files, error = {file.name: record for file, record in writer.files.items()}, writer.error
