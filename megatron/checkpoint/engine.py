@@ -147,15 +147,17 @@ def _without_expert_files(kind: Any) -> Iterator[None]:
     """Inside, an engine with experts that processes share (a property of ours, see training/engine.py) writes the files of any other: those that
     DeepSpeed has for experts are for its own layers alone."""
     name = "has_moe_layers"
-    ours = kind.__dict__.get(name)
-    if ours is None:
+    own = kind.__dict__.get(name)
+    if not isinstance(getattr(kind, name, None), property):
         yield
         return
     setattr(kind, name, False)
     try:
         yield
     finally:
-        setattr(kind, name, ours)
+        delattr(kind, name)
+        if own is not None:
+            setattr(kind, name, own)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from megatron.checkpoint.gqa_layout import FUSED
-from megatron.checkpoint.names import GATE, PACKED, RENAMED, UP, is_derived, logical_name
+from megatron.checkpoint.names import GATE, PACKED, RENAMED, UP, is_derived, logical_name, one_name
 from megatron.checkpoint.shards import Rule, rule_for
 from megatron.model.division import Cut, Span
 
@@ -34,7 +34,7 @@ class ForeignParts:
         name = todays_name(stored_name)
         if is_derived(name):
             return None
-        half = name
+        half = name = one_name(name)
         name = name.replace(UP, PACKED).replace(GATE, PACKED)
         rule = rule_for(name) if self.count > 1 or half != name else Rule("", dim=None)
         if rule.dim is None:
@@ -99,5 +99,5 @@ def _modern_shapes(shapes: Shapes) -> dict[str, Shape]:
         if UP in name or GATE in name:
             modern[name.replace(UP, PACKED).replace(GATE, PACKED)] = (2 * shape[0], *shape[1:])
         else:
-            modern[name] = shape
+            modern[one_name(name)] = shape
     return modern

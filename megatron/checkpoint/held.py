@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.errors import CheckpointError
-from megatron.checkpoint.names import logical_name
+from megatron.checkpoint.names import logical_name, one_name
 from megatron.model.division import Cut, Cuts, whole_cut
 from megatron.mpu.topology import Topology
 
@@ -80,11 +80,11 @@ def held_weights(engine: Any, share: Share) -> Iterator[Held]:
         name, shape = logical_name(engine_name), tuple(getattr(tensor, "ds_shape", tensor.shape))
         cut = share.cut_of(name, shape)
         if not hasattr(tensor, "ds_tensor"):
-            yield Held(name, cut, 0, tensor.detach().view(-1))
+            yield Held(one_name(name), cut, 0, tensor.detach().view(-1))
             continue
         start, count = _third_stage_run(tensor, torch.distributed.get_rank(group=tensor.ds_process_group))
         if count:
-            yield Held(name, cut, start, tensor.ds_tensor.detach().view(-1)[:count])
+            yield Held(one_name(name), cut, start, tensor.ds_tensor.detach().view(-1)[:count])
 
 
 def optimizer_slots(engine: Any, share: Share) -> list[Slot]:
@@ -93,7 +93,8 @@ def optimizer_slots(engine: Any, share: Share) -> list[Slot]:
 
     def slot(parameter: Tensor, start: int, count: int, flat: Tensor, place: int, *, has_master: bool = True) -> Slot:
         name = names[id(parameter)]
-        return Slot(name, share.cut_of(name, tuple(getattr(parameter, "ds_shape", parameter.shape))), start, count, flat, place, has_master)
+        cut = share.cut_of(name, tuple(getattr(parameter, "ds_shape", parameter.shape)))
+        return Slot(one_name(name), cut, start, count, flat, place, has_master)
 
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.held import WEIGHT
-from megatron.checkpoint.names import modern_names
+from megatron.checkpoint.names import modern_names, one_name
 from megatron.checkpoint.shards import merge_shards
 from megatron.checkpoint.stored import StoredCheckpoint, check_known_layout, client_state_of, inspect_checkpoint
 from megatron.checkpoint.table import read_table
@@ -58,7 +58,7 @@ class LayerwiseWeights:
     def read(self, name: str) -> Tensor:
         """A weight. It is read from the file when it is used, and valid until one of another layer is asked for."""
         if self._joined is not None:
-            weight: Tensor = self._joined.read(name, WEIGHT, self._joined.whole(name))
+            weight: Tensor = self._joined.read(one_name(name), WEIGHT, self._joined.whole(one_name(name)))
             return weight
         if self._whole is not None:
             return self._whole[name]
@@ -75,7 +75,7 @@ class LayerwiseWeights:
 
         self._joined = LogicalCheckpoint(path, expected, optimizer=False)
         self.path, self.client_state, self.layout = path, client_state_of(path, self._joined.head), "q,k,v"
-        self.names, self.notices = list(self._joined.shapes), list[str]()
+        self.names, self.notices = self._joined.every_name(), list[str]()
 
     def close(self) -> None:
         """Gives back the memory of the layer that was read last."""

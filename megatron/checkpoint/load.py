@@ -18,7 +18,7 @@ from megatron.checkpoint.find import find_checkpoint, find_checkpoint_together
 from megatron.checkpoint.held import Share, base_optimizer
 from megatron.checkpoint.logical import LogicalCheckpoint
 from megatron.checkpoint.manifest import read_manifest
-from megatron.checkpoint.names import is_derived, logical_name
+from megatron.checkpoint.names import is_derived, logical_name, one_name
 from megatron.checkpoint.random_state import derive_random_state, restore_random_state
 from megatron.checkpoint.reading import read_file
 from megatron.checkpoint.stored import client_state_of, inspect_checkpoint
@@ -145,7 +145,7 @@ def module_shapes(module: nn.Module, share: Share | None = None) -> dict[str, tu
     shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in module.state_dict(keep_vars=True).items()}
     if share is None:
         return shapes
-    return {logical_name(name): share.cut_of(logical_name(name), shape).shape for name, shape in shapes.items()}
+    return {one_name(logical_name(name)): share.cut_of(logical_name(name), shape).shape for name, shape in shapes.items()}
 
 
 def check_args(path: Path, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

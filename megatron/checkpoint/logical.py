@@ -17,8 +17,8 @@ from megatron.checkpoint import layout
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.foreign_parts import ForeignParts, optimizer_orders
 from megatron.checkpoint.held import MASTER, WEIGHT
-from megatron.checkpoint.layerwise import LayerwiseWeights
-from megatron.checkpoint.names import is_derived, logical_name
+from megatron.checkpoint.layerwise import LayerwiseWeights, layer_of
+from megatron.checkpoint.names import is_derived, logical_name, one_name
 from megatron.checkpoint.parts import copy_part, count_within, overlaps
 from megatron.checkpoint.sources import (
     STATE,
@@ -41,6 +41,7 @@ from megatron.checkpoint.weights import Expected
 from megatron.model.division import Cut, whole_cut
 
 Shape = tuple[int, ...]
+SHARED = "sequential.{}.attention.rpe.weight"
 UNREADABLE = (KeyError, IndexError, TypeError, AttributeError, ValueError)
 
 
@@ -78,6 +79,13 @@ class LogicalCheckpoint:
         """Whether DeepSpeed's BF16 optimizer wrote the optimizer files, which differ from those of ZeRO 1 and 2 in a few entries."""
         files = layout.matching_files(self.path, layout.OPTIMIZER_FILE_PATTERN)
         return bool(files) and "zero_stage" not in self.files.at(files[0], (STATE,))
+
+    def every_name(self) -> list[str]:
+        """The names of all weights, also the second ones of a weight that layers share."""
+        names = list(self.shapes)
+        if SHARED.format(2) in names:
+            names += [table for name in names if name.endswith(".attention.dense.weight") and (table := SHARED.format(layer_of(name))) not in names]
+        return names
 
     def kinds(self, name: str) -> list[str]:
         """What there is of the optimizer's state of a weight: `exp_avg`, ..."""
@@ -170,7 +178,7 @@ class LogicalCheckpoint:
         for file in _model_files(self.path):
             for keys, weights in _weights_in(self.files, file):
                 for stored_name, tensor in weights.items():
-                    name = logical_name(f"{_prefix(file)}{stored_name}")
+                    name = one_name(logical_name(f"{_prefix(file)}{stored_name}"))
                     if name in table.cuts and isinstance(tensor, Tensor) and tensor.numel():
                         cut = table.cuts[name][table.writers[file.name]]
                         self.sources.add(name, WEIGHT, Source(cut, (Run(file, (*keys, stored_name), 0, tensor.numel()),)))
@@ -215,7 +223,7 @@ class LogicalCheckpoint:
         self._add_zero(files, stored.head["param_shapes"], self._placed_for(0))
 
     def _undivided(self, stored_name: str, shape: Shape) -> tuple[str, Cut] | None:
-        name = logical_name(stored_name)
+        name = one_name(logical_name(stored_name))
         return None if is_derived(name) else (name, whole_cut(shape))
 
     def _add_optimizer(self) -> None:
@@ -241,7 +249,7 @@ class LogicalCheckpoint:
                 f"{self.path} was saved by {len(heads)} processes that divided the model, without ZeRO. Such an optimizer state does not say which "
                 "weights it belongs to, so it cannot be read: add `-o no_load_optim=true` to continue from the weights with a new optimizer state."
             )
-        shapes = {logical_name(name): shape for name, shape in self._stored.shapes.items()}
+        shapes = {one_name(logical_name(name)): shape for name, shape in self._stored.shapes.items()}
         if self.table is not None and 0 in self.table.orders:
             orders = [{name: shapes[name] for name in order} for order in self.table.orders[0]]
         else:
@@ -301,7 +309,7 @@ class LogicalCheckpoint:
         """The parts of a process; with `team` only those that exactly this team of `among` holds."""
 
         def placed(stored_name: str, shape: Shape) -> tuple[str, Cut] | None:
-            name = logical_name(stored_name)
+            name = one_name(logical_name(stored_name))
             cut = table.cuts[name][process]
             return (name, cut) if team is None or team == {rank for rank in among if table.cuts[name].get(rank) == cut} else None
 

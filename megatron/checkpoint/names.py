@@ -19,6 +19,7 @@ WRAPPER = "module."
 STAGE_NAME, TIED_NAME = re.compile(r"\d+\."), re.compile(r"tied_modules\.[^.]+\.")
 """How DeepSpeed's pipeline names a layer by its number, and the embedding, which the last stage shares."""
 RENAMED = {".mlp.dense_h_to_4h.": ".mlp.linear1.", ".mlp.dense_4h_to_h.": ".mlp.linear2.", ".mlp.w2.": ".mlp.linear2."}
+SHARED_TABLE = re.compile(r"^sequential\.\d+\.attention\.rpe\.weight$")
 UP, GATE, PACKED = ".mlp.w3.", ".mlp.w1.", ".mlp.linear1."
 BUFFER = re.compile(r"(?:\.rotary_emb\.(?:inv_freq|cos_cached|sin_cached)|\.alibi_embed\.slopes|\.position_embeddings\.inv_freq|\.masked_bias)$")
 
@@ -35,6 +36,11 @@ def logical_name(name: str) -> str:
     if match := TIED_NAME.match(name):
         return f"sequential.0.{name[match.end() :]}"
     return f"sequential.{name}" if STAGE_NAME.match(name) else name
+
+
+def one_name(name: str) -> str:
+    """The table of relative positions is one weight that every layer has under its own name: the first layer's stands for all of them."""
+    return SHARED_TABLE.sub("sequential.2.attention.rpe.weight", name)
 
 
 class Named(NamedTuple):

@@ -96,7 +96,8 @@ class Owned(NamedTuple):
         """The weights without those that an earlier stage of the pipeline has as well, and writes."""
         topology = self.share.topology
         earlier = {topology.rank_of(topology.place._replace(pipe=pipe)) for pipe in range(topology.pipe_rank)}
-        return {name: tensor for name, tensor in engine.module.state_dict().items() if not earlier & set(self.cuts.get(logical_name(name), ()))}
+        weights = engine.module.state_dict().items()
+        return {name: tensor for name, tensor in weights if not earlier & set(self.cuts.get(logical_name(name), ()))}
 
 
 class Written(NamedTuple):

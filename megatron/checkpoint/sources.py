@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.held import MASTER
-from megatron.checkpoint.names import logical_name
+from megatron.checkpoint.names import logical_name, one_name
 from megatron.checkpoint.reading import read_file
 from megatron.model.division import Cut
 
@@ -220,4 +220,4 @@ def _pieces(offset: int, count: int, lengths: Sequence[int]) -> Iterator[tuple[i
 
 def named_shapes(shapes: Sequence[Mapping[str, Any]]) -> list[dict[str, tuple[int, ...]]]:
     """`param_shapes` under the names that checkpoints use."""
-    return [{logical_name(name): tuple(shape) for name, shape in group.items()} for group in shapes]
+    return [{one_name(logical_name(name)): tuple(shape) for name, shape in group.items()} for group in shapes]

@@ -18,7 +18,7 @@ from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.gqa_layout import Ordered, todays_order
 from megatron.checkpoint.held import WEIGHT
-from megatron.checkpoint.names import Named, modern_names
+from megatron.checkpoint.names import Named, modern_names, one_name
 from megatron.checkpoint.shards import merge_shards
 from megatron.checkpoint.stored import StoredCheckpoint, check_known_layout, client_state_of, has_checksums, inspect_checkpoint
 from megatron.checkpoint.table import read_table
@@ -82,7 +82,7 @@ def _joined_weights(path: Path, expected: Expected) -> ModelWeights:
     from megatron.checkpoint.logical import LogicalCheckpoint  # which reads other checkpoints through this module
 
     checkpoint = LogicalCheckpoint(path, expected, optimizer=False)
-    state = {name: checkpoint.read(name, WEIGHT, checkpoint.whole(name)).clone() for name in checkpoint.shapes}
+    state = {name: checkpoint.read(one_name(name), WEIGHT, checkpoint.whole(one_name(name))).clone() for name in checkpoint.every_name()}
     client_state = client_state_of(path, checkpoint.head)
     checkpoint.close()
     rows = expected.args.get("padded_vocab_size")

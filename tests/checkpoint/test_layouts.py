@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from megatron.checkpoint import layout
+from megatron.checkpoint.weights import load_model_weights
+from megatron.model.gpt import build_model
 from megatron.mpu.topology import Layout, Topology
 from megatron.testing.distributed import DistributedError
+from megatron.testing.tiny import tiny_config
 from tests.checkpoint.layout_work import MORE, Outcome, run, samples_by_step, values
 
 
@@ -38,7 +41,7 @@ def zero(stage: int) -> dict[str, Any]:
     return {"zero_optimization": {"stage": stage}}
 
 
-TENSOR, EXPERT = {"model_parallel_size": 2}, {"moe_expert_parallel_size": 2}
+TENSOR, EXPERT, PIPE = {"model_parallel_size": 2}, {"moe_expert_parallel_size": 2}, {"pipe_parallel_size": 2}
 CASES = {
     "one": Case(1, {}),
     "one, a file for each layer": Case(1, {"pipe_parallel_size": 1}),
@@ -51,6 +54,8 @@ CASES = {
     "tensor 2": Case(2, TENSOR),
     "tensor 2, ZeRO 1": Case(2, {**TENSOR, **zero(1)}),
     "expert 2": Case(2, EXPERT),
+    "pipe 2": Case(2, PIPE),
+    "pipe 2, ZeRO 1": Case(2, {**PIPE, **zero(1)}),
     "expert 2, ZeRO 2": Case(2, {**EXPERT, **zero(2)}),
 }
 OF_FOUR = {
@@ -59,6 +64,9 @@ OF_FOUR = {
     "tensor 4": Case(4, {"model_parallel_size": 4}),
     "tensor 2, data 2, ZeRO 2": Case(4, {**TENSOR, **zero(2)}),
     "tensor 2, data 2, ZeRO 3": Case(4, {**TENSOR, **zero(3)}),
+    "pipe 2, data 2, ZeRO 1": Case(4, {**PIPE, **zero(1)}),
+    "pipe 2, tensor 2": Case(4, {**PIPE, **TENSOR}),
+    "pipe 2, expert 2": Case(4, {**PIPE, **EXPERT}),
     "tensor 2, expert 2": Case(4, {**TENSOR, **EXPERT}),
     "tensor 2, expert 2, ZeRO 1": Case(4, {**TENSOR, **EXPERT, **zero(1)}),
     "expert 2, data 4, ZeRO 1": Case(4, {**EXPERT, **zero(1)}),
@@ -128,6 +136,18 @@ def test_every_layout_goes_on_in_six_others(corpus: Path, source: str, tmp_path:
     saved = save(corpus, tmp_path / "run", source)
     for number, target in enumerate(random.Random(f"{SEED} {source}").sample(sorted(set(EVERY) - {source}), 6)):
         check_same(corpus, saved, source, target, tmp_path / str(number))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [{"pos_emb": "rpe"}, {"no_weight_tying": False}], ids=["a table of positions", "a tied head"])
+@pytest.mark.parametrize(("source", "target"), [("pipe 2", "one"), ("one", "pipe 2"), ("pipe 2, ZeRO 1", "tensor 2")])
+def test_weights_that_parts_of_the_model_share(corpus: Path, tmp_path: Path, source: str, target: str, keys: dict[str, Any]) -> None:
+    saved = save(corpus, tmp_path / "run", source, **keys)
+    check_same(corpus, saved, source, target, tmp_path / "again", **keys)
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_model_weights(saved.path).state_dict.items()}
+    config = tiny_config(values(corpus, **keys))
+    model = build_model(config.model, config.moe, shapes["sequential.0.word_embeddings.weight"][0], seed=1)
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 @pytest.mark.slow
