@@ -12,7 +12,8 @@ from megatron.config.zero import deepspeed_settings
 def deepspeed_config(config: NeoXConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's settings for `world_size` data-parallel processes; the same on CPU and CUDA. Pure.
 
-    There is no optimizer section: the engine is given a torch optimizer, which `zero_allow_untested_optimizer` permits under ZeRO.
+    There is no optimizer section: the engine is given a torch optimizer, which `zero_allow_untested_optimizer` permits under ZeRO. It also updates
+    what is offloaded to the CPU (`zero_force_ds_cpu_optimizer`): DeepSpeed's own CPU Adam is compiled at first use, and PyTorch's is as fast.
     A step with a NaN or infinite gradient is skipped in bfloat16 as it is in fp16 (`check_grad_overflow`; with fp32 gradients at stage 1 always).
     Raises ConfigError when the batch sizes do not multiply out.
     """
@@ -30,6 +31,8 @@ def deepspeed_config(config: NeoXConfig, world_size: int) -> dict[str, Any]:
         "fp16": _fp16(config),
         "bf16": {"enabled": config.precision == "bfloat16", "check_grad_overflow": True},
     }
+    if "offload_optimizer" in optimizer.offloaded:
+        settings["zero_force_ds_cpu_optimizer"] = False
     if optimizer.fp32_allreduce:
         settings["communication_data_type"] = "fp32"
     if optimizer.data_types and not (optimizer.zero_optimization.stage == 0 and config.precision != "fp32"):  # our MasterWeights sums there

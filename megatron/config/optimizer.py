@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict
 
+from megatron.config.offload import offloaded
 from megatron.config.section import Fraction, NaturalInt, NonNegativeFloat, PositiveFloat, PositiveInt, Problem, Section
 from megatron.config.zero import zero_problems
 
@@ -46,7 +47,7 @@ class OptimizerSpec(Section):
     not_built = {
         "type": {
             "onebitadam": f"it needs DeepSpeed's MPI or NCCL backend and does not work with ZeRO; {_ADAM_INSTEAD}",
-            "cpu_adam": f"it is for offloading, which is not part of this version; {_ADAM_INSTEAD}, which is fused on a CPU too",
+            "cpu_adam": f"it is a way to offload; {_ADAM_INSTEAD} and zero_optimization: {{stage: 1, offload_optimizer: {{device: cpu}}}}",
             "cpu_torch_adam": f"NeoX accepts it but never uses it; {_ADAM_INSTEAD}, which is PyTorch's own on every device",
             "sm3": f"it is not part of this version; {_ADAM_INSTEAD} with ZeRO, or Adam8bit, to save memory",
             "madgrad_wd": f"it is not part of this version; {_ADAM_INSTEAD}, or SGD with momentum",
@@ -135,7 +136,9 @@ class OptimizerConfig(Section):
     """For a run that continues from a checkpoint with another schedule: use the schedule of the checkpoint. If neither this key nor
     `override_lr_scheduler` is true, such a run is refused."""
     zero_optimization: ZeroOptimization = ZeroOptimization()
-    """{stage: 0..3} and DeepSpeed's other ZeRO settings, which are passed on to DeepSpeed. Offloading is refused in this version."""
+    """{stage: 0..3} and DeepSpeed's other ZeRO settings, which are passed on to DeepSpeed. offload_optimizer: {device: cpu} keeps the optimizer's
+    state and the fp32 weights in the CPU's memory, and updates them there (stages 1 to 3). offload_param: {device: cpu} keeps the weights there
+    too (stage 3). Offloading to NVMe disks is refused."""
     fp16: Fp16 | None = None
     """fp16 training: {enabled, loss_scale, loss_scale_window, initial_scale_power, hysteresis, min_loss_scale}. None: `precision` decides."""
     bf16: Bf16 | None = None
@@ -173,7 +176,28 @@ class OptimizerConfig(Section):
                 yield Problem((f"data_types.{key}",), "must be grad_accum_dtype: fp32, fp16 or bf16; no other entry is allowed")
         if self.fp16 is not None and (self.fp16.min_loss_scale < 1 or self.fp16.min_loss_scale % 1):
             yield Problem(("fp16.min_loss_scale",), "must be a whole number, 1 or more")
-        yield from zero_problems(self.zero_optimization.model_extra or {})
+        yield from (wrong := list(zero_problems(self.zero_optimization.model_extra or {}, self.zero_optimization.stage)))
+        if not wrong:
+            yield from self._offload_problems()
+
+    @property
+    def offloaded(self) -> dict[str, dict[str, Any]]:
+        """What is kept in the CPU's memory: `offload_optimizer`, `offload_param` -> DeepSpeed's settings of it."""
+        return offloaded(self.zero_optimization.model_extra or {})
+
+    def _offload_problems(self) -> Iterator[Problem]:
+        """An optimizer that computes on GPUs only cannot update what is in the CPU's memory."""
+        if "offload_optimizer" not in self.offloaded:
+            return
+        given = self.zero_optimization.model_extra or {}
+        key = f"zero_optimization.{'offload_optimizer' if given.get('offload_optimizer') else 'cpu_offload'}"
+        if self.optimizer_type == "Adam8bit":
+            yield Problem((key, "optimizer.type"), "Adam8bit computes on a GPU, and the offloaded state is on the CPU; write optimizer.type: Adam")
+        elif self.optimizer.implementation in ("apex", "deepspeed"):
+            message = (
+                f"optimizer.implementation: {self.optimizer.implementation} computes on a GPU; remove it, and PyTorch's fused Adam runs on the CPU"
+            )
+            yield Problem((key, "optimizer.implementation"), message)
 
     def _optimizer_problems(self) -> Iterator[Problem]:
         spec, kind = self.optimizer, self.optimizer_type

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron.config.components import did_you_mean
+from megatron.config.offload import OFFLOADS, offload_problem, offloaded, stage_problems
 from megatron.config.section import Problem
 
 # Names that DeepSpeed also takes with `stage3_` before them.
@@ -60,9 +61,6 @@ COUNTS: dict[str, int | None] = {
 }
 """Whole numbers, with the smallest that is allowed (None: any)."""
 LEAF_MODULE_KEYS = ("classes", "names", "name_suffixes")
-OFFLOADS = frozenset({"cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory", "offload_optimizer", "offload_param", "zenflow"})
-"""What moves state out of the GPU's memory; only values that ask for nothing are accepted, and DeepSpeed is not given them."""
-
 ZERO_KEYS = frozenset({*SWITCHES, *COUNTS, *OFFLOADS, "leaf_module"})
 
 _REFUSED_VALUES = {
@@ -71,19 +69,28 @@ _REFUSED_VALUES = {
 }
 
 
-def zero_problems(given: Mapping[str, Any]) -> Iterator[Problem]:
+def zero_problems(given: Mapping[str, Any], stage: int) -> Iterator[Problem]:
     """What is wrong with the settings beside `stage`."""
-    for key, value in given.items():
-        message = _unknown(key) or _wrong_value(key, value)
-        if message:
-            yield Problem((f"zero_optimization.{key}",), message)
+    problems = list(_single_problems(given))
+    yield from problems
     for key, other in _double_names(given):
         yield Problem((f"zero_optimization.{key}",), f"is another name of '{other}', which is given too; keep one of them")
+    if not any(key in OFFLOADS for problem in problems for key in problem.keys[0].split(".")):
+        for key, message in stage_problems(given, stage):
+            yield Problem((f"zero_optimization.{key}", "zero_optimization.stage"), message)
+
+
+def _single_problems(given: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is wrong with one setting alone."""
+    for key, value in given.items():
+        entry, message = offload_problem(key, value) if key in OFFLOADS else ("", _unknown(key) or _wrong_value(key, value))
+        if message:
+            yield Problem((f"zero_optimization.{key}.{entry}" if entry else f"zero_optimization.{key}",), message)
 
 
 def deepspeed_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings as DeepSpeed is given them."""
-    return {key: value for key, value in given.items() if key not in OFFLOADS}
+    return {key: value for key, value in given.items() if key not in OFFLOADS} | offloaded(given)
 
 
 def _unknown(key: str) -> str:
@@ -92,12 +99,6 @@ def _unknown(key: str) -> str:
 
 def _wrong_value(key: str, value: Any) -> str:
     """The sentence on a value that a known setting cannot hold; empty when it can."""
-    if key in OFFLOADS:
-        return (
-            ""
-            if _asks_for_nothing(value)
-            else "offloading needs DeepSpeed's compiled CPU optimizer, which is not part of this version; remove the setting"
-        )
     if key in SWITCHES:
         return _switch_message(key, value)
     if key in COUNTS:
@@ -127,12 +128,6 @@ def _leaf_message(value: Any) -> str:
         return allowed
     lists = [[names] if isinstance(names, str) else names for names in value.values()]
     return "" if all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists) else allowed
-
-
-def _asks_for_nothing(value: Any) -> bool:
-    return (
-        value is None or value is False or (isinstance(value, dict) and value.get("device", "none") in ("none", None) and not value.get("nvme_path"))
-    )
 
 
 def _double_names(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from megatron.config import config_from_dict
 from megatron.config.deepspeed import NEOX_KEYS, NOT_CONNECTED, PASSED_ON
 from megatron.config.deepspeed_json import deepspeed_config
 from megatron.config.neox import check_device
+from megatron.config.offload import SETTINGS as OFFLOAD_SETTINGS
 from megatron.config.section import ConfigError
 from megatron.config.zero import ZERO_KEYS, deepspeed_settings, zero_problems
 
@@ -94,7 +95,7 @@ VALUES: list[Any] = [
 def test_what_deepspeed_refuses_is_refused_before(key: str) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    accepted = [value for value in VALUES if not list(zero_problems({key: value}))]
+    accepted = [value for value in VALUES if not list(zero_problems({key: value}, 3))]
     assert accepted
     for value in accepted:
         DeepSpeedZeroConfig(**deepspeed_settings({"stage": 1, key: value}))
@@ -110,9 +111,32 @@ def accepted_by_deepspeed(key: str) -> list[Any]:
 
 @pytest.mark.parametrize("key", sorted(ZERO_KEYS))
 def test_good_values_are_not_refused(key: str) -> None:
-    refused = [value for value in accepted_by_deepspeed(key) if list(zero_problems({key: value}))]
-    on_purpose = {"compute_grad_norm": [False], "legacy_stage1": [True]}.get(key, [True] if key.startswith("cpu_offload") else [])
+    refused = [value for value in accepted_by_deepspeed(key) if list(zero_problems({key: value}, 3))]
+    on_purpose = {"compute_grad_norm": [False], "legacy_stage1": [True]}.get(key, [])
     assert refused == on_purpose
+
+
+def test_the_settings_of_offloading_are_deepspeed_s() -> None:
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+
+    theirs = {"offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig, "offload_param": DeepSpeedZeroOffloadParamConfig}
+    assert {key: set(names) for key, names in OFFLOAD_SETTINGS.items()} == {key: set(kind.model_fields) for key, kind in theirs.items()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "given"),
+    [
+        ({"stage": 2, "cpu_offload": True}, {"offload_optimizer": {"device": "cpu", "pin_memory": False}}),
+        ({"stage": 2, "cpu_offload": True, "cpu_offload_use_pin_memory": True}, {"offload_optimizer": {"device": "cpu", "pin_memory": True}}),
+        ({"stage": 3, "cpu_offload_param": True}, {"offload_param": {"device": "cpu", "pin_memory": False}}),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu", "nvme_path": None}}, {"offload_optimizer": {"device": "cpu"}}),
+        ({"stage": 2, "cpu_offload": False, "offload_optimizer": {"device": "none"}, "offload_param": None}, {}),
+    ],
+)
+def test_deepspeed_is_told_to_offload_to_the_cpu(settings: dict[str, Any], given: dict[str, Any]) -> None:
+    found = deepspeed_config(config_from_dict({**MODEL, "train_batch_size": 1, "zero_optimization": settings}), 1)
+    assert {key: value for key, value in found["zero_optimization"].items() if "offload" in key} == given
+    assert found.get("zero_force_ds_cpu_optimizer") == (False if "offload_optimizer" in given else None)
 
 
 def test_without_a_gpu_fp16_is_refused() -> None:
