@@ -166,13 +166,11 @@ _WITHOUT_EFFECT: dict[str, Ignored | Refused] = {
         "use_flashattn_swiglu",
         "fused_kernels_build_path",
     ),
-    "partition_activations": Ignored(_ONE_PROCESS_MODEL, _is(False)),
     "output_layer_parallelism": Ignored(_ONE_PROCESS_MODEL, _is("column")),
-    **_entries(
-        Ignored, "PyTorch's activation checkpointing has no such setting", "synchronize_each_layer", "contiguous_checkpointing", "profile_backward"
-    ),
+    "synchronize_each_layer": Ignored("it makes the process wait for the GPU at each recomputed layer, and the results are the same"),
+    "contiguous_checkpointing": Ignored("PyTorch's allocator places the kept inputs of recomputed layers"),
+    "profile_backward": Ignored("write profile: true, which records the backward pass too"),
     "deepspeed_activation_checkpointing": Ignored("PyTorch's activation checkpointing is used", _is(True, False)),
-    "checkpoint_in_cpu": Ignored("recomputed layers keep their inputs on the device"),
     "recompute": Ignored("generation always uses a key/value cache; the texts are the same"),
     "sparse_gradients": Ignored(f"{_REMOVED_BY_DEEPSPEED}; the gradients of embeddings are dense and have the same values"),
     "attention_softmax_in_fp32": Ignored("the softmax of attention is summed in fp32 in every precision"),
@@ -230,7 +228,6 @@ _NOT_BUILT: dict[str, Ignored | Refused] = {
     **_entries(
         Refused, "the search for settings needs DeepSpeed's own training loop; remove it", "autotuning", "autotuning_run", "autotuning_config"
     ),
-    "activation_checkpointing": Refused("PyTorch's activation checkpointing is used; write checkpoint_activations: true and checkpoint_num_layers"),
     "data_efficiency": Refused("the order of the data comes from its index maps, not from DeepSpeed's sampler; remove it"),
     "checkpoint": Refused("this program writes and checks checkpoints itself; use save, load and the other checkpoint keys, and remove it"),
     "deepspeed_mpi": Refused("write launcher: openmpi and force_multi: true"),

@@ -43,5 +43,5 @@ def deepspeed_config(config: NeoXConfig, world_size: int) -> dict[str, Any]:
 def _fp16(config: NeoXConfig) -> dict[str, Any]:
     if config.precision != "fp16":
         return {"enabled": False}
-    given = config.optimizer.fp16.model_dump(mode="json", exclude_unset=True, exclude={"fp16", "type"}) if config.optimizer.fp16 else {}
+    given = config.optimizer.fp16.model_dump(mode="json", exclude_unset=True, exclude={"fp16", "type", "auto_cast"}) if config.optimizer.fp16 else {}
     return given | {"enabled": True}

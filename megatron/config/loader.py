@@ -109,8 +109,8 @@ def _build(source: Source, problems: list[str]) -> LoadedConfig:
         problems.extend(describe_rules(error, source, _defaults(), without=broken))
     if problems:
         raise ConfigError(problems)
-    for key, sentence in (*config.moe.idle_keys(), *config.parallel.idle_keys()):
-        where = source.place_of((key,))
+    for key, sentence in config.idle_keys():
+        where = source.place_of(tuple(key.split(".")))
         notices.append(f"{f'{where}: ' if where else ''}'{key}' {sentence}")
     places = {".".join(path): str(place) for path, place in source.places.items()}
     return LoadedConfig(config, notices=tuple(notices), without_section=without_section, places=places)

@@ -76,7 +76,8 @@ def _describe_type(details: ErrorDetails, section: type[Section], source: Source
         return f"{where}: {need}" if where else need
     if kind == "extra_forbidden":
         return _unknown_inner_key(path, section, source)
-    reason = _owner(path, section).not_built.get(path[-1], {}).get(str(details["input"]).lower()) if kind == "literal_error" else None
+    not_built = getattr(_owner(path, section), "not_built", {})  # inside a list the owner is no section
+    reason = not_built.get(path[-1], {}).get(str(details["input"]).lower()) if kind == "literal_error" else None
     return line(source, path, show(details["input"]), f"is not supported: {reason}" if reason else _sentence(kind, context, details))
 
 

@@ -68,6 +68,13 @@ class NeoXConfig(Section):
         dumped = {section: getattr(self, section).model_dump(mode="json", exclude_unset=True) for section in SECTIONS}
         return {key: value for values in dumped.values() for key, value in values.items()}
 
+    def idle_keys(self) -> Iterator[tuple[str, str]]:
+        """(key, what to say of it) for keys that were given and do not do what they seem to."""
+        yield from self.moe.idle_keys()
+        yield from self.parallel.idle_keys()
+        yield from self.optimizer.idle_keys()
+        yield from self.training.idle_keys(model_parallel_size=self.parallel.model_parallel_size, has_experts=self.moe.has_experts)
+
     def check(self) -> Iterator[Problem]:
         enabled = _enabled_precision(self.optimizer)
         if self.model.precision is not None and enabled is not None and enabled != self.model.precision:
@@ -96,6 +103,10 @@ class NeoXConfig(Section):
             yield Problem(
                 ("kernel_backends.experts", "precision"), f"computes in bfloat16 only, and precision is {self.precision}; write precision: bfloat16"
             )
+        if "experts" in self.training.recompute_modules and self.moe.has_experts and "experts" in self.moe.kernel_backends:
+            library = self.moe.kernel_backends["experts"]
+            message = f"the library of kernel_backends: {{experts: {library}}} computes the whole MoE layer; name moe in place of experts"
+            yield Problem(("recompute_modules", "kernel_backends.experts"), message)
         if self.checkpoint.iteration is not None and self.checkpoint.load is None and self.checkpoint.save is None:
             yield Problem(("iteration", "load"), "needs load, the directory with the checkpoint")
         if self.checkpoint.no_save_optim and self.optimizer.zero_optimization.stage == 3:

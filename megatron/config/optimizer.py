@@ -92,6 +92,8 @@ class Fp16(Section):
     """Accepted because NeoX files have it. Only `enabled` decides."""
     type: str = "fp16"
     """Accepted because NeoX files have it. Only `enabled` decides."""
+    auto_cast: bool = False
+    """Accepted because DeepSpeed files have it. DeepSpeed casts floating-point inputs of the model to fp16; here they are token numbers."""
 
 
 class Bf16(Section):
@@ -165,6 +167,11 @@ class OptimizerConfig(Section):
         """How many averages the optimizer keeps for each parameter, and how many bytes each takes."""
         momentum = 1 if self.optimizer_settings.get("momentum") else 0
         return {"SGD": (momentum, 4), "Lion": (1, 4), "Adam8bit": (2, 1)}.get(self.optimizer_type, (2, 4))
+
+    def idle_keys(self) -> Iterator[tuple[str, str]]:
+        """(key, what to say of it) for keys that were given and have no effect."""
+        if self.fp16 is not None and self.fp16.auto_cast:
+            yield "fp16.auto_cast", "has no effect here: it casts floating-point inputs of the model to fp16, and the inputs are token numbers"
 
     def check(self) -> Iterator[Problem]:
         yield from self._optimizer_problems()

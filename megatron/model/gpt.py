@@ -8,12 +8,11 @@ Shapes: B batch; S sequence; D model width; V padded vocabulary; A auxiliary los
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron.kernels.backends import check_names
 from megatron.model.attention import LayerCache
@@ -25,6 +24,7 @@ from megatron.model.moe.layer import STATISTICS, MoELayer
 from megatron.model.norms import build_norm
 from megatron.model.positions import Places, positions_in_documents
 from megatron.model.positions.rpe import RelativePositions
+from megatron.model.recompute import AS_THEY_ARE, KeptInputs, recompute_modules, run_layers
 from megatron.model.state import LayerState, RouterReport
 from megatron.mpu.groups import Groups
 
@@ -111,7 +111,7 @@ class GPT(nn.Module):
         """Whether a loss looks at the step's earlier micro-batches."""
         self.report_widths = (len(self.coefficients), num_experts, num_lores, len(STATISTICS))
         self.loss_backend = moe.kernel_backends.get("linear_cross_entropy", "auto")
-        self.recompute_layers = 0
+        self.recompute_layers, self.kept_inputs = 0, AS_THEY_ARE
         self.separate_attention = self.separate_positions = False
 
     @property
@@ -136,11 +136,15 @@ class GPT(nn.Module):
             if (balance := getattr(moe.router, "balance", None)) is not None:
                 balance.update(load_E[: moe.context.num_experts])
 
-    def enable_activation_checkpointing(self, num_layers: int = 1) -> None:
-        """In training, keeps only the inputs of each group of `num_layers` layers. The backward computes the other values again."""
+    def enable_activation_checkpointing(self, num_layers: int = 1, kept: KeptInputs = AS_THEY_ARE) -> None:
+        """In training, keeps only the inputs of each group of `num_layers` layers, as `kept` says. The backward computes the other values again."""
         if num_layers < 1:
             raise InputError(f"checkpoint_num_layers = {num_layers}: must be at least 1")
-        self.recompute_layers = num_layers
+        self.recompute_layers, self.kept_inputs = num_layers, kept
+
+    def recompute_modules(self, names: Sequence[str]) -> None:
+        """In training, keeps only the inputs of these modules of every layer (names of `recompute.MODULES`). Call it once."""
+        recompute_modules(self.layers, names)
 
     def separate_documents(self, *, attention: bool, positions: bool) -> None:
         """Sets the use of `document_BS` in a forward: a token attends to its own document only; positions start again at every document."""
@@ -198,8 +202,7 @@ class GPT(nn.Module):
         """The state after the layers and the final norm."""
         layers = self.layers
         if self.recompute_layers and self.training and cache is None and torch.is_grad_enabled():
-            for begin in range(0, len(layers), self.recompute_layers):
-                state = checkpoint(_chain(layers[begin : begin + self.recompute_layers], places), state, use_reentrant=False)
+            state = run_layers(layers, state, places, together=self.recompute_layers, kept=self.kept_inputs)
         else:
             caches = [None] * len(layers) if cache is None else [cache[i] for i in self.layer_numbers]
             for layer, own_cache in zip(layers, caches, strict=True):
@@ -261,14 +264,3 @@ def _build_relative_positions(model: ModelConfig, init: Initializer) -> Relative
         return None
     heads = (model.num_attention_heads, model.head_width)
     return RelativePositions(*heads, model.rpe_num_buckets, model.rpe_max_distance, init.xavier_normal)
-
-
-def _chain(layers: list[TransformerLayer], places: Places) -> Callable[[LayerState], LayerState]:
-    """The layers as one function."""
-
-    def run(state: LayerState) -> LayerState:
-        for layer in layers:
-            state = layer(state, places)
-        return state
-
-    return run

@@ -14,9 +14,11 @@ from megatron.config.deepspeed_json import deepspeed_config
 from megatron.config.machine import is_installed
 from megatron.config.neox import NeoXConfig
 from megatron.config.section import ConfigError
+from megatron.config.training import TrainingConfig
 from megatron.model import GPT, choose_implementations
 from megatron.model.divide import expert_group_name
 from megatron.model.pipeline import Stage
+from megatron.model.recompute import KeptInputs
 from megatron.mpu.deepspeed import DeepSpeedMpu, tell_deepspeed
 from megatron.mpu.gradients import marks_of, sum_shared_gradients
 from megatron.mpu.groups import current_groups
@@ -31,6 +33,15 @@ def check_packages(settings: DeepSpeedConfig) -> None:
     missing = [(package, key) for package, key in settings.needs_packages() if not is_installed(package)]
     if missing:
         raise ConfigError([f"{key} needs the package '{package}': pip install {package}, or leave the key out" for package, key in missing])
+
+
+def enable_recomputation(training: TrainingConfig, model: GPT, *, tensor_group: torch.distributed.ProcessGroup | None) -> None:
+    """Sets what the model keeps for the backward pass. `tensor_group`: the processes that hold the same hidden states. None: there are no others."""
+    if training.checkpoint_activations:
+        group = tensor_group if training.divides_kept_inputs else None
+        kept = KeptInputs(group=group, on_cpu=training.keeps_inputs_on_cpu and os.environ["DS_ACCELERATOR"] != "cpu")
+        model.enable_activation_checkpointing(training.checkpoint_num_layers, kept)
+    model.recompute_modules(training.recompute_modules)
 
 
 @contextmanager
@@ -78,8 +89,7 @@ def build_engine(config: NeoXConfig, model: GPT, *, world_size: int) -> Any:
     if groups.expert.size > 1:
         tell_deepspeed(groups, expert_group_name(groups.expert))
     check_packages(config.deepspeed)
-    if config.training.checkpoint_activations:
-        model.enable_activation_checkpointing(config.training.checkpoint_num_layers)
+    enable_recomputation(config.training, model, tensor_group=None)
     model.separate_documents(attention=config.data.reset_attention_mask, positions=config.data.reset_position_ids)
     optimizer = build_optimizer(config.optimizer, model, os.environ["DS_ACCELERATOR"])
     settings = deepspeed_config(config, world_size)

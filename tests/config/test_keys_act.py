@@ -46,6 +46,9 @@ THROUGH_THE_SECTION = {
     "lr_decay_fraction": "lr_decay_iters",
     "train_batch_size": "resolve_batch",
     "use_bnb_optimizer": "optimizer_type",
+    "partition_activations": "divides_kept_inputs",
+    "checkpoint_in_cpu": "keeps_inputs_on_cpu",
+    "activation_checkpointing": "keeps_inputs_on_cpu",
 }
 ONE_VALUE_ONLY = {"data_impl"}
 THROUGH_THE_SECTION |= dict.fromkeys(DeepSpeedConfig.model_fields, r"deepspeed\.settings")

@@ -136,8 +136,8 @@ def test_files_as_neox_ships_them_load(here: Path) -> None:
     assert config.logging.use_wandb is True
     assert config.launcher.hostfile == "/mock_path"
     assert loaded.files == {"125M.yml": NEOX_125M, "local_setup.yml": NEOX_LOCAL_SETUP}
-    assert [notice.split(":")[2].split("'")[1] for notice in loaded.notices] == ["partition_activations", "synchronize_each_layer"]
-    assert loaded.notices[1].startswith("configs/125M.yml:51: 'synchronize_each_layer' has no effect here: ")
+    assert [notice.split(":")[2].split("'")[1] for notice in loaded.notices] == ["synchronize_each_layer", "partition_activations"]
+    assert loaded.notices[0].startswith("configs/125M.yml:51: 'synchronize_each_layer' has no effect here: ")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The optimizer and the weights in the CPU's memory: the same losses, norms and skipped steps, and checkpoints that go on with or without offloading."""
+"""The optimizer and the weights in the CPU's memory: the same losses and norms, the same skipped steps, and checkpoints that go on either way."""
 
 from __future__ import annotations
 
