@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from megatron.model.attention import LayerCache
 from megatron.model.layer import TransformerLayer
 from megatron.model.moe.layer import MoELayer
 from megatron.model.positions import Places
@@ -100,8 +99,7 @@ class Recomputed:
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """What the module's own forward gives."""
-        continues = any(isinstance(given, LayerCache) for given in (*inputs, *named.values()))  # a second forward would change the cache
-        if continues or not self.module.training or not torch.is_grad_enabled():
+        if not self.module.training or not torch.is_grad_enabled():
             return self.plain(*inputs, **named)
         return checkpoint(self.plain, *inputs, use_reentrant=False, **named)
 
