@@ -33,7 +33,8 @@ def deepspeed_config(config: NeoXConfig, world_size: int) -> dict[str, Any]:
     }
     if "offload_optimizer" in optimizer.offloaded:
         settings["zero_force_ds_cpu_optimizer"] = False
-    if optimizer.fp32_allreduce:
+    alone = world_size == 1 and config.sums_in_fp32  # nothing is sent, but at stage 1 DeepSpeed rounds fp32 sums to the format of sending
+    if optimizer.fp32_allreduce or (alone and config.precision != "fp32"):
         settings["communication_data_type"] = "fp32"
     if optimizer.data_types and not (optimizer.zero_optimization.stage == 0 and config.precision != "fp32"):  # our MasterWeights sums there
         settings["data_types"] = dict(optimizer.data_types)
