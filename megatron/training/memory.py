@@ -29,14 +29,16 @@ def check_training_fits(config: NeoXConfig, vocabulary: int, *, world_size: int)
         for share, replicas in shares
     )
     memory = dense.plus(experts)
+    offloaded = {"offload_optimizer": memory.optimizer, "offload_param": memory.weights}
+    device = torch.device(os.environ.get("DS_ACCELERATOR", "cpu"))
+    moved = 0 if device.type == "cpu" else sum(size for key, size in offloaded.items() if key in config.optimizer.offloaded)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    processes = here if os.environ.get("DS_ACCELERATOR") != "cuda" else -(-here // max(1, torch.cuda.device_count()))
-    _check(
-        (memory.weights + memory.optimizer) * processes,
-        what=f"Training {parameters:,} parameters in {config.precision} with ZeRO stage {stage} ({processes} process(es) here)",
-        advice="Use a smaller model, bfloat16 in place of fp32, or a higher zero_optimization.stage on more machines; `deepy.py --check` says more.",
-        device=torch.device(os.environ.get("DS_ACCELERATOR", "cpu")),
-    )
+    processes = here if device.type != "cuda" else -(-here // max(1, torch.cuda.device_count()))
+    what = f"Training {parameters:,} parameters in {config.precision} with ZeRO stage {stage}"
+    advice = "Use a smaller model, bfloat16 in place of fp32, or a higher zero_optimization.stage on more machines; `deepy.py --check` says more."
+    _check((memory.weights + memory.optimizer - moved) * processes, what=f"{what} ({processes} process(es) here)", advice=advice, device=device)
+    if moved:
+        _check(moved * here, what=f"{what}, offloaded to the CPU ({here} process(es) here)", advice=advice, device=torch.device("cpu"))
 
 
 def check_model_fits(config: NeoXConfig, vocabulary: int, device: torch.device) -> None:

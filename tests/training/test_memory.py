@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config.memory import NotEnoughMemory
+from megatron.config.memory import NotEnoughMemory, Room
 from megatron.testing.tiny import TINY_DENSE, tiny_config
 from megatron.training.memory import check_comparison_fits, check_training_fits
 from tests.training.runs import run_values, train_losses
@@ -38,6 +38,35 @@ def test_processes_of_this_machine_and_zero_stages_count(monkeypatch: pytest.Mon
     copies = 4  # DeepSpeed keeps a second fp32 copy of the weights under ZeRO
     assert gib_needed(zero_optimization={"stage": 3}) == pytest.approx(one * (4 + 8 + copies) / 12)
     assert gib_needed(zero_optimization={"stage": 1}) == pytest.approx(4 * one * (4 + (8 + copies) / 4) / 12)
+
+
+def test_what_is_offloaded_must_fit_the_cpu_and_the_rest_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 processes on 8 GPUs. In bf16 at stage 1 a process has all weights (2 bytes each) and an eighth of the optimizer's state (12 bytes each)."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    rooms = {"gpu": 80 << 30, "cpu": 1 << 40}
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (rooms["gpu"], rooms["gpu"]))
+    monkeypatch.setattr("megatron.training.memory.machine_memory", lambda: Room(rooms["cpu"], rooms["cpu"]))
+    sizes = {"hidden_size": 8192, "num_attention_heads": 64, "num_layers": 40, "precision": "bfloat16"}
+
+    def refused(**zero: object) -> str:
+        try:
+            check_training_fits(tiny_config({**TINY_DENSE, **sizes, "zero_optimization": {"stage": 1, **zero}}), 512, world_size=8)
+        except NotEnoughMemory as error:
+            return str(error)
+        return ""
+
+    assert "needs at least 105.0 GiB of memory, but this GPU has 80.0 GiB" in refused()
+    assert refused(offload_optimizer={"device": "cpu"}) == ""
+    rooms["cpu"] = 300 << 30
+    assert "offloaded to the CPU (8 process(es) here) needs at least 360.0 GiB of memory, but this machine has 300.0 GiB" in refused(
+        offload_optimizer={"device": "cpu"}
+    )
+    rooms["gpu"] = 40 << 30
+    assert "needs at least 60.0 GiB of memory, but this GPU has 40.0 GiB" in refused(offload_optimizer={"device": "cpu"})
+    all_moved = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    assert "needs at least 420.2 GiB of memory, but this machine has 300.0 GiB" in refused(**all_moved)
 
 
 def test_the_comparison_of_a_conversion_names_its_option() -> None:
