@@ -6,6 +6,7 @@ Shapes: D hidden_size, V padded vocabulary, L layers, F width of an MLP or exper
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,8 +85,19 @@ def count_parameters(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int)
     return ParameterCount(total, active)
 
 
-def flops_per_token(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int, *, recompute: bool = False) -> int:
+def flops_per_token(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int, *, recompute: bool = False, modules: Sequence[str] = ()) -> int:
     """Floating-point operations for one token of one training step: forward, twice that for backward, and forward again with recomputation.
+
+    `modules`: the parts of layers that are recomputed if whole layers are not (`recompute_modules`).
+    """
+    forward = forward_flops(model, moe, padded_vocab_size)
+    parts = {"moe": ("experts", "beside", "routers")}
+    again = sum(forward.values()) if recompute else sum(forward[part] for name in modules for part in parts.get(name, (name,)))
+    return 3 * sum(forward.values()) + again
+
+
+def forward_flops(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int) -> dict[str, int]:
+    """Floating-point operations of the forward pass for one token, by part of the model.
 
     Two per weight of every matrix that the token meets (grouped key/value heads, gates and the chosen experts as they are), and 4*S*D per layer for
     the attention scores and their use (NeoX's convention: the whole S x S square is counted, although half of it is masked; of a sliding window,
@@ -93,13 +105,16 @@ def flops_per_token(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int, 
     """
     active = count_parameters(model, moe, padded_vocab_size).active
     moe_layers = list(moe.for_layers(model.num_layers).values())
-    matrices = model.num_layers * _attention_matrices(model) + padded_vocab_size * model.hidden_size
-    matrices += (model.num_layers - len(moe_layers)) * _mlp_matrices(model) + sum(_beside(model, layer, biases=False) for layer in moe_layers)
-    matrices += sum(active[part] for part in ("experts", "lores", "routers"))
-    matrices -= sum(_active_experts(layer) * _expert_biases(model, layer) for layer in moe_layers)
     keys = model.seq_length if model.sliding_window_width is None else min(model.seq_length, model.sliding_window_width + 1)
-    scores = 4 * keys * model.attention_width * model.num_layers
-    return (2 * matrices + scores) * (4 if recompute else 3)
+    biases = sum(_active_experts(layer) * _expert_biases(model, layer) for layer in moe_layers)
+    return {
+        "attention": model.num_layers * (2 * _attention_matrices(model) + 4 * keys * model.attention_width),
+        "mlp": 2 * (model.num_layers - len(moe_layers)) * _mlp_matrices(model),
+        "experts": 2 * (active["experts"] + active["lores"] - biases),
+        "beside": 2 * sum(_beside(model, layer, biases=False) for layer in moe_layers),
+        "routers": 2 * active["routers"],
+        "head": 2 * padded_vocab_size * model.hidden_size,
+    }
 
 
 def training_memory(

@@ -10,7 +10,7 @@ import pytest
 from megatron.config import config_from_dict
 from megatron.config.model import QK_NORM_KEYS, Activation, ModelConfig, Norm
 from megatron.config.neox import NeoXConfig
-from megatron.config.size import count_parameters, flops_per_token, padded_vocab_size, training_memory
+from megatron.config.size import count_parameters, flops_per_token, forward_flops, padded_vocab_size, training_memory
 
 D, L, S, V = 64, 3, 32, 256
 
@@ -232,3 +232,17 @@ def test_an_unused_second_norm_is_stored_but_not_met() -> None:
     tied = config(gpt_j_residual=True, gpt_j_tied=True)
     count = count_parameters(tied.model, tied.moe, V)
     assert count.total_sum - count.active_sum == L * 2 * D
+
+
+def test_recomputed_modules_are_counted_once_more() -> None:
+    built = config(num_layers=4, moe_num_experts=4, moe_top_k=2, moe_router_type="topk", moe_expert_interval=2, moe_num_shared_experts=1)
+
+    def more(*modules: str) -> int:
+        return flops_per_token(built.model, built.moe, V, modules=modules) - flops_per_token(built.model, built.moe, V)
+
+    forward = forward_flops(built.model, built.moe, V)
+    assert more("attention") == 4 * (2 * 4 * D**2 + 4 * S * D)
+    assert more("mlp") == 2 * (2 * 2 * 4 * D**2)
+    assert more("experts") == 2 * (2 * 2 * 2 * 4 * D**2)
+    assert more("moe") == more("experts") + forward["beside"] + forward["routers"] > more("experts")
+    assert more("attention", "mlp", "moe") == sum(forward.values()) - forward["head"]

@@ -60,7 +60,7 @@ def test_what_is_offloaded_must_fit_the_cpu_and_the_rest_the_gpu(monkeypatch: py
     assert "needs at least 105.0 GiB of memory, but this GPU has 80.0 GiB" in refused()
     assert refused(offload_optimizer={"device": "cpu"}) == ""
     rooms["cpu"] = 300 << 30
-    assert "offloaded to the CPU (8 process(es) here) needs at least 360.0 GiB of memory, but this machine has 300.0 GiB" in refused(
+    assert "offloaded to the CPU (8 process(es) here) needs at least 360.1 GiB of memory, but this machine has 300.0 GiB" in refused(
         offload_optimizer={"device": "cpu"}
     )
     rooms["gpu"] = 40 << 30

@@ -41,8 +41,9 @@ def build_callbacks(trainer: Trainer, loaded: LoadedConfig, sinks: Sequence[Sink
     """
     config = loaded.config
     vocabulary = trainer.checkpoint_args["padded_vocab_size"]
-    model, recompute = flops_per_token(config.model, config.moe, vocabulary), config.training.checkpoint_activations
-    flops = FlopsPerToken(model, flops_per_token(config.model, config.moe, vocabulary, recompute=recompute))
+    given, recompute = (config.model, config.moe, vocabulary), config.training.checkpoint_activations
+    again = flops_per_token(*given, recompute=recompute, modules=config.training.recompute_modules)
+    flops = FlopsPerToken(flops_per_token(*given), again)
     metrics_file, picture = metrics_path(config.logging, config.checkpoint.save), plot_path(config.logging, config.checkpoint.save)
     callbacks: list[Callback] = []
     if metrics_file is not None and picture is not None:
