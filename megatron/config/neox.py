@@ -73,7 +73,7 @@ class NeoXConfig(Section):
         yield from self.moe.idle_keys()
         yield from self.parallel.idle_keys()
         yield from self.optimizer.idle_keys()
-        yield from self.training.idle_keys(model_parallel_size=self.parallel.model_parallel_size, has_experts=self.moe.has_experts)
+        yield from self.training.idle_keys(self.parallel, has_experts=self.moe.has_experts)
 
     def check(self) -> Iterator[Problem]:
         enabled = _enabled_precision(self.optimizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+from megatron.config.parallel import ParallelConfig
 from megatron.config.section import ConfigError, NaturalInt, PositiveInt, Problem, Section, Seed
 
 RecomputedModule = Literal["attention", "mlp", "moe", "experts"]
@@ -90,7 +91,7 @@ class TrainingConfig(Section):
         given = self.activation_checkpointing
         return self.checkpoint_in_cpu or (given is not None and given.cpu_checkpointing)
 
-    def idle_keys(self, *, model_parallel_size: int, has_experts: bool) -> Iterator[tuple[str, str]]:
+    def idle_keys(self, parallel: ParallelConfig, *, has_experts: bool) -> Iterator[tuple[str, str]]:
         """(key, what to say of it) for keys of recomputation that were given and have no effect."""
         both = (("partition_activations", "partition_activations"), ("checkpoint_in_cpu", "cpu_checkpointing"))
         for key, inner in both:
@@ -100,8 +101,10 @@ class TrainingConfig(Section):
             for name in names:
                 if not self.checkpoint_activations:
                     yield name, "has no effect: it is about the inputs that checkpoint_activations: true keeps"
-                elif key == "partition_activations" and model_parallel_size == 1:
+                elif key == "partition_activations" and parallel.model_parallel_size == 1:
                     yield name, "has no effect: model_parallel_size is 1, so there are no processes to divide the kept inputs among"
+                elif key == "partition_activations" and parallel.sequence_parallel:
+                    yield name, "has no effect: with sequence_parallel: true each process has its own part of the inputs anyway"
         for inner, reason in _IDLE.items():
             if self.activation_checkpointing is not None and getattr(self.activation_checkpointing, inner):
                 yield f"activation_checkpointing.{inner}", f"has no effect here: {reason}"

@@ -21,6 +21,7 @@ from megatron.model.layer import TransformerLayer
 from megatron.model.moe.layer import MoELayer
 from megatron.model.positions import Places
 from megatron.model.state import LayerState
+from megatron.mpu.groups import ALONE, Group
 
 
 class KeptInput(NamedTuple):
@@ -35,35 +36,30 @@ class KeptInputs:
     """How the inputs of recomputed layers are kept until the backward pass.
 
     group: the processes that hold equal inputs (a tensor-parallel group without sequence parallelism). Each keeps its share, and the backward pass
-    gathers them. None: each process keeps the whole. on_cpu: the inputs are kept in the CPU's memory.
+    gathers them. on_cpu: the inputs are kept in the CPU's memory.
     """
 
-    def __init__(self, *, group: torch.distributed.ProcessGroup | None = None, on_cpu: bool = False) -> None:
+    def __init__(self, *, group: Group = ALONE, on_cpu: bool = False) -> None:
         self.group, self.on_cpu = group, on_cpu
-        self.processes = 1 if group is None else group.size()
 
     def __call__(self) -> AbstractContextManager[Any]:
         """A context in which checkpointing keeps its inputs in this way."""
-        return nullcontext() if self.processes == 1 and not self.on_cpu else saved_tensors_hooks(self._keep, self._restore)
+        return nullcontext() if self.group.size == 1 and not self.on_cpu else saved_tensors_hooks(self._keep, self._restore)
 
     def _keep(self, whole: Tensor) -> KeptInput:
-        flat = whole.detach().reshape(-1)
-        share = flat
-        if self.group is not None and self.processes > 1:
-            length = -(-flat.numel() // self.processes)
-            share = flat.new_zeros(length)
-            own = flat[self.group.rank() * length :][:length]
-            share[: own.numel()] = own
-        kept = share.to("cpu", non_blocking=False) if self.on_cpu else share
-        return KeptInput(kept, whole.shape, whole.device)
+        share = whole.detach().reshape(-1)
+        if self.group.size > 1:
+            length = -(-whole.numel() // self.group.size)
+            own = share[self.group.rank * length :][:length]
+            share = torch.cat([own, own.new_zeros(length - own.numel())])
+        return KeptInput(share.cpu() if self.on_cpu else share, whole.shape, whole.device)
 
     def _restore(self, kept: KeptInput) -> Tensor:
-        share = kept.share.to(kept.device)
-        if self.group is None or self.processes == 1:
-            return share.view(kept.shape)
-        gathered = share.new_empty(share.numel() * self.processes)
-        torch.distributed.all_gather_into_tensor(gathered, share, group=self.group)
-        return gathered[: kept.shape.numel()].view(kept.shape)
+        whole = share = kept.share.to(kept.device)
+        if self.group.size > 1:
+            whole = share.new_empty(share.numel() * self.group.size)
+            torch.distributed.all_gather_into_tensor(whole, share, group=self.group.handle)
+        return whole[: kept.shape.numel()].view(kept.shape)
 
 
 AS_THEY_ARE = KeptInputs()

@@ -21,7 +21,7 @@ from megatron.model.pipeline import Stage
 from megatron.model.recompute import KeptInputs
 from megatron.mpu.deepspeed import DeepSpeedMpu, tell_deepspeed
 from megatron.mpu.gradients import marks_of, sum_shared_gradients
-from megatron.mpu.groups import current_groups
+from megatron.mpu.groups import ALONE, Group, current_groups
 from megatron.training.optimizer import build_optimizer
 from megatron.training.schedule import schedule_of
 from megatron.training.schedule_record import ScheduleRecord
@@ -35,11 +35,11 @@ def check_packages(settings: DeepSpeedConfig) -> None:
         raise ConfigError([f"{key} needs the package '{package}': pip install {package}, or leave the key out" for package, key in missing])
 
 
-def enable_recomputation(training: TrainingConfig, model: GPT, *, tensor_group: torch.distributed.ProcessGroup | None) -> None:
-    """Sets what the model keeps for the backward pass. `tensor_group`: the processes that hold the same hidden states. None: there are no others."""
+def enable_recomputation(training: TrainingConfig, model: GPT, *, equal: Group) -> None:
+    """Sets what the model keeps for the backward pass. `equal`: the processes that hold the same hidden states."""
     if training.checkpoint_activations:
-        group = tensor_group if training.divides_kept_inputs else None
-        kept = KeptInputs(group=group, on_cpu=training.keeps_inputs_on_cpu and os.environ["DS_ACCELERATOR"] != "cpu")
+        on_cpu = training.keeps_inputs_on_cpu and os.environ["DS_ACCELERATOR"] != "cpu"
+        kept = KeptInputs(group=equal if training.divides_kept_inputs else ALONE, on_cpu=on_cpu)
         model.enable_activation_checkpointing(training.checkpoint_num_layers, kept)
     model.recompute_modules(training.recompute_modules)
 
@@ -89,7 +89,7 @@ def build_engine(config: NeoXConfig, model: GPT, *, world_size: int) -> Any:
     if groups.expert.size > 1:
         tell_deepspeed(groups, expert_group_name(groups.expert))
     check_packages(config.deepspeed)
-    enable_recomputation(config.training, model, tensor_group=None)
+    enable_recomputation(config.training, model, equal=ALONE if config.parallel.sequence_parallel else groups.tensor)
     model.separate_documents(attention=config.data.reset_attention_mask, positions=config.data.reset_position_ids)
     optimizer = build_optimizer(config.optimizer, model, os.environ["DS_ACCELERATOR"])
     settings = deepspeed_config(config, world_size)

@@ -75,6 +75,11 @@ ABOUT_KEPT = "has no effect: it is about the inputs that checkpoint_activations:
             {"checkpoint_activations": True, "partition_activations": True},
             ["'partition_activations' has no effect: model_parallel_size is 1, so there are no processes to divide the kept inputs among"],
         ),
+        ({"checkpoint_activations": True, "partition_activations": True, "model_parallel_size": 2}, []),
+        (
+            {"checkpoint_activations": True, "partition_activations": True, "model_parallel_size": 2, "sequence_parallel": True},
+            ["'partition_activations' has no effect: with sequence_parallel: true each process has its own part of the inputs anyway"],
+        ),
         (
             {"checkpoint_activations": True, "activation_checkpointing": {"cpu_checkpointing": True, "synchronize_checkpoint_boundary": True}},
             [

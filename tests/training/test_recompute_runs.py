@@ -11,6 +11,7 @@ import pytest
 
 from megatron.model import build_model
 from megatron.model.recompute import Recomputed
+from megatron.mpu.groups import ALONE, Group
 from megatron.testing.distributed import run_distributed
 from megatron.testing.tiny import tiny_config
 from megatron.training.engine import enable_recomputation
@@ -72,13 +73,6 @@ def test_recomputation_changes_no_metric_of_two_processes(corpus: Path, tmp_path
     check_same(tmp_path, WAYS)
 
 
-class Pair:
-    """Stands for a process group of two."""
-
-    def size(self) -> int:
-        return 2
-
-
 @pytest.mark.parametrize(
     ("keys", "layers", "divided", "on_cpu"),
     [
@@ -92,20 +86,20 @@ class Pair:
 )
 def test_keys_reach_the_model(keys: dict[str, Any], layers: int, divided: bool, on_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs go to the CPU's memory where the device is not the CPU itself."""
-    config, group = tiny_config(**keys), Pair()
+    config, group = tiny_config(**keys), Group((0, 1))
     for device in ("cuda", "cpu"):
         monkeypatch.setenv("DS_ACCELERATOR", device)
         model = build_model(config.model, config.moe, 64, seed=1)
-        enable_recomputation(config.training, model, tensor_group=group)  # type: ignore[arg-type]
+        enable_recomputation(config.training, model, equal=group)
         assert model.recompute_layers == layers
-        assert model.kept_inputs.group is (group if divided else None)
+        assert model.kept_inputs.group is (group if divided else ALONE)
         assert model.kept_inputs.on_cpu == (on_cpu and device == "cuda")
 
 
 def test_modules_reach_the_model() -> None:
     config = tiny_config(recompute_modules=["attention"])
     model = build_model(config.model, config.moe, 64, seed=1)
-    enable_recomputation(config.training, model, tensor_group=None)
+    enable_recomputation(config.training, model, equal=ALONE)
     assert [isinstance(layer.attention.forward, Recomputed) for layer in model.layers] == [True, True]
     assert not isinstance(model.layers[0].mlp.forward, Recomputed)
     assert model.recompute_layers == 0
