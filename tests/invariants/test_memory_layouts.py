@@ -9,7 +9,7 @@ import pytest
 
 from megatron.config import config_from_dict
 from megatron.testing.distributed import run_distributed
-from megatron.testing.equivalence import MODELS, Variant, compare
+from tests.invariants.equivalence import MODELS, Variant, compare, measure
 
 OFFLOADED: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}}
 WHOLE: dict[str, Any] = {"checkpoint_activations": True}
@@ -17,6 +17,7 @@ DIVIDED: dict[str, Any] = {**WHOLE, "partition_activations": True}
 TP: dict[str, Any] = {"model_parallel_size": 2}
 SP: dict[str, Any] = {**TP, "sequence_parallel": True}
 EP: dict[str, Any] = {"moe_expert_parallel_size": 2}
+PP: dict[str, Any] = {"pipe_parallel_size": 2, "gradient_accumulation_steps": 2}
 QUICK: dict[str, tuple[str, Variant]] = {
     "TP2, inputs divided": ("structmoe", Variant(2, {**TP, **DIVIDED, "checkpoint_num_layers": 2})),
 }
@@ -30,6 +31,10 @@ SLOW: dict[str, tuple[str, Variant]] = {
     "EP2, moe": ("structmoe", Variant(2, {**EP, "recompute_modules": ["moe"]})),
     "EP2, ZeRO 1 offloaded": ("mixtral", Variant(2, {**EP, "zero_optimization": {"stage": 1, **OFFLOADED}})),
     "EP2, ZeRO 2 offloaded": ("structmoe", Variant(2, {**EP, "zero_optimization": {"stage": 2, **OFFLOADED}})),
+    "PP2, layers": ("structmoe", Variant(2, {**PP, **WHOLE, "checkpoint_num_layers": 2})),
+    "PP2, attention and moe": ("mixtral", Variant(2, {**PP, "recompute_modules": ["attention", "moe"]})),
+    "PP2 x DP2, ZeRO 1 offloaded": ("structmoe", Variant(4, {**PP, "zero_optimization": {"stage": 1, **OFFLOADED}})),
+    "TP2 x PP2, inputs divided": ("structmoe", Variant(4, {**TP, **PP, **DIVIDED})),
     "TP2 x DP2, ZeRO 2 offloaded": ("structmoe", Variant(4, {**TP, "zero_optimization": {"stage": 2, **OFFLOADED}})),
     "TP2 x DP2, ZeRO 3 offloaded": (
         "mixtral",
@@ -47,17 +52,13 @@ def test_less_memory_gives_the_numbers_of_one_process(name: str) -> None:
 
 def dividers(values: Mapping[str, Any]) -> int:
     """Among how many processes the engine's model divides its kept inputs."""
-    from megatron.model.divide import Divider
-    from megatron.model.gpt import build_model
-    from megatron.mpu.groups import current_groups
     from megatron.training.engine import build_engine
     from megatron.training.process import start_process
+    from megatron.training.setup import model_of_process
 
     config = config_from_dict(values)
     topology = start_process(backend="gloo", threads=1, layout=config.parallel.layout)
-    divider = Divider(current_groups(), sequence=config.parallel.sequence_parallel)
-    model = build_model(config.model, config.moe, 128, seed=1, divider=divider)
-    return int(build_engine(config, model, world_size=topology.data_parallel_size).module.kept_inputs.group.size)
+    return int(build_engine(config, model_of_process(config, 128), world_size=topology.data_parallel_size).module.kept_inputs.group.size)
 
 
 def test_inputs_are_divided_where_processes_hold_the_same() -> None:
@@ -66,8 +67,6 @@ def test_inputs_are_divided_where_processes_hold_the_same() -> None:
 
 
 def rates(values: Mapping[str, Any]) -> list[tuple[float, ...]]:
-    from megatron.testing.equivalence import measure
-
     piece = measure(values, 3)
     return [tuple(piece.losses), tuple(piece.norms)]
 
