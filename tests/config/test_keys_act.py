@@ -16,6 +16,7 @@ SCRIPTS = ("deepy.py", "train.py", "generate.py", "eval.py", "prepare_data.py")
 # Read by the section itself, through a property or method that others use; or by a rule only, because just one value is allowed.
 THROUGH_THE_SECTION = {
     "num_kv_heads": "kv_heads",
+    "deepspeed_slurm": r"launcher\.program",
     "model_parallel_size": "layout",
     "moe_expert_parallel_size": "layout",
     "pipe_parallel_size": "layout",
