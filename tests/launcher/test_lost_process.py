@@ -20,6 +20,8 @@ from tests.training.runs import losses_of, outer_environment, run_values
 LAYOUTS: dict[str, dict[str, Any]] = {
     "data": {"num_gpus": 2},
     "data, ZeRO 1": {"num_gpus": 2, "zero_optimization": {"stage": 1}},
+    "tensor": {"num_gpus": 2, "model_parallel_size": 2},
+    "pipe": {"num_gpus": 2, "pipe_parallel_size": 2},
 }
 """Name -> the keys of a layout. Another layout is one more line."""
 GONE_WITHIN_S = 30.0
@@ -96,6 +98,7 @@ def test_killed_in_a_step(corpus: Path, tmp_path: Path, layout: str, victim: str
     assert "Going on from" in run.log.read_text()
 
 
+@pytest.mark.slow  # test_a_traceback_is_repeated_at_the_end holds the launcher's part, test_a_process_that_fails_speaks_last the processes'
 def test_a_bug_in_one_process_is_said_last(corpus: Path, tmp_path: Path) -> None:
     own = {"num_gpus": 2, "plugins": ["tests.training.trouble"], "eval_iters": 0, "train_micro_batch_size_per_gpu": 2, "plot_file": None}
     values = {key: value for key, value in run_values(corpus, tmp_path / "save", train_iters=40, **own).items() if value is not None}

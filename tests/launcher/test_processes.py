@@ -57,9 +57,10 @@ while not all((folder / f"stopping{other}").exists() for other in (0, 1)):
 time.sleep(0.5)
 (folder / f"saved{rank}").write_text(str(len(signals)))
 """
-RUN = """import sys
+RUN = """import os, sys
+from megatron.launcher import processes
 from megatron.launcher.processes import run_until_done
-import os
+processes.PATIENCE_S = float(os.environ.get("PATIENCE", processes.PATIENCE_S))
 sys.exit(run_until_done(sys.argv[1:], os.environ, 2))
 """
 
@@ -77,9 +78,9 @@ def folder(tmp_path: Path) -> Iterator[Path]:
             os.kill(int(pid), signal.SIGKILL)
 
 
-def start(folder: Path, worker: str = "worker.py", interrupt: signal.Handlers = signal.SIG_DFL) -> subprocess.Popen[bytes]:
+def start(folder: Path, worker: str = "worker.py", interrupt: signal.Handlers = signal.SIG_DFL, patience: float = 15.0) -> subprocess.Popen[bytes]:
     """`interrupt`: what the process finds as its reaction to Ctrl-C; a shell in the background would have it ignored, in these tests too."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "PATIENCE": str(patience)}
     command = [sys.executable, "-c", RUN, sys.executable, str(folder / "deepspeed.launcher.launch.py"), str(folder / worker), str(folder)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, preexec_fn=partial(signal.signal, signal.SIGINT, interrupt))
 
@@ -128,6 +129,34 @@ def test_a_process_that_was_killed_is_named(folder: Path) -> None:
     assert process.returncode == 128 + signal.SIGKILL
     assert error.decode().startswith(f"Process 1 (pid {pid}) was ended by signal 9, SIGKILL: probably the machine had no memory left")
     assert error.decode().count("\n") == 1, "the others, which the launcher ends, are not named"
+
+
+def test_a_traceback_is_repeated_at_the_end(folder: Path) -> None:
+    """Both workers fail; the first one's traceback is the last thing that is said."""
+    code = "import os, sys, time\nfrom megatron.config.failures import note_failure\nrank = os.environ['RANK']\ntime.sleep(0.5 * (rank == '0'))\n"
+    code += "try:\n    1 / 0 if rank == '1' else [][0]\nexcept Exception as error:\n    note_failure(error)\n"
+    code += "time.sleep(2)\nsys.stderr.write('noise\\n')\nsys.exit(1)\n"
+    (folder / "failing.py").write_text(code)
+    (folder / "deepspeed.launcher.launch.py").write_text(KILLING_LAUNCHER)
+    process = start(folder, "failing.py")
+    _, error = process.communicate(timeout=30)
+    lines = error.decode().splitlines()
+    assert process.returncode == 1
+    assert lines[lines.index("Process 1 failed first (1 more failed too). Its traceback:") + 1] == "Traceback (most recent call last):"
+    assert lines[-1] == "ZeroDivisionError: division by zero"
+
+
+def test_a_worker_that_waits_for_a_dead_one_is_killed(folder: Path) -> None:
+    """It waits in compiled code and does not hear SIGTERM; DeepSpeed's launcher would give every such worker 30 s."""
+    deaf = "import os, signal, sys, time\nfrom pathlib import Path\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nrank = os.environ['RANK']\n"
+    (folder / "deaf.py").write_text(
+        deaf + "Path(sys.argv[1], f'started{rank}').write_text(str(os.getpid()))\ntime.sleep(1.5 if rank == '1' else 60)\nsys.exit(5)\n"
+    )
+    (folder / "deepspeed.launcher.launch.py").write_text(KILLING_LAUNCHER)
+    begin = time.monotonic()
+    process = start(folder, "deaf.py", patience=1.0)
+    assert process.wait(30) == 5
+    assert time.monotonic() - begin < 20
 
 
 @pytest.mark.parametrize(("number", "named"), [(signal.SIGTERM, "15, SIGTERM: "), (40, "40, a real-time signal: "), (9, "9, SIGKILL: probably")])
