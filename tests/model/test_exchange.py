@@ -79,7 +79,9 @@ def dispatched(layout: Layout, chosen: str) -> None:
         torch.testing.assert_close(parameter.grad, every[share.first * rows : (share.first + share.here) * rows])
 
 
-@pytest.mark.parametrize("chosen", ["one expert for all", "nothing for the second process", "nothing from the second process", "uneven", "empty places"])
+@pytest.mark.parametrize(
+    "chosen", ["one expert for all", "nothing for the second process", "nothing from the second process", "uneven", "empty places"]
+)
 def test_two_processes_compute_what_one_does(chosen: str) -> None:
     run_distributed(dispatched, 2, Layout(expert=2), chosen)
 
