@@ -28,6 +28,7 @@ from megatron.model.division import Cut
 
 Keys = tuple[str | int, ...]
 STATE = "optimizer_state_dict"
+ADVICE = "Add `-o no_load_optim=true` to continue from the weights with a new optimizer state."
 Placed = Callable[[str, tuple[int, ...]], tuple[str, Cut] | None]
 """Name and shape of a process's tensor -> the weight that it belongs to, and its part of that. None: it belongs to none."""
 
@@ -108,7 +109,7 @@ def add_numbered(sources: Sources, files: Files, file: Path, orders: Sequence[Ma
     groups, state = inner["param_groups"], inner["state"]
     in_one = "fp32_groups_flat" in optimizer
     if [len(group["params"]) for group in groups] != [1 if in_one else len(order) for order in orders]:
-        raise CheckpointError(f"{file}: its optimizer has {len(groups)} groups of weights, which are not those of this model.")
+        raise CheckpointError(f"{file}: its optimizer has {len(groups)} groups of weights, which are not those of this model. {ADVICE}")
     for number, (group, order) in enumerate(zip(groups, orders, strict=True)):
         offset = 0
         for place, (name, shape) in enumerate(order.items()):
@@ -121,7 +122,7 @@ def add_numbered(sources: Sources, files: Files, file: Path, orders: Sequence[Ma
                 for kind, where in found.items():
                     if not in_one and tuple(files.at(file, where).shape) != tuple(shape):
                         found_shape = list(files.at(file, where).shape)
-                        raise CheckpointError(f"{file}: {kind} of {name} has shape {found_shape}, but the weight has {list(shape)}.")
+                        raise CheckpointError(f"{file}: {kind} of {name} has shape {found_shape}, but the weight has {list(shape)}. {ADVICE}")
                     sources.add(target[0], kind, Source(target[1], (Run(file, where, offset, count),)))
                 sources.steps.setdefault(target[0], _steps(entry, group))
             offset += count if in_one else 0

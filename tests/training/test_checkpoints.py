@@ -153,22 +153,21 @@ def test_parts_of_two_processes_go_on_without_their_optimizer(corpus: Path, tmp_
     content = head(4, {**stored["args"], "model_parallel_size": 2}, optimizer=stored["optimizer"], **{key: stored[key] for key in KEPT})
     write_layers(tmp_path / "theirs", parts, content)
     values = dense(corpus, tmp_path / "ours", load=str(tmp_path / "theirs"))
-    with pytest.raises(
-        CheckpointError, match=r"saved by 2 processes that divided the model. Such an optimizer state cannot be read: .*no_load_optim=true"
-    ):
+    with pytest.raises(CheckpointError, match=r"has shape \[512, 32\], but the weight has \[256, 32\]. .*no_load_optim=true"):
         train_losses(values)
     losses = train_losses({**values, "no_load_optim": True})
     assert losses[0] == straight[1][4], "the weights, the random states and the data are where they were"
     assert len(losses) == 4
 
 
-def test_other_padding_goes_on_without_the_optimizer(corpus: Path, tmp_path: Path, straight: tuple[Path, list[float]]) -> None:
+def test_other_padding_goes_on(corpus: Path, tmp_path: Path, straight: tuple[Path, list[float]]) -> None:
     values = dense(corpus, tmp_path / "ours", load=str(straight[0]), iteration=4, make_vocab_size_divisible_by=1024)
-    with pytest.raises(CheckpointError, match=r"vocabulary is padded differently, so its optimizer's state does not fit: .*no_load_optim=true"):
-        train_losses(values)
-    losses = train_losses({**values, "no_load_optim": True})
+    losses = train_losses(values)
     assert len(losses) == 4
     assert losses[0] > straight[1][4], "512 tokens more that could follow"
+    without = train_losses({**values, "save": str(tmp_path / "without"), "no_load_optim": True})
+    assert without[0] == losses[0]
+    assert without[2] != losses[2]
 
 
 def test_an_optimizer_of_other_groups_is_refused(corpus: Path, tmp_path: Path, straight: tuple[Path, list[float]]) -> None:
@@ -177,12 +176,12 @@ def test_an_optimizer_of_other_groups_is_refused(corpus: Path, tmp_path: Path, s
     values = dense(corpus, tmp_path / "ours", load=str(tmp_path / "theirs"))
     missing = content["optimizer"]["state"][3].pop("exp_avg_sq")
     torch.save(content, path / "mp_rank_00_model_states.pt")
-    with pytest.raises(CheckpointError, match=r"its entry 3 does not hold Adam's two averages for a weight of shape .*no_load_optim=true"):
+    with pytest.raises(CheckpointError, match=r"does not hold both averages of sequential.2.mlp.linear1.weight. .*no_load_optim=true"):
         train_losses(values)
     content["optimizer"]["state"][3]["exp_avg_sq"] = missing
     content["optimizer"]["param_groups"].pop()
     torch.save(content, path / "mp_rank_00_model_states.pt")
-    with pytest.raises(CheckpointError, match="its groups of weights differ from those of Adam in this run"):
+    with pytest.raises(CheckpointError, match=r"its optimizer has 1 groups of weights, which are not those of this model. .*no_load_optim=true"):
         train_losses(values)
 
 
