@@ -40,7 +40,9 @@ def router_values(report: RouterReport, moe: MoEConfig, num_layers: int) -> dict
         "load_imbalance": [imbalance(load_E) for load_E in loads],
         "delta_uniform": [delta_uniform(load_E) for load_E in loads],
     }
-    columns |= {name: report.statistics_XI[:, i].tolist() for i, name in enumerate(STATISTICS) if not report.statistics_XI[:, i].isnan().all()}
+    sent = not report.statistics_XI[:, STATISTICS.index("process_overload")].isnan().all()
+    measured = [name for name in STATISTICS if sent or "overload" not in name]
+    columns |= {name: report.statistics_XI[:, STATISTICS.index(name)].tolist() for name in measured}
     columns["expert_replacement"] = [100 * share for share in columns["expert_replacement"]]
     columns |= {f"{name}_by_layer": report.aux_losses_XA[:, i].tolist() for i, name in enumerate(moe.moe_losses)}
 

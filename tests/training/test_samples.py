@@ -57,8 +57,8 @@ class OneProcess:
         self.model = build_model(config.model, config.moe, 128, seed=1)
         self.model.separate_documents(attention=config.data.reset_attention_mask, positions=config.data.reset_position_ids)
 
-    def __call__(self, tokens: Tensor, **arguments: Any) -> GPTOutput:
-        return self.model(tokens, **arguments)
+    def __call__(self, tokens_BS: Tensor, **arguments: Any) -> GPTOutput:
+        return self.model(tokens_BS, **arguments)
 
 
 def test_the_loss_is_the_mean_over_what_counts() -> None:
