@@ -20,6 +20,9 @@ from tests.training.runs import losses_of, outer_environment, run_values
 LAYOUTS: dict[str, dict[str, Any]] = {
     "data": {"num_gpus": 2},
     "data, ZeRO 1": {"num_gpus": 2, "zero_optimization": {"stage": 1}},
+    "tensor": {"num_gpus": 2, "model_parallel_size": 2},
+    "expert": {"num_gpus": 2, "moe_expert_parallel_size": 2},
+    "pipe": {"num_gpus": 2, "pipe_parallel_size": 2, "gradient_accumulation_steps": 2},
 }
 """Name -> the keys of a layout. Another layout is one more line."""
 GONE_WITHIN_S = 30.0
