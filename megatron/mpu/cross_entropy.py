@@ -3,7 +3,7 @@
 Shapes: T tokens; D model width; V vocabulary; v its rows on this process; C tokens of one chunk.
 
 As `kernels/linear_cross_entropy/chunked.py`, a chunk of tokens at a time: only the logits of one chunk and of this process's rows exist. The
-processes exchange three numbers for each token (Shoeybi et al., 2019, section 3): the largest logit, the sum of exponentials and the label's logit.
+processes exchange two numbers for each token: the logsumexp of their rows and the label's logit (Shoeybi et al., 2019, section 3, exchange three).
 """
 
 from __future__ import annotations
@@ -79,14 +79,19 @@ class _VocabParallel(torch.autograd.Function):
 
 def _loss_and_error(loss_C: Tensor, logits_Cv: Tensor, label_C: Tensor, group: Group) -> Tensor:
     """Writes the losses and returns softmax - one_hot(label) of this process's rows."""
-    logits_Cv = logits_Cv.to(loss_C.dtype)
-    largest_C = logits_Cv.amax(1)
-    torch.distributed.all_reduce(largest_C, torch.distributed.ReduceOp.MAX, group=group.handle)
-    exponential_Cv = (logits_Cv - largest_C[:, None]).exp_()
+    softmax_Cv = torch.softmax(logits_Cv, 1, dtype=loss_C.dtype)
     own_C = (label_C >= 0) & (label_C < logits_Cv.shape[1])
     place_C1 = label_C.clamp(0, logits_Cv.shape[1] - 1)[:, None]
-    summed_2C = torch.stack([exponential_Cv.sum(1), torch.where(own_C, logits_Cv.gather(1, place_C1)[:, 0], 0)])
-    torch.distributed.all_reduce(summed_2C, group=group.handle)
-    total_C, label_logit_C = summed_2C
-    loss_C.copy_(largest_C + total_C.log() - label_logit_C)
-    return exponential_Cv.div_(total_C[:, None]).scatter_add_(1, place_C1, -own_C.to(exponential_Cv.dtype)[:, None])
+    own_2C = torch.stack(
+        [
+            logits_Cv.amax(1).to(loss_C.dtype) - softmax_Cv.amax(1).log(),  # logsumexp of this process's rows
+            torch.where(own_C, logits_Cv.gather(1, place_C1)[:, 0].to(loss_C.dtype), 0),
+        ]
+    )
+    every_P2C = [torch.empty_like(own_2C) for _ in range(group.size)]
+    torch.distributed.all_gather(every_P2C, own_2C, group=group.handle)
+    logsumexp_PC, label_logit_PC = torch.stack(every_P2C, 1)
+    logsumexp_C = logsumexp_PC.logsumexp(0)
+    loss_C.copy_(logsumexp_C - label_logit_PC.sum(0))
+    softmax_Cv.mul_((own_2C[0] - logsumexp_C).exp_()[:, None])
+    return softmax_Cv.scatter_add_(1, place_C1, -own_C.to(softmax_Cv.dtype)[:, None])

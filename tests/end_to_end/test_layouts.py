@@ -31,7 +31,8 @@ def run(folder: Path, values: dict[str, Any], processes: int, keys: dict[str, An
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["tensor", *(pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name != "tensor")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_trains_as_one_process_does(name: str, corpus: Path, tmp_path: Path) -> None:
     """With the same micro-batches: what is averaged over a micro-batch depends on them."""
     processes, keys = LAYOUTS[name]
