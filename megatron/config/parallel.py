@@ -47,6 +47,10 @@ class ParallelConfig(Section):
     moe_expert_parallel_size: PositiveInt = 1
     """Number of data-parallel processes that share the experts of a layer. Each token is sent to the process that holds its expert. It must divide
     the number of data-parallel processes and the number of experts."""
+    moe_tensor_parallel: Literal["experts", "width"] = "experts"
+    """With model_parallel_size of 2 or more: what its processes divide of a layer's experts. experts: each has some of them whole, as in GPT-NeoX.
+    width: each has its part of every expert's hidden width, so that all have the same work whatever the routers choose; for moe_expert_type: grouped
+    without biases. GPT-NeoX cannot read such a checkpoint; tools/ckpts/reshape.py writes one that it can."""
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """Communication library. None: nccl with GPUs, gloo without GPUs. On a machine without GPUs, nccl is replaced by gloo."""
 
@@ -59,6 +63,8 @@ class ParallelConfig(Section):
         """(key, what to say of it) for keys that were given and do nothing here."""
         if self.sequence_parallel and self.model_parallel_size == 1:
             yield "sequence_parallel", "has no effect: model_parallel_size is 1, so no process shares its layers"
+        if self.moe_tensor_parallel != "experts" and self.model_parallel_size == 1:
+            yield "moe_tensor_parallel", "has no effect: model_parallel_size is 1, so no process shares its experts"
 
     def check(self) -> Iterator[Problem]:
         method = self.pipe_partition_method
@@ -95,7 +101,10 @@ def division_problems(parallel: ParallelConfig, model: ModelConfig, moe: MoEConf
     if layout.expert > 1 and not moe.has_experts:
         yield Problem(("moe_expert_parallel_size", "moe_num_experts"), "needs experts: give moe_num_experts, or use 1")
     elif layout.expert * layout.tensor > 1 and moe.has_experts:
-        yield from _expert_problems(layout, model, moe)
+        by_width = parallel.moe_tensor_parallel == "width" and layout.tensor > 1
+        yield from _expert_problems(layout._replace(tensor=1) if by_width else layout, model, moe)
+        if by_width:
+            yield from _width_problems(layout.tensor, model, moe)
     if layout.expert > 1 and zero_stage == 3:
         yield Problem(
             ("moe_expert_parallel_size", "zero_optimization.stage"),
@@ -164,6 +173,17 @@ def _expert_problems(layout: Layout, model: ModelConfig, moe: MoEConfig) -> Iter
             each = f"{count} experts / model_parallel_size ({layout.tensor}) = {count // layout.tensor}"
             fitting = max(n for n in range(1, layout.expert + 1) if count // layout.tensor % n == 0)
             yield Problem(("moe_expert_parallel_size", "moe_num_experts"), f"must divide the experts of a layer, and {each}; use {fitting}")
+
+
+def _width_problems(size: int, model: ModelConfig, moe: MoEConfig) -> Iterator[Problem]:
+    """What cannot be divided by width."""
+    if moe.moe_expert_type != "grouped":
+        keys = ("moe_tensor_parallel", "moe_expert_type")
+        yield Problem(keys, f"width divides experts of moe_expert_type: grouped, not {moe.moe_expert_type}; write moe_tensor_parallel: experts")
+    if moe.moe_expert_bias:
+        yield Problem(("moe_tensor_parallel", "moe_expert_bias"), "width divides experts without biases; write moe_tensor_parallel: experts")
+    if (width := moe.expert_width(model)) % size:
+        yield Problem(("model_parallel_size", "moe_tensor_parallel"), f"must divide the width of an expert ({width}) with moe_tensor_parallel: width")
 
 
 def layout_problem(layout: Layout, world_size: int) -> str | None:

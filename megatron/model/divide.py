@@ -2,7 +2,8 @@
 
 Column-parallel weights are cut along dimension 0, row-parallel ones along dimension 1 (Shoeybi et al., 2019, section 3), and where several matrices
 are packed into one, each of them. Experts are divided by number: among the expert-parallel processes, and of those among the tensor-parallel ones, as
-GPT-NeoX does; so LoREs, their routers and the factors of decomposed experts lie whole beside their expert. Everything else is on every process.
+GPT-NeoX does; so LoREs, their routers and the factors of decomposed experts lie whole beside their expert. Plain experts may be divided by width
+instead. Everything else is on every process.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from megatron.model.embedding import Embedding, FinalLinear, Head, VocabShare
 from megatron.model.layer import TransformerLayer
 from megatron.model.mlp import MLP
 from megatron.model.moe.dispatch.all_to_all import AllToAllDispatcher, ExpertShare
+from megatron.model.moe.experts.grouped import ExpertMLP
 from megatron.model.moe.layer import MoELayer
 from megatron.model.moe.shared import ResidualMLP, SharedExpert
 from megatron.mpu.cross_entropy import own_rows
 from megatron.mpu.gradients import SharedRows
-from megatron.mpu.groups import Group, Groups
+from megatron.mpu.groups import ALONE, Group, Groups
 from megatron.mpu.random import SharedDropout
 from megatron.mpu.regions import InnerRegion, Region
 
@@ -41,10 +43,12 @@ class Part(NamedTuple):
 
 
 class Divider:
-    """Divides the parts of one model and keeps `cuts`, the table of what this process holds. `sequence`: sequence parallelism."""
+    """Divides the parts of one model and keeps `cuts`, the table of what this process holds. `sequence`: sequence parallelism. `by_width`: experts
+    are divided by their hidden width among tensor-parallel processes, and not by their number.
+    """
 
-    def __init__(self, groups: Groups, *, sequence: bool = False) -> None:
-        self.groups = groups
+    def __init__(self, groups: Groups, *, sequence: bool = False, by_width: bool = False) -> None:
+        self.groups, self.by_width = groups, by_width and groups.tensor.size > 1
         self.region = Region(groups.tensor, sequence and groups.tensor.size > 1)
         self.cuts: dict[str, Cut] = {}
         self._divided: dict[int, Cut] = {}
@@ -154,22 +158,34 @@ class Divider:
         return parts
 
     def _experts(self, layer: MoELayer, moe: MoEConfig) -> dict[nn.Parameter, Part]:
-        share = ExpertShare(moe.num_experts, self.groups.expert, self.groups.tensor)
-        if share.here == share.num_experts:
+        share = ExpertShare(moe.num_experts, self.groups.expert, ALONE if self.by_width else self.groups.tensor)
+        if share.here == share.num_experts and not self.by_width:
             return {}
-        layer.region, layer.dispatcher = self.region, AllToAllDispatcher(moe, share)
+        layer.region = self.region
+        if share.here < share.num_experts:
+            layer.dispatcher = AllToAllDispatcher(moe, share)
         parts: dict[nn.Parameter, Part] = {}
         for parameter in layer.experts.parameters():
             rows = parameter.shape[0] // share.num_experts
-            parts[parameter] = Part(_along(parameter, 0, [Span(share.first * rows, (share.first + share.here) * rows)]))
+            parts[parameter] = Part(_along(parameter, 0, self._expert_spans(share, rows)))
         for module in layer.experts.modules():
             if hasattr(module, "num_experts"):
                 module.num_experts = share.here
+            if self.by_width and isinstance(module, ExpertMLP):
+                module.width //= self.groups.tensor.size
         if self.groups.tensor.size > 1:
             parts |= {parameter: Part(self._everywhere(parameter)) for parameter in layer.router.parameters()}
             for beside in layer.beside:
                 parts |= self._beside(beside)
         return parts
+
+    def _expert_spans(self, share: ExpertShare, rows: int) -> list[Span]:
+        """The rows of this process in a weight that has `rows` for each expert."""
+        if not self.by_width:
+            return [Span(share.first * rows, (share.first + share.here) * rows)]
+        own = rows // self.groups.tensor.size
+        starts = (expert * rows + self.groups.tensor.rank * own for expert in range(share.first, share.first + share.here))
+        return [Span(start, start + own) for start in starts]
 
     def _beside(self, beside: nn.Module) -> dict[nn.Parameter, Part]:
         """A shared expert or a residual MLP: its MLP is divided, and what weighs it sees a part of its output."""

@@ -149,6 +149,7 @@ def _sum_of_two(x: Tensor, group: Group) -> Tensor:
     other, received = group.ranks[1 - group.rank], torch.empty_like(x)
     sent = torch.distributed.isend(x, other, group=group.handle)
     torch.distributed.recv(received, other, group=group.handle)
+    assert sent is not None, "this process is in the group"
     sent.wait()
     return received.add_(x)
 

@@ -56,7 +56,8 @@ def build_trainer(config: NeoXConfig, topology: Topology) -> Trainer:
 def model_of_process(config: NeoXConfig, vocabulary: int) -> GPT:
     """The part of the model that this process trains, with new weights. Raises PartitionError."""
     groups, seed = current_groups(), config.training.seed
-    divider = Divider(groups, sequence=config.parallel.sequence_parallel)
+    parallel = config.parallel
+    divider = Divider(groups, sequence=parallel.sequence_parallel, by_width=parallel.moe_tensor_parallel == "width")
     if groups.pipe.size == 1:
         return build_model(config.model, config.moe, vocabulary, seed=seed, divider=divider)
     return build_stage(config.model, config.moe, vocabulary, seed=seed, method=config.parallel.pipe_partition_method, divider=divider)

@@ -44,10 +44,12 @@ class Variant(NamedTuple):
     keys: Mapping[str, Any]
     experts_only: bool = False
     """Whether it makes sense only for a model with experts."""
+    grouped_only: bool = False
+    """Whether it is for plain experts alone."""
 
     def suits(self, model: Mapping[str, Any]) -> bool:
         """Whether the layout makes sense for a model."""
-        return not self.experts_only or "moe_num_experts" in model
+        return ("moe_num_experts" in model or not self.experts_only) and ("moe_expert_type" not in model or not self.grouped_only)
 
 
 def _tp(size: int, **keys: Any) -> dict[str, Any]:
@@ -83,6 +85,8 @@ LAYOUTS: Mapping[str, Variant] = {
     "TP2 x PP2": Variant(4, _pp(2, **_tp(2))),
     "TP2 x PP2 SP": Variant(4, _pp(2, **_tp(2, sequence_parallel=True))),
     "PP2 x EP2": Variant(4, _pp(2, **_ep(2)), experts_only=True),
+    "TP2 x EP2 by width": Variant(4, {**_tp(2, moe_tensor_parallel="width"), **_ep(2)}, experts_only=True, grouped_only=True),
+    "TP2 by width": Variant(2, _tp(2, moe_tensor_parallel="width"), experts_only=True, grouped_only=True),
     "TP2 x EP2": Variant(4, {**_tp(2), **_ep(2)}, experts_only=True),
     "EP4": Variant(4, _ep(4), experts_only=True),
     "TP4": Variant(4, _tp(4)),

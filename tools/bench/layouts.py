@@ -44,6 +44,7 @@ LAYOUTS: Mapping[str, dict[str, Any]] = {
     "DP2": {},
     "DP2 ZeRO 1": {"zero_optimization": {"stage": 1}},
     "TP2": {"model_parallel_size": 2},
+    "TP2, experts by width": {"model_parallel_size": 2, "moe_tensor_parallel": "width"},
     "EP2": {"moe_expert_parallel_size": 2},
 }
 PROCESSES = {"one process": 1}
@@ -51,16 +52,14 @@ PROCESSES = {"one process": 1}
 
 def measure(values: Mapping[str, Any], threads: int, steps: int) -> tuple[float, int]:
     """On each process: (median seconds of a step after the first, bytes of the optimizer's state here)."""
-    from megatron.model.divide import Divider
-    from megatron.model.gpt import build_model
-    from megatron.mpu.groups import current_groups
     from megatron.training.engine import build_engine
     from megatron.training.process import start_process
+    from megatron.training.setup import model_of_process
     from megatron.training.step import take_step
 
     config = config_from_dict(dict(values))
     topology = start_process(backend="gloo", threads=threads, layout=config.parallel.layout)
-    model = build_model(config.model, config.moe, VOCABULARY, seed=1, divider=Divider(current_groups()))
+    model = model_of_process(config, VOCABULARY)
     engine = build_engine(config, model, world_size=topology.data_parallel_size)
     size = engine.train_micro_batch_size_per_gpu()
     generator = torch.Generator().manual_seed(topology.data_parallel_rank)
