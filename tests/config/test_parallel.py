@@ -10,7 +10,7 @@ from megatron.config.loader import load_config
 from megatron.config.neox import data_parallel_size
 from megatron.config.parallel import Layout, layout_problem
 from megatron.config.section import ConfigError
-from megatron.testing.tiny import TINY_DENSE, TINY_MOE, tiny_config
+from megatron.testing.tiny import TINY_DENSE, TINY_MOE, TINY_STRUCTMOE, tiny_config
 
 EXPERTS = dict(TINY_MOE)
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -37,6 +37,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"pipe_parallel_size": 2, "flops_profiler": {"enabled": True}}, "'flops_profiler.enabled' = true: profiles a model that is on one process"),
     ({"pipe_parallel_size": 3}, r"'pipe_parallel_size' = 3: must be at most num_layers, because each stage needs a layer; use 2"),
+    (
+        {**TINY_STRUCTMOE, "model_parallel_size": 2, "moe_tensor_parallel": "width"},
+        "width divides experts of moe_expert_type: grouped, not structmoe",
+    ),
+    ({**EXPERTS, "model_parallel_size": 2, "moe_tensor_parallel": "width", "moe_expert_bias": True}, "width divides experts without biases"),
+    ({**EXPERTS, "model_parallel_size": 4, "moe_tensor_parallel": "width", "intermediate_size": 66}, r"must divide the width of an expert \(66\)"),
     ({**EXPERTS, "model_parallel_size": 2, "log_gradient_noise_scale": True}, "measures the gradients of one process only"),
 ]
 
@@ -54,6 +60,7 @@ def test_a_layout_that_cannot_work(keys: dict[str, Any], message: str) -> None:
         {"pipe_parallel_size": 2, "zero_optimization": {"stage": 1}, "log_gradient_noise_scale": True},
         {"model_parallel_size": 4, "num_kv_heads": 2},
         {"model_parallel_size": 2, "sequence_parallel": True},
+        {**EXPERTS, "moe_num_experts": 3, "model_parallel_size": 2, "moe_tensor_parallel": "width"},
         {**EXPERTS, "moe_expert_parallel_size": 2, "model_parallel_size": 2, "zero_optimization": {"stage": 1}},
     ],
 )
