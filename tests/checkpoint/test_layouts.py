@@ -130,6 +130,13 @@ def test_experts_that_processes_share_are_all_saved(corpus: Path, tmp_path: Path
     check_same(corpus, saved, "expert 2", "one", tmp_path / "again")
 
 
+def test_experts_that_are_divided_by_width(corpus: Path, tmp_path: Path) -> None:
+    """A process holds as many spans of a weight as it has experts."""
+    keys = {"moe_expert_type": "grouped", "moe_losses": {"load_balance": 0.01}, "moe_tensor_parallel": "width"}
+    saved = save(corpus, tmp_path / "run", "tensor 2", **keys)
+    check_same(corpus, saved, "tensor 2", "expert 2, ZeRO 2", tmp_path / "again", **keys)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("source", EVERY)
 def test_every_layout_goes_on_in_six_others(corpus: Path, source: str, tmp_path: Path) -> None:
