@@ -12,7 +12,7 @@ from megatron.config.moe import MoEConfig
 from megatron.config.neox import NeoXConfig
 from megatron.config.parallel import layout_problem
 from megatron.config.section import ConfigError
-from megatron.config.size import Memory, ParameterCount, count_parameters, flops_per_token, padded_vocab_size, process_parameters, training_memory
+from megatron.config.size import Memory, ParameterCount, count_parameters, divided_memory, flops_per_token, padded_vocab_size, training_memory
 
 _MOST = 4096  # experts or LoREs that a match may ask for
 
@@ -98,9 +98,8 @@ def memory_in_layout(config: NeoXConfig, count: ParameterCount, processes: int, 
     layout = config.parallel.layout
     if layout_problem(layout, processes) is not None:
         return memory_per_process(config, count.total_sum, processes, zero_stage)
-    dense, experts = process_parameters(count, layout)
     replicas = processes // layout.model
-    return memory_per_process(config, dense, replicas, zero_stage).plus(memory_per_process(config, experts, replicas // layout.expert, zero_stage))
+    return divided_memory(count, layout, replicas, lambda parameters, copies: memory_per_process(config, parameters, copies, zero_stage))
 
 
 def matches(model: ModelSize, other: ModelSize, *, active: bool = False) -> list[Match]:

@@ -7,7 +7,7 @@ from itertools import product
 
 from torch import Tensor
 
-from megatron.model.division import Cut, Span
+from megatron.model.division import Cut, Span, located_spans
 
 Slices = tuple[slice, ...]
 
@@ -41,18 +41,11 @@ def count_within(target: Cut, shape: Sequence[int]) -> int:
 
 
 def _overlaps(target: Sequence[Span], source: Sequence[Span]) -> Iterator[tuple[slice, slice]]:
-    for place, own in _located(target):
-        for other_place, other in _located(source):
+    for place, own in located_spans(target):
+        for other_place, other in located_spans(source):
             start, stop = max(own.start, other.start), min(own.stop, other.stop)
             if other.owned and start < stop:
                 yield (
                     slice(place + start - own.start, place + stop - own.start),
                     slice(other_place + start - other.start, other_place + stop - other.start),
                 )
-
-
-def _located(spans: Sequence[Span]) -> Iterator[tuple[int, Span]]:
-    place = 0
-    for span in spans:
-        yield place, span
-        place += span.stop - span.start

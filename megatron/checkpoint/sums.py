@@ -5,6 +5,7 @@ They do not depend on how the tensors are divided, so they hold across layouts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,14 +63,7 @@ def own_sums(engine: Any, share: Share, *, optimizer: bool, copies: bool) -> Own
 
 
 def _is_run(held: Held) -> bool:
-    return held.values.numel() != _size(held.cut)
-
-
-def _size(cut: Cut) -> int:
-    size = 1
-    for extent in cut.local_shape:
-        size *= extent
-    return size
+    return held.values.numel() != math.prod(held.cut.local_shape)
 
 
 def _add(parts: dict[str, Part], kind: str, held: Held, dtypes: Mapping[str, tuple[Cut, str]]) -> None:

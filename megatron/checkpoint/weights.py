@@ -68,7 +68,7 @@ def load_model_weights(path: Path | str, expected: Expected | None = None) -> Mo
     stored = inspect_checkpoint(path)
     try:
         state, notices, gqa_layout = _whole_weights(stored, expected)
-        fitted = _fitted(stored, state, expected)
+        fitted = _fitted(state, stored.client_state, expected)
     except CheckpointError as error:
         message = str(error)
         raise CheckpointError(message if str(path) in message else f"{path}: {message}") from error
@@ -85,19 +85,16 @@ def _joined_weights(path: Path, expected: Expected) -> ModelWeights:
     state = {name: checkpoint.read(one_name(name), WEIGHT, checkpoint.whole(one_name(name))).clone() for name in checkpoint.every_name()}
     client_state = client_state_of(path, checkpoint.head)
     checkpoint.close()
-    rows = expected.args.get("padded_vocab_size")
-    if expected.vocab_size is None or rows is None:
-        return ModelWeights(state, read_config(path), client_state)
-    fitted = fit_vocabulary(state, rows=rows, vocab_size=expected.vocab_size, args=client_state.get("args") or {})
+    fitted = _fitted(state, client_state, expected)
     notices = () if fitted.notice is None else (f"{path}: {fitted.notice}",)
     return ModelWeights(fitted.state, read_config(path), client_state, notices, fitted.notice is not None)
 
 
-def _fitted(stored: StoredCheckpoint, state: dict[str, torch.Tensor], expected: Expected) -> Fitted:
+def _fitted(state: dict[str, torch.Tensor], client_state: Mapping[str, Any], expected: Expected) -> Fitted:
     rows = expected.args.get("padded_vocab_size")
     if expected.vocab_size is None or rows is None:
         return Fitted(state, None)
-    return fit_vocabulary(state, rows=rows, vocab_size=expected.vocab_size, args=stored.client_state.get("args") or {})
+    return fit_vocabulary(state, rows=rows, vocab_size=expected.vocab_size, args=client_state.get("args") or {})
 
 
 def _whole_weights(stored: StoredCheckpoint, expected: Expected) -> tuple[dict[str, torch.Tensor], list[str], str]:

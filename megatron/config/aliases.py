@@ -95,7 +95,6 @@ def _always(value: Any) -> bool:
 
 
 _FUSION = "attention and activations use PyTorch's fused operations if they exist"
-_ONE_PROCESS_MODEL = "the model is not divided over processes in this version"
 _DERIVED = "it is computed from other keys; remove it"
 _DERIVED_ZERO = "it is part of zero_optimization; write it there, such as zero_optimization: {stage: 1, reduce_bucket_size: 500000000}"
 _DERIVED_PROCESS = "every process reads it from its environment; write num_gpus, or global_num_gpus for several machines"
@@ -166,7 +165,9 @@ _WITHOUT_EFFECT: dict[str, Ignored | Refused] = {
         "use_flashattn_swiglu",
         "fused_kernels_build_path",
     ),
-    "output_layer_parallelism": Ignored(_ONE_PROCESS_MODEL, _is("column")),
+    "output_layer_parallelism": Ignored(
+        "with tensor parallelism each process has some rows of the output projection, which is NeoX's column", _is("column")
+    ),
     "synchronize_each_layer": Ignored("it makes the process wait for the GPU at each recomputed layer, and the results are the same"),
     "contiguous_checkpointing": Ignored("PyTorch's allocator places the kept inputs of recomputed layers"),
     "profile_backward": Ignored("write profile: true, which records the backward pass too"),
@@ -262,7 +263,7 @@ _NOT_BUILT: dict[str, Ignored | Refused] = {
     "create_moe_param_group": Refused("NeoX removed it in 2025; the optimizer treats experts as all other weights; remove it"),
     **_entries(
         Refused,
-        "NeoX removed it in 2025; every process has all experts in this version; remove it",
+        "NeoX removed it in 2025; write moe_tensor_parallel: width to divide each expert among tensor-parallel processes",
         "enable_expert_tensor_parallelism",
         unless=_is(False, 0, 1),
     ),

@@ -6,7 +6,7 @@ Shapes: D hidden_size, V padded vocabulary, L layers, F width of an MLP or exper
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -137,7 +137,13 @@ def training_memory(
     return Memory(weights=share(weights, 3), gradients=share(gradients, 2), optimizer=share(optimizer, 1))
 
 
-def process_parameters(count: ParameterCount, layout: Layout) -> tuple[int, int]:
+def divided_memory(count: ParameterCount, layout: Layout, replicas: int, memory: Callable[[int, int], Memory]) -> Memory:
+    """Of one of the processes that divide a model; `replicas`: data-parallel processes. `memory`: that of parameters which so many processes hold."""
+    dense, experts = _process_parameters(count, layout)
+    return memory(dense, replicas).plus(memory(experts, max(1, replicas // layout.expert)))
+
+
+def _process_parameters(count: ParameterCount, layout: Layout) -> tuple[int, int]:
     """(parameters beside the experts, parameters of experts) of one process, as if layers and vocabulary divided evenly and norms too."""
     experts = count.total["experts"] + count.total["lores"]
     return -(-(count.total_sum - experts) // layout.model), -(-experts // (layout.model * layout.expert))

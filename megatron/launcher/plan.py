@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +13,7 @@ from megatron.config.loader import LoadedConfig
 from megatron.config.section import ConfigError
 from megatron.config.transport import encode
 from megatron.launcher.machines import Machines, find_hostfile, machines
-from megatron.launcher.multinode import Meeting, Multinode
+from megatron.launcher.multinode import Meeting, Multinode, world_info
 from megatron.launcher.processes import Machine, free_port
 from megatron.launcher.reach import first_address, reach
 from megatron.launcher.torchrun import devices, this_node, torchrun_command
@@ -82,7 +80,7 @@ def plan_launch(script: Path, loaded: LoadedConfig, machine: Machine, *, ask: bo
     slots = machine.devices(processes) if chosen is None else next(iter(chosen.slots.values()))
     if processes == 1 and chosen is None:
         return Launch((sys.executable, *worker), env, 1, {"localhost": slots}, Meeting("127.0.0.1", launcher.master_port), None)
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(slots)}).encode()).decode()
+    world = world_info({"localhost": slots})
     meeting = Meeting("127.0.0.1", free_port(launcher.master_port))
     local = ["--world_info", world, "--master_addr", "127.0.0.1", "--master_port", str(meeting.port), "--log_level", "critical"]
     argv = (sys.executable, "-m", "deepspeed.launcher.launch", *local, *worker)

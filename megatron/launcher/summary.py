@@ -79,7 +79,8 @@ def _work(config: NeoXConfig, processes: int, words: Vocabulary) -> Table:
     table.add_row("processes", _processes(config, processes))
     if words.size is not None:
         table.add_row("vocabulary", f"{words.size:,}, padded to {padded:,}")
-    flops = flops_per_token(config.model, config.moe, padded, recompute=config.training.checkpoint_activations)
+    training = config.training
+    flops = flops_per_token(config.model, config.moe, padded, recompute=training.checkpoint_activations, modules=training.recompute_modules)
     table.add_row("FLOPs per token (training)", f"{flops:.3e}")
     try:
         replicas = data_parallel_size(config, processes)

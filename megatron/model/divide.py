@@ -56,15 +56,15 @@ class Divider:
     def part(self, part: nn.Module, name: str, model: ModelConfig, moe: MoEConfig | None) -> None:
         """Any part of the model; `moe` is the section of a layer with experts."""
         if isinstance(part, TransformerLayer):
-            self.layer(part, name, model, moe)
+            self._layer(part, name, model, moe)
         elif isinstance(part, Embedding):
-            self.embedding(part, name)
+            self._embedding(part, name)
         elif isinstance(part, FinalLinear):
-            self.head(part, name)
+            self._head(part, name)
         else:
-            self.norm(part, name)
+            self._keep(part, name, {})
 
-    def layer(self, layer: TransformerLayer, name: str, model: ModelConfig, moe: MoEConfig | None) -> None:
+    def _layer(self, layer: TransformerLayer, name: str, model: ModelConfig, moe: MoEConfig | None) -> None:
         """A transformer layer; `moe` is its own section."""
         parts = self._attention(layer.attention, model)
         if isinstance(layer.mlp, MoELayer):
@@ -75,7 +75,7 @@ class Divider:
         self._outside(layer)
         self._keep(layer, name, parts)
 
-    def embedding(self, embedding: Embedding, name: str) -> None:
+    def _embedding(self, embedding: Embedding, name: str) -> None:
         """Rows of the vocabulary; positions are on every process."""
         table = embedding.word_embeddings
         embedding.share, cut = self._vocabulary(table.weight)
@@ -83,15 +83,11 @@ class Divider:
         self._outside(embedding)
         self._keep(embedding, name, {cast(nn.Parameter, table.weight): Part(cut)})
 
-    def head(self, module: nn.Module, name: str) -> None:
+    def _head(self, module: nn.Module, name: str) -> None:
         """Rows of an output projection with a weight of its own."""
         head = next(part for part in module.modules() if isinstance(part, Head))
         head.share, cut = self._vocabulary(head.weight)
         self._keep(module, name, {head.weight: Part(cut)})
-
-    def norm(self, module: nn.Module, name: str) -> None:
-        """A norm between the shared parts."""
-        self._keep(module, name, {})
 
     def _outside(self, module: nn.Module) -> None:
         for part in module.modules():
@@ -103,7 +99,7 @@ class Divider:
         tensor, expert = self.groups.tensor, self.groups.expert
         for own_name, parameter in module.named_parameters(remove_duplicate=False):
             if id(parameter) not in self._divided:
-                outside = Part(whole_cut(parameter.shape, owned=tensor.rank == 0), summed=self.region.sequence)
+                outside = Part(self._everywhere(parameter), summed=self.region.sequence)
                 cut, summed = parts.get(parameter, outside)
                 parameter.data = cut.take(parameter.data).clone() if not cut.is_whole else parameter.data
                 self._divided[id(parameter)] = cut
@@ -112,7 +108,7 @@ class Divider:
                     mark_expert(parameter, expert)
             self.cuts[f"{name}.{own_name}"] = self._divided[id(parameter)]
         for own_name, buffer in module.named_buffers():
-            self.cuts[f"{name}.{own_name}"] = whole_cut(buffer.shape, owned=tensor.rank == 0)
+            self.cuts[f"{name}.{own_name}"] = self._everywhere(buffer)
 
     def _vocabulary(self, weight: Tensor) -> tuple[VocabShare, Cut]:
         group, vocabulary = self.groups.tensor, weight.shape[0]

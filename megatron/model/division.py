@@ -48,10 +48,11 @@ class Cut(NamedTuple):
 
     def boxes(self) -> Iterator[Box]:
         """The rectangular parts; together they are the process's tensor."""
-        located = [list(_located(spans)) for spans in self.spans]
+        located = [list(located_spans(spans)) for spans in self.spans]
         for combination in product(*located):
-            local, whole = tuple(part[0] for part in combination), tuple(slice(part[1].start, part[1].stop) for part in combination)
-            yield Box(local, whole, all(part[1].owned for part in combination))
+            local = tuple(slice(place, place + span.stop - span.start) for place, span in combination)
+            whole = tuple(slice(span.start, span.stop) for _, span in combination)
+            yield Box(local, whole, all(span.owned for _, span in combination))
 
     def take(self, whole: Tensor) -> Tensor:
         """The process's tensor, cut from the whole weight; a copy unless it is the whole."""
@@ -77,8 +78,9 @@ Cuts = Mapping[str, Cut]
 """Name -> what this process holds of the weight. Weights that are not in it: the whole, owned by the first tensor-parallel process."""
 
 
-def _located(spans: Sequence[Span]) -> Iterator[tuple[slice, Span]]:
+def located_spans(spans: Sequence[Span]) -> Iterator[tuple[int, Span]]:
+    """Each span with the place in the process's tensor where it begins."""
     place = 0
     for span in spans:
-        yield slice(place, place + span.stop - span.start), span
+        yield place, span
         place += span.stop - span.start

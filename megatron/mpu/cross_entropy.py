@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron.kernels.linear_cross_entropy.chunked import chunk_rows
+from megatron.kernels.linear_cross_entropy.chunked import add_outer, chunk_rows, chunks, scaled
 from megatron.kernels.linear_cross_entropy.reference import wide
 from megatron.kernels.precision import product_dtype
 from megatron.mpu.groups import Group
@@ -58,14 +58,14 @@ class _VocabParallel(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight_vD, dtype=wide(weight_vD.dtype)) if ctx.needs_input_grad[1] else None
         rows = chunk_rows(len(scale_T), weight_vD.shape[0], hidden_TD.device.type)
-        for chunk in (slice(begin, begin + rows) for begin in range(0, len(scale_T), rows or 1)):
+        for chunk in chunks(len(scale_T), rows):
             hidden_CD = hidden_TD[chunk]
             error_Cv = _loss_and_error(loss_T[chunk], hidden_CD @ weight_vD.t(), label_T[chunk], group)
             error_Cv = error_Cv.mul_(scale_T[chunk, None]).to(hidden_TD.dtype)
             if grad_hidden is not None:
                 torch.mm(error_Cv, weight_vD, out=grad_hidden[chunk])
             if grad_weight is not None:
-                grad_weight += error_Cv.t() @ hidden_CD
+                add_outer(grad_weight, error_Cv, hidden_CD)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_vD.dtype))
         ctx.mark_non_differentiable(loss_T)
         return torch.dot(loss_T, scale_T), loss_T
@@ -73,7 +73,7 @@ class _VocabParallel(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _grad_tokens: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = (None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
+        grad_hidden, grad_weight = (None if saved is None else scaled(saved, grad) for saved in ctx.saved_tensors)
         return grad_hidden, grad_weight, None, None, None
 
 

@@ -26,14 +26,6 @@ class Splits:
         return Splits(self.received, self.sent)
 
 
-def exchange(x_R: Tensor, splits: Splits, group: Group) -> Tensor:
-    """[Q, ...]: the rows from every process, in the order of the processes. The gradient goes the way back. Collective."""
-    if group.size == 1:
-        return x_R
-    received: Tensor = _Exchange.apply(x_R, splits, group)
-    return received
-
-
 class Flight:
     """An exchange during which this process computes something else, in the forward and in the backward pass."""
 
@@ -70,6 +62,12 @@ class Flight:
         self._work.wait()
         landed, self._landing, self._sent = self._landing, torch.empty(0), torch.empty(0)
         return landed
+
+
+def exchange(x_R: Tensor, splits: Splits, group: Group) -> Tensor:
+    """[Q, ...]: the rows from every process, in the order of the processes. The gradient goes the way back. Collective."""
+    flight = Flight(splits, group)
+    return flight.land(flight.launch(x_R))
 
 
 class _Launch(torch.autograd.Function):
@@ -110,17 +108,6 @@ def reordered(x_R: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
     return y
 
 
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_R: Tensor, splits: Splits, group: Group) -> Tensor:
-        ctx.splits, ctx.group = splits, group
-        return _all_to_all(x_R, splits, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad_Q: Tensor) -> tuple[Tensor | None, ...]:
-        return _all_to_all(grad_Q, ctx.splits.back, ctx.group), None, None
-
-
 class _Reordered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_R: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
@@ -130,9 +117,3 @@ class _Reordered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor | None, ...]:
         return grad_R.index_select(0, ctx.saved_tensors[1]), None, None
-
-
-def _all_to_all(x_R: Tensor, splits: Splits, group: Group) -> Tensor:
-    received = x_R.new_empty(sum(splits.received), *x_R.shape[1:])
-    torch.distributed.all_to_all_single(received, x_R.contiguous(), splits.received, splits.sent, group=group.handle)
-    return received

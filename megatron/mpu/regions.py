@@ -46,11 +46,11 @@ class Region:
 
     def whole(self, x_BSD: Tensor) -> Tensor:
         """x of the whole sequence, for what every process computes alike (a router)."""
-        return gather(x_BSD, self.group, SEQUENCE, summed=False) if self.sequence and self.group.size > 1 else x_BSD
+        return gather(x_BSD, self.group, SEQUENCE, summed=False) if self.sequence else x_BSD
 
     def part(self, x_BSD: Tensor) -> Tensor:
         """This process's part of a sequence that all have, where the processes hold parts outside."""
-        return part(x_BSD, self.group, SEQUENCE) if self.sequence and self.group.size > 1 else x_BSD
+        return part(x_BSD, self.group, SEQUENCE) if self.sequence else x_BSD
 
     def copied(self, x: Tensor) -> Tensor:
         """x itself, its gradient summed over the processes."""
@@ -62,7 +62,10 @@ class Region:
             y: Tensor = layer(x)
             return y
         y = self.leave(linear(x, layer.weight))
-        return y if layer.bias is None else y + layer.bias
+        return y if layer.bias is None else y + self._after_leaving(layer.bias)
+
+    def _after_leaving(self, bias: Tensor) -> Tensor:
+        return bias
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,12 @@ class InnerRegion(Region):
         """x, whose gradient others sum."""
         return x_BSD
 
-    def row(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        """A part of the sum. The bias counts once."""
-        if self.group.size == 1 or layer.bias is None:
-            y: Tensor = layer(x) if self.group.size == 1 else linear(x, layer.weight)
-            return y
-        return linear(x, layer.weight) + layer.bias * (self.group.rank == 0)
+    def leave(self, y_BSD: Tensor) -> Tensor:
+        """y, which others sum."""
+        return y_BSD
+
+    def _after_leaving(self, bias: Tensor) -> Tensor:
+        return bias * (self.group.rank == 0)  # it counts once in the sum
 
 
 WHOLE = Region()
@@ -139,7 +142,7 @@ def _same(x: Tensor) -> Tensor:
 def _sum(x: Tensor, group: Group) -> Tensor:
     if group.size == 2 and x.device.type == "cpu":
         return _sum_of_two(x.contiguous(), group)
-    total = x.contiguous().clone() if x.is_contiguous() else x.contiguous()
+    total = x.clone(memory_format=torch.contiguous_format)
     torch.distributed.all_reduce(total, group=group.handle)
     return total
 

@@ -45,7 +45,7 @@ def enable_recomputation(training: TrainingConfig, model: GPT, *, equal: Group) 
 
 
 @contextmanager
-def own_engines(*, sum_in_fp32: bool) -> Iterator[None]:
+def own_engines(*, sum_in_fp32: bool, divides_experts: bool) -> Iterator[None]:
     """Inside this context DeepSpeed uses our MasterWeights, and not its own wrapper, for 16-bit weights at stage 0; and our engine for a pipeline."""
     import deepspeed
     from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
@@ -56,8 +56,8 @@ def own_engines(*, sum_in_fp32: bool) -> Iterator[None]:
     class Own:
         @property
         def has_moe_layers(self) -> bool:
-            """Whether there are experts that other processes do not have. DeepSpeed looks for layers of its own class."""
-            return any(not marks_of(parameter).allreduce for parameter in self.module.parameters())  # type: ignore[attr-defined]
+            """Whether there are experts that other processes do not have. DeepSpeed looks for layers of its own class, and asks in every step."""
+            return divides_experts
 
         @has_moe_layers.setter
         def has_moe_layers(self, found: bool) -> None:
@@ -95,7 +95,8 @@ def build_engine(config: NeoXConfig, model: GPT, *, world_size: int) -> Any:
     settings = deepspeed_config(config, world_size)
     if isinstance(optimizer, Skipping):
         settings["gradient_clipping"] = 0.0  # the optimizer clips while it steps
-    with own_engines(sum_in_fp32=config.sums_in_fp32):
+    divides_experts = any(not marks_of(parameter).allreduce for parameter in model.parameters())
+    with own_engines(sum_in_fp32=config.sums_in_fp32, divides_experts=divides_experts):
         mpu = DeepSpeedMpu(groups) if groups.model.size > 1 and groups.pipe.size == 1 else None  # a pipeline module brings it along
         module = StageModule(model) if isinstance(model, Stage) else model
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False)

@@ -9,7 +9,7 @@ import torch
 
 from megatron.config.memory import Room, check_fits, machine_memory
 from megatron.config.neox import NeoXConfig
-from megatron.config.size import count_parameters, process_parameters, training_memory
+from megatron.config.size import Memory, count_parameters, divided_memory, training_memory
 
 log = logging.getLogger(__name__)
 BYTES = {"fp32": 4, "fp16": 2, "bfloat16": 2}
@@ -17,18 +17,17 @@ BYTES = {"fp32": 4, "fp16": 2, "bfloat16": 2}
 
 def check_training_fits(config: NeoXConfig, vocabulary: int, *, world_size: int) -> None:
     """Raises NotEnoughMemory if the weights and optimizer of the processes on this machine need more memory than it has. Warns if they need more
-    than is free.
+    than is free. `world_size`: data-parallel processes.
 
     Gradients and activations are not counted, so a model that passes may still be too large.
     """
     count, layout = count_parameters(config.model, config.moe, vocabulary), config.parallel.layout
     parameters, stage = count.total_sum, config.optimizer.zero_optimization.stage
-    shares = zip(process_parameters(count, layout), (world_size, max(1, world_size // layout.expert)), strict=True)
-    dense, experts = (
-        training_memory(share, config.precision, zero_stage=stage, data_parallel_size=replicas, averages=config.optimizer.averages)
-        for share, replicas in shares
-    )
-    memory = dense.plus(experts)
+
+    def memory_of(parameters: int, replicas: int) -> Memory:
+        return training_memory(parameters, config.precision, zero_stage=stage, data_parallel_size=replicas, averages=config.optimizer.averages)
+
+    memory = divided_memory(count, layout, world_size, memory_of)
     offloaded = {"offload_optimizer": memory.optimizer, "offload_param": memory.weights}
     device = torch.device(os.environ.get("DS_ACCELERATOR", "cpu"))
     moved = 0 if device.type == "cpu" else sum(size for key, size in offloaded.items() if key in config.optimizer.offloaded)

@@ -50,9 +50,9 @@ class Trainer:
         self.engine = engine
         self.datasets = datasets
         self.expected = expected
+        """The description of the model that every checkpoint holds."""
         self.share = Share(topology, getattr(engine.module, "cuts", {}), config.training.seed)
         """This process's part of the weights, for checkpoints."""
-        """The description of the model that every checkpoint holds."""
         self.data_facts = data_facts(config.data, datasets, {"seed": config.training.seed, "seq_length": plan.seq_length})
         """Facts about the data that the run reads. Every checkpoint holds them."""
         self.state = TrainingState()

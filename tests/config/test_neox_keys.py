@@ -19,6 +19,7 @@ import pytest
 from megatron.config.aliases import OTHER_DEFAULTS, RENAMED, TABLE, Ignored, Refused, judge
 from megatron.config.loader import load_values
 from megatron.config.neox import OWNER, SECTION_CLASSES
+from megatron.config.neox_defaults import NEOX_DEFAULTS
 from megatron.config.reference import reference_page
 from megatron.config.section import ConfigError, Section
 
@@ -163,3 +164,7 @@ def test_dead_keys_never_stop_a_run() -> None:
     for key in KEYS:
         if key.mark == "dead" and key.key in TABLE:
             assert isinstance(TABLE[key.key], Ignored)
+
+
+def test_a_key_with_a_section_has_its_default_there_alone() -> None:
+    assert not set(NEOX_DEFAULTS) & set(OWNER)

@@ -9,6 +9,7 @@ waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,6 +40,11 @@ def chunk_rows(tokens: int, vocabulary: int, device: str) -> int:
     return min(tokens, max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS.get(device, 2**22) // max(1, vocabulary)))
 
 
+def chunks(tokens: int, rows: int) -> Iterator[slice]:
+    """The tokens, `rows` at a time."""
+    return (slice(begin, begin + rows) for begin in range(0, tokens, rows or 1))
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and, where wanted, both gradients, computed in the forward chunk by chunk."""
 
@@ -50,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = chunk_rows(len(scale_T), weight_VD.shape[0], hidden_TD.device.type)
         logits_buffer = hidden_TD.new_empty(rows, weight_VD.shape[0])
         softmax_buffer = torch.empty_like(logits_buffer, dtype=scale_T.dtype)
-        for chunk in (slice(begin, begin + rows) for begin in range(0, len(scale_T), rows or 1)):
+        for chunk in chunks(len(scale_T), rows):
             logits_CV = torch.mm(hidden_TD[chunk], weight_VD.t(), out=logits_buffer[: len(scale_T[chunk])])
             softmax_CV = softmax_buffer[: len(logits_CV)]
             _softmax_into(softmax_CV, loss_T[chunk], logits_CV, labels_T[chunk])
@@ -62,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(error_CV, weight_VD, out=grad_hidden[chunk]).mul_(scale_C1)
             if grad_weight is not None:
-                _add_outer(grad_weight, error_CV, hidden_TD[chunk] * scale_C1)
+                add_outer(grad_weight, error_CV, hidden_TD[chunk] * scale_C1)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
         ctx.mark_non_differentiable(loss_T)
         return torch.dot(loss_T, scale_T), loss_T
@@ -70,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _grad_tokens: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = (None if saved is None else _scaled(saved, grad) for saved in ctx.saved_tensors)
+        grad_hidden, grad_weight = (None if saved is None else scaled(saved, grad) for saved in ctx.saved_tensors)
         return grad_hidden, grad_weight, None, None
 
 
@@ -90,7 +96,7 @@ def _subtract_labels(softmax_CV: Tensor, labels_C: Tensor) -> None:
     softmax_CV.scatter_add_(1, labels_C[:, None], minus_one)
 
 
-def _add_outer(out_VD: Tensor, error_CV: Tensor, hidden_CD: Tensor) -> None:
+def add_outer(out_VD: Tensor, error_CV: Tensor, hidden_CD: Tensor) -> None:
     """out += error^T @ hidden, accumulated in the dtype of `out`."""
     if out_VD.dtype == error_CV.dtype:
         out_VD.addmm_(error_CV.t(), hidden_CD)
@@ -101,7 +107,7 @@ def _add_outer(out_VD: Tensor, error_CV: Tensor, hidden_CD: Tensor) -> None:
         out_VD.add_(torch.mm(error_CV.t(), hidden_CD))
 
 
-def _scaled(saved: Tensor, grad: Tensor) -> Tensor:
+def scaled(saved: Tensor, grad: Tensor) -> Tensor:
     """saved * grad, without a pass over memory where grad is 1 (known without waiting only on a CPU). Not in place: a retained graph comes again."""
     if grad.device.type == "cpu" and grad.item() == 1:
         return saved
