@@ -18,6 +18,7 @@ from megatron.config.section import ConfigError
 from megatron.config.source import canonical
 from megatron.config.training import resolve_batch
 from megatron.config.transport import decode
+from megatron.launcher import local
 from megatron.launcher.dry_run import dry_run
 from megatron.launcher.implementations import check_backends
 from megatron.launcher.machines import machines
@@ -94,6 +95,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if launch.replaces:
         os.execve(launch.argv[0], launch.argv, launch.env)
+    if launch.program == local.PROGRAM:
+        return local.main(local.arguments_of(launch.argv), launch.env)
     return run_until_done(launch.argv, launch.env, launch.processes, launch.stop)
 
 

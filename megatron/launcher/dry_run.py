@@ -56,7 +56,7 @@ def _machine(launch: Launch, host: str, slots: Sequence[int | str], first: int, 
     source = PREPENDED.get(launch.program)
     read = "" if source in (None, "RANK") else f"   (read from {source})"
     yield f"  RANK={span(first, count)} LOCAL_RANK={span(0, count)}{read}"
-    if launch.program in ("pdsh", "deepspeed.launcher.launch"):
+    if launch.program == "pdsh":  # DeepSpeed's launcher on each machine sets it
         yield f"  CUDA_VISIBLE_DEVICES={','.join(map(str, slots))}"
 
 

@@ -12,9 +12,10 @@ from megatron.config.launcher import LauncherConfig
 from megatron.config.loader import LoadedConfig
 from megatron.config.section import ConfigError
 from megatron.config.transport import encode
+from megatron.launcher import local
 from megatron.launcher.machines import Machines, find_hostfile, machines
-from megatron.launcher.multinode import Meeting, Multinode, world_info
-from megatron.launcher.processes import Machine, free_port
+from megatron.launcher.multinode import Meeting, Multinode
+from megatron.launcher.processes import Machine
 from megatron.launcher.reach import first_address, reach
 from megatron.launcher.torchrun import devices, this_node, torchrun_command
 
@@ -29,7 +30,7 @@ class Launch:
     slots: Mapping[str, Sequence[int | str]]
     meeting: Meeting
     program: str | None
-    """What starts the workers. None: nothing, the command takes the place of the calling process."""
+    """What starts the workers. None: nothing, the command takes the place of the calling process. `local.PROGRAM`: this process does."""
     stop: tuple[str, ...] = ()
     """The command that ends the workers on other machines. Empty: a signal to the command is enough."""
 
@@ -78,13 +79,11 @@ def plan_launch(script: Path, loaded: LoadedConfig, machine: Machine, *, ask: bo
         return plan_elsewhere(loaded, machine, here_alone(processes) if chosen is None else chosen, worker, ask=ask)
     env = _environment(loaded, machine, processes)
     slots = machine.devices(processes) if chosen is None else next(iter(chosen.slots.values()))
-    if processes == 1 and chosen is None:
-        return Launch((sys.executable, *worker), env, 1, {"localhost": slots}, Meeting("127.0.0.1", launcher.master_port), None)
-    world = world_info({"localhost": slots})
-    meeting = Meeting("127.0.0.1", free_port(launcher.master_port))
-    local = ["--world_info", world, "--master_addr", "127.0.0.1", "--master_port", str(meeting.port), "--log_level", "critical"]
-    argv = (sys.executable, "-m", "deepspeed.launcher.launch", *local, *worker)
-    return Launch(argv, env, processes, {"localhost": slots}, meeting, "deepspeed.launcher.launch")
+    env |= devices(slots, machine.gpus)
+    if processes == 1:
+        return Launch((sys.executable, *worker), env, 1, {"localhost": slots}, Meeting(local.ADDRESS, launcher.master_port), None)
+    meeting = Meeting(local.ADDRESS, launcher.master_port)
+    return Launch(local.local_command(processes, meeting.port, worker), env, processes, {"localhost": slots}, meeting, local.PROGRAM)
 
 
 def plan_elsewhere(loaded: LoadedConfig, machine: Machine, chosen: Machines, worker: Sequence[str], *, ask: bool) -> Launch:
@@ -112,7 +111,7 @@ def plan_torchrun(loaded: LoadedConfig, machine: Machine, chosen: Machines, work
     launcher = loaded.config.launcher
     node = this_node(chosen, launcher.master_addr)
     meeting = Meeting(node.address, launcher.master_port)
-    env = {**_environment(loaded, machine, len(node.slots)), **devices(node, machine.gpus)}
+    env = {**_environment(loaded, machine, len(node.slots)), **devices(node.slots, machine.gpus)}
     return Launch(torchrun_command(node, meeting.port, worker), env, len(node.slots), chosen.slots, meeting, "torchrun")
 
 

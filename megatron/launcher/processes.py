@@ -1,30 +1,27 @@
-"""The machine (GPUs, cores, ports) and the care of child processes: signals reach the workers once, and nobody outlives the run."""
+"""The machine (GPUs, cores), and the care of launchers that others wrote: signals reach their workers once, and nobody outlives the run."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from megatron.config.failures import FOLDER, first_failure
+from megatron.config.failures import FOLDER
 from megatron.config.machine import usable_cores
-from megatron.launcher.deaths import Deaths
+from megatron.launcher.deaths import noted_end
+from megatron.launcher.workers import IMPATIENCE_S, PATIENCE_S, say_what_failed, signals_to, start_in_session
 
-_IMPATIENCE_S = 2.0  # a Ctrl-C this long after the first one means: now
-_MOMENT_S = 0.3  # between two looks at the workers; DeepSpeed's launcher looks once a second, and a dead worker is seen until then
-PATIENCE_S = 15.0  # a worker that is still there this long after another one has failed waits for it, and does not hear SIGTERM
+_MOMENT_S = 0.3  # between two looks at the launcher
 _PARENTS = (b"deepspeed.launcher.launch", b"torch.distributed.run")
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -73,58 +70,33 @@ def _driver_gpus() -> int:
     return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
 
 
-def free_port(preferred: int) -> int:
-    """`preferred` when nobody listens on it, else a port that is free now."""
-    for port in (preferred, 0):
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    return preferred
-
-
 def run_until_done(argv: Sequence[str], env: Mapping[str, str], workers: int, end_elsewhere: Sequence[str] = ()) -> int:
     """Runs a launcher in a session of its own and returns its exit status (128 + n for a worker that signal n ended).
 
     `end_elsewhere`: the command that ends the workers on other machines, which a signal to the launcher does not reach.
 
-    SIGINT and SIGTERM go to the workers alone, once, and this waits for as long as they need to save. DeepSpeed's launcher
-    would pass a signal to one worker after the other and kill each after 30 s, while they wait for each other; so it is kept out of it.
-    A second Ctrl-C ends everything at once. When this process dies, the launcher gets SIGTERM from the kernel. A signal that this process was
-    started to ignore stays ignored.
+    SIGINT and SIGTERM go to the workers alone, once, and this waits for as long as they need to save. A launcher would kill those that are not done
+    after 30 s; so it is kept out of it. A second Ctrl-C ends everything at once. When this process dies, the launcher gets SIGTERM from the kernel. A
+    signal that this process was started to ignore stays ignored.
 
-    A worker that a signal of somebody else's ended is named on standard error, with its rank. If a worker failed with a traceback, it is repeated, so
-    that it is the last thing that is said. Workers that wait for one that has ended have PATIENCE_S to end.
+    A traceback of a worker is repeated on standard error, so that it is the last thing that is said. If the launcher starts its workers through
+    `workers.run_under_another`, one that a signal ended is named, and the others have PATIENCE_S to end.
     """
     with tempfile.TemporaryDirectory(prefix="failures_") as folder:
-        return _run_until_done(argv, {**env, FOLDER: folder}, workers, end_elsewhere)
-
-
-def _run_until_done(argv: Sequence[str], env: Mapping[str, str], workers: int, end_elsewhere: Sequence[str]) -> int:
-    process = subprocess.Popen(list(argv), env=dict(env), start_new_session=True, preexec_fn=_die_with_parent if sys.platform == "linux" else None)
-    stop = _Stop(process.pid, workers, partial(_start_quietly, end_elsewhere, env) if end_elsewhere else None)
-    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in heard}
-    deaths = Deaths(lambda: _workers(process.pid), workers)
-    try:
-        while (status := _wait(process)) is None:
-            deaths.look()
-            if deaths.seconds_ago > PATIENCE_S:
-                _kill_workers(process.pid)
-    finally:
-        _signal_group(process.pid, signal.SIGTERM)  # whoever is left, should the launcher have died before its workers
-        if process.returncode:
-            stop.end_elsewhere()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if stop.received is None and (failure := first_failure(Path(env[FOLDER]))) is not None:
-        sys.stderr.write(f"{failure}\n")
-    if deaths.first is not None and stop.received is None:
-        sys.stderr.write(f"{deaths.first}\n")
-        return 128 + deaths.first.number
+        process = start_in_session(argv, {**env, FOLDER: folder})
+        stop = _Stop(process.pid, workers, partial(_start_quietly, end_elsewhere, env) if end_elsewhere else None)
+        try:
+            with signals_to(stop):
+                status = _wait(process, Path(folder))
+        finally:
+            _signal_group(process.pid, signal.SIGTERM)  # whoever is left, should the launcher have died before its workers
+            if process.returncode:
+                stop.end_elsewhere()
+        failed = noted_end(Path(folder))
+        if stop.received is None:
+            say_what_failed(Path(folder), failed)
+    if failed is not None and failed.status < 0 and stop.received is None:
+        return failed.shell_status
     if stop.received is not None and stop.reached_all and status:
         return 128 + stop.received
     return _shell_status(status)
@@ -147,7 +119,8 @@ class _Stop:
         if self.received is None:
             self.received, self._moment = number, time.monotonic()
             self.reached_all = not (self.end_elsewhere() or _signal_workers(self.launcher, self.workers, number))
-        elif number == signal.SIGINT and time.monotonic() - self._moment > _IMPATIENCE_S:
+        elif number == signal.SIGINT and time.monotonic() - self._moment > IMPATIENCE_S:
+            _kill_workers(self.launcher)  # torchrun's are in sessions of their own
             _signal_group(self.launcher, signal.SIGKILL)
 
     def end_elsewhere(self) -> bool:
@@ -161,18 +134,16 @@ def _start_quietly(argv: Sequence[str], env: Mapping[str, str]) -> None:
     subprocess.Popen(list(argv), env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def _wait(process: subprocess.Popen[bytes]) -> int | None:
-    """The exit status, or None after a moment."""
-    try:
-        return process.wait(_MOMENT_S)
-    except subprocess.TimeoutExpired:
-        return None
-
-
-def _die_with_parent() -> None:
-    import ctypes
-
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _wait(process: subprocess.Popen[bytes], folder: Path) -> int:
+    """The exit status. From PATIENCE_S after the first failure on, workers that are left are killed."""
+    deadline: float | None = None
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(_MOMENT_S)
+        if deadline is None and noted_end(folder) is not None:
+            deadline = time.monotonic() + PATIENCE_S
+        if deadline is not None and time.monotonic() > deadline:
+            _kill_workers(process.pid)
 
 
 def _signal_workers(launcher: int, expected: int, number: int) -> bool:

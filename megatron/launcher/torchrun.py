@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from megatron.config.section import ConfigError
+from megatron.launcher.local import PROGRAM
 from megatron.launcher.machines import Machines, is_this_machine
 
 NODE_RANK = ("PET_NODE_RANK", "NODE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
@@ -43,12 +44,12 @@ def this_node(chosen: Machines, master_addr: str | None) -> Node:
 
 
 def torchrun_command(node: Node, port: int, worker: Sequence[str]) -> tuple[str, ...]:
-    """torchrun with the words of a worker, its script first."""
+    """torchrun with the words of a worker, its script first. Each worker has a process of ours as its parent, which sees how it ends."""
     meeting = ["--rdzv-backend=static", f"--master-addr={node.address}", f"--master-port={port}"]
     counts = [f"--nnodes={node.machines}", f"--node-rank={node.rank}", f"--nproc-per-node={len(node.slots)}", "--max-restarts=0"]
-    return (sys.executable, "-m", "torch.distributed.run", *counts, *meeting, *worker)
+    return (sys.executable, "-m", "torch.distributed.run", *counts, *meeting, PROGRAM, *worker)
 
 
-def devices(node: Node, gpus: int) -> Mapping[str, str]:
+def devices(slots: Sequence[int | str], gpus: int) -> Mapping[str, str]:
     """CUDA_VISIBLE_DEVICES for the slots of a machine with GPUs."""
-    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, node.slots))} if gpus else {}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, slots))} if gpus else {}

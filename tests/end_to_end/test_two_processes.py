@@ -1,4 +1,4 @@
-"""`deepy.py` with two processes through DeepSpeed's launcher: train, stop, go on."""
+"""`deepy.py` with two processes: train, stop, go on."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import pytest
 
 from megatron.launcher import main
 from megatron.launcher.command_line import config_from_argv
+from megatron.launcher.local import PROGRAM
 
 MODEL = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32, "max_position_embeddings": 32}
 
@@ -58,9 +59,9 @@ def test_several_machines(tmp_path: Path, programs: Path, capsys: pytest.Capture
 def test_one_machine(tmp_path: Path, programs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(tmp_path, capsys, num_gpus=2, threads_per_process=3)
     assert lines[0] == "2 processes on 1 machine. Nothing is started."
-    assert shlex.split(lines[3])[1:3] == ["-m", "deepspeed.launcher.launch"]
+    assert shlex.split(lines[3])[1:4] == [PROGRAM, "--processes", "2"]
     assert "  OMP_NUM_THREADS=3" in lines
-    assert lines[-6:-1] == ["  WORLD_SIZE=2", "  LOCAL_WORLD_SIZE=2", "  MASTER_ADDR=127.0.0.1", lines[-3], "  RANK=0..1 LOCAL_RANK=0..1"]
+    assert lines[-5:] == ["  WORLD_SIZE=2", "  LOCAL_WORLD_SIZE=2", "  MASTER_ADDR=127.0.0.1", lines[-2], "  RANK=0..1 LOCAL_RANK=0..1"]
     lines = shown(tmp_path, capsys)
     assert lines[0] == "1 process on 1 machine. Nothing is started."
     assert shlex.split(lines[3])[:2] == [sys.executable, shlex.split(lines[3])[1]]

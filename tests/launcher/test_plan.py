@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import re
 import shlex
 import socket
@@ -17,8 +15,9 @@ import pytest
 from megatron.config.loader import LoadedConfig, config_from_dict
 from megatron.config.section import ConfigError
 from megatron.config.transport import decode
+from megatron.launcher.local import PROGRAM, held_port
 from megatron.launcher.plan import Launch, machine_notices, plan_launch, worker_count
-from megatron.launcher.processes import Machine, free_port
+from megatron.launcher.processes import Machine
 from megatron.launcher.reach import HINT, LaunchError
 from megatron.launcher.torchrun import NODE_RANK
 
@@ -68,12 +67,12 @@ def test_one_process_needs_no_launcher() -> None:
     assert launch.env["OMP_NUM_THREADS"] == "8"
 
 
-def test_two_processes_share_the_cores_under_deepspeed_s_launcher() -> None:
+def test_two_processes_share_the_cores() -> None:
     launch = plan(num_gpus=2)
     assert not launch.replaces
-    assert launch.argv[1:3] == ("-m", "deepspeed.launcher.launch")
-    world = launch.argv[launch.argv.index("--world_info") + 1]
-    assert json.loads(base64.urlsafe_b64decode(world)) == {"localhost": [0, 1]}
+    assert launch.argv[1:4] == (PROGRAM, "--processes", "2")
+    assert launch.argv[6:8] == ("train.py", "--megatron_config")
+    assert "CUDA_VISIBLE_DEVICES" not in launch.env
     assert launch.processes == 2
     assert launch.env["OMP_NUM_THREADS"] == "4"
 
@@ -81,13 +80,13 @@ def test_two_processes_share_the_cores_under_deepspeed_s_launcher() -> None:
 def test_every_gpu_gets_a_process() -> None:
     launch = plan(TWO_GPUS)
     assert launch.processes == 2
+    assert launch.env["CUDA_VISIBLE_DEVICES"] == "0,1"
     assert "DS_ACCELERATOR" not in launch.env
 
 
 def test_cuda_visible_devices_is_kept() -> None:
     launch = plan(Machine(gpus=3, cores=8, visible=("5", "6", "7")), num_gpus=2)
-    world = launch.argv[launch.argv.index("--world_info") + 1]
-    assert json.loads(base64.urlsafe_b64decode(world)) == {"localhost": [5, 6]}
+    assert launch.env["CUDA_VISIBLE_DEVICES"] == "5,6"
 
 
 def test_what_the_user_has_set_stays_but_the_configuration_wins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,9 +309,8 @@ def test_a_hostfile_that_names_this_machine_alone_needs_no_ssh(tmp_path: Path, s
     for name in ("localhost", socket.gethostname()):
         hostfile.write_text(f"{name} slots=4\n")
         launch = plan(hostfile=str(hostfile), include=f"{name}:1,3")
-        assert launch.argv[1:3] == ("-m", "deepspeed.launcher.launch")
-        world = launch.argv[launch.argv.index("--world_info") + 1]
-        assert json.loads(base64.urlsafe_b64decode(world)) == {"localhost": [1, 3]}
+        assert launch.argv[1:4] == (PROGRAM, "--processes", "2")
+        assert launch.slots == {"localhost": [1, 3]}
         assert (launch.processes, launch.env["OMP_NUM_THREADS"]) == (2, "4")
 
 
@@ -376,17 +374,18 @@ def test_a_hostfile_that_is_not_there_means_this_machine() -> None:
 
 def test_filters_on_this_machine() -> None:
     launch = plan(TWO_GPUS, include="localhost:1")
-    world = launch.argv[launch.argv.index("--world_info") + 1]
-    assert json.loads(base64.urlsafe_b64decode(world)) == {"localhost": [1]}
+    assert (launch.replaces, launch.slots, launch.env["CUDA_VISIBLE_DEVICES"]) == (True, {"localhost": [1]}, "1")
 
 
-def test_a_busy_port_is_left_alone() -> None:
-    with socket.socket() as busy:
-        busy.bind(("127.0.0.1", 0))
-        busy.listen()
-        taken = busy.getsockname()[1]
-        assert free_port(taken) not in (taken, 0)
-    assert free_port(taken) == taken
+def test_two_runs_that_start_together_get_two_ports() -> None:
+    """The port is taken from the moment of the start, and not only once a process listens there."""
+    with held_port(0) as first:
+        with held_port(first) as second:
+            assert second not in (first, 0)
+        with socket.create_server(("", first)) as process:
+            assert process.getsockname()[1] == first
+    with held_port(first) as again:
+        assert again == first
 
 
 def test_what_is_asked_for_about_machines_and_not_done_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Several processes: signals reach each worker once and at the same time, statuses come back, nobody is left behind."""
+"""Launchers that others wrote: signals reach each worker once and at the same time, statuses come back, nobody is left behind."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.launcher.deaths import Death
+from megatron.launcher.local import PROGRAM
 
-# Stands in for DeepSpeed's local launcher where only its behaviour towards signals and statuses matters (DeepSpeed's own takes seconds to import).
+# Stands in for torchrun where only its behaviour towards signals and statuses matters (torchrun takes seconds to import).
 # Its path must contain the name by which the real one is recognised.
 STAND_IN = """import signal, subprocess, sys, time
 workers = [subprocess.Popen([sys.executable, sys.argv[1], sys.argv[2], str(rank)]) for rank in (0, 1)]
@@ -28,9 +28,9 @@ signal.signal(signal.SIGINT, stop)
 statuses = [worker.wait() for worker in workers]
 sys.exit(next((status for status in statuses if status), 0))
 """
-# As DeepSpeed's: it looks once a second, and ends the others when one has failed.
+# As torchrun's, with parents of ours for the workers: it looks once a second, and ends the others when one has failed.
 KILLING_LAUNCHER = """import os, subprocess, sys, time
-workers = [subprocess.Popen([sys.executable, *sys.argv[1:], str(rank)], env={**os.environ, "RANK": str(rank)}) for rank in (0, 1)]
+workers = [subprocess.Popen([sys.executable, PROGRAM, *sys.argv[1:], str(rank)], env={**os.environ, "RANK": str(rank)}) for rank in (0, 1)]
 while True:
     time.sleep(1)
     for worker in workers:
@@ -38,7 +38,7 @@ while True:
             [other.terminate() for other in workers]
             [other.wait() for other in workers]
             sys.exit(worker.returncode)
-"""
+""".replace("PROGRAM", repr(PROGRAM))
 # A worker that, on SIGTERM or SIGINT, waits until the other one has had its signal too (as a checkpoint does), takes its time, and notes how many
 # came.
 WORKER = """import os, signal, sys, time
@@ -68,7 +68,7 @@ sys.exit(run_until_done(sys.argv[1:], os.environ, 2))
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     """The stand-in and a worker; workers that a failing test leaves behind are ended by the ids that they wrote."""
-    (tmp_path / "deepspeed.launcher.launch.py").write_text(STAND_IN)
+    (tmp_path / "torch.distributed.run.py").write_text(STAND_IN)
     (tmp_path / "worker.py").write_text(WORKER)
     yield tmp_path
     for started in tmp_path.glob("started?"):
@@ -78,27 +78,27 @@ def folder(tmp_path: Path) -> Iterator[Path]:
             os.kill(int(pid), signal.SIGKILL)
 
 
-def start(folder: Path, worker: str = "worker.py", interrupt: signal.Handlers = signal.SIG_DFL, patience: float = 15.0) -> subprocess.Popen[bytes]:
-    """`interrupt`: what the process finds as its reaction to Ctrl-C; a shell in the background would have it ignored, in these tests too."""
+def start(folder: Path, worker: str = "worker.py", patience: float = 15.0) -> subprocess.Popen[bytes]:
+    """Ctrl-C is heard; a shell in the background would have it ignored, in these tests too."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "PATIENCE": str(patience)}
-    command = [sys.executable, "-c", RUN, sys.executable, str(folder / "deepspeed.launcher.launch.py"), str(folder / worker), str(folder)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, preexec_fn=partial(signal.signal, signal.SIGINT, interrupt))
+    command = [sys.executable, "-c", RUN, sys.executable, str(folder / "torch.distributed.run.py"), str(folder / worker), str(folder)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
 
 
-def wait_for(*paths: Path, seconds: float = 30) -> None:
+def wait_for(*paths: Path, seconds: float = 90) -> None:
     end = time.monotonic() + seconds
     while not all(path.exists() and path.stat().st_size for path in paths):
         assert time.monotonic() < end, f"{paths} did not appear"
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGINT,), (signal.SIGINT, signal.SIGTERM, signal.SIGTERM)])
+@pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM, signal.SIGTERM)])
 def test_workers_stop_together_and_have_time_to_save(folder: Path, signals: tuple[signal.Signals, ...]) -> None:
     process = start(folder)
     wait_for(folder / "started0", folder / "started1")
     for number in signals:
         process.send_signal(number)
-    assert process.wait(30) == 0
+    assert process.wait(90) == 0
     assert [(folder / f"saved{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
 
 
@@ -116,68 +116,38 @@ def test_a_second_interrupt_after_a_while_ends_everything_at_once(folder: Path) 
 @pytest.mark.parametrize(("code", "status"), [("sys.exit(7)", 7), ("os.kill(os.getpid(), signal.SIGKILL)", 128 + signal.SIGKILL), ("pass", 0)])
 def test_the_workers_status_comes_back(folder: Path, code: str, status: int) -> None:
     (folder / "short.py").write_text(f"import os, signal, sys\n{code}\n")
-    assert start(folder, "short.py").wait(30) == status
+    assert start(folder, "short.py").wait(90) == status
 
 
 def test_a_process_that_was_killed_is_named(folder: Path) -> None:
     doomed = "    if rank == '1':\n        time.sleep(1)\n        os.kill(os.getpid(), signal.SIGKILL)\n    time.sleep(0.02)\n"
     (folder / "doomed.py").write_text(WORKER.replace("    time.sleep(0.02)\n", doomed, 1).replace("signals.append(number)", "sys.exit(0)"))
-    (folder / "deepspeed.launcher.launch.py").write_text(KILLING_LAUNCHER)
+    (folder / "torch.distributed.run.py").write_text(KILLING_LAUNCHER)
     process = start(folder, "doomed.py")
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=90)
     pid = (folder / "started1").read_text()
     assert process.returncode == 128 + signal.SIGKILL
     assert error.decode().startswith(f"Process 1 (pid {pid}) was ended by signal 9, SIGKILL: probably the machine had no memory left")
     assert error.decode().count("\n") == 1, "the others, which the launcher ends, are not named"
 
 
-def test_a_traceback_is_repeated_at_the_end(folder: Path) -> None:
-    """Both workers fail; the first one's traceback is the last thing that is said."""
-    code = "import os, sys, time\nfrom megatron.config.failures import note_failure\nrank = os.environ['RANK']\ntime.sleep(0.5 * (rank == '0'))\n"
-    code += "try:\n    1 / 0 if rank == '1' else [][0]\nexcept Exception as error:\n    note_failure(error)\n"
-    code += "time.sleep(2)\nsys.stderr.write('noise\\n')\nsys.exit(1)\n"
-    (folder / "failing.py").write_text(code)
-    (folder / "deepspeed.launcher.launch.py").write_text(KILLING_LAUNCHER)
-    process = start(folder, "failing.py")
-    _, error = process.communicate(timeout=30)
-    lines = error.decode().splitlines()
-    assert process.returncode == 1
-    assert lines[lines.index("Process 1 failed first (1 more failed too). Its traceback:") + 1] == "Traceback (most recent call last):"
-    assert lines[-1] == "ZeroDivisionError: division by zero"
-
-
 def test_a_worker_that_waits_for_a_dead_one_is_killed(folder: Path) -> None:
-    """It waits in compiled code and does not hear SIGTERM; DeepSpeed's launcher would give every such worker 30 s."""
+    """It waits in compiled code and does not hear SIGTERM; torchrun would give every such worker 30 s."""
     deaf = "import os, signal, sys, time\nfrom pathlib import Path\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nrank = os.environ['RANK']\n"
     (folder / "deaf.py").write_text(
         deaf + "Path(sys.argv[1], f'started{rank}').write_text(str(os.getpid()))\ntime.sleep(1.5 if rank == '1' else 60)\nsys.exit(5)\n"
     )
-    (folder / "deepspeed.launcher.launch.py").write_text(KILLING_LAUNCHER)
+    (folder / "torch.distributed.run.py").write_text(KILLING_LAUNCHER)
     begin = time.monotonic()
     process = start(folder, "deaf.py", patience=1.0)
-    assert process.wait(30) == 5
-    assert time.monotonic() - begin < 20
-
-
-@pytest.mark.parametrize(("number", "named"), [(signal.SIGTERM, "15, SIGTERM: "), (40, "40, a real-time signal: "), (9, "9, SIGKILL: probably")])
-def test_every_signal_is_named(number: int, named: str) -> None:
-    assert f"Process 1 (pid 5) was ended by signal {named}" in str(Death("1", 5, number))
-
-
-def test_a_run_that_was_started_to_ignore_ctrl_c_goes_on(folder: Path) -> None:
-    process = start(folder, interrupt=signal.SIG_IGN)
-    wait_for(folder / "started0", folder / "started1")
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert not (folder / "stopping0").exists()
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    assert process.wait(90) == 5
+    assert time.monotonic() - begin < 40
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_before_the_workers_are_there(folder: Path, number: signal.Signals) -> None:
     """The launcher's own status, 1, would look like a failure."""
-    (folder / "deepspeed.launcher.launch.py").write_text(
+    (folder / "torch.distributed.run.py").write_text(
         "import pathlib, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
         "pathlib.Path(sys.argv[2], 'started0').write_text('0')\ntime.sleep(30)\n"
     )
@@ -203,7 +173,7 @@ def test_when_the_parent_is_killed_the_launcher_is_told(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_deepspeed_s_own_launcher(folder: Path, repository: Path) -> None:
+def test_deepy_s_own_launcher(folder: Path, repository: Path) -> None:
     (folder / "a.yml").write_text(
         "num_layers: 2\nhidden_size: 64\nnum_attention_heads: 4\nseq_length: 32\nmax_position_embeddings: 32\nnum_gpus: 2\n"
     )

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from megatron.launcher.processes import free_port
+from megatron.launcher.local import held_port
 from tests.scripts import ScriptProcess
 from tests.training.runs import outer_environment
 
@@ -19,22 +19,22 @@ from tests.training.runs import outer_environment
 @contextmanager
 def started(values: Mapping[str, Any], folder: Path, world_size: int, **environment: str) -> Iterator[list[ScriptProcess]]:
     """The processes, in the order of the ranks. None of them outlives the block."""
-    file, port = folder / "run.json", str(free_port(0))
-    file.write_text(json.dumps(dict(values)))
+    (file := folder / "run.json").write_text(json.dumps(dict(values)))
     ranks = []
-    try:
-        for rank in range(world_size):
-            (place := folder / f"rank{rank}").mkdir(exist_ok=True)
-            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            given = {**outer_environment(), **{key: str(value) for key, value in own.items()}, **meeting, **environment}
-            ranks.append(ScriptProcess("train.py", str(file), folder=place, environment=given))
-        yield ranks
-    finally:
-        for process in ranks:
-            with suppress(ProcessLookupError):
-                os.kill(process.process.pid or 0, signal.SIGKILL)
-            process.process.join()
+    with held_port(0) as port:
+        try:
+            for rank in range(world_size):
+                (place := folder / f"rank{rank}").mkdir(exist_ok=True)
+                own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+                meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                given = {**outer_environment(), **{key: str(value) for key, value in own.items()}, **meeting, **environment}
+                ranks.append(ScriptProcess("train.py", str(file), folder=place, environment=given))
+            yield ranks
+        finally:
+            for process in ranks:
+                with suppress(ProcessLookupError):
+                    os.kill(process.process.pid or 0, signal.SIGKILL)
+                process.process.join()
 
 
 def ended(ranks: Sequence[ScriptProcess], within: float) -> list[tuple[int | None, str]]:
