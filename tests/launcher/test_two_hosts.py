@@ -28,7 +28,7 @@ def train(file: Path, places: Sequence[tuple[list[str], dict[str, str]]]) -> Non
             environment = {**outer_environment(), **variables}
             processes.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
-        statuses = [process.wait(150) for process in processes]
+        statuses = [process.wait(400) for process in processes]
     finally:
         for process in processes:
             with suppress(ProcessLookupError):
@@ -54,6 +54,7 @@ def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[flo
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_loopback_addresses(corpus: Path, tmp_path: Path, expected: list[float]) -> None:
     file = write(tmp_path, corpus, ["127.0.0.1", "127.0.0.2"], master_port=29631)
     train(file, [([], {"NODE_RANK": "0"}), ([], {"NODE_RANK": "1"})])
@@ -86,6 +87,7 @@ def namespaces() -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_network_namespaces(corpus: Path, tmp_path: Path, expected: list[float], namespaces: dict[str, str]) -> None:
     """Each launcher finds its own line of the hostfile by its address."""
     file = write(tmp_path, corpus, list(namespaces.values()))
@@ -94,6 +96,7 @@ def test_two_network_namespaces(corpus: Path, tmp_path: Path, expected: list[flo
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun is installed")
 def test_an_mpi_on_this_machine(corpus: Path, tmp_path: Path, expected: list[float]) -> None:
     """mpirun starts train.py itself, without deepy.py: the ranks are read from the MPI's variables."""
