@@ -125,6 +125,7 @@ def finish_in_another_layout(corpus: Path, tmp_path: Path, layout: str, **keys: 
     assert "Going on from" in run.log.read_text()
 
 
+@pytest.mark.timeout(400)
 def test_killed_in_a_step_and_resumed_by_one_process(corpus: Path, tmp_path: Path) -> None:
     make(corpus, tmp_path / "killed", "data", train_iters=12).lose("1", 6)
     finish_in_another_layout(corpus, tmp_path, "one", train_iters=12)
