@@ -47,7 +47,14 @@ def run(repository: Path, chosen: str) -> str:
 @needs_sources
 def test_an_expert_without_rows(repository: Path) -> None:
     last = run(repository, "rows")
-    assert "2 passed" in last, last
+    assert "8 passed" in last, last
+
+
+@needs_triton
+@needs_sources
+def test_two_processes_divide_the_experts(repository: Path) -> None:
+    last = run(repository, "divide")
+    assert "1 passed" in last, last
 
 
 @needs_triton
@@ -56,7 +63,7 @@ def test_an_expert_without_rows(repository: Path) -> None:
 @pytest.mark.timeout(600)
 def test_its_own_layers_compute_what_ours_do(repository: Path) -> None:
     last = run(repository, "test")
-    assert "31 passed" in last, last
+    assert "38 passed" in last, last
 
 
 @pytest.mark.parametrize(
