@@ -130,6 +130,39 @@ def test_a_model_in_bfloat16(kind: str) -> None:
     run_distributed(rounded, 2, kind)
 
 
+def as_the_package_is_tested(kind: str) -> None:
+    """What the package's own tests assert (tests/test_intranode.py, tests/ep/test_ep.py, tests/elastic/test_combine_topk_weights.py)."""
+    installed(kind, torch.bfloat16)
+    groups = make_groups(current_topology(Layout(expert=2)))
+    rank, here = groups.expert.rank, EXPERTS // 2
+    buffer = deep_ep.open_buffer(groups.expert.handle, deep_ep.Sizes(WIDTH, 2, 8))
+    topk_idx = torch.tensor([[0, 1], [3, 2], [1, 3], [2, -1], [-1, -1]])
+    x_TD = (torch.arange(5)[:, None] + 8 * rank).expand(5, WIDTH).bfloat16().contiguous()
+    weight_TK = torch.rand(5, 2)
+    sent = buffer.dispatch(x_TD, topk_idx, weight_TK, EXPERTS)
+    sent.event.current_stream_wait()
+    tokens = [0, 2] if rank == 0 else [1, 2, 3]
+    assert sent.x_SD[:, 0].tolist() == [token + 8 * sender for sender in range(2) for token in tokens]
+    assert sent.expert_SK.min() >= -1
+    assert sent.expert_SK.max() < here
+    assert torch.bincount(sent.expert_SK[sent.expert_SK >= 0], minlength=here).tolist() == [
+        2 * int((topk_idx == here * rank + i).sum()) for i in (0, 1)
+    ]
+    assert torch.equal(buffer.dispatch_again(x_TD, sent.handle), sent.x_SD)
+    in_rank = torch.stack([((topk_idx >= 0) & (topk_idx // here == r)).any(1) for r in range(2)], 1)
+    combined_TD, combined_TK = buffer.combine(sent.x_SD, sent.weight_SK, sent.handle)
+    assert torch.equal(combined_TD, x_TD * in_rank.sum(1, keepdim=True))
+    assert combined_TK is not None
+    assert torch.equal(combined_TK, weight_TK * (topk_idx >= 0))
+    local = torch.where(sent.expert_SK >= 0, torch.tensor([11.0, 22.0]), 0.0)  # as gradients are: only where the experts are here
+    assert torch.equal(buffer.combine(sent.x_SD, local, sent.handle)[1], torch.where(topk_idx >= 0, torch.tensor([11.0, 22.0]), 0.0))
+
+
+@pytest.mark.parametrize("kind", ["EPBuffer", "Buffer"])
+def test_the_stand_in_does_what_the_tests_of_the_package_ask(kind: str) -> None:
+    run_distributed(as_the_package_is_tested, 2, kind)
+
+
 def grown() -> list[str]:
     """Tokens of the largest of the processes, rounded up, and never less than before."""
     installed("EPBuffer")
