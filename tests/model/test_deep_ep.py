@@ -67,16 +67,17 @@ def share_of(moe: MoEConfig, groups: Groups, experts: torch.nn.Module) -> Expert
     return share
 
 
-def computed(backend: str, groups: Groups, case: str) -> list[Tensor]:
+def computed(backend: str, groups: Groups, case: str, device: str = "cpu", dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """Output, counts, LoREs' counts and sums, and the gradients of tokens, weights and experts."""
     config = tiny_config({**TINY_MOE, "hidden_size": WIDTH, "moe_expert_type": "structmoe", "moe_num_lores": 3, "moe_lore_rank": 4})
     moe = config.moe.model_copy(update={"kernel_backends": {"dispatch": backend}})
-    experts = build_structmoe(config.model, moe, build_initializer(config.model, 1)).double()
+    experts = build_structmoe(config.model, moe, build_initializer(config.model, 1)).to(device, dtype)
     share, routing = share_of(moe, groups, experts), routing_of(case, groups.expert.rank)
     x_TD = torch.randn(len(routing.expert_TK), WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(9 + groups.expert.rank))
-    x_TD, weight_TK, done = x_TD.requires_grad_(), routing.weight_TK.requires_grad_(), []
+    x_TD, weight_TK, done = x_TD.to(device, dtype).requires_grad_(), routing.weight_TK.to(device).requires_grad_(), []
     dispatcher = AllToAllDispatcher(moe, share)
-    found = dispatcher.run_while(x_TD * 1, routing._replace(weight_TK=weight_TK * 1), experts, lambda: done.append(1))
+    routing = routing._replace(expert_TK=routing.expert_TK.to(device), weight_TK=weight_TK * 1)
+    found = dispatcher.run_while(x_TD * 1, routing, experts, lambda: done.append(1))
     assert done == [1]
     assert found.lores is not None
     assert found.lores.total_EM is not None
@@ -219,3 +220,23 @@ def test_what_is_missing_is_said(found: bool, capability: tuple[int, int] | None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert deep_ep.unavailable() == reason
+
+
+def on_gpus() -> None:
+    """The package itself. Its sums are rounded once more than ours."""
+    torch.cuda.set_device(torch.distributed.get_rank())
+    groups = make_groups(current_topology(Layout(expert=torch.distributed.get_world_size())))
+    for case in CASES:
+        both = [computed(backend, groups, case, "cuda", torch.bfloat16) for backend in ("deep_ep", "reference")]
+        for number, (got, wanted) in enumerate(zip(*both, strict=True)):
+            most = wanted.abs().max().item() if wanted.numel() else 0.0
+            torch.testing.assert_close(got.double(), wanted.double(), rtol=5e-2, atol=3e-2 * most, msg=lambda m, at=(case, number): f"{at}: {m}")
+
+
+@pytest.mark.gpu
+def test_the_package_itself() -> None:
+    if (reason := OP.status("cuda")["deep_ep"]) is not None:
+        pytest.skip(f"deep_ep: {reason}")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("DeepEP needs two GPUs; this machine has one")
+    run_distributed(on_gpus, 2, backend="nccl")
