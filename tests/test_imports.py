@@ -23,6 +23,7 @@ OPTIONAL = [
     "datasets",
     "lm_eval",
     "megablocks",
+    "deep_ep",
     "flash_attn",
     "apex",
     "triton",

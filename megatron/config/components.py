@@ -52,11 +52,17 @@ def resolve_component(registry: Mapping[str, Any], name: str) -> Any:
     entry = registry[name]
     if not isinstance(entry, str):
         return entry
-    module_name, _, attribute = entry.partition(":")
     try:
-        return getattr(importlib.import_module(module_name), attribute)
+        return load_component(entry)
     except AttributeError as error:
+        module_name, _, attribute = entry.partition(":")
         raise UnknownComponent(f"'{name}' is registered as '{entry}', but {module_name} has no '{attribute}'") from error
+
+
+def load_component(entry: str) -> Any:
+    """What "package.module:Class" names, imported now. Raises AttributeError where the module has no such name."""
+    module_name, _, attribute = entry.partition(":")
+    return getattr(importlib.import_module(module_name), attribute)
 
 
 def check_known(registry: Mapping[str, Any], name: str) -> None:

@@ -21,8 +21,8 @@ class ExpertOptions(RouterOptions):
     """Whether the projections of the experts have biases (Megatron-LM's add_bias_linear, for experts only). For dense MLPs see `use_bias_in_mlp`."""
     kernel_backends: dict[str, str] = {}
     """Implementation of each operation, for example {grouped_gemm: reference}. An operation that is not named uses the fastest implementation that
-    runs on this machine. {experts: megablocks} computes dispatch and experts by the package MegaBlocks. docs/kernels.md has the list, and
-    `--check` shows what runs."""
+    runs on this machine. {experts: megablocks} computes experts by the package MegaBlocks, and {dispatch: deep_ep} sends tokens to the experts of
+    other processes by the package DeepEP. docs/kernels.md has the list, and `--check` shows what runs."""
 
 
 class LoreOptions(ExpertOptions):

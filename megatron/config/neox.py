@@ -15,6 +15,7 @@ from megatron.config.logging import LoggingConfig
 from megatron.config.model import ModelConfig
 from megatron.config.moe import MoEConfig
 from megatron.config.optimizer import OptimizerConfig
+from megatron.config.packages import package_problems
 from megatron.config.parallel import ONE, ParallelConfig, division_problems, layout_problem
 from megatron.config.section import ConfigError, Problem, Section
 from megatron.config.training import TrainingConfig, resolve_batch
@@ -99,10 +100,7 @@ class NeoXConfig(Section):
                 "profiles a model that is on one process; use `profile` in a pipeline, or one process",
             )
         yield from division_problems(self.parallel, self.model, self.moe, zero.stage)
-        if self.moe.has_experts and self.moe.kernel_backends.get("experts") == "megablocks" and self.precision != "bfloat16":
-            yield Problem(
-                ("kernel_backends.experts", "precision"), f"computes in bfloat16 only, and precision is {self.precision}; write precision: bfloat16"
-            )
+        yield from package_problems(self.parallel, self.model, self.moe, self.precision)
         if "experts" in self.training.recompute_modules and self.moe.has_experts and "experts" in self.moe.kernel_backends:
             library = self.moe.kernel_backends["experts"]
             message = f"the library of kernel_backends: {{experts: {library}}} computes the whole MoE layer; name moe in place of experts"

@@ -157,12 +157,6 @@ def _divisor(model: ModelConfig, moe: MoEConfig, size: int) -> int:
 
 
 def _expert_problems(layout: Layout, model: ModelConfig, moe: MoEConfig) -> Iterator[Problem]:
-    if moe.dispatcher == "library":
-        library = moe.kernel_backends["experts"]
-        yield Problem(
-            ("kernel_backends.experts", "moe_expert_parallel_size", "model_parallel_size"),
-            f"{library} computes all experts of a layer on one process here; remove this entry of kernel_backends, or use 1",
-        )
     for count in sorted(set(moe.expert_counts)):
         if count % layout.tensor:
             yield Problem(
@@ -177,6 +171,9 @@ def _expert_problems(layout: Layout, model: ModelConfig, moe: MoEConfig) -> Iter
 
 def _width_problems(size: int, model: ModelConfig, moe: MoEConfig) -> Iterator[Problem]:
     """What cannot be divided by width."""
+    if moe.dispatcher == "library":
+        says = f"{moe.kernel_backends['experts']} computes whole experts here; write moe_tensor_parallel: experts"
+        yield Problem(("moe_tensor_parallel", "kernel_backends.experts"), says)
     if moe.moe_expert_type != "grouped":
         keys = ("moe_tensor_parallel", "moe_expert_type")
         yield Problem(keys, f"width divides experts of moe_expert_type: grouped, not {moe.moe_expert_type}; write moe_tensor_parallel: experts")

@@ -51,6 +51,6 @@ def implementations(config: NeoXConfig, device: str) -> list[Choice]:
     from megatron.model.implementations import choices
     from megatron.training.optimizer import optimizer_choice
 
-    apart = config.data.reset_attention_mask
-    parts = choices(config.model, config.moe, torch.device(device), DTYPES[config.precision], apart=apart)
+    apart, sends = config.data.reset_attention_mask, config.parallel.layout.expert > 1
+    parts = choices(config.model, config.moe, torch.device(device), DTYPES[config.precision], apart=apart, sends=sends)
     return [*parts, optimizer_choice(config.optimizer, device)]

@@ -19,7 +19,8 @@ from megatron.model.division import Cut, Span, whole_cut
 from megatron.model.embedding import Embedding, FinalLinear, Head, VocabShare
 from megatron.model.layer import TransformerLayer
 from megatron.model.mlp import MLP
-from megatron.model.moe.dispatch.all_to_all import AllToAllDispatcher, ExpertShare
+from megatron.model.moe.dispatch.all_to_all import AllToAllDispatcher
+from megatron.model.moe.dispatch.transport import ExpertShare
 from megatron.model.moe.experts.grouped import ExpertMLP
 from megatron.model.moe.layer import MoELayer
 from megatron.model.moe.shared import ResidualMLP, SharedExpert
@@ -159,7 +160,7 @@ class Divider:
             return {}
         layer.region = self.region
         if share.here < share.num_experts:
-            layer.dispatcher = AllToAllDispatcher(moe, share)
+            layer.dispatcher, layer.sends = AllToAllDispatcher(moe, share), share.expert.size > 1
         parts: dict[nn.Parameter, Part] = {}
         for parameter in layer.experts.parameters():
             rows = parameter.shape[0] // share.num_experts

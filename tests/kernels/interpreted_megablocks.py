@@ -19,10 +19,19 @@ import triton
 from torch import Tensor
 
 from megatron.kernels.activations import ACTIVATIONS
-from megatron.kernels.experts import OP, experts
+from megatron.kernels.experts import OP, experts, experts_of_rows
 from megatron.kernels.experts.interface import Choices, ExpertWeights
 from megatron.model import choose_implementations
+from megatron.model.divide import Divider
 from megatron.model.gpt import GPT, build_model
+from megatron.model.initialization import build_initializer
+from megatron.model.moe.dispatch.all_to_all import AllToAllDispatcher
+from megatron.model.moe.dispatch.transport import ExpertShare
+from megatron.model.moe.experts.grouped import GroupedExperts
+from megatron.model.moe.routing import Routing
+from megatron.mpu.groups import Groups, make_groups
+from megatron.mpu.topology import Layout, current_topology
+from megatron.testing.distributed import run_distributed
 from megatron.testing.tiny import tiny_config
 
 TOLERANCE = 1e-4
@@ -79,7 +88,11 @@ def sort(x: Tensor, end_bit: int, x_out: Tensor, indices_out: Tensor) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def replaced() -> None:
-    """Before megablocks is imported for the first time."""
+    replace_parts()
+
+
+def replace_parts() -> None:
+    """Before megablocks is imported for the first time, in every process."""
     assert importlib.util.find_spec("megablocks") is not None
     triton.autotune = lambda configs, key: lambda kernel: FirstConfiguration(kernel, configs[0].kwargs)
     compiled, products = types.ModuleType("megablocks_ops"), types.ModuleType("grouped_gemm")
@@ -136,9 +149,23 @@ def test_every_activation(activation: str, gated: bool) -> None:
         torch.testing.assert_close(got, wanted, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def model(backend: str, **keys: Any) -> GPT:
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("counts", [[5, 0, 1, 7], [0, 0, 0, 4], [0, 0, 0, 0]], ids=str)
+def test_rows_that_are_sorted_already(counts: list[int], gated: bool) -> None:
+    inputs = [draw(sum(counts), HIDDEN, seed=1), *(draw(EXPERTS, WIDTH, HIDDEN, seed=3 + n) for n in range(2 + gated))]
+    found = []
+    for backend in ("megablocks", "reference"):
+        x, up, down, *gate = inputs
+        weights = ExpertWeights(up, gate[0] if gate else None, down)
+        y = experts_of_rows(x, torch.tensor(counts), weights, activation="silu", backend=backend)
+        found.append([y, *torch.autograd.grad(y, inputs, draw(*y.shape, seed=9).detach())])
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def model(backend: str, divider: Divider | None = None, **keys: Any) -> GPT:
     config = tiny_config(moe_num_experts=4, moe_top_k=2, precision="bfloat16", kernel_backends={"experts": backend}, **keys)
-    gpt = build_model(config.model, config.moe, 64, seed=1)
+    gpt = build_model(config.model, config.moe, 64, seed=1, divider=divider)
     choose_implementations(config.model, config.moe, gpt)
     return gpt
 
@@ -154,3 +181,50 @@ def test_a_model_computes_the_same(keys: dict[str, Any]) -> None:
         found.append([loss, *torch.autograd.grad(loss, list(gpt.parameters()), allow_unused=True, materialize_grads=True)])
     for got, wanted in zip(*found, strict=True):
         torch.testing.assert_close(got, wanted, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+CHOICES = {
+    "nothing for the second process": torch.tensor([[0, 1]] * 6),
+    "nothing from the second process": torch.tensor([[0, 1], [3, 2], [3, 1], [2, 0], [0, 3], [1, 3]]),
+    "uneven": torch.tensor([[0, 3], [3, 2], [3, 1], [3, 0], [0, 3], [1, 3]]),
+}
+
+
+def divided(backend: str, groups: Groups, chosen: str, activation: str) -> list[Tensor]:
+    """The output of this process's tokens, and the gradients of tokens, weights and its experts."""
+    config = tiny_config(moe_num_experts=EXPERTS, moe_top_k=2, precision="bfloat16", activation=activation, kernel_backends={"experts": backend})
+    experts_here = GroupedExperts(config.model, config.moe, build_initializer(config.model, 1))
+    share, rank = ExpertShare(EXPERTS, groups.expert, groups.tensor), groups.expert.rank
+    for parameter in experts_here.parameters():
+        rows = parameter.shape[0] // EXPERTS
+        parameter.data = parameter.data[share.first * rows : (share.first + share.here) * rows].clone()
+    experts_here.num_experts = experts_here.mlp.num_experts = share.here
+    tokens = 0 if rank == 1 and chosen == "nothing from the second process" else 6 - rank
+    x_TD, weight_TK = draw(tokens, config.model.hidden_size, seed=1 + rank), draw(tokens, 2, seed=3 + rank)
+    routing = Routing(CHOICES[chosen][:tokens], weight_TK * 1, torch.zeros(0), torch.zeros(0))
+    y_TD = AllToAllDispatcher(config.moe, share).run(x_TD * 1, routing, experts_here).y_TD
+    y_TD.backward(draw(*y_TD.shape, seed=9).detach())
+    gradients = [tensor.grad for tensor in (x_TD, weight_TK, *experts_here.parameters())]
+    assert all(gradient is not None for gradient in gradients)
+    return [y_TD.detach(), *(gradient for gradient in gradients if gradient is not None)]
+
+
+def compared() -> None:
+    """Experts of two processes, and a model of theirs."""
+    replace_parts()
+    groups = make_groups(current_topology(Layout(expert=2)))
+    for chosen in CHOICES:
+        for activation in ("gelu", "swiglu"):
+            for got, wanted in zip(*(divided(backend, groups, chosen, activation) for backend in ("megablocks", "auto")), strict=True):
+                torch.testing.assert_close(got, wanted, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m, at=(chosen, activation): f"{at}: {m}")
+    text, found = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(groups.data.rank)), []
+    for backend in ("megablocks", "auto"):
+        gpt = model(backend, Divider(groups), moe_router_type="topk", moe_expert_parallel_size=2, moe_num_shared_experts=1)
+        loss = gpt(text, labels_BS=text).loss
+        found.append([loss, *torch.autograd.grad(loss, list(gpt.parameters()))])
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_two_processes_that_divide_the_experts() -> None:
+    run_distributed(compared, 2)

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron.config import ConfigError
 from megatron.kernels import triton_kernels
-from megatron.kernels.experts import megablocks
+from megatron.kernels.experts import OP, experts, experts_of_rows, megablocks
+from megatron.kernels.experts.interface import Choices, ExpertWeights
 from megatron.kernels.experts.megablocks import unavailable
 from megatron.launcher.implementations import implementations
 from megatron.testing.tiny import tiny_config
@@ -47,7 +49,14 @@ def run(repository: Path, chosen: str) -> str:
 @needs_sources
 def test_an_expert_without_rows(repository: Path) -> None:
     last = run(repository, "rows")
-    assert "2 passed" in last, last
+    assert "8 passed" in last, last
+
+
+@needs_triton
+@needs_sources
+def test_two_processes_divide_the_experts(repository: Path) -> None:
+    last = run(repository, "divide")
+    assert "1 passed" in last, last
 
 
 @needs_triton
@@ -56,7 +65,7 @@ def test_an_expert_without_rows(repository: Path) -> None:
 @pytest.mark.timeout(600)
 def test_its_own_layers_compute_what_ours_do(repository: Path) -> None:
     last = run(repository, "test")
-    assert "31 passed" in last, last
+    assert "38 passed" in last, last
 
 
 @pytest.mark.parametrize(
@@ -100,3 +109,26 @@ def test_a_library_for_the_whole_layer_leaves_nothing_to_the_single_ops(monkeypa
     monkeypatch.setattr("megatron.kernels.experts.OP.choose", lambda requested, device: requested)
     parts = [choice.part for choice in implementations(tiny_config(**EXPERTS), "cpu")]
     assert parts == ["attention", "linear_cross_entropy", "experts", "route", "optimizer"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [False, True])
+def test_on_a_gpu(gated: bool) -> None:
+    """Whole layers, and rows that are sorted already, of which one expert has none."""
+    if (reason := OP.status("cuda")["megablocks"]) is not None:
+        pytest.skip(f"megablocks: {reason}")
+    draws = torch.Generator().manual_seed(1)
+    x, *matrices = (torch.randn(*shape, generator=draws).cuda() for shape in ((96, 64), *((4, 128, 64),) * (2 + gated)))
+    rows_E, expert_TK, weight_TK = torch.tensor([40, 0, 24, 32]).cuda(), torch.randint(4, (96, 1)).cuda(), torch.rand(96, 1).cuda()
+    for whole in (True, False):
+        found = []
+        for backend, dtype in (("megablocks", torch.bfloat16), ("reference", torch.float64)):
+            given = [t.to(dtype).requires_grad_() for t in (x, *matrices)]
+            weights = ExpertWeights(given[1], given[3] if gated else None, given[2])
+            if whole:
+                y = experts(given[0], Choices(expert_TK, weight_TK.to(dtype)), weights, activation="silu", backend=backend)
+            else:
+                y = experts_of_rows(given[0], rows_E, weights, activation="silu", backend=backend)
+            found.append([y, *torch.autograd.grad(y, given, torch.ones_like(y))])
+        for got, wanted in zip(*found, strict=True):
+            torch.testing.assert_close(got.double(), wanted, rtol=5e-2, atol=3e-2 * wanted.abs().max().item())

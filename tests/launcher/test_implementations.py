@@ -44,6 +44,7 @@ def test_a_dense_model_has_no_ops_of_experts() -> None:
         ({"norm": "layernorm", "layernorm_fusion": True}, "layernorm", "PyTorch", f"layernorm_fusion: apex {CPU_ONLY}"),
         ({"norm": "rmsnorm", "rmsnorm_fusion": True}, "rms_norm", None, f"rmsnorm_fusion: apex {CPU_ONLY}"),
         ({"kernel_backends": {"grouped_lore": "torch"}, **EXPERTS}, "grouped_lore", "torch", "kernel_backends names it"),
+        ({"moe_expert_parallel_size": 2, **EXPERTS}, "dispatch", "reference", ""),
         ({"optimizer": {"type": "SGD"}}, "optimizer", "SGD of PyTorch", ""),
         ({"optimizer": {"type": "Lion"}}, "optimizer", "Lion of this program", ""),
         ({"optimizer": {"type": "Adam", "implementation": "apex"}}, "optimizer", "none", "apex runs on CUDA only"),
@@ -65,9 +66,9 @@ def test_what_is_not_installed_on_a_gpu_is_said() -> None:
     assert gpu["layernorm"] == ("PyTorch", "layernorm_fusion: the package apex is not installed (NVIDIA's, built with --cuda_ext)")
 
 
-def loaded_from(folder: Path, backends: str) -> Any:
+def loaded_from(folder: Path, backends: str, hidden_size: int = 8) -> Any:
     (folder / "a.yml").write_text(
-        f"num_layers: 2\nhidden_size: 8\nnum_attention_heads: 2\nseq_length: 8\nmax_position_embeddings: 8\nkernel_backends:\n{backends}"
+        f"num_layers: 2\nhidden_size: {hidden_size}\nnum_attention_heads: 2\nseq_length: 8\nmax_position_embeddings: 8\nkernel_backends:\n{backends}"
     )
     return load_config(["a.yml"], conf_dir=folder)
 
@@ -80,6 +81,20 @@ def test_everything_that_is_wrong_with_the_entries(tmp_path: Path) -> None:
     assert first.startswith(f"{tmp_path / 'a.yml'}:7: 'kernel_backends.grouped_gem': there is no op 'grouped_gem'; known: ")
     assert second.startswith(f"{tmp_path / 'a.yml'}:8: 'kernel_backends.permute': there is no implementation 'referense'; known: auto, ")
     assert third.startswith(f"{tmp_path / 'a.yml'}:10: 'kernel_backends.grouped_gemm': 'triton' cannot run on cpu (triton: runs on cuda only); use ")
+
+
+def test_the_package_that_sends_rows_is_refused_on_a_cpu_and_where_it_is_not_installed(tmp_path: Path) -> None:
+    keys = "  dispatch: deep_ep\nmoe_num_experts: 4\nmoe_expert_parallel_size: 2\nprecision: bfloat16\n"
+    loaded = loaded_from(tmp_path, keys, hidden_size=256)
+    cannot = f"{tmp_path / 'a.yml'}:7: 'kernel_backends.dispatch': 'deep_ep' cannot run on "
+    for device, reason in (
+        ("cpu", "runs on cuda only"),
+        ("cuda", "the package deep_ep is not installed; its page github.com/deepseek-ai/DeepEP says "),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            check_backends(loaded, device)
+        assert caught.value.problems[0].startswith(f"{cannot}{device} (deep_ep: {reason}"), caught.value
+        assert caught.value.problems[0].endswith("); use reference")
 
 
 def test_for_other_machines_only_the_names_are_checked(tmp_path: Path) -> None:

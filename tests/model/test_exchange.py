@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from megatron.model.initialization import build_initializer
-from megatron.model.moe.dispatch.all_to_all import AllToAllDispatcher, ExpertShare, overload
+from megatron.model.moe.dispatch.all_to_all import AllToAllDispatcher, overload
 from megatron.model.moe.dispatch.local import LocalDispatcher
+from megatron.model.moe.dispatch.transport import ExpertShare
 from megatron.model.moe.experts.grouped import GroupedExperts
 from megatron.model.moe.routing import Routing
 from megatron.mpu.exchange import Flight, Splits, exchange, gather_counts

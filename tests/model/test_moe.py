@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from megatron.config.components import UnknownComponent
 from megatron.model.activations import UnknownActivation, activation_function
 from megatron.model.initialization import Initializer, build_initializer
 from megatron.model.moe import EXPERTS, LOSSES, ROUTERS, LossContext, MoELayer, Routing
+from megatron.model.moe.dispatch.interface import Computed, Meanwhile
 from megatron.model.moe.dispatch.local import LocalDispatcher
 from megatron.model.moe.losses.load_balance import load_balance_loss
 from megatron.model.moe.losses.z_loss import router_z_loss
@@ -90,6 +93,40 @@ def test_dispatch_and_back() -> None:
     rows_RD, plan = dispatcher.dispatch(hidden(), routing)
     assert plan.rows_E.sum() == len(rows_RD) == 20
     torch.testing.assert_close(dispatcher.combine(rows_RD, plan), hidden() * routing.weight_TK.sum(1, keepdim=True))
+
+
+class OnlyRun:
+    """A dispatcher from outside: three arguments, no base class."""
+
+    def __init__(self, dispatcher: LocalDispatcher, said: list[str]) -> None:
+        self.dispatcher, self.said = dispatcher, said
+
+    def run(self, x_TD: Tensor, routing: Routing, experts: Any) -> Computed:
+        self.said.append("run")
+        return self.dispatcher.run(x_TD, routing, experts)
+
+
+class AlsoWaits(OnlyRun):
+    """One that waits for something."""
+
+    def run_while(self, x_TD: Tensor, routing: Routing, experts: Any, meanwhile: Meanwhile) -> Computed:
+        self.said.append("send")
+        meanwhile()
+        return self.run(x_TD, routing, experts)
+
+
+@pytest.mark.parametrize(("kind", "order"), [(OnlyRun, ["run", "shared"]), (AlsoWaits, ["send", "shared", "run"])])
+def test_a_dispatcher_from_outside(kind: type[OnlyRun], order: list[str]) -> None:
+    moe, said = moe_section(moe_expert_type="grouped", moe_top_k=2, moe_num_shared_experts=1), list[str]()
+    layer = MoELayer(model_section(), moe, build_initializer(model_section(), 2))
+    expected = layer(hidden(12).view(2, 6, 16)).y_BSD
+    layer.dispatcher = kind(LocalDispatcher(moe), said)
+    (beside,) = layer.beside
+    beside.register_forward_pre_hook(lambda *_: said.append("sum"))
+    branch = beside.branch
+    beside.branch = lambda x_TD: said.append("shared") or branch(x_TD)
+    torch.testing.assert_close(layer(hidden(12).view(2, 6, 16)).y_BSD, expected)
+    assert said == [*order, "sum"]
 
 
 def test_moe_layer_is_the_sum_over_experts() -> None:

@@ -30,3 +30,7 @@ class Experts(Protocol):
     def compute(self, x_TD: Tensor, choices: Choices, weights: ExpertWeights, activation: str) -> Tensor:
         """y_TD."""
         ...
+
+    def compute_rows(self, x_RD: Tensor, rows_E: Tensor, weights: ExpertWeights, activation: str) -> Tensor:
+        """y_RD, of rows that are sorted by expert."""
+        ...

@@ -17,6 +17,10 @@ class Reference:
     def compute(self, x_TD: Tensor, choices: Choices, weights: ExpertWeights, activation: str) -> Tensor:
         """y_TD."""
         order = sort_by_group(choices.expert_TK, len(weights.up_EFD))
+        return combine(self.compute_rows(permute(x_TD, order), order.rows_G, weights, activation), order, choices.weight_TK)
+
+    def compute_rows(self, x_RD: Tensor, rows_E: Tensor, weights: ExpertWeights, activation: str) -> Tensor:
+        """y_RD: hidden layer and second product."""
         gate = None if weights.gate_EFD is None else Projection(weights.gate_EFD)
-        hidden_RF = grouped_lore(permute(x_TD, order), HiddenLayer(order.rows_G, activation, Projection(weights.up_EFD), gate))
-        return combine(grouped_gemm(hidden_RF, weights.down_EFD, order.rows_G), order, choices.weight_TK)
+        hidden_RF = grouped_lore(x_RD, HiddenLayer(rows_E, activation, Projection(weights.up_EFD), gate))
+        return grouped_gemm(hidden_RF, weights.down_EFD, rows_E)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megatron.config.components import DISPATCHERS, EXPERTS, LOSSES, ROUTERS, resolve_component
 from megatron.kernels.route import choice_statistics
 from megatron.model.initialization import Initializer
-from megatron.model.moe.dispatch.all_to_all import AllToAllDispatcher
+from megatron.model.moe.dispatch.interface import Dispatcher, run_beside
 from megatron.model.moe.losses.block_wise_selection import sequences
 from megatron.model.moe.losses.entropy import token_entropy
 from megatron.model.moe.losses.load_balance import expert_usage
@@ -57,8 +57,10 @@ class MoELayer(nn.Module):
         self.router = resolve_component(ROUTERS, moe.moe_router_type)(model, moe, init)
         self.experts = resolve_component(EXPERTS, moe.moe_expert_type)(model, moe, init)
         self.beside = build_beside(model, moe, init)
-        self.dispatcher = resolve_component(DISPATCHERS, moe.dispatcher)(moe)
+        self.dispatcher: Dispatcher = resolve_component(DISPATCHERS, moe.dispatcher)(moe)
         self.region: Region = WHOLE
+        self.sends = False
+        """Whether processes send each other rows of these experts."""
         self.losses: list[AuxLoss] = [resolve_component(LOSSES, name) for name in moe.moe_losses]
         self.wants_usage = "joint_load_balance" in moe.moe_losses
         self.context = LossContext(
@@ -81,13 +83,13 @@ class MoELayer(nn.Module):
         shared_TD, weight_TK = self.region.copied(x_TD), self.region.copied(routing.weight_TK)
         beside: list[Any] = list(self.beside)
         branches: list[Tensor] = []
-        given = (shared_TD, routing._replace(weight_TK=weight_TK), self.experts)
-        if isinstance(self.dispatcher, AllToAllDispatcher):
-            computed = self.dispatcher.run(*given, lambda: branches.extend(part.branch(shared_TD) for part in beside))
-        else:
-            computed = self.dispatcher.run(*given)
-            branches.extend(part.branch(shared_TD) for part in beside)
-        y_TD, rows_E, lores, overload_2 = computed
+        y_TD, rows_E, lores, overload_2 = run_beside(
+            self.dispatcher,
+            shared_TD,
+            routing._replace(weight_TK=weight_TK),
+            self.experts,
+            meanwhile=lambda: branches.extend(part.branch(shared_TD) for part in beside),
+        )
         for part, branch in zip(beside, branches, strict=True):
             y_TD = part(shared_TD, y_TD, branch)
         context = self.context._replace(rows_E=rows_E, lores=lores, earlier_rows_E=earlier_rows_E, earlier_usage_2E=earlier_usage_2E)

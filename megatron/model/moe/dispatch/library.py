@@ -1,22 +1,29 @@
-"""Dispatch, experts and combine by one library (`kernel_backends: {experts: ...}`). The weights stay those of the layer's experts.
+"""Experts by a library (`kernel_backends: {experts: ...}`). On one process it computes dispatch, experts and combine; where the experts are divided,
+each process computes the rows of its own ones by it. The weights stay those of the layer's experts.
 
-Shapes: T tokens; K experts per token; E experts; D model width.
+Shapes: T tokens; R rows, sorted by expert; K experts per token; E experts; D model width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from megatron.kernels.experts import experts as compute_experts
+from megatron.kernels.experts import experts_of_rows
 from megatron.kernels.experts.interface import Choices
-from megatron.model.moe.dispatch.local import Computed
-from megatron.model.moe.routing import Routing
+from megatron.model.moe.dispatch.interface import Computed
+from megatron.model.moe.routing import LoreRouting, Routing
 
 if TYPE_CHECKING:
     from megatron.config.moe import MoEConfig
+
+
+Compute = Callable[[Any, Tensor, Tensor], tuple[Tensor, LoreRouting | None]]
+"""(experts, x_RD, rows_E) -> (y_RD, the second routing; None where there is none)."""
 
 
 class RoutingNotTaken(ValueError):
@@ -45,3 +52,15 @@ class LibraryDispatcher:
             return routing.softmax.order.rows_G
         expert_N = routing.expert_TK.reshape(-1)
         return expert_N.new_zeros(self.num_experts).scatter_add_(0, expert_N, torch.ones_like(expert_N))
+
+
+def compute_of(moe: MoEConfig) -> Compute:
+    """What computes rows that are sorted by expert: the experts, or the library that the configuration names."""
+    if moe.dispatcher != "library":
+        return lambda experts, x_RD, rows_E: experts(x_RD, rows_E)
+    backend = moe.kernel_backends["experts"]
+
+    def by_library(experts: Any, x_RD: Tensor, rows_E: Tensor) -> tuple[Tensor, None]:
+        return experts_of_rows(x_RD, rows_E, experts.mlp.matrices(), activation=experts.mlp.activation, backend=backend), None
+
+    return by_library

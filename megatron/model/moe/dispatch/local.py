@@ -6,28 +6,16 @@ Shapes: T tokens; K experts per token; R routed rows, sorted by expert, T*K wher
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from megatron.kernels.permute import Order, combine, permute, sort_by_group
-from megatron.model.moe.routing import LoreRouting, Routing
+from megatron.model.moe.dispatch.interface import Computed
+from megatron.model.moe.routing import Routing
 
 if TYPE_CHECKING:
     from megatron.config.moe import MoEConfig
-
-
-class Computed(NamedTuple):
-    """What the experts made of the tokens."""
-
-    y_TD: Tensor
-    rows_E: Tensor
-    """int64: rows of each expert."""
-    lores: LoreRouting | None
-    """The second routing; None where there is none."""
-    overload_2: Tensor | None = None
-    """float32: the most rows that an expert-parallel process received over the mean, and the seconds that this costs (NaN on a device that computes
-    while the host goes on). None where nothing is sent."""
 
 
 @dataclass(frozen=True)
