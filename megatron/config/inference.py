@@ -21,6 +21,8 @@ class InferenceConfig(Section):
     """Largest number of tokens in one continuation."""
     num_samples: PositiveInt = 1
     """Number of continuations for each prompt. With `unconditional`: number of texts."""
+    sample_batch_size: PositiveInt = 8
+    """Number of continuations that are generated at once. Each of them needs memory for its keys and values."""
     prompt_end: str = "\n"
     """Text that ends a prompt in the input file and in interactive use."""
     sample_input_file: str | None = None

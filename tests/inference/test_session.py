@@ -64,7 +64,7 @@ def without_time(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_a_line_for_each_prompt_with_neox_keys(keys: dict[str, Any], tmp_path: Path) -> None:
     entries = from_file(keys, tmp_path)
     assert [entry["context"] for entry in entries] == ["Fellow citizens", "The Union", "Fellow citizens"]
-    assert all(list(entry) == ["context", "text", "length", "finished", "message", "duration_seconds"] for entry in entries)
+    assert all(list(entry) == ["context", "text", "length", "finished", "message", "duration_seconds", "finish_reason"] for entry in entries)
 
 
 def test_greedy_answers_depend_on_their_prompt_alone(keys: dict[str, Any], tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_full_disk_is_a_sentence() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     with pytest.raises(InferenceError, match="/dev/full cannot be written: No space left on device"), SampleFile(Path("/dev/full")) as file:
-        file.write(Continuation("a", "b", 1, False, None, 0.1))
+        file.write(Continuation("a", "b", 1, False, None, 0.1, "length"))
 
 
 def test_a_bad_prompt_file_is_found_before_the_model_is_loaded(keys: dict[str, Any], tmp_path: Path) -> None:
