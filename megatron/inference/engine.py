@@ -165,27 +165,29 @@ class _Text:
         """None until the prompt is read."""
         self.capacity = min(len(request.tokens) + request.maximum_tokens, ready.context_length)
         """Most tokens of prompt and answer."""
-        self.answer: list[int] = []
+        self.last = -1
+        """The newest token, which the model has not seen yet; -1 until the prompt is read."""
+        self.answered = 0
+        """Tokens of the answer."""
+        self._tokens_T = torch.empty(max(self.capacity, len(request.tokens)), dtype=torch.int64, device=ready.device)
+        self._tokens_T[: len(request.tokens)] = torch.tensor(request.tokens)
         self._stream, self._stops = TextStream(ready.tokenizer), StopStrings(request.stop)
-
-    @property
-    def last(self) -> int:
-        """The newest token, which the model has not seen yet."""
-        return self.answer[-1]
 
     def extend(self, logits_V: Tensor) -> Event:
         """Chooses the next token."""
         request = self.request
-        token = choose_token(logits_V, request.sampling, request.generator)
+        length = len(request.tokens) + self.answered
+        token = choose_token(logits_V, request.sampling, request.generator, self._tokens_T[:length])
         logprob, alternatives = (None, ()) if request.logprobs is None else log_probabilities(logits_V, token, request.logprobs)
-        self.answer.append(token)
+        self._tokens_T[length] = self.last = token
+        self.answered += 1
         text, reason, message = self._follow(token)
         return Event(self.number, token, text, reason, message, logprob, alternatives)
 
     def _follow(self, token: int) -> tuple[str, FinishReason | None, str]:
         """(new text, why the answer ends here, a sentence about it)."""
         is_end = token in self._ready.stop_tokens
-        is_full = len(self.answer) == self.request.maximum_tokens or len(self.request.tokens) + len(self.answer) == self.capacity
+        is_full = self.answered == self.request.maximum_tokens or len(self.request.tokens) + self.answered == self.capacity
         text = "" if is_end else self._stops.push(self._stream.push(token))
         if is_end or is_full:
             text += self._stops.push(self._stream.finish()) + self._stops.finish()
@@ -193,9 +195,9 @@ class _Text:
             return text, "stop", ""
         if not is_full:
             return text, None, ""
-        if len(self.answer) == self.request.maximum_tokens:
+        if self.answered == self.request.maximum_tokens:
             return text, "length", ""
-        return text, "context", self._why_short(len(self.answer))
+        return text, "context", self._why_short(self.answered)
 
     def without_room(self) -> Event:
         """The end of a request whose prompt fills the context."""

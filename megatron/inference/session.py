@@ -70,17 +70,18 @@ def announce(ready: ReadyModel, inference: InferenceConfig, source: Source, seed
     if inference.sample_input_file is not None and source != "input-file":
         log.warning("sample_input_file %s is not read, because text_gen_type is %s.", inference.sample_input_file, source)
     if not sampling.is_greedy:
-        log.info("temperature %g, top_k %d, top_p %g, seed %d.", *sampling, seed)
-    elif sampling.top_k or sampling.top_p:
-        log.warning("temperature is 0, so the most likely token is always taken: top_k and top_p have no effect. Add -o temperature=1.0 to sample.")
+        log.info("%s, seed %d.", ", ".join(f"{name} {value:g}" for name, value in sampling._asdict().items()), seed)
+    elif ignored := [name for name in ("top_k", "top_p", "min_p") if getattr(sampling, name)]:
+        what = f"{' and '.join(ignored)} {'have' if len(ignored) > 1 else 'has'} no effect"
+        log.warning("temperature is 0, so the most likely token is always taken: %s. Add -o temperature=1.0 to sample.", what)
 
 
 def sampling_of(inference: InferenceConfig) -> Sampling:
-    return Sampling(inference.temperature, inference.top_k, inference.top_p)
+    return Sampling(inference.temperature, inference.top_k, inference.top_p, inference.min_p, inference.repetition_penalty)
 
 
 def manner_of(inference: InferenceConfig, seed: int) -> Manner:
-    return Manner(sampling_of(inference), inference.maximum_tokens, seed)
+    return Manner(sampling_of(inference), inference.maximum_tokens, seed, tuple(inference.stop_strings))
 
 
 def write_samples(samples: Iterable[Continuation], path: Path, console: Console, *, total: int) -> None:

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from megatron.config import config_from_dict
+from megatron.config.section import ConfigError
 from megatron.inference.continuation import Continuation
 from megatron.inference.errors import InferenceError
 from megatron.inference.samples import SampleFile, printable
@@ -86,6 +87,30 @@ def test_num_samples_of_each_prompt(keys: dict[str, Any], tmp_path: Path) -> Non
     assert entries[0]["text"] != entries[1]["text"]
 
 
+def test_the_settings_of_the_sampling_act(keys: dict[str, Any], tmp_path: Path) -> None:
+    plain = from_file(keys, tmp_path, temperature=1.0)[0]["text"]
+    narrow = from_file(keys, tmp_path, temperature=1.0, min_p=0.999)[0]["text"]
+    assert narrow == from_file(keys, tmp_path)[0]["text"] != plain, "only the most likely token has as much as itself"
+    assert from_file(keys, tmp_path, repetition_penalty=5.0)[0]["text"] != narrow
+
+
+def test_stop_strings_end_the_texts(keys: dict[str, Any], tmp_path: Path) -> None:
+    whole = from_file(keys, tmp_path, maximum_tokens=20)[1]["text"]
+    stop = whole[-2:]
+    stopped = from_file(keys, tmp_path, maximum_tokens=20, stop_strings=["nowhere", stop])[1]
+    assert (stopped["text"], stopped["finished"], stopped["finish_reason"]) == (whole[: whole.index(stop)], True, "stop")
+    with pytest.raises(ConfigError, match=r"'stop_strings' = .*: has an empty string: leave it out, or no text could begin"):
+        run(keys, stop_strings=["a", ""])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_samples_are_the_same_however_many_are_made_at_once(keys: dict[str, Any], tmp_path: Path, temperature: float) -> None:
+    chosen = {"temperature": temperature, "num_samples": 3}
+    alone = without_time(from_file(keys, tmp_path, sample_batch_size=1, **chosen))
+    assert len(alone) == 9
+    assert without_time(from_file(keys, tmp_path, sample_batch_size=4, **chosen)) == alone
+
+
 def test_unconditional(keys: dict[str, Any]) -> None:
     screen = run(keys, num_samples=3, temperature=1.0)
     assert [entry["context"] for entry in samples(keys)] == ["", "", ""]
@@ -113,8 +138,11 @@ def test_filters_without_a_temperature_are_pointed_out(
     monkeypatch.setattr(logging.getLogger("megatron"), "handlers", [])  # what a run in this process has left there would tell it twice
     with caplog.at_level(logging.WARNING, "megatron"):
         run(keys, top_k=5)
+        run(keys, top_k=5, min_p=0.1)
+        run(keys, temperature=1.0, top_k=5, min_p=0.1)
     assert caplog.messages == [
-        "temperature is 0, so the most likely token is always taken: top_k and top_p have no effect. Add -o temperature=1.0 to sample."
+        "temperature is 0, so the most likely token is always taken: top_k has no effect. Add -o temperature=1.0 to sample.",
+        "temperature is 0, so the most likely token is always taken: top_k and min_p have no effect. Add -o temperature=1.0 to sample.",
     ]
 
 

@@ -17,7 +17,10 @@ from megatron.data.tokenizer.character import CharLevelTokenizer
 from megatron.data.tokenizer.huggingface import RustTokenizer
 from megatron.inference.text_stream import INCOMPLETE, LONGEST, StopStrings, TextStream
 
-SAID = "The Union, as it was: \u00e9t\u00e9, \u65e5\u672c\u8a9e  \U0001f600\U0001f9d1\u200d\U0001f680 and   spaces.\n\n\tIt's done, isn't it? \u0928\u092e\u0938\u094d\u0924\u0947 "
+SAID = (
+    "The Union, as it was: \u00e9t\u00e9, \u65e5\u672c\u8a9e  \U0001f600\U0001f9d1\u200d\U0001f680 and   spaces.\n\n"
+    "\tIt's done, isn't it? \u0928\u092e\u0938\u094d\u0924\u0947 "
+)
 
 
 def from_pieces(file: str) -> Callable[[Path], Tokenizer]:
