@@ -75,7 +75,12 @@ def complete(engine: Engine, prompts: Iterable[Prompt], manner: Manner, *, on_te
             open_answers[answers[-1].number] = answers[-1]
         if not answers:
             return
-        for event in engine.step():
+        try:
+            events = engine.step()
+        except KeyboardInterrupt:
+            yield from (answer.result for answer in answers if answer.result is not None)  # they wait for an earlier prompt
+            raise
+        for event in events:
             open_answers[event.request].add(event, engine.ready)
             if event.text and on_text is not None:
                 on_text(event.text)

@@ -15,6 +15,7 @@ from rich.console import Console
 from megatron.config import config_from_dict
 from megatron.config.section import ConfigError
 from megatron.inference.continuation import Continuation
+from megatron.inference.engine import Engine, Event
 from megatron.inference.errors import InferenceError
 from megatron.inference.samples import SampleFile, printable
 from megatron.inference.session import generate
@@ -155,6 +156,22 @@ def test_prompts_that_are_not_read_are_pointed_out(
     with caplog.at_level(logging.WARNING, "megatron"):
         run(keys, sample_input_file="prompts.txt", text_gen_type="unconditional")
     assert caplog.messages == ["sample_input_file prompts.txt is not read, because text_gen_type is unconditional."]
+
+
+def test_ctrl_c_keeps_every_sample_that_is_finished(keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that waits for the sample of an earlier prompt."""
+    (tmp_path / "prompts.txt").write_text(f"a\n{'x' * 31}\nb\n")
+    step, steps = Engine.step, iter(range(7))
+
+    def interrupted(engine: Engine) -> list[Event]:
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        from_file(keys, tmp_path, maximum_tokens=25)
+    assert [(entry["context"], entry["length"]) for entry in samples(keys)] == [("x" * 31, 1)]
 
 
 def test_an_unwritable_file_is_named_before_anything_is_generated(keys: dict[str, Any], tmp_path: Path) -> None:
