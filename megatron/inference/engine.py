@@ -146,7 +146,7 @@ class Engine:
         return self._extend(texts, logits_NV)
 
     def _extend(self, texts: Sequence[_Text], logits_NV: Tensor) -> list[Event]:
-        finite_N = logits_NV.isfinite().all(-1).tolist()
+        finite_N = logits_NV.sum(-1).isfinite().tolist()  # a sum with an infinity or NaN in it is not finite either
         events = [
             text.extend(logits_V) if finite else text.failed(not_finite(self.ready))
             for text, logits_V, finite in zip(texts, logits_NV, finite_N, strict=True)

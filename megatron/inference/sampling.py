@@ -43,12 +43,14 @@ def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generato
         return greedy(logits_V)
     if not 0 < sampling.top_k < len(logits_V):
         return draw(token_probabilities(logits_V, sampling), generator)
-    candidate_K = is_in_top_k(logits_V, sampling.top_k).nonzero()[:, 0]  # the others have no part in what follows
+    candidate_K = most_likely(logits_V, sampling.top_k)  # the others have no part in what follows
     return int(candidate_K[draw(token_probabilities(logits_V[candidate_K], sampling), generator)])
 
 
 def greedy(logits_V: Tensor) -> int:
     """The most likely token; the first one of several."""
+    if logits_V.device.type == "cpu":
+        return int(logits_V.numpy().argmax())  # ten times as fast as PyTorch's
     return int(logits_V.argmax())
 
 
@@ -77,14 +79,17 @@ def keep_top_k(logits_V: Tensor, k: int) -> Tensor:
     """All but the k largest become -inf. Of equal ones the first are kept, so exactly k remain. Unchanged for k = 0 or k >= V."""
     if k == 0 or k >= len(logits_V):
         return logits_V
-    return logits_V.masked_fill(~is_in_top_k(logits_V, k), -torch.inf)
+    kept_K = most_likely(logits_V, k)
+    return torch.full_like(logits_V, -torch.inf).scatter(0, kept_K, logits_V[kept_K])
 
 
-def is_in_top_k(logits_V: Tensor, k: int) -> Tensor:
-    """bool: whether a token is one of the k largest; of equal ones the first are."""
-    smallest = logits_V.topk(k).values[-1]
-    larger_V, equal_V = logits_V > smallest, logits_V == smallest
-    return larger_V | (equal_V & (equal_V.cumsum(0) <= k - larger_V.sum()))
+def most_likely(logits_V: Tensor, k: int) -> Tensor:
+    """The k largest in the order of the vocabulary; of equal ones the first."""
+    largest_K, token_K = logits_V.topk(k)
+    smallest = largest_K[-1]
+    if (logits_V == smallest).sum() > (largest_K == smallest).sum():  # which of the equal ones topk takes is not said
+        token_K = logits_V.argsort(descending=True, stable=True)[:k]
+    return token_K.sort().values
 
 
 def keep_top_p(logits_V: Tensor, p: float) -> Tensor:
