@@ -137,12 +137,19 @@ class Engine:
         return self._extend([text], logits_V[None])
 
     def _decode(self, texts: Sequence[_Text]) -> list[Event]:
-        """Adds one token to each running text."""
+        """Adds one token to each of the texts. If that fails for all together, each is tried alone: a token of many texts may need more experts than
+        there is room for."""
+        states = [text.state for text in texts if text.state is not None]
+        lengths = [state.length for state in states]
         try:
-            logits_NV = self._runner.decode([text.state for text in texts if text.state is not None], [text.last for text in texts])
+            logits_NV = self._runner.decode(states, [text.last for text in texts])
         except ValueError as error:
-            self._running = []
-            return [text.failed(error) for text in texts]
+            if len(texts) == 1:
+                self._running = [text for text in self._running if text is not texts[0]]
+                return [texts[0].failed(error)]
+            for state, length in zip(states, lengths, strict=True):
+                state.length = length
+            return [event for text in texts for event in self._decode([text])]
         return self._extend(texts, logits_NV)
 
     def _extend(self, texts: Sequence[_Text], logits_NV: Tensor) -> list[Event]:

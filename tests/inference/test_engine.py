@@ -220,6 +220,33 @@ def test_a_request_that_fails_ends_alone(endless: ReadyModel) -> None:
     assert [event.token for event in good] == argmax_without_cache(endless, [90], 4)
 
 
+class NarrowRunner(ModuleRunner):
+    """Has no room for the experts of several texts, which it notices in the middle of its work. `gone`: a token that cannot be read any more."""
+
+    gone = -1
+
+    def decode(self, states: Sequence[TextState], tokens: Sequence[int]) -> Tensor:
+        logits_NV = super().decode(states, tokens)
+        if len(states) > 1 or tokens[0] == self.gone:
+            raise InferenceError("The experts do not fit." if len(states) > 1 else "The expert file is gone.")
+        return logits_NV
+
+
+def test_texts_that_cannot_go_on_together_go_on_one_by_one(endless: ReadyModel) -> None:
+    found = answers(Engine(endless, NarrowRunner(endless), maximum_requests=3), [asked(prompt, 6) for prompt in PROMPTS[:3]])
+    assert found == [argmax_without_cache(endless, prompt, 6) for prompt in PROMPTS[:3]]
+
+
+def test_a_text_that_cannot_go_on_alone_either_ends(endless: ReadyModel) -> None:
+    runner = NarrowRunner(endless)
+    engine = Engine(endless, runner, maximum_requests=2)
+    expected = [argmax_without_cache(endless, prompt, 6) for prompt in PROMPTS[:2]]
+    runner.gone = next(token for token in expected[0] if token not in expected[1])
+    failing, good = run(engine, [engine.submit(asked(prompt, 6)) for prompt in PROMPTS[:2]])
+    assert (failing[-1].finish_reason, failing[-1].message) == ("error", "The expert file is gone.")
+    assert [event.token for event in good] == expected[1]
+
+
 def test_a_failed_decode_ends_the_texts_in_it_and_no_others(endless: ReadyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(endless, 2)
     numbers = [engine.submit(asked(prompt, 4)) for prompt in PROMPTS[:3]]
