@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron.inference.model import ReadyModel
+from megatron.inference.routing_trace import RoutingTrace
 from megatron.model.attention import LayerCache, build_cache
 
 PREFILL_CHUNK = 1024
@@ -49,14 +50,17 @@ class Runner(Protocol):
         """The memory of a new text of at most `capacity` tokens. Raises CacheError if the model has fewer positions."""
         ...
 
-    def prefill(self, state: TextState, tokens: Sequence[int]) -> Tensor:
-        """logits_V, float32, of the token after `tokens`, which are added to the text. Raises CacheError if there is no room."""
+    def prefill(self, state: TextState, tokens: Sequence[int], trace: RoutingTrace | None = None) -> Tensor:
+        """logits_V, float32, of the token after `tokens`, which are added to the text. Raises CacheError if there is no room.
+
+        `trace` gets the experts of each token. None: nobody wants them.
+        """
         ...
 
-    def decode(self, states: Sequence[TextState], tokens: Sequence[int]) -> Tensor:
+    def decode(self, states: Sequence[TextState], tokens: Sequence[int], trace: RoutingTrace | None = None) -> Tensor:
         """logits_NV, float32: adds one token to each text and gives what may follow. The texts may have different lengths.
 
-        Raises CacheError if there is no room.
+        `trace` gets the experts of each of the N tokens. None: nobody wants them. Raises CacheError if there is no room.
         """
         ...
 
@@ -73,18 +77,22 @@ class ModuleRunner:
         return TextState(build_cache(ready.sizes, 1, capacity, dtype=ready.dtype, device=str(ready.device)))
 
     @torch.inference_mode()
-    def prefill(self, state: TextState, tokens: Sequence[int]) -> Tensor:
+    def prefill(self, state: TextState, tokens: Sequence[int], trace: RoutingTrace | None = None) -> Tensor:
         """See Runner."""
         if not tokens:
             raise ValueError("prefill of no tokens: a text has at least one")
         for begin in range(0, len(tokens), PREFILL_CHUNK):
             tokens_BS = torch.tensor([tokens[begin : begin + PREFILL_CHUNK]], dtype=torch.int64, device=self._ready.device)
-            logits_BV = self._ready.gpt.last_logits(tokens_BS, cache=state.caches)
+            if trace is None:
+                logits_BV = self._ready.gpt.last_logits(tokens_BS, cache=state.caches)
+            else:
+                logits_BV, decisions = self._ready.gpt.traced_logits(tokens_BS, cache=state.caches)
+                trace.add([decision.chosen() for decision in decisions])
         return logits_BV[0, : self._ready.tokenizer.vocab_size].float()
 
-    def decode(self, states: Sequence[TextState], tokens: Sequence[int]) -> Tensor:
+    def decode(self, states: Sequence[TextState], tokens: Sequence[int], trace: RoutingTrace | None = None) -> Tensor:
         """See Runner. The texts go through the model one after the other."""
-        return torch.stack([self.prefill(state, [token]) for state, token in zip(states, tokens, strict=True)])
+        return torch.stack([self.prefill(state, [token], trace) for state, token in zip(states, tokens, strict=True)])
 
 
 def build_runner(ready: ReadyModel) -> Runner:

@@ -23,6 +23,7 @@ from megatron.model.division import disowned
 from megatron.model.embedding import Embedding, LossMask
 from megatron.model.gpt import FIRST_LAYER, GPT, GPTOutput, InputError, draw_parts
 from megatron.model.initialization import Initializer, build_initializer
+from megatron.model.moe.routing import Decision
 from megatron.model.positions import Places
 from megatron.model.state import LayerState, RouterReport
 
@@ -112,6 +113,12 @@ class Stage(GPT):
                 self.send(state)
             logits_BSV = self._head(state.hidden_BSD[:, -1:], None)[0] if self.is_last else None
         return self._everywhere(logits_BSV, tokens_BS[:, -1:])[:, 0]
+
+    def traced_logits(self, tokens_BS: Tensor, *, cache: Sequence[LayerCache]) -> tuple[Tensor, tuple[Decision, ...]]:
+        """Raises InputError."""
+        raise InputError(
+            "what the routers decided was asked for, but a stage of a pipeline has some of the layers only; run the model on one process"
+        )
 
     def _advance(self, state: LayerState, places: Places, cache: Sequence[LayerCache] | None, length: int) -> LayerState:
         """The state after this stage's layers for `length` tokens."""
