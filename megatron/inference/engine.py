@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron.inference.errors import InferenceError
 from megatron.inference.model import ReadyModel
+from megatron.inference.routing_trace import RoutingTrace, TokenRouting
 from megatron.inference.runner import PREFILL_CHUNK, Runner, TextState
 from megatron.inference.sampling import Sampling, choose_token
 from megatron.inference.text_stream import StopStrings, TextStream
@@ -44,6 +45,8 @@ class Request:
     """The answer ends before the first of these strings."""
     logprobs: int | None = None
     """How many of the most likely tokens are wanted with their log probabilities, beside the one that is chosen. None: no log probabilities."""
+    routing: bool = False
+    """Whether the experts of each token are wanted."""
 
 
 class Event(NamedTuple):
@@ -63,6 +66,9 @@ class Event(NamedTuple):
     """log p(token) of the model before temperature, filters and penalty; None where none was asked for."""
     alternatives: tuple[tuple[int, float], ...] = ()
     """(token, log p) of the most likely tokens, the most likely first."""
+    routing: tuple[TokenRouting, ...] = ()
+    """The experts of the tokens that the model has read for this event: with the first token the whole prompt, then the token before this one. So the
+    last token of an answer has none. Empty where nobody asked, and without experts."""
 
 
 class Engine:
@@ -126,10 +132,12 @@ class Engine:
             if text.state is None:
                 text.state = self._runner.open(text.capacity)
             part = prompt[text.state.length : text.state.length + PREFILL_CHUNK]
-            logits_V = self._runner.prefill(text.state, part)
+            trace = RoutingTrace() if text.request.routing else None
+            logits_V = self._runner.prefill(text.state, part, trace)
         except ValueError as error:
             self._reading = None
             return [text.failed(error)]
+        text.routing += [] if trace is None else trace.tokens()
         if text.state.length < len(prompt):
             return []
         self._reading = None
@@ -141,8 +149,9 @@ class Engine:
         there is room for."""
         states = [text.state for text in texts if text.state is not None]
         lengths = [state.length for state in states]
+        trace = RoutingTrace() if any(text.request.routing for text in texts) else None
         try:
-            logits_NV = self._runner.decode(states, [text.last for text in texts])
+            logits_NV = self._runner.decode(states, [text.last for text in texts], trace)
         except ValueError as error:
             if len(texts) == 1:
                 self._running = [text for text in self._running if text is not texts[0]]
@@ -150,6 +159,8 @@ class Engine:
             for state, length in zip(states, lengths, strict=True):
                 state.length = length
             return [event for text in texts for event in self._decode([text])]
+        for text, record in zip(texts, [] if trace is None else trace.tokens(), strict=False):  # there are no records without experts
+            text.routing += [record] if text.request.routing else []
         return self._extend(texts, logits_NV)
 
     def _extend(self, texts: Sequence[_Text], logits_NV: Tensor) -> list[Event]:
@@ -178,6 +189,8 @@ class _Text:
         """Tokens of the answer."""
         self._tokens_T = torch.empty(max(self.capacity, len(request.tokens)), dtype=torch.int64, device=ready.device)
         self._tokens_T[: len(request.tokens)] = torch.tensor(request.tokens)
+        self.routing: list[TokenRouting] = []
+        """The experts of tokens that no event has told yet."""
         self._stream, self._stops = TextStream(ready.tokenizer), StopStrings(request.stop)
 
     def extend(self, logits_V: Tensor) -> Event:
@@ -189,7 +202,8 @@ class _Text:
         self._tokens_T[length] = self.last = token
         self.answered += 1
         text, reason, message = self._follow(token)
-        return Event(self.number, token, text, reason, message, logprob, alternatives)
+        routing, self.routing = tuple(self.routing), []
+        return Event(self.number, token, text, reason, message, logprob, alternatives, routing)
 
     def _follow(self, token: int) -> tuple[str, FinishReason | None, str]:
         """(new text, why the answer ends here, a sentence about it)."""

@@ -39,10 +39,10 @@ class RoutingTrace:
         """What each MoE layer chose for all tokens. Empty: there is no MoE layer."""
         return [_joined(parts) for parts in zip(*self.calls, strict=True)]
 
-    def tokens(self, num_experts: Sequence[int]) -> list[TokenRouting]:
-        """A record for each token. `num_experts`: the experts of each MoE layer; an empty choice has this number."""
+    def tokens(self) -> list[TokenRouting]:
+        """A record for each token; no records if there is no MoE layer."""
         layers = self.layers()
-        return [_record(layers, num_experts, token) for token in range(len(layers[0].expert_TK) if layers else 0)]
+        return [_record(layers, token) for token in range(len(layers[0].expert_TK) if layers else 0)]
 
 
 def _joined(parts: Sequence[Chosen]) -> Chosen:
@@ -50,13 +50,13 @@ def _joined(parts: Sequence[Chosen]) -> Chosen:
     return Chosen(torch.cat([part.expert_TK for part in parts]), torch.cat([part.weight_TK for part in parts]), torch.cat(lores) if lores else None)
 
 
-def _record(layers: Sequence[Chosen], num_experts: Sequence[int], token: int) -> TokenRouting:
+def _record(layers: Sequence[Chosen], token: int) -> TokenRouting:
     experts: list[list[int]] = []
     weights: list[list[float]] = []
     lores: list[list[list[int]]] = []
-    for layer, count in zip(layers, num_experts, strict=True):
+    for layer in layers:
         expert_K = layer.expert_TK[token].tolist()
-        used = [place for place, expert in enumerate(expert_K) if expert < count]
+        used = [place for place, expert in enumerate(expert_K) if expert >= 0]
         weight_K = layer.weight_TK[token].tolist()
         experts.append([expert_K[place] for place in used])
         weights.append([round(weight_K[place], 4) for place in used])

@@ -15,6 +15,7 @@ from megatron.inference import runner as runner_module
 from megatron.inference.engine import Engine, Request
 from megatron.inference.errors import InferenceError
 from megatron.inference.model import ReadyModel
+from megatron.inference.routing_trace import RoutingTrace, TokenRouting
 from megatron.inference.runner import ModuleRunner, TextState
 from megatron.inference.sampling import Sampling
 from tests.inference.conftest import GREEDY, NoEndTokenizer, answers, argmax_without_cache, asked, build_ready, engine_of, lively_config, run
@@ -45,14 +46,14 @@ class CountingRunner(ModuleRunner):
         self.capacities.append(capacity)
         return super().open(capacity)
 
-    def prefill(self, state: TextState, tokens: Sequence[int]) -> Tensor:
+    def prefill(self, state: TextState, tokens: Sequence[int], trace: RoutingTrace | None = None) -> Tensor:
         if len(tokens) != 1 or state.length == 0:
             self.calls.append(("prefill", len(tokens)))
-        return super().prefill(state, tokens)
+        return super().prefill(state, tokens, trace)
 
-    def decode(self, states: Sequence[TextState], tokens: Sequence[int]) -> Tensor:
+    def decode(self, states: Sequence[TextState], tokens: Sequence[int], trace: RoutingTrace | None = None) -> Tensor:
         self.calls.append(("decode", len(states)))
-        return super().decode(states, tokens)
+        return super().decode(states, tokens, trace)
 
 
 def test_greedy_tokens_are_those_of_the_definition(any_ready: ReadyModel) -> None:
@@ -203,10 +204,10 @@ class BreakingRunner(ModuleRunner):
 
     bad, longest = 3, 8
 
-    def prefill(self, state: TextState, tokens: Sequence[int]) -> Tensor:
+    def prefill(self, state: TextState, tokens: Sequence[int], trace: RoutingTrace | None = None) -> Tensor:
         if len(tokens) == self.bad:
             raise InferenceError("The expert file ends early.")
-        logits_V = super().prefill(state, tokens)
+        logits_V = super().prefill(state, tokens, trace)
         return logits_V * float("nan") if state.length > self.longest else logits_V
 
 
@@ -292,3 +293,18 @@ def test_half_precision_generates(dtype: torch.dtype) -> None:
 def test_a_seed_reproduces(ready: ReadyModel) -> None:
     first, again, other = (answers(engine_of(ready), [asked(PROMPT, 12, Sampling(1.0), seed=seed)]) for seed in (5, 5, 6))
     assert first == again != other
+
+
+def test_a_request_gets_the_experts_of_every_token_that_the_model_read(ready: ReadyModel) -> None:
+    def records(engine: Engine, *requests: Request) -> list[list[TokenRouting]]:
+        events = run(engine, [engine.submit(request) for request in requests])
+        return [[record for event in of for record in event.routing] for of in events]
+
+    wanted = [replace(asked(prompt, 5), routing=True) for prompt in PROMPTS[:3]]
+    lonely = [records(engine_of(ready), request)[0] for request in wanted]
+    together = records(engine_of(ready, 4), wanted[0], asked(PROMPTS[3], 5), *wanted[1:])
+    assert together == [lonely[0], [], *lonely[1:]]
+    runner, trace = ModuleRunner(ready), RoutingTrace()
+    runner.prefill(runner.open(20), PROMPT, trace)
+    assert lonely[0][: len(PROMPT)] == trace.tokens()
+    assert len(lonely[0]) == len(PROMPT) + 5 - 1

@@ -61,7 +61,7 @@ def test_a_token_has_the_experts_and_lores_that_the_routers_choose(monkeypatch: 
     ready = build_ready(lively_config(moe_top_k=2, moe_lore_top_k=2, moe_num_lores=4))
     trace, seen = traced(ready)
     layers = moe_layers(ready)
-    records = trace.tokens([moe.context.num_experts for moe in layers])
+    records = trace.tokens()
     assert len(records) == len(PROMPT) + 2
     for place, (moe, inputs) in enumerate(zip(layers, seen, strict=True)):
         x_TD = torch.cat(inputs)
@@ -78,7 +78,7 @@ def test_a_token_has_the_experts_and_lores_that_the_routers_choose(monkeypatch: 
 def test_empty_choices_are_left_out() -> None:
     ready = build_ready(lively_config(moe_router_type="top_p", moe_router_top_p=0.5, moe_top_k=None))
     trace, seen = traced(ready)
-    records = trace.tokens([4] * len(seen))
+    records = trace.tokens()
     counts = [len(record.experts[0]) for record in records]
     expected = (moe_layers(ready)[0].router(torch.cat(seen[0])).expert_TK < 4).sum(1).tolist()
     assert counts == expected
@@ -90,7 +90,7 @@ def test_empty_choices_are_left_out() -> None:
 
 def test_without_experts_there_is_nothing_to_record() -> None:
     trace, _ = traced(build_ready(lively_config(TINY_DENSE)))
-    assert trace.tokens([]) == []
+    assert trace.tokens() == []
 
 
 def test_logits_are_the_same_with_a_record(ready: ReadyModel) -> None:

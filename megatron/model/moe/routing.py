@@ -78,14 +78,14 @@ class Decision(NamedTuple):
             order = sort_by_group(expert_TK, self.num_experts, padded=self.routing.padded)
             empty_1L = self.lores.lore_RL.new_full((1, self.lores.lore_RL.shape[1]), -1)  # the place of an empty choice is one beyond the last row
             lore_TKL = torch.cat([self.lores.lore_RL, empty_1L])[order.inverse_TK].cpu()
-        return Chosen(expert_TK.cpu(), self.routing.weight_TK.detach().float().cpu(), lore_TKL)
+        return Chosen(expert_TK.where(expert_TK < self.num_experts, -1).cpu(), self.routing.weight_TK.detach().float().cpu(), lore_TKL)
 
 
 class Chosen(NamedTuple):
     """The experts of each token of one layer, for people and files."""
 
     expert_TK: Tensor
-    """int64; the number of experts where a token uses fewer than K."""
+    """int64; -1 where a token uses fewer than K."""
     weight_TK: Tensor
     """float32: what each expert's output is multiplied by."""
     lore_TKL: Tensor | None = None
