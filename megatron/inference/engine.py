@@ -197,7 +197,7 @@ class _Text:
         """Chooses the next token."""
         request = self.request
         length = len(request.tokens) + self.answered
-        token = choose_token(logits_V, request.sampling, request.generator, self._tokens_T[:length])
+        token = choose_token(logits_V, request.sampling, request.generator, self._tokens_T[:length], prompt=len(request.tokens))
         logprob, alternatives = (None, ()) if request.logprobs is None else log_probabilities(logits_V, token, request.logprobs)
         self._tokens_T[length] = self.last = token
         self.answered += 1

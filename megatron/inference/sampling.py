@@ -16,7 +16,7 @@ SORTED = 1024
 
 
 class Sampling(NamedTuple):
-    """How to choose; the steps apply in this order: penalty, temperature, top_k, top_p, min_p."""
+    """How to choose; the steps apply in this order: penalties, temperature, top_k, top_p, min_p."""
 
     temperature: float = 0.0
     """Logits are divided by this; 0 takes the most likely token, whatever `top_k`, `top_p` and `min_p` say."""
@@ -28,6 +28,10 @@ class Sampling(NamedTuple):
     """Only tokens with at least this share of the most likely token's probability; 0: all."""
     repetition_penalty: float = 1.0
     """Tokens of the prompt and the answer get less likely by this, also at temperature 0; 1: they do not."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the answer has, also at temperature 0; 0: nothing is."""
+    frequency_penalty: float = 0.0
+    """The same, for each time that the answer has the token."""
 
     @property
     def is_greedy(self) -> bool:
@@ -35,10 +39,11 @@ class Sampling(NamedTuple):
         return self.temperature == 0
 
 
-def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator, seen_T: Tensor) -> int:
-    """The next token after the tokens `seen_T`. Greedy choice draws nothing from `generator` (a CPU generator on every device, so that seeds mean the
+def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator, seen_T: Tensor, *, prompt: int = 0) -> int:
+    """The next token after the tokens `seen_T`, of which the first `prompt` ones are not the answer's. Greedy choice draws nothing from `generator` (a CPU generator on every device, so that seeds mean the
     same everywhere)."""
     logits_V = penalize_repetition(logits_V, seen_T, sampling.repetition_penalty)
+    logits_V = penalize_presence(logits_V, seen_T[prompt:], presence=sampling.presence_penalty, frequency=sampling.frequency_penalty)
     if sampling.is_greedy:
         return greedy(logits_V)
     if not 0 < sampling.top_k < len(logits_V):
@@ -67,6 +72,14 @@ def penalize_repetition(logits_V: Tensor, seen_T: Tensor, penalty: float) -> Ten
         return logits_V
     seen_logits_T = logits_V[seen_T]
     return logits_V.scatter(0, seen_T, torch.where(seen_logits_T < 0, seen_logits_T * penalty, seen_logits_T / penalty))
+
+
+def penalize_presence(logits_V: Tensor, answer_T: Tensor, *, presence: float, frequency: float) -> Tensor:
+    """logits - count * frequency - (count > 0) * presence, with the count of each token in the answer (OpenAI's two penalties). Unchanged for 0."""
+    if presence == 0 == frequency:
+        return logits_V
+    token_U, count_U = answer_T.unique(return_counts=True)
+    return logits_V.index_add(0, token_U, -(count_U * frequency + presence).to(logits_V.dtype))
 
 
 def scale_by_temperature(logits_V: Tensor, temperature: float) -> Tensor:

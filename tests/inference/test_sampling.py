@@ -16,6 +16,7 @@ from megatron.inference.sampling import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    penalize_presence,
     penalize_repetition,
     scale_by_temperature,
     token_probabilities,
@@ -97,6 +98,20 @@ def test_min_p_comes_after_the_temperature() -> None:
 def test_repetition_is_penalized_once_in_the_direction_of_less_likely() -> None:
     found = penalize_repetition(torch.tensor([2.0, -2.0, 3.0, -1.0, 0.0]), torch.tensor([0, 1, 0, 4, 0]), 2.0)
     assert found.tolist() == [1.0, -4.0, 3.0, -1.0, 0.0]
+
+
+def test_presence_counts_once_and_frequency_every_time() -> None:
+    before, answer = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2, 0, 2])
+    assert penalize_presence(before, answer, presence=0.5, frequency=0.25).tolist() == [0.25, 2.0, 2.0]
+    assert penalize_presence(before, answer, presence=-0.5, frequency=0.0).tolist() == [1.5, 2.0, 3.5]
+    assert before.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_presence_and_frequency_do_not_look_at_the_prompt() -> None:
+    logits_V, seen = torch.tensor([1.0, 1.5]), torch.tensor([0, 1])
+    for sampling in (Sampling(presence_penalty=2.0), Sampling(frequency_penalty=2.0)):
+        assert choose_token(logits_V, sampling, seeded(), seen, prompt=2) == 1
+        assert choose_token(logits_V, sampling, seeded(), seen, prompt=1) == 0
 
 
 def test_a_penalty_acts_on_the_most_likely_token_too() -> None:

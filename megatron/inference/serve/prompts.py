@@ -81,18 +81,16 @@ def _encoded(ready: ReadyModel, given: str | list[int]) -> Prompt:
 
 
 def sampling_of(request: Sampled) -> Sampling:
-    """How tokens are chosen. The defaults are OpenAI's. Raises ApiError for what this version does not have."""
-    wanted = {
-        "presence_penalty": request.presence_penalty or 0.0,
-        "frequency_penalty": request.frequency_penalty or 0.0,
-        "repetition_penalty": (request.repetition_penalty or 1.0) - 1.0,
-        "min_p": request.min_p or 0.0,
-    }
-    for name, value in wanted.items():
-        if value:
-            raise ApiError(400, f"'{name}' is not supported by this server; leave it out.", param=name)
-    temperature = 1.0 if request.temperature is None else request.temperature
-    return Sampling(temperature, request.top_k or 0, 1.0 if request.top_p is None else request.top_p)
+    """How tokens are chosen. The defaults are OpenAI's."""
+    return Sampling(
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_k=request.top_k or 0,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        min_p=request.min_p or 0.0,
+        repetition_penalty=request.repetition_penalty or 1.0,
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+    )
 
 
 def engine_requests(request: Sampled, prompts: Sequence[Prompt], limits: Limits) -> list[Request]:

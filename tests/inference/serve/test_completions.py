@@ -69,6 +69,11 @@ def test_sampling_follows_the_seed_and_the_settings(here: Served, client: openai
     assert texts(5) == by_engine(Sampling(1.0))
     assert texts(5, temperature=0.7, top_p=0.8) == by_engine(Sampling(0.7, top_p=0.8))
     assert texts(5, extra_body={"top_k": 3}) == by_engine(Sampling(1.0, top_k=3))  # type: ignore[arg-type]
+    own = {"min_p": 0.5, "repetition_penalty": 1.5}
+    assert texts(5, extra_body=own) == by_engine(Sampling(1.0, min_p=0.5, repetition_penalty=1.5))  # type: ignore[arg-type]
+    repeating = texts(5, presence_penalty=-2, frequency_penalty=-2)
+    assert repeating == by_engine(Sampling(1.0, presence_penalty=-2, frequency_penalty=-2))
+    assert repeating != texts(5)
     assert len(set(texts(5))) == 3
     assert texts(6) != texts(5)
     assert texts(None) != texts(None)
