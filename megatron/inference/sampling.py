@@ -40,8 +40,10 @@ class Sampling(NamedTuple):
 
 
 def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator, seen_T: Tensor, *, prompt: int = 0) -> int:
-    """The next token after the tokens `seen_T`, of which the first `prompt` ones are not the answer's. Greedy choice draws nothing from `generator` (a CPU generator on every device, so that seeds mean the
-    same everywhere)."""
+    """The next token after the tokens `seen_T`. The first `prompt` of them are not the answer's.
+
+    Greedy choice draws nothing from `generator` (a CPU generator on every device, so that seeds mean the same everywhere).
+    """
     logits_V = penalize_repetition(logits_V, seen_T, sampling.repetition_penalty)
     logits_V = penalize_presence(logits_V, seen_T[prompt:], presence=sampling.presence_penalty, frequency=sampling.frequency_penalty)
     if sampling.is_greedy:

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,9 @@ def serve(config: NeoXConfig) -> None:
     with listening:
         ready = load_ready_model(config)
         service, worker = build_service(config, ready)
-        announce(settings, service, listening, key)
         app = Limited(build_app(service), guard_of(settings, key))
-        asyncio.run(OrderlyServer(app, worker, settings).serve(sockets=[listening]))
+        server = OrderlyServer(app, worker, settings, on_start=lambda: announce(settings, service, listening, key))
+        asyncio.run(server.serve(sockets=[listening]))
     log.info("Stopped. %s requests, %s tokens generated.", worker.counts["requests"], worker.counts["tokens_generated"])
 
 
@@ -126,21 +126,22 @@ def announce(settings: ServeConfig, service: Service, listening: socket.socket, 
 
 class OrderlyServer(uvicorn.Server):
     """uvicorn with the engine's worker: it starts and stops with the server. After the first signal nothing is admitted, and running requests have
-    `serve_shutdown_seconds`; a second Ctrl-C ends them at once."""
+    `serve_shutdown_seconds`; a second Ctrl-C ends them at once. `on_start` is called when requests are answered."""
 
-    def __init__(self, app: Any, worker: EngineWorker, settings: ServeConfig) -> None:
+    def __init__(self, app: Any, worker: EngineWorker, settings: ServeConfig, *, on_start: Callable[[], None]) -> None:
         seconds = settings.serve_shutdown_seconds
         super().__init__(
             uvicorn.Config(
                 app, log_config=None, access_log=False, server_header=False, lifespan="off", timeout_graceful_shutdown=int(seconds) + LAST_SECONDS
             )
         )
-        self._worker, self._seconds = worker, seconds
+        self._worker, self._seconds, self._on_start = worker, seconds, on_start
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts the engine before the first request can come."""
         self._worker.start()
         await super().startup(sockets)
+        self._on_start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Waits for running requests, for so long, and ends the rest."""

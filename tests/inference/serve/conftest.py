@@ -85,7 +85,7 @@ def served(*, ready: ReadyModel | None = None, key: str | None = None, folder: P
     ready = ready or build_ready(config, LetterTokenizer())
     service, worker = build_service(config, ready)
     listening = listen(config.serve)
-    server = OrderlyServer(Limited(build_app(service), guard_of(config.serve, key)), worker, config.serve)
+    server = OrderlyServer(Limited(build_app(service), guard_of(config.serve, key)), worker, config.serve, on_start=lambda: None)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True)
     thread.start()
     wait_until(lambda: server.started)
