@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -209,3 +210,14 @@ def test_what_does_not_finish_in_time_is_told(monkeypatch: pytest.MonkeyPatch) -
         running.server.should_exit = True
         with pytest.raises(openai.APIError, match="The server is shutting down"):
             list(stream)
+
+
+def test_a_second_interrupt_does_not_wait(slow: Served) -> None:
+    with slow.client() as client:
+        stream = iter(client.completions.create(model="tiny", prompt="Hello", max_tokens=240, stream=True))
+        next(stream)
+        started = time.monotonic()
+        slow.server.handle_exit(signal.SIGINT, None)
+        slow.server.handle_exit(signal.SIGINT, None)
+        slow.thread.join(10)
+        assert time.monotonic() - started < 3
