@@ -64,6 +64,11 @@ class Service:
         """What happened since the start."""
         return {"uptime_seconds": round(time.time() - self.started, 3), "texts_in_work_or_waiting": self.worker.admitted, **self.worker.counts}
 
+    def check_first(self, request: Sampled, prompts: int) -> None:
+        """What is refused before any text is read: another model, and more than there is room for. Raises ApiError."""
+        self.check_model(request.model)
+        self.worker.check_room(prompts * request.choices)
+
     def check_model(self, name: str) -> None:
         """Raises ApiError when a request names another model."""
         if name != self.name:
@@ -88,13 +93,13 @@ def build_app(service: Service) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
-        service.check_model(body.model)
+        service.check_first(body, len(body.prompt))
         prompts = await asyncio.to_thread(completion_prompts, service.ready, body)
         return await service.reply(body, prompts, http, "text_completion")
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, http: HttpRequest) -> Response:
-        service.check_model(body.model)
+        service.check_first(body, 1)
         prompt = await asyncio.to_thread(chat_prompt, service.ready, service.template, body)
         return await service.reply(body, [prompt], http, "chat.completion")
 

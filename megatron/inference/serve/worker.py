@@ -29,6 +29,7 @@ class Call:
         self.requests = tuple(requests)
         self.open = len(self.requests)
         """Texts that have not ended."""
+        self.has_failed = False
         self._loop, self._cancel = loop, cancel
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
@@ -45,6 +46,7 @@ class Call:
         while self.open:
             number, event = await self._events.get()
             if event.finish_reason == "error":
+                self.has_failed = True
                 raise ApiError(503 if event.message == STOPPED else 500, event.message)
             self.open -= event.finish_reason is not None
             yield number, event
@@ -83,17 +85,20 @@ class EngineWorker:
         """Whether requests are answered."""
         return self._thread.is_alive() and not self._is_stopping
 
-    def submit(self, requests: Sequence[Request]) -> Call:
-        """Called in the event loop. Raises ApiError when there are too many texts, or the server stops."""
+    def check_room(self, texts: int) -> None:
+        """Called in the event loop. Raises ApiError when there are too many texts for so many more, or the server stops."""
         if self._is_stopping:
             raise ApiError(503, STOPPED)
-        if len(requests) > self._limit:
-            raise ApiError(400, f"The request asks for {len(requests):,} texts, and this server takes at most {self._limit:,} at a time.", param="n")
-        if self.admitted + len(requests) > self._limit:
+        if texts > self._limit:
+            raise ApiError(400, f"The request asks for {texts:,} texts, and this server takes at most {self._limit:,} at a time.", param="n")
+        if self.admitted + texts > self._limit:
             self.counts["requests_refused"] += 1
-            raise ApiError(
-                429, f"The server is busy: {self.admitted:,} texts run or wait, and it takes {self._limit:,}. Try again later.", code="queue_full"
-            )
+            busy = f"The server is busy: {self.admitted:,} texts run or wait, and it takes {self._limit:,}. Try again later."
+            raise ApiError(429, busy, code="queue_full")
+
+    def submit(self, requests: Sequence[Request]) -> Call:
+        """Called in the event loop. Raises ApiError as `check_room` does."""
+        self.check_room(len(requests))
         call = Call(requests, asyncio.get_running_loop(), self._release)
         self._calls[call] = len(requests)
         self.counts["requests"] += 1
@@ -103,7 +108,7 @@ class EngineWorker:
     def _release(self, call: Call) -> None:
         """Called in the event loop, once for each call, whether it has ended or not."""
         if self._calls.pop(call, None) is not None and call.open:
-            self.counts["requests_cancelled"] += 1
+            self.counts["requests_failed" if call.has_failed else "requests_cancelled"] += 1
             self._orders.put(lambda: self._drop(call))
 
     def refuse_new(self) -> None:

@@ -74,6 +74,8 @@ def test_who_does_not_fit_into_the_queue_is_told() -> None:
         assert httpx.get(f"{running.url}/metrics").json()["requests_refused"] == statuses.count(429)
         with running.client() as client, pytest.raises(openai.BadRequestError, match="asks for 7 texts, and this server takes at most 6 at a time"):
             client.completions.create(model="tiny", prompt="x", n=7)
+        many = running.post("/v1/completions", body(["x"] * 500_000))  # type: ignore[arg-type]
+        assert "asks for 500,000 texts" in many.json()["error"]["message"]
 
 
 def large_body() -> Iterator[bytes]:
@@ -187,6 +189,8 @@ def test_a_failure_of_the_model_is_an_error_and_the_server_goes_on(monkeypatch: 
             list(client.completions.create(model="tiny", prompt=prompt, max_tokens=3, stream=True))
         assert client.completions.create(model="tiny", prompt="Hello", max_tokens=6, temperature=0).choices[0].text == expected(running, "Hello")
         assert running.worker.admitted == 0
+        counters = httpx.get(f"{running.url}/metrics").json()
+        assert (counters["requests_failed"], counters.get("requests_cancelled", 0)) == (2, 0)
 
 
 def test_stopping_lets_running_texts_finish_and_refuses_new_ones(slow: Served) -> None:
