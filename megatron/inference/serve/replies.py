@@ -12,10 +12,14 @@ from megatron.data.tokenizer import Tokenizer
 from megatron.inference.engine import Event
 from megatron.inference.routing_trace import TokenRouting
 from megatron.inference.serve.prompts import Prompt
-from megatron.inference.text_stream import TextStream
+from megatron.inference.text_stream import INCOMPLETE, TextStream
 
 REASONS = {"stop": "stop", "length": "length", "context": "length"}
 """The engine's reason for the end -> OpenAI's."""
+
+
+LEAST_LOGPROB = -9999.0
+"""JSON has no minus infinity."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,8 @@ class Choice:
 
     def _named(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._tokenizer.decode([token])
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+        known = None if INCOMPLETE in text else list(text.encode())  # the bytes of a part of a character are not known here
+        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": known}
 
     def _joined(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if self.heading.is_chat:
