@@ -57,11 +57,12 @@ OPERATOR_DECORATOR = re.compile(r"custom_op|torch_operator|register_(fake|kernel
 EMPTY_NAMES = re.compile(r"^(utils?|misc|helpers?|common|stuff|new_.*|.*_v\d|.*_new|.*_old)$")
 METHODS_MISTAKEN_FOR_FLAGS = {"eval", "train", "parameters", "is_initialized"}
 # Comments that belong in an issue tracker, and remarks about how the code came to be: entries of a tracker, machines of one network, and paths of one
-# machine. A path from the root may only lead into a folder that every system has, or into one whose name says that it is not there.
+# machine. A path from the root may only lead into a folder that every system has, into one whose name says that it
+# is not there, or into OpenAI's API.
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
 TRACKER = re.compile(r"\bissues? #?\d|\bin this (issue|session)\b|/(issues|pull|merge_requests)/\d", re.IGNORECASE)
 MACHINE = re.compile(r"\b[\w-]+\.(internal|intranet|intra|corp|lan)\b", re.IGNORECASE)
-KNOWN_FOLDERS = ("bin", "dev", "etc", "opt", "proc", "sys", "usr", "var", "path/to", "nowhere", "no/such", "job/hostfile", "home/neox")
+KNOWN_FOLDERS = ("bin", "dev", "etc", "opt", "proc", "sys", "usr", "var", "path/to", "nowhere", "no/such", "job/hostfile", "home/neox", "v1")
 PATH_OF_A_MACHINE = re.compile(rf"(?<![\w.:/~*}}\])$%<>\\-])/(?!({'|'.join(KNOWN_FOLDERS)})\b)[A-Za-z]\w*/[\w{{]")
 OUTSIDE_REFERENCES = (TRACKER, MACHINE, PATH_OF_A_MACHINE)
 TEXTS = ("*.md", "Makefile", "Dockerfile", "docs/*.md", "configs/**/*.md", "configs/**/*.yml", "requirements/*", "csrc/*.md")

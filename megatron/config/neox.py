@@ -18,6 +18,7 @@ from megatron.config.optimizer import OptimizerConfig
 from megatron.config.packages import package_problems
 from megatron.config.parallel import ONE, ParallelConfig, division_problems, layout_problem
 from megatron.config.section import ConfigError, Problem, Section
+from megatron.config.serve import ServeConfig
 from megatron.config.training import TrainingConfig, resolve_batch
 
 Precision = Literal["fp32", "fp16", "bfloat16"]
@@ -36,6 +37,7 @@ class NeoXConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     inference: InferenceConfig = InferenceConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    serve: ServeConfig = ServeConfig()
     launcher: LauncherConfig = LauncherConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
 

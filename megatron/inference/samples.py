@@ -54,7 +54,7 @@ class SampleFile:
 
 def show(console: Console, sample: Continuation, *, number: int, total: int) -> None:
     """The prompt in bold with its continuation, below a line that says how it ended."""
-    ending = sample.message or ("ended by the model" if sample.finished else "cut off at maximum_tokens")
+    ending = sample.message or ("finished" if sample.finished else "cut off at maximum_tokens")
     console.print(Text(f"[{number}/{total}] {sample.length} tokens in {sample.duration_seconds:.1f} s, {ending}", "dim"), soft_wrap=True)
     console.print(Text.assemble((printable(sample.context), "bold"), printable(sample.text), "\n"), soft_wrap=True, highlight=False)
 

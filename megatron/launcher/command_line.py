@@ -49,6 +49,7 @@ _SCRIPTS = {
     "train": "Train a model",
     "eval": "Measure the loss of a trained model: on its validation and test data, or on the texts that eval_text_files names",
     "generate": "Let a trained model write text; the key text_gen_type says after which prompts",
+    "serve": "Answer requests for text over HTTP, in the form of OpenAI's API, and show a page with the experts of each token",
 }
 """What each script does, for its --help."""
 _USAGE_STATUS = 2

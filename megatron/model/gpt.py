@@ -21,6 +21,7 @@ from megatron.model.embedding import Embedding, FinalLinear, LossMask, Targets, 
 from megatron.model.initialization import Initializer, build_initializer
 from megatron.model.layer import TransformerLayer, build_layer
 from megatron.model.moe.layer import STATISTICS, MoELayer
+from megatron.model.moe.routing import Decision
 from megatron.model.norms import build_norm
 from megatron.model.positions import Places, positions_in_documents
 from megatron.model.positions.rpe import RelativePositions
@@ -169,6 +170,26 @@ class GPT(nn.Module):
         places = self._places(document_BS, cache)
         state = self._run_layers(self._begin(tokens_BS, places, earlier_load_XE), places, cache)
         return self._end(state, labels_BS, loss_mask)
+
+    def last_logits(self, tokens_BS: Tensor, *, cache: Sequence[LayerCache]) -> Tensor:
+        """logits_BV of the position after the tokens, which continue those in the cache and are added to it. No other position's logits are computed,
+        so a long prompt needs no memory for them.
+        """
+        return self._after_last(tokens_BS, cache, None)[0]
+
+    def traced_logits(self, tokens_BS: Tensor, *, cache: Sequence[LayerCache]) -> tuple[Tensor, tuple[Decision, ...]]:
+        """`last_logits`, and what the routers of each MoE layer decided about the tokens. Raises InputError on a stage of a pipeline."""
+        logits_BV, decisions = self._after_last(tokens_BS, cache, ())
+        assert decisions is not None
+        return logits_BV, decisions
+
+    def _after_last(
+        self, tokens_BS: Tensor, cache: Sequence[LayerCache], decisions: tuple[Decision, ...] | None
+    ) -> tuple[Tensor, tuple[Decision, ...] | None]:
+        self._check(tokens_BS, {}, cache)
+        places = self._places(None, cache)
+        state = self._run_layers(self._begin(tokens_BS, places, None)._replace(decisions=decisions), places, cache)
+        return self._head(state.hidden_BSD[:, -1:], None)[0][:, 0], state.decisions
 
     def _begin(self, tokens_BS: Tensor, places: Places, earlier_load_XE: Tensor | None) -> LayerState:
         return LayerState.start(self.sequential["0"](tokens_BS, places), widths=self.report_widths, earlier_load_XE=earlier_load_XE)

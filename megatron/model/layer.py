@@ -94,8 +94,9 @@ class _WithExperts(TransformerLayer):
     mlp: MoELayer
 
     def _feed_forward(self, x_BSD: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        y_BSD, *report, usage_2E = self.mlp(x_BSD, state.earlier_rows_E(self.mlp.context.num_experts), state.usage_2E)
-        return y_BSD, state._replace(report=state.report.then(*report), usage_2E=usage_2E)
+        y_BSD, *report, usage_2E, decision = self.mlp(x_BSD, state.earlier_rows_E(self.mlp.context.num_experts), state.usage_2E)
+        decisions = None if state.decisions is None else (*state.decisions, decision)
+        return y_BSD, state._replace(report=state.report.then(*report), usage_2E=usage_2E, decisions=decisions)
 
 
 class MoETransformerLayer(_WithExperts, TransformerLayer):

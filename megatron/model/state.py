@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from megatron.model.moe.routing import Decision
+
 
 class RouterReport(NamedTuple):
     """The report of the MoE layers, one row for each layer."""
@@ -41,6 +43,8 @@ class LayerState(NamedTuple):
     usage_2E: Tensor | None = None
     """How often a token uses each expert, and each expert's mean probability (with gradient), summed over the MoE layers so far. None before the
     first MoE layer, and if no loss needs all layers together."""
+    decisions: tuple[Decision, ...] | None = None
+    """What the routers of the MoE layers so far decided. None: nobody asked for it."""
 
     @staticmethod
     def start(hidden_BSD: Tensor, *, widths: tuple[int, int, int, int], rows: int = 0, earlier_load_XE: Tensor | None = None) -> LayerState:

@@ -17,7 +17,7 @@ from megatron.model.moe.dispatch.interface import Dispatcher, run_beside
 from megatron.model.moe.losses.block_wise_selection import sequences
 from megatron.model.moe.losses.entropy import token_entropy
 from megatron.model.moe.losses.load_balance import expert_usage
-from megatron.model.moe.routing import AuxLoss, LossContext, Routing
+from megatron.model.moe.routing import AuxLoss, Decision, LossContext, Routing
 from megatron.model.moe.shared import build_beside
 from megatron.mpu.collectives import sum_over_data_parallel
 from megatron.mpu.regions import WHOLE, Region
@@ -41,6 +41,8 @@ class MoEOutput(NamedTuple):
     """float32, detached, in the order of STATISTICS."""
     usage_2E: Tensor | None
     """`expert_usage` summed over the layers up to this one; None where no loss asks for it."""
+    decision: Decision
+    """What the routers decided for each token."""
 
 
 STATISTICS = ("router_entropy", "expert_replacement", "experts_per_token", "process_overload", "overload_seconds")
@@ -101,6 +103,7 @@ class MoELayer(nn.Module):
             lore_load_G,
             statistics(routing, context, overload_2),
             self._usage(routing, earlier_usage_2E) if self.wants_usage else None,
+            Decision(routing, lores, self.context.num_experts),
         )
 
     def _usage(self, routing: Routing, earlier_2E: Tensor | None) -> Tensor:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from megatron.kernels.permute import Order
+from megatron.kernels.permute import Order, sort_by_group
 
 
 class Softmax(NamedTuple):
@@ -59,6 +60,36 @@ class LoreRouting(NamedTuple):
     """int64: rows of each LoRE of each expert, G = E*M."""
     total_EM: Tensor | None = None
     """Sum of the probabilities over each expert's rows. None: it has not been computed."""
+
+
+class Decision(NamedTuple):
+    """What the routers of one layer decided about its tokens."""
+
+    routing: Routing
+    lores: LoreRouting | None
+    """None: the experts have no second router."""
+    num_experts: int
+
+    def chosen(self) -> Chosen:
+        """The choices token by token, on the CPU."""
+        expert_TK = self.routing.expert_TK
+        lore_TKL = None
+        if self.lores is not None:
+            order = sort_by_group(expert_TK, self.num_experts, padded=self.routing.padded)
+            empty_1L = self.lores.lore_RL.new_full((1, self.lores.lore_RL.shape[1]), -1)  # the place of an empty choice is one beyond the last row
+            lore_TKL = torch.cat([self.lores.lore_RL, empty_1L])[order.inverse_TK].cpu()
+        return Chosen(expert_TK.where(expert_TK < self.num_experts, -1).cpu(), self.routing.weight_TK.detach().float().cpu(), lore_TKL)
+
+
+class Chosen(NamedTuple):
+    """The experts of each token of one layer, for people and files."""
+
+    expert_TK: Tensor
+    """int64; -1 where a token uses fewer than K."""
+    weight_TK: Tensor
+    """float32: what each expert's output is multiplied by."""
+    lore_TKL: Tensor | None = None
+    """int64: the LoREs inside each chosen expert, from 0 to M - 1; -1 where there is no expert. None: the experts have no second router."""
 
 
 def _over_one_process(count_E: Tensor) -> Tensor:
