@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "decode_bindings.h"
 #include "include/operations.h"
 #include "include/processor.h"
 #include "self_check/self_check.h"
@@ -309,4 +310,5 @@ PYBIND11_MODULE(built, m) {
   m.def("route", &route, Free());
   m.def("route_backward", &route_backward, Free());
   m.def("choice_statistics", &choice_statistics, Free());
+  decode::define(m, []() -> const InstructionSet& { return *current; });
 }

@@ -3,6 +3,9 @@
 
 #include "../adam/op.h"
 #include "../attention/op.h"
+#include "../decode_attention/op.h"
+#include "../decode_experts/op.h"
+#include "../decode_linear/op.h"
 #include "../grouped_gemm/op.h"
 #include "../grouped_lore/op.h"
 #include "../permute/op.h"
@@ -27,7 +30,10 @@
   X(gradient_norm, double, (const adam::Gradients&, int))                                   \
   X(adam_update, void, (const adam::Update&, int))                                          \
   X(rms_norm_forward, void, (const RmsNormForward&))                                        \
-  X(rms_norm_backward, void, (const RmsNormBackward&))
+  X(rms_norm_backward, void, (const RmsNormBackward&))                                      \
+  X(decode_linear, void, (const DecodeLinear&))                                             \
+  X(decode_experts, void, (const DecodeExperts&))                                           \
+  X(decode_attention, void, (const DecodeAttention&))
 
 // The sets that are compiled, best last, the emulated ones at the end. csrc/build.py passes them.
 #if !defined(NEOX_SETS)
