@@ -5,13 +5,16 @@
 // matrix after whole steps is taken number by number.
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "numbers.h"
 
 namespace NEOX_ISA {
 namespace few_rows {
 
 constexpr int64_t STEP = 2 * LANES<float>;
-typedef int8_t Bytes __attribute__((vector_size(LANES<float>), aligned(1), may_alias));
 
 struct Two {
   Vec<float> first, second;
@@ -22,8 +25,17 @@ inline Two wide_step(const bf16* from) {
   const Words bits = *reinterpret_cast<const typename Vector<uint32_t>::unaligned*>(from);
   return {reinterpret_cast<Vec<float>>(bits << 16), reinterpret_cast<Vec<float>>(bits & 0xffff0000u)};
 }
+// GCC takes a conversion of bytes apart, number by number; the instruction has to be named.
 inline Vec<float> wide_bytes(const int8_t* from) {
-  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Ints), Vec<float>);
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<float>>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec<float>>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))));
+#else
+  Vec<float> wide;
+  for (int i = 0; i < LANES<float>; i++) wide[i] = float(from[i]);
+  return wide;
+#endif
 }
 inline Two wide_step(const int8_t* from) { return {wide_bytes(from), wide_bytes(from + LANES<float>)}; }
 inline float wide_one(float x) { return x; }
@@ -58,15 +70,17 @@ inline float sum_of(Vec<float> v) {
   return sum;
 }
 
-// out[o * out_stride + r] = row o of the matrix times row r of x, both of n numbers; x is arranged.
+// A matrix is read along several rows at once, `apart` rows from each other: as many streams keep memory busy as one long row cannot.
+
+// out[o * apart * out_stride + r] = row o * apart of the matrix times row r of x, both of n numbers; x is arranged.
 template <class W, int ROWS, int RIGHT>
-inline void dots(const W* matrix, const float* x, int64_t x_stride, int64_t n, float* out, int64_t out_stride) {
+inline void dots(const W* matrix, int64_t apart, const float* x, int64_t x_stride, int64_t n, float* out, int64_t out_stride) {
   constexpr int CHAINS = RIGHT == 1 ? 2 : 1;  // enough independent sums to hide the latency of an addition
   Vec<float> sums[ROWS][RIGHT][CHAINS] = {};
   int64_t k = 0;
   for (; k + STEP <= n; k += STEP) {
     NEOX_UNROLL for (int o = 0; o < ROWS; o++) {
-      const Two w = wide_step(matrix + o * n + k);
+      const Two w = wide_step(matrix + o * apart * n + k);
       NEOX_UNROLL for (int r = 0; r < RIGHT; r++) {
         const float* row = x + r * x_stride + k;
         sums[o][r][0] += w.first * load(row);
@@ -77,23 +91,23 @@ inline void dots(const W* matrix, const float* x, int64_t x_stride, int64_t n, f
   for (int o = 0; o < ROWS; o++)
     for (int r = 0; r < RIGHT; r++) {
       float sum = CHAINS == 2 ? sum_of(sums[o][r][0] + sums[o][r][1]) : sum_of(sums[o][r][0]);
-      for (int64_t rest = k; rest < n; rest++) sum += wide_one(matrix[o * n + rest]) * x[r * x_stride + rest];
-      out[o * out_stride + r] = sum;
+      for (int64_t rest = k; rest < n; rest++) sum += wide_one(matrix[o * apart * n + rest]) * x[r * x_stride + rest];
+      out[o * apart * out_stride + r] = sum;
     }
 }
 
 template <class W, int RIGHT>
 inline void dots_of(const W* matrix, int64_t rows, const float* x, int64_t x_stride, int64_t n, float* out, int64_t out_stride) {
   constexpr int AT_ONCE = RIGHT == 4 ? 2 : 4;
-  int64_t o = 0;
-  for (; o + AT_ONCE <= rows; o += AT_ONCE) dots<W, AT_ONCE, RIGHT>(matrix + o * n, x, x_stride, n, out + o * out_stride, out_stride);
-  for (; o < rows; o++) dots<W, 1, RIGHT>(matrix + o * n, x, x_stride, n, out + o * out_stride, out_stride);
+  const int64_t apart = rows / AT_ONCE;
+  for (int64_t o = 0; o < apart; o++) dots<W, AT_ONCE, RIGHT>(matrix + o * n, apart, x, x_stride, n, out + o * out_stride, out_stride);
+  for (int64_t o = apart * AT_ONCE; o < rows; o++) dots<W, 1, RIGHT>(matrix + o * n, 0, x, x_stride, n, out + o * out_stride, out_stride);
 }
 
 // out[o * out_stride + r] = row o of `rows` rows of the matrix times row r of the `right` rows of x.
 template <class W>
 inline void dots_of(const W* matrix, int64_t rows, const float* x, int64_t right, int64_t x_stride, int64_t n, float* out, int64_t out_stride) {
-  constexpr int64_t BLOCK = 16;  // rows that stay in the first cache while the rows of x go by
+  constexpr int64_t BLOCK = 64;  // rows that stay in the second cache while the rows of x go by
   for (int64_t o = 0; o < rows; o += BLOCK) {
     const int64_t here = rows - o < BLOCK ? rows - o : BLOCK;
     const W* block = matrix + o * n;
@@ -105,42 +119,44 @@ inline void dots_of(const W* matrix, int64_t rows, const float* x, int64_t right
   }
 }
 
-// y[r] += the sum over ROWS rows f of the matrix of factor[f * factor_stride + r] * row f; y is arranged.
+// y[r] += the sum over ROWS rows f * apart of the matrix of factor[f * apart * factor_stride + r] times the row; y is arranged.
 template <class W, int ROWS, int RIGHT>
-inline void add_rows(const W* matrix, int64_t n, const float* factor, int64_t factor_stride, float* y, int64_t y_stride) {
+inline void add_rows(const W* matrix, int64_t apart, int64_t n, const float* factor, int64_t factor_stride, float* y, int64_t y_stride) {
   Vec<float> wide[ROWS][RIGHT];
   for (int f = 0; f < ROWS; f++)
-    for (int r = 0; r < RIGHT; r++) wide[f][r] = all(factor[f * factor_stride + r]);
+    for (int r = 0; r < RIGHT; r++) wide[f][r] = all(factor[f * apart * factor_stride + r]);
   int64_t d = 0;
   for (; d + STEP <= n; d += STEP) {
     Two sums[RIGHT];
     NEOX_UNROLL for (int r = 0; r < RIGHT; r++) sums[r] = {load(y + r * y_stride + d), load(y + r * y_stride + d + LANES<float>)};
     NEOX_UNROLL for (int f = 0; f < ROWS; f++) {
-      const Two w = wide_step(matrix + f * n + d);
+      const Two w = wide_step(matrix + f * apart * n + d);
       NEOX_UNROLL for (int r = 0; r < RIGHT; r++) sums[r].first += wide[f][r] * w.first, sums[r].second += wide[f][r] * w.second;
     }
     NEOX_UNROLL for (int r = 0; r < RIGHT; r++) store(y + r * y_stride + d, sums[r].first), store(y + r * y_stride + d + LANES<float>, sums[r].second);
   }
   for (; d < n; d++)
     for (int f = 0; f < ROWS; f++)
-      for (int r = 0; r < RIGHT; r++) y[r * y_stride + d] += factor[f * factor_stride + r] * wide_one(matrix[f * n + d]);
+      for (int r = 0; r < RIGHT; r++) y[r * y_stride + d] += factor[f * apart * factor_stride + r] * wide_one(matrix[f * apart * n + d]);
+}
+
+template <class W, int ROWS>
+inline void add_rows_to(const W* matrix, int64_t apart, int64_t n, const float* factor, int64_t factor_stride, float* y, int64_t right, int64_t y_stride) {
+  int64_t r = 0;
+  for (; r + 2 <= right; r += 2) add_rows<W, ROWS, 2>(matrix, apart, n, factor + r, factor_stride, y + r * y_stride, y_stride);
+  for (; r < right; r++) add_rows<W, ROWS, 1>(matrix, apart, n, factor + r, factor_stride, y + r * y_stride, y_stride);
 }
 
 // The same for `rows` rows and `right` rows of y.
 template <class W>
 inline void add_rows_of(const W* matrix, int64_t rows, int64_t n, const float* factor, int64_t factor_stride, float* y, int64_t right, int64_t y_stride) {
-  for (int64_t f = 0; f < rows; f += 4) {
-    const int64_t here = rows - f < 4 ? rows - f : 4;
-    const W* block = matrix + f * n;
-    const float* by = factor + f * factor_stride;
-    int64_t r = 0;
-    if (here == 4) {
-      for (; r + 2 <= right; r += 2) add_rows<W, 4, 2>(block, n, by + r, factor_stride, y + r * y_stride, y_stride);
-      for (; r < right; r++) add_rows<W, 4, 1>(block, n, by + r, factor_stride, y + r * y_stride, y_stride);
-    } else {
-      for (int64_t one = 0; one < here; one++)
-        for (r = 0; r < right; r++) add_rows<W, 1, 1>(block + one * n, n, by + one * factor_stride + r, factor_stride, y + r * y_stride, y_stride);
-    }
+  constexpr int64_t BLOCK = 32;
+  for (int64_t first = 0; first < rows; first += BLOCK) {
+    const int64_t here = rows - first < BLOCK ? rows - first : BLOCK, apart = here / 4;
+    const W* block = matrix + first * n;
+    const float* by = factor + first * factor_stride;
+    for (int64_t f = 0; f < apart; f++) add_rows_to<W, 4>(block + f * n, apart, n, by + f * factor_stride, factor_stride, y, right, y_stride);
+    for (int64_t f = apart * 4; f < here; f++) add_rows_to<W, 1>(block + f * n, 0, n, by + f * factor_stride, factor_stride, y, right, y_stride);
   }
 }
 

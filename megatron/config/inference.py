@@ -39,6 +39,10 @@ class InferenceConfig(Section):
     sample_seed: Seed | None = None
     """Seed of the sampling. None: `seed`."""
 
+    inference_weights: Literal["as_saved", "int8"] = "as_saved"
+    """Number format of the weights in generation. int8: each row of a matrix is rounded to 255 steps when the model is loaded, so a new token
+    needs half the bytes of bfloat16; on CPUs with the compiled kernels only. eval.py measures what it costs."""
+
     def check(self) -> Iterator[Problem]:
         if self.text_gen_type == "input-file" and self.sample_input_file is None:
             yield Problem(("text_gen_type", "sample_input_file"), "needs sample_input_file: the file with the prompts")

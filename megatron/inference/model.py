@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -33,6 +33,18 @@ from megatron.training.setup import expected_model
 log = logging.getLogger(__name__)
 
 
+class Decoding(NamedTuple):
+    """How new tokens are computed."""
+
+    backend: str = "auto"
+    """`kernel_backends: {decode: ...}`."""
+    weights: Literal["as_saved", "int8"] = "as_saved"
+
+
+AS_CHOSEN = Decoding()
+"""The best that can run, with the weights as they were saved."""
+
+
 @dataclass(frozen=True)
 class ReadyModel:
     """A model on its device, in evaluation mode and without gradients, with its tokenizer and settings.
@@ -48,6 +60,7 @@ class ReadyModel:
     iteration: int | None
     ends: tuple[int, ...] = ()
     """Ids that end an answer besides the end-of-document token, as the settings beside the tokenizer name them."""
+    decoding: Decoding = AS_CHOSEN
 
     @property
     def stop_tokens(self) -> frozenset[int]:
@@ -104,7 +117,8 @@ def load_ready_model(config: NeoXConfig) -> ReadyModel:
     if config.checkpoint.checkpoint_validation_with_forward_pass:
         log.info("%s", _compare_logits(config, gpt, path, weights.client_state.get(forward_check.KEY)))
     stops = find_stop_tokens(tokenizer.token_to_id, folder_of(config.data), tokenizer.eod)
-    return ReadyModel(gpt, tokenizer, config.model, device, path, weights.client_state.get("iteration"), stops)
+    decoding = Decoding(config.moe.kernel_backends.get("decode", "auto"), config.inference.inference_weights)
+    return ReadyModel(gpt, tokenizer, config.model, device, path, weights.client_state.get("iteration"), stops, decoding)
 
 
 def _build(config: NeoXConfig, vocabulary: int) -> GPT:

@@ -5,6 +5,7 @@ Shapes: N texts; B = 1; S tokens of one call; V the tokenizer's vocabulary (the 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,10 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron.inference.errors import InferenceError
 from megatron.inference.model import ReadyModel
 from megatron.inference.routing_trace import RoutingTrace
 from megatron.model.attention import LayerCache, build_cache
 
+log = logging.getLogger(__name__)
 PREFILL_CHUNK = 1024
 """Most tokens of a prompt in one pass through the model: it bounds the memory that activations take."""
 
@@ -96,5 +99,16 @@ class ModuleRunner:
 
 
 def build_runner(ready: ReadyModel) -> Runner:
-    """The fastest runner that can run this model on this machine."""
+    """The fastest runner that can run this model on this machine; the log says which, and what the compiled one does not serve.
+
+    Raises KernelUnavailable where `kernel_backends: {decode: compiled}` cannot run, and InferenceError where int8 weights cannot.
+    """
+    from megatron.inference.decoder.runner import build_compiled_runner, reason_against
+
+    reason = reason_against(ready)
+    if reason is None:
+        return build_compiled_runner(ready)
+    if ready.decoding.weights == "int8":
+        raise InferenceError(f"inference_weights: int8 needs the compiled decoder, and it cannot run: {reason}.")
+    log.info("new tokens: the model's own forward (%s).", reason)
     return ModuleRunner(ready)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from megatron.kernels import attention, dispatch, experts, grouped_gemm, grouped_lore, linear_cross_entropy, permute, rms_norm, route
+from megatron.kernels import attention, decode, dispatch, experts, grouped_gemm, grouped_lore, linear_cross_entropy, permute, rms_norm, route
 from megatron.kernels.registry import KernelUnavailable, Op
 
 OPS: dict[str, Op[Any]] = {
     "attention": attention.OP,
+    "decode": decode.OP,
     "dispatch": dispatch.OP,
     "experts": experts.OP,
     "grouped_gemm": grouped_gemm.OP,

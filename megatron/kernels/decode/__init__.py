@@ -10,3 +10,22 @@ quantize.py    int8 weights
 """
 
 from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from megatron.kernels.compiled import implementation
+from megatron.kernels.registry import Implementation, Op
+
+
+def _compiled() -> ModuleType:
+    return importlib.import_module("megatron.kernels.decode.compiled")
+
+
+def _reference() -> ModuleType:
+    return importlib.import_module("megatron.kernels.decode.reference")
+
+
+OP: Op[ModuleType] = Op("decode")
+OP.register(implementation(_compiled))
+OP.register(Implementation("reference", frozenset({"cpu", "cuda"}), lambda: None, _reference))  # a model then uses its own forward

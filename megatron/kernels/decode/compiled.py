@@ -76,17 +76,24 @@ class Experts:
         hidden = len(up.matrix.weight) // part.num_experts
         lores_of = (0, 0) if lores is None else (lores.choice.candidates, lores.rank)
         routers = [_router(part.router, part.choice), _router(None if lores is None else lores.router, None)]
-        formats = [_format(up.matrix), *(0 if matrix is None else _format(matrix) for matrix in (part.router, None if lores is None else lores.router))]
+        formats = [
+            _format(up.matrix),
+            *(0 if matrix is None else _format(matrix) for matrix in (part.router, None if lores is None else lores.router)),
+        ]
         rules = [part.choice, NO_CHOICE if lores is None else lores.choice]
-        self._run = built().DecodeExperts(
-            [_projection(up), _projection(part.gate), _projection(down)],
-            [part.num_experts, width, hidden, part.rank, *lores_of, *formats, NUMBERS[part.activation]],
-            routers,
-            [[rule.candidates, rule.chosen, rule.sigmoid, rule.normalize] for rule in rules],
-            [rules[0].scale, rules[1].scale, part.input.epsilon],
-            _float(part.input.scale, part.input.shift),
-            _kind(part.input),
-        ).run
+        self._run = (
+            built()
+            .DecodeExperts(
+                [_projection(up), _projection(part.gate), _projection(down)],
+                [part.num_experts, width, hidden, part.rank, *lores_of, *formats, NUMBERS[part.activation]],
+                routers,
+                [[rule.candidates, rule.chosen, rule.sigmoid, rule.normalize] for rule in rules],
+                [rules[0].scale, rules[1].scale, part.input.epsilon],
+                _float(part.input.scale, part.input.shift),
+                _kind(part.input),
+            )
+            .run
+        )
 
     def route(self, x_ND: Tensor, routed: Routed, threads: int) -> None:
         """Writes the experts of each row and their weights into `routed`."""
@@ -113,13 +120,17 @@ class Attention:
         turned = 0 if cosines is None else cosines.shape[1]
         window = -1 if part.window is None else part.window
         norms = (part.query_norm, part.key_norm)
-        self._run = built().DecodeAttention(
-            [layout.heads, layout.kv_heads, layout.head_dim, part.over_all_heads, turned, window, DTYPES[cache]],
-            _float(cosines, sines, part.slopes),
-            [_float(norm.scale, norm.shift) for norm in norms],
-            [KINDS.index(norm.kind) for norm in norms],
-            part.query_norm.epsilon,
-        ).run
+        self._run = (
+            built()
+            .DecodeAttention(
+                [layout.heads, layout.kv_heads, layout.head_dim, part.over_all_heads, turned, window, DTYPES[cache]],
+                _float(cosines, sines, part.slopes),
+                [_float(norm.scale, norm.shift) for norm in norms],
+                [KINDS.index(norm.kind) for norm in norms],
+                part.query_norm.epsilon,
+            )
+            .run
+        )
 
     def __call__(self, fused_NW: Tensor, y_NX: Tensor, caches: Sequence[int], lengths: Sequence[int], threads: int) -> None:
         """Writes the context into `y_NX`. `caches`: addresses of the keys [G, P, d] of every row, then of the values; `lengths`: the tokens that each
