@@ -79,8 +79,7 @@ void attend(const DecodeAttention& op, int64_t n, int64_t first_head, int64_t he
     for (int64_t p = 0; p < seen; p++) scores[p * heads + h] /= sum;
   }
   few_rows::add_rows_of(cache_of<W>(op.values, op, n, kv, first), seen, op.d, scores, heads, result, heads, op.d);
-  for (int64_t h = 0; h < heads; h++)
-    for (int64_t i = 0; i < op.d; i++) op.y[(n * op.H + first_head + h) * op.d + i] = result[h * op.d + few_rows::place<W>(i, op.d)];
+  for (int64_t h = 0; h < heads; h++) few_rows::restore<W>(op.y + (n * op.H + first_head + h) * op.d, result + h * op.d, op.d);
 }
 
 template <class W>

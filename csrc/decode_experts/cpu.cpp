@@ -19,7 +19,7 @@ namespace {
 using few_rows::Part;
 using few_rows::part_of;
 
-constexpr int64_t BLOCK = 32;  // hidden numbers computed before they are multiplied on
+constexpr int64_t BLOCK = 64;  // hidden numbers computed before they are multiplied on
 
 template <class W>
 inline Vec<float> natural(const W* from) {
@@ -76,6 +76,10 @@ void find_active(Layer& layer) {
   }
 }
 
+void add_scaled(float* to, const float* from, float by, int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] += by * from[i];
+}
+
 // Product of rows [first, end) of a matrix with `right` rows of x; out[(row - first) * right + r].
 void multiply(const DecodeMatrix& matrix, int64_t first, int64_t end, const float* x, int64_t right, int64_t width, float* out) {
   with_format(matrix.format, [&](auto* format) {
@@ -102,12 +106,12 @@ class Worker {
  public:
   Worker(Layer& layer) : s(layer), op(layer.op), thread(omp_get_thread_num()), threads(omp_get_num_threads()) {
     const int64_t widest = op.D > s.u_width() ? op.D : s.u_width();
-    float* memory = scratch<float, 72>(Rows::size(op.N, op.D) + widest * op.N + 4 * BLOCK * op.N + op.D + op.choice.C + op.M);
+    float* memory = scratch<float, 72>(Rows::size(op.N, op.D) + widest * op.N + 4 * BLOCK * op.N + 2 * op.D + op.choice.C + op.M);
     x = Rows::at(memory, op.N, op.D);
     gathered = memory + Rows::size(op.N, op.D);
     hidden[0] = gathered + widest * op.N, hidden[1] = hidden[0] + BLOCK * op.N, products = hidden[1] + BLOCK * op.N, factor = products + BLOCK * op.N;
     row = factor + BLOCK * op.N;
-    scores = row + op.D;
+    plain_row = row + op.D, scores = plain_row + op.D;
   }
 
   void prepare() {
@@ -225,19 +229,18 @@ class Worker {
       std::memset(row, 0, width * sizeof(float));
       for (int64_t k = 0; k < op.choice.K; k++) {
         const int64_t pair = n * op.choice.K + k, p = place_of(pair);
-        const float* bias = op.down.bias == nullptr ? nullptr : op.down.bias + slot_of(op, pair) * op.D;
-        for (int64_t d = 0; d < width; d++) {
-          float sum = 0;
-          for (int64_t t = 0; t < threads; t++) sum += sums[(t * s.P + p) * op.D + part.first + d];
-          row[d] += op.weight[pair] * sum;
-        }
-        if (bias != nullptr)
-          for (int64_t d = 0; d < width; d++) row[place_in(last, part.first + d, op.D) - part.first] += op.weight[pair] * bias[part.first + d];
+        for (int64_t t = 0; t < threads; t++) add_scaled(row, sums + (t * s.P + p) * op.D + part.first, op.weight[pair], width);
       }
-      for (int64_t d = part.first; d < part.end; d++) {
-        const float sum = row[place_in(last, d, op.D) - part.first];
-        op.y[n * op.D + d] = op.residual == nullptr ? sum : op.residual[n * op.D + d] + sum;
+      float* y = op.y + n * op.D + part.first;
+      with_format(last.format, [&](auto* format) {
+        few_rows::restore<std::remove_const_t<std::remove_pointer_t<decltype(format)>>>(plain_row, row, width);
+      });
+      for (int64_t k = 0; k < op.choice.K && op.down.bias != nullptr; k++) {
+        const int64_t pair = n * op.choice.K + k;
+        add_scaled(plain_row, op.down.bias + slot_of(op, pair) * op.D + part.first, op.weight[pair], width);
       }
+      if (op.residual == nullptr) std::memcpy(y, plain_row, width * sizeof(float));
+      else for (int64_t d = 0; d < width; d++) y[d] = op.residual[n * op.D + part.first + d] + plain_row[d];
     }
   }
 
@@ -247,7 +250,7 @@ class Worker {
   const int64_t thread, threads;
   Rows x;
   const float* inputs[2];
-  float *gathered, *hidden[2], *products, *factor, *row, *scores;
+  float *gathered, *hidden[2], *products, *factor, *row, *plain_row, *scores;
 
   float* row_buffer() { return products; }
 

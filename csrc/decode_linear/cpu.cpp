@@ -25,14 +25,15 @@ void run(const DecodeLinear& op) {
     for (int64_t o = part.first; o < part.end; o += AT_ONCE) {
       const int64_t here = part.end - o < AT_ONCE ? part.end - o : AT_ONCE;
       few_rows::dots_of(row_of<W>(op.matrix, o, op.K), here, x, op.N, op.K, op.K, sums, op.N);
-      for (int64_t i = 0; i < here; i++)
-        for (int64_t n = 0; n < op.N; n++) {
+      for (int64_t n = 0; n < op.N; n++) {
+        float* y = op.y + n * op.O + o;
+        for (int64_t i = 0; i < here; i++) {
           float sum = sums[i * op.N + n];
           if (op.matrix.scale != nullptr) sum *= op.matrix.scale[o + i];
           if (op.bias != nullptr) sum += op.bias[o + i];
-          float& y = op.y[n * op.O + o + i];
-          y = op.add ? y + sum : sum;
+          y[i] = op.add ? y[i] + sum : sum;
         }
+      }
     }
   }
 }

@@ -54,26 +54,89 @@ inline int64_t place<bf16>(int64_t k, int64_t n) {
   return k - in_step + in_step / 2 + in_step % 2 * LANES<float>;
 }
 
-// to = a row of n numbers in the order of the steps.
+// A step of a row that is in its own order, in the order of bf16's steps, and back.
+inline Two split_step(const float* from) {
+  const Vec<float> a = load(from), b = load(from + LANES<float>);
+#if defined(__AVX512F__)
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  const __m512 x = reinterpret_cast<__m512>(a), y = reinterpret_cast<__m512>(b);
+  return {reinterpret_cast<Vec<float>>(_mm512_permutex2var_ps(x, even, y)), reinterpret_cast<Vec<float>>(_mm512_permutex2var_ps(x, odd, y))};
+#elif defined(__AVX2__)
+  const __m256 x = reinterpret_cast<__m256>(a), y = reinterpret_cast<__m256>(b);
+  const auto ordered = [](__m256 v) { return reinterpret_cast<Vec<float>>(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)); };
+  return {ordered(_mm256_shuffle_ps(x, y, 0x88)), ordered(_mm256_shuffle_ps(x, y, 0xdd))};
+#else
+  Two to;
+  for (int i = 0; i < LANES<float>; i++) to.first[i] = from[2 * i], to.second[i] = from[2 * i + 1];
+  return to;
+#endif
+}
+inline void join_step(float* to, Two two) {
+#if defined(__AVX512F__)
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  const __m512 x = reinterpret_cast<__m512>(two.first), y = reinterpret_cast<__m512>(two.second);
+  store(to, reinterpret_cast<Vec<float>>(_mm512_permutex2var_ps(x, low, y)));
+  store(to + LANES<float>, reinterpret_cast<Vec<float>>(_mm512_permutex2var_ps(x, high, y)));
+#elif defined(__AVX2__)
+  const __m256 x = reinterpret_cast<__m256>(two.first), y = reinterpret_cast<__m256>(two.second);
+  const __m256 low = _mm256_unpacklo_ps(x, y), high = _mm256_unpackhi_ps(x, y);
+  store(to, reinterpret_cast<Vec<float>>(_mm256_permute2f128_ps(low, high, 0x20)));
+  store(to + LANES<float>, reinterpret_cast<Vec<float>>(_mm256_permute2f128_ps(low, high, 0x31)));
+#else
+  for (int i = 0; i < LANES<float>; i++) to[2 * i] = two.first[i], to[2 * i + 1] = two.second[i];
+#endif
+}
+
+// to = a row of n numbers in the order of the steps. `to` is other memory than `from`.
 template <class W>
 inline void arrange(float* to, const float* from, int64_t n) {
   if constexpr (sizeof(W) != 2) {
-    if (to != from) std::memcpy(to, from, n * sizeof(float));
+    std::memcpy(to, from, n * sizeof(float));
   } else {
-    for (int64_t k = 0; k < n; k++) to[place<W>(k, n)] = from[k];
+    int64_t k = 0;
+    for (; k + STEP <= n; k += STEP) {
+      const Two two = split_step(from + k);
+      store(to + k, two.first), store(to + k + LANES<float>, two.second);
+    }
+    for (; k < n; k++) to[k] = from[k];
+  }
+}
+// The way back.
+template <class W>
+inline void restore(float* to, const float* from, int64_t n) {
+  if constexpr (sizeof(W) != 2) {
+    std::memcpy(to, from, n * sizeof(float));
+  } else {
+    int64_t k = 0;
+    for (; k + STEP <= n; k += STEP) join_step(to + k, {load(from + k), load(from + k + LANES<float>)});
+    for (; k < n; k++) to[k] = from[k];
   }
 }
 
+// The sum of a vector's numbers, in halves; every row of a matrix ends with one.
 inline float sum_of(Vec<float> v) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m512 whole = reinterpret_cast<__m512>(v);
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(whole), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(whole), 1)));
+#else
+  const __m256 eight = reinterpret_cast<__m256>(v);
+#endif
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
   float sum = 0;
   for (int i = 0; i < LANES<float>; i++) sum += v[i];
   return sum;
+#endif
 }
 
 // A matrix is read along several rows at once, `apart` rows from each other: as many streams keep memory busy as one long row cannot.
 
-// out[o * apart * out_stride + r] = row o * apart of the matrix times row r of x, both of n numbers; x is arranged.
-template <class W, int ROWS, int RIGHT>
+// out[o * apart * out_stride + r] = row o * apart of the matrix times row r of x, both of n numbers; x is arranged. AHEAD: how many rows further down
+// the matrix is fetched into the cache.
+template <class W, int ROWS, int RIGHT, int64_t AHEAD = 0>
 inline void dots(const W* matrix, int64_t apart, const float* x, int64_t x_stride, int64_t n, float* out, int64_t out_stride) {
   constexpr int CHAINS = RIGHT == 1 ? 2 : 1;  // enough independent sums to hide the latency of an addition
   Vec<float> sums[ROWS][RIGHT][CHAINS] = {};
@@ -81,6 +144,7 @@ inline void dots(const W* matrix, int64_t apart, const float* x, int64_t x_strid
   for (; k + STEP <= n; k += STEP) {
     NEOX_UNROLL for (int o = 0; o < ROWS; o++) {
       const Two w = wide_step(matrix + o * apart * n + k);
+      if constexpr (AHEAD != 0) __builtin_prefetch(matrix + (AHEAD + o * apart) * n + k, 0, 2);
       NEOX_UNROLL for (int r = 0; r < RIGHT; r++) {
         const float* row = x + r * x_stride + k;
         sums[o][r][0] += w.first * load(row);
@@ -96,26 +160,28 @@ inline void dots(const W* matrix, int64_t apart, const float* x, int64_t x_strid
     }
 }
 
-template <class W, int RIGHT>
-inline void dots_of(const W* matrix, int64_t rows, const float* x, int64_t x_stride, int64_t n, float* out, int64_t out_stride) {
-  constexpr int AT_ONCE = RIGHT == 4 ? 2 : 4;
-  const int64_t apart = rows / AT_ONCE;
-  for (int64_t o = 0; o < apart; o++) dots<W, AT_ONCE, RIGHT>(matrix + o * n, apart, x, x_stride, n, out + o * out_stride, out_stride);
-  for (int64_t o = apart * AT_ONCE; o < rows; o++) dots<W, 1, RIGHT>(matrix + o * n, 0, x, x_stride, n, out + o * out_stride, out_stride);
+constexpr int64_t BLOCK = 64;  // rows whose quarters are read side by side
+
+// out[r] = ROWS rows of the matrix times all rows of x, two at a time. While the second two are multiplied, memory is free to bring the next row.
+template <class W, int ROWS>
+inline void dots_with_all(const W* matrix, int64_t apart, const float* x, int64_t right, int64_t x_stride, int64_t n, float* out, int64_t out_stride) {
+  int64_t r = 0;
+  for (; r + 2 <= right; r += 2) {
+    if (r == 2) dots<W, ROWS, 2, 1>(matrix, apart, x + r * x_stride, x_stride, n, out + r, out_stride);
+    else dots<W, ROWS, 2>(matrix, apart, x + r * x_stride, x_stride, n, out + r, out_stride);
+  }
+  for (; r < right; r++) dots<W, ROWS, 1>(matrix, apart, x + r * x_stride, x_stride, n, out + r, out_stride);
 }
 
 // out[o * out_stride + r] = row o of `rows` rows of the matrix times row r of the `right` rows of x.
 template <class W>
 inline void dots_of(const W* matrix, int64_t rows, const float* x, int64_t right, int64_t x_stride, int64_t n, float* out, int64_t out_stride) {
-  constexpr int64_t BLOCK = 64;  // rows that stay in the second cache while the rows of x go by
-  for (int64_t o = 0; o < rows; o += BLOCK) {
-    const int64_t here = rows - o < BLOCK ? rows - o : BLOCK;
-    const W* block = matrix + o * n;
-    float* to = out + o * out_stride;
-    int64_t r = 0;
-    for (; r + 4 <= right; r += 4) dots_of<W, 4>(block, here, x + r * x_stride, x_stride, n, to + r, out_stride);
-    for (; r + 2 <= right; r += 2) dots_of<W, 2>(block, here, x + r * x_stride, x_stride, n, to + r, out_stride);
-    for (; r < right; r++) dots_of<W, 1>(block, here, x + r * x_stride, x_stride, n, to + r, out_stride);
+  for (int64_t first = 0; first < rows; first += BLOCK) {
+    const int64_t here = rows - first < BLOCK ? rows - first : BLOCK, apart = here / 4;
+    const W* block = matrix + first * n;
+    float* to = out + first * out_stride;
+    for (int64_t o = 0; o < apart; o++) dots_with_all<W, 4>(block + o * n, apart, x, right, x_stride, n, to + o * out_stride, out_stride);
+    for (int64_t o = apart * 4; o < here; o++) dots_with_all<W, 1>(block + o * n, 0, x, right, x_stride, n, to + o * out_stride, out_stride);
   }
 }
 
@@ -150,7 +216,6 @@ inline void add_rows_to(const W* matrix, int64_t apart, int64_t n, const float* 
 // The same for `rows` rows and `right` rows of y.
 template <class W>
 inline void add_rows_of(const W* matrix, int64_t rows, int64_t n, const float* factor, int64_t factor_stride, float* y, int64_t right, int64_t y_stride) {
-  constexpr int64_t BLOCK = 32;
   for (int64_t first = 0; first < rows; first += BLOCK) {
     const int64_t here = rows - first < BLOCK ? rows - first : BLOCK, apart = here / 4;
     const W* block = matrix + first * n;

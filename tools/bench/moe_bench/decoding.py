@@ -192,4 +192,3 @@ def medians(rounds: Iterable[dict[str, float]]) -> dict[str, float]:
         for name, seconds in one.items():
             taken.setdefault(name, []).append(seconds)
     return {name: statistics.median(times) for name, times in taken.items()}
-
