@@ -15,6 +15,7 @@ namespace self_check {
 
 void products(const InstructionSet& right, const InstructionSet& ours, const Format& f, bool quick, Tally& tally);
 void rows(const InstructionSet& right, const InstructionSet& ours, const Format& f, bool quick, Tally& tally);
+void decoding(const InstructionSet& right, const InstructionSet& ours, const Format& f, Tally& tally);
 
 void compare(const Array& right, const Array& ours, double bound, const std::string& what, Tally& tally) {
   double largest = 1e-30, difference = 0;
@@ -38,6 +39,7 @@ Tally compare_sets(const InstructionSet& right, const InstructionSet& ours, cons
   Tally tally;
   if (format.dtype == Dtype::bfloat16 || !has_pairs(ours.name)) products(right, ours, format, quick, tally);
   rows(right, ours, format, quick, tally);
+  decoding(right, ours, format, tally);
   return tally;
 }
 

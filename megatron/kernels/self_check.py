@@ -9,6 +9,9 @@ from torch import Tensor
 
 from megatron.kernels.adam import AdamSettings, AdamTensors, adam_update, gradient_norm
 from megatron.kernels.attention import HeadLayout, Rotation, fused_attention
+from megatron.kernels.decode import OP as DECODE
+from megatron.kernels.decode import interface as parts
+from megatron.kernels.decode.quantize import quantize_rows
 from megatron.kernels.grouped_gemm import grouped_gemm
 from megatron.kernels.grouped_lore import grouped_lore
 from megatron.kernels.grouped_lore.interface import HiddenLayer, LoreChoice, Projection
@@ -26,7 +29,7 @@ def check(built: ModuleType, name: str) -> None:
         raise AssertionError(found)
     built.use_instruction_set(name)
     for dtype in TOLERANCE:
-        for op in (_gemm, _hidden, _rows, _routes, _attention, _norm, _update):
+        for op in (_gemm, _hidden, _rows, _routes, _attention, _norm, _update, _decode):
             ours, right = op(dtype, "compiled"), op(dtype, "reference")
             for place, (got, wanted) in enumerate(zip(ours, right, strict=True)):
                 scale = wanted.double().abs().max().item() or 1.0
@@ -109,3 +112,51 @@ def _update(dtype: torch.dtype, backend: str) -> list[Tensor]:
     adam_update(AdamTensors(weights, gradients, averages, squares, [2.0] * len(weights), rounded), settings, backend=backend)
     wrong = [narrow.float() - weight.bfloat16().float() for narrow, weight in zip(rounded, weights, strict=True)]
     return [torch.tensor(norm), *weights, *averages, *squares, *wrong]
+
+
+def _decode(dtype: torch.dtype, backend: str) -> list[Tensor]:
+    generator, (x, up, a, b, gate, bias) = _draw(dtype)
+    x, up, a, b, gate = (t.detach().flatten(0, -2).contiguous() for t in (x, up, a, b, gate))
+    rows, experts, norm = x[:5].float(), len(ROWS), parts.Input("rmsnorm", bias.detach().float()[0, :72].contiguous(), None, 1e-5)
+    router = parts.Matrix(torch.randn(experts, 72, generator=generator))
+    lores = parts.Lores(9, parts.Choice(3, 2), parts.Matrix(torch.randn(3 * experts, 72, generator=generator)))
+    results = []
+    for store in (parts.Matrix, quantize_rows):
+        up_part = parts.Projection(store(up), bias.detach().float(), None, store(a), store(b))
+        layer = parts.Experts(
+            norm,
+            parts.Choice(experts, 2, normalize=True),
+            router,
+            experts,
+            up_part,
+            parts.Projection(store(gate)),
+            parts.Projection(store(gate)),
+            "silu",
+            0,
+            lores,
+        )
+        results += _decoded(layer, parts.Linear(store(up), None, norm), rows, backend)
+    angles, layout = torch.rand(9, 8, generator=generator), HeadLayout(4, 2, 20)
+    part = parts.Attention(layout, None, parts.Input(), parts.Input(), False, angles.cos(), angles.sin())
+    fused, caches = (
+        torch.randn(2, 160, generator=generator),
+        [[torch.randn(2, 9, 20, generator=generator).to(dtype) for _ in range(2)] for _ in range(2)],
+    )
+    if backend == "reference":
+        return [*results, DECODE.resolve(backend, "cpu").attention(part, fused, [(k, v) for k, v in caches], [0, 7]), *caches[0], *caches[1]]
+    y = torch.empty(2, 80)
+    places = [caches[row][which].data_ptr() for which in range(2) for row in range(2)]
+    DECODE.resolve(backend, "cpu").Attention(part, dtype)(fused, y, places, [0, 7, 9, 9], 2)
+    return [*results, y, *caches[0], *caches[1]]
+
+
+def _decoded(layer: parts.Experts, linear: parts.Linear, rows: Tensor, backend: str) -> list[Tensor]:
+    """What the expert layer and the linear layer give and choose."""
+    module, routed = DECODE.resolve(backend, "cpu"), parts.Routed.empty(layer, len(rows))
+    if backend == "reference":
+        module.route(layer, rows, routed)
+        return [rows + module.experts(layer, rows, routed), module.linear(linear, rows), *routed]
+    y, product = torch.empty_like(rows), torch.empty(len(rows), len(linear.matrix.weight))
+    module.Experts(layer)(rows, rows, y, routed, 2)
+    module.Linear(linear)(rows, product, 2)
+    return [y, product, *routed]
