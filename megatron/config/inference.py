@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+from megatron.config.expert_offload import ExpertOffload
 from megatron.config.section import Fraction, NaturalInt, NonNegativeFloat, PositiveInt, Problem, Section, Seed
 
 
@@ -29,6 +30,9 @@ class InferenceConfig(Section):
     """File that gets one JSON object per sample."""
     sample_seed: Seed | None = None
     """Seed of the sampling. None: `seed`."""
+    expert_offload: ExpertOffload | None = None
+    """Generate with experts in slow memory that move in when they are selected, for example {slots: 4} or {memory: 2GB, policy: lfu}.
+    docs/offload.md explains the entries. None: all experts are resident."""
 
     def check(self) -> Iterator[Problem]:
         if self.text_gen_type == "input-file" and self.sample_input_file is None:
