@@ -1,25 +1,33 @@
 """The choice of the next token from the model's logits: pure functions.
 
-Shapes: V vocabulary
+Shapes: V vocabulary; T tokens so far
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+SORTED = 1024
+"""Tokens that top_p looks at first. To sort a whole vocabulary takes longer than a step of a small model."""
+
 
 class Sampling(NamedTuple):
-    """How to choose; the steps apply in this order."""
+    """How to choose; the steps apply in this order: penalty, temperature, top_k, top_p, min_p."""
 
     temperature: float = 0.0
-    """Logits are divided by this; 0 takes the most likely token, whatever `top_k` and `top_p` say."""
+    """Logits are divided by this; 0 takes the most likely token, whatever `top_k`, `top_p` and `min_p` say."""
     top_k: int = 0
     """Only this many most likely tokens; 0: all."""
     top_p: float = 0.0
     """Only the smallest set of most likely tokens that has at least this probability; 0 (as 1): all."""
+    min_p: float = 0.0
+    """Only tokens with at least this share of the most likely token's probability; 0: all."""
+    repetition_penalty: float = 1.0
+    """Tokens of the prompt and the answer get less likely by this, also at temperature 0; 1: they do not."""
 
     @property
     def is_greedy(self) -> bool:
@@ -27,11 +35,16 @@ class Sampling(NamedTuple):
         return self.temperature == 0
 
 
-def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token. Greedy choice draws nothing from `generator` (a CPU generator on every device, so that seeds mean the same everywhere)."""
+def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator, seen_T: Tensor) -> int:
+    """The next token after the tokens `seen_T`. Greedy choice draws nothing from `generator` (a CPU generator on every device, so that seeds mean the
+    same everywhere)."""
+    logits_V = penalize_repetition(logits_V, seen_T, sampling.repetition_penalty)
     if sampling.is_greedy:
         return greedy(logits_V)
-    return draw(token_probabilities(logits_V, sampling), generator)
+    if not 0 < sampling.top_k < len(logits_V):
+        return draw(token_probabilities(logits_V, sampling), generator)
+    candidate_K = is_in_top_k(logits_V, sampling.top_k).nonzero()[:, 0]  # the others have no part in what follows
+    return int(candidate_K[draw(token_probabilities(logits_V[candidate_K], sampling), generator)])
 
 
 def greedy(logits_V: Tensor) -> int:
@@ -42,7 +55,16 @@ def greedy(logits_V: Tensor) -> int:
 def token_probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
     """probability_V, float64: the distribution from which a token is drawn if the choice is not greedy."""
     logits_V = keep_top_k(scale_by_temperature(logits_V, sampling.temperature), sampling.top_k)
-    return keep_top_p(logits_V, sampling.top_p).softmax(0)
+    return keep_min_p(keep_top_p(logits_V, sampling.top_p), sampling.min_p).softmax(0)
+
+
+def penalize_repetition(logits_V: Tensor, seen_T: Tensor, penalty: float) -> Tensor:
+    """Logits of the tokens in `seen_T` are divided by `penalty`, negative ones multiplied by it (CTRL, Keskar et al. 2019, section 4.1; as
+    transformers does it). However often a token occurs, it is penalized once. Unchanged for a penalty of 1."""
+    if penalty == 1:
+        return logits_V
+    seen_logits_T = logits_V[seen_T]
+    return logits_V.scatter(0, seen_T, torch.where(seen_logits_T < 0, seen_logits_T * penalty, seen_logits_T / penalty))
 
 
 def scale_by_temperature(logits_V: Tensor, temperature: float) -> Tensor:
@@ -55,8 +77,14 @@ def keep_top_k(logits_V: Tensor, k: int) -> Tensor:
     """All but the k largest become -inf. Of equal ones the first are kept, so exactly k remain. Unchanged for k = 0 or k >= V."""
     if k == 0 or k >= len(logits_V):
         return logits_V
-    order_V = logits_V.argsort(descending=True, stable=True)
-    return logits_V.index_fill(0, order_V[k:], -torch.inf)
+    return logits_V.masked_fill(~is_in_top_k(logits_V, k), -torch.inf)
+
+
+def is_in_top_k(logits_V: Tensor, k: int) -> Tensor:
+    """bool: whether a token is one of the k largest; of equal ones the first are."""
+    smallest = logits_V.topk(k).values[-1]
+    larger_V, equal_V = logits_V > smallest, logits_V == smallest
+    return larger_V | (equal_V & (equal_V.cumsum(0) <= k - larger_V.sum()))
 
 
 def keep_top_p(logits_V: Tensor, p: float) -> Tensor:
@@ -66,12 +94,19 @@ def keep_top_p(logits_V: Tensor, p: float) -> Tensor:
     """
     if p == 0 or p >= 1:
         return logits_V
-    order_V = logits_V.argsort(descending=True, stable=True)
-    sorted_V = logits_V.softmax(0)[order_V]
-    before_V = sorted_V.cumsum(0) - sorted_V
-    kept_V = before_V < p
-    kept_V[0] = True
-    return logits_V.index_fill(0, order_V[~kept_V], -torch.inf)
+    probability_V = logits_V.softmax(0)
+    largest = probability_V.topk(min(SORTED, len(logits_V))).values
+    if len(largest) < len(logits_V) and largest.sum() < p:
+        largest = probability_V.sort(descending=True).values
+    before = largest.cumsum(0) - largest
+    return keep_top_k(logits_V, max(1, int((before < p).sum())))
+
+
+def keep_min_p(logits_V: Tensor, p: float) -> Tensor:
+    """Tokens whose probability is less than p times the largest one become -inf (Nguyen et al. 2024). Unchanged for p = 0."""
+    if p == 0:
+        return logits_V
+    return logits_V.masked_fill(logits_V < logits_V.max() + math.log(p), -torch.inf)
 
 
 def draw(probability_V: Tensor, generator: torch.Generator) -> int:

@@ -170,6 +170,15 @@ class GPT(nn.Module):
         state = self._run_layers(self._begin(tokens_BS, places, earlier_load_XE), places, cache)
         return self._end(state, labels_BS, loss_mask)
 
+    def last_logits(self, tokens_BS: Tensor, *, cache: Sequence[LayerCache]) -> Tensor:
+        """logits_BV of the position after the tokens, which continue those in the cache and are added to it. No other position's logits are computed,
+        so a long prompt needs no memory for them.
+        """
+        self._check(tokens_BS, {}, cache)
+        places = self._places(None, cache)
+        state = self._run_layers(self._begin(tokens_BS, places, None), places, cache)
+        return self._head(state.hidden_BSD[:, -1:], None)[0][:, 0]
+
     def _begin(self, tokens_BS: Tensor, places: Places, earlier_load_XE: Tensor | None) -> LayerState:
         return LayerState.start(self.sequential["0"](tokens_BS, places), widths=self.report_widths, earlier_load_XE=earlier_load_XE)
 

@@ -23,6 +23,7 @@ from megatron.model.division import disowned
 from megatron.model.embedding import Embedding, LossMask
 from megatron.model.gpt import FIRST_LAYER, GPT, GPTOutput, InputError, draw_parts
 from megatron.model.initialization import Initializer, build_initializer
+from megatron.model.positions import Places
 from megatron.model.state import LayerState, RouterReport
 
 if TYPE_CHECKING:
@@ -97,10 +98,27 @@ class Stage(GPT):
             state = self._begin(tokens_BS, places, earlier_load_XE)
         else:
             state = received._replace(earlier_load_XE=earlier_load_XE)
+        state = self._advance(state, places, cache, tokens_BS.shape[1])
+        return self._end(state, labels_BS, loss_mask) if self.is_last else state
+
+    def last_logits(self, tokens_BS: Tensor, *, cache: Sequence[LayerCache]) -> Tensor:
+        """As the whole model's, on every stage. Every process of the pipeline calls it with the same tokens."""
+        with torch.no_grad():
+            self._check(tokens_BS, {}, cache)
+            places = self._places(None, cache)
+            state = self._begin(tokens_BS, places, None) if self.is_first else self.receive(tuple(tokens_BS.shape))
+            state = self._advance(state, places, cache, tokens_BS.shape[1])
+            if not self.is_last:
+                self.send(state)
+            logits_BSV = self._head(state.hidden_BSD[:, -1:], None)[0] if self.is_last else None
+        return self._everywhere(logits_BSV, tokens_BS[:, -1:])[:, 0]
+
+    def _advance(self, state: LayerState, places: Places, cache: Sequence[LayerCache] | None, length: int) -> LayerState:
+        """The state after this stage's layers for `length` tokens."""
         state = self._run_layers(state, places, cache)
         for entry in cache or ():
-            entry.length = places.start + tokens_BS.shape[1]  # also those of other stages, so that every stage knows the position
-        return self._end(state, labels_BS, loss_mask) if self.is_last else state
+            entry.length = places.start + length  # also those of other stages, so that every stage knows the position
+        return state
 
     def nothing(self, tokens_BS: Tensor) -> GPTOutput:
         """The output where another stage has the losses: zeros."""

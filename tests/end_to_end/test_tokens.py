@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-import torch
 from tokenizers import Tokenizer
 
 from megatron.data.preprocessing.bpe import train_bpe
 from megatron.data.tokenizer import load_tokenizer
-from megatron.inference.continuation import complete
+from megatron.inference.continuation import Manner, Prompt, complete, encode_prompt
+from megatron.inference.engine import Engine
 from megatron.inference.model import load_ready_model
+from megatron.inference.runner import build_runner
 from megatron.inference.sampling import Sampling
 from megatron.testing.tiny import TINY_DENSE, tiny_config
 from tests.training.runs import train_losses
@@ -35,7 +36,8 @@ def train_and_read_back(data: dict[str, Any], save: Path) -> None:
     assert len(losses) == 3
     ready = load_ready_model(tiny_config(run))
     prompt = "we are"
-    continued = complete(ready, prompt, sampling=Sampling(), maximum_tokens=3, generator=torch.Generator())
+    engine = Engine(ready, build_runner(ready), maximum_requests=1)
+    (continued,) = complete(engine, [Prompt(prompt, encode_prompt(ready, prompt), 0)], Manner(Sampling(), 3, seed=0))
     assert (continued.context, continued.finished or continued.length == 3) == (prompt, True)
     assert ready.tokenizer.decode(ready.tokenizer.encode(prompt)) == prompt
 

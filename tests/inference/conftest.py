@@ -16,13 +16,18 @@ from megatron.config.neox import NeoXConfig
 from megatron.config.size import padded_vocab_size
 from megatron.data.tokenizer import Tokenizer
 from megatron.data.tokenizer.character import CharLevelTokenizer
+from megatron.inference.continuation import sample_generator
+from megatron.inference.engine import Engine, Event, Request
 from megatron.inference.model import ReadyModel
+from megatron.inference.runner import ModuleRunner
+from megatron.inference.sampling import Sampling
 from megatron.model.gpt import GPT, build_model
 from megatron.testing.tiny import TINY_DENSE, TINY_STRUCTMOE, tiny_config
 from megatron.training.setup import checkpoint_args
 
 # Weights large enough that the next token depends on all that was read.
 LIVELY = {"init_method_std": 0.3, "seq_length": 32, "max_position_embeddings": 48, "tokenizer_type": "CharLevelTokenizer"}
+GREEDY = Sampling()
 
 
 class NoEndTokenizer(CharLevelTokenizer):
@@ -86,6 +91,31 @@ def yaml_file(tmp_path: Path) -> Callable[[Mapping[str, Any]], Path]:
         return path
 
     return write
+
+
+def engine_of(ready: ReadyModel, maximum_requests: int = 1) -> Engine:
+    return Engine(ready, ModuleRunner(ready), maximum_requests=maximum_requests)
+
+
+def answers(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
+    """The tokens of requests that are submitted together."""
+    events = run(engine, [engine.submit(request) for request in requests])
+    return [[event.token for event in of if event.token is not None] for of in events]
+
+
+def run(engine: Engine, numbers: Sequence[int]) -> list[list[Event]]:
+    """The events of each request until all have ended."""
+    events: dict[int, list[Event]] = {number: [] for number in numbers}
+    while engine.busy:
+        for event in engine.step():
+            events[event.request].append(event)
+    return list(events.values())
+
+
+def asked(
+    prompt: Sequence[int], maximum_tokens: int, sampling: Sampling = GREEDY, *, seed: int = 0, stop: tuple[str, ...] = (), logprobs: int | None = None
+) -> Request:
+    return Request(prompt, sampling, maximum_tokens, sample_generator(seed, 0), stop, logprobs)
 
 
 def argmax_without_cache(ready: ReadyModel, prompt: Sequence[int], count: int) -> list[int]:

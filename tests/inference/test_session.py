@@ -13,7 +13,9 @@ import pytest
 from rich.console import Console
 
 from megatron.config import config_from_dict
+from megatron.config.section import ConfigError
 from megatron.inference.continuation import Continuation
+from megatron.inference.engine import Engine, Event
 from megatron.inference.errors import InferenceError
 from megatron.inference.samples import SampleFile, printable
 from megatron.inference.session import generate
@@ -64,7 +66,7 @@ def without_time(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_a_line_for_each_prompt_with_neox_keys(keys: dict[str, Any], tmp_path: Path) -> None:
     entries = from_file(keys, tmp_path)
     assert [entry["context"] for entry in entries] == ["Fellow citizens", "The Union", "Fellow citizens"]
-    assert all(list(entry) == ["context", "text", "length", "finished", "message", "duration_seconds"] for entry in entries)
+    assert all(list(entry) == ["context", "text", "length", "finished", "message", "duration_seconds", "finish_reason"] for entry in entries)
 
 
 def test_greedy_answers_depend_on_their_prompt_alone(keys: dict[str, Any], tmp_path: Path) -> None:
@@ -84,6 +86,30 @@ def test_num_samples_of_each_prompt(keys: dict[str, Any], tmp_path: Path) -> Non
     entries = from_file(keys, tmp_path, num_samples=2, temperature=1.0)
     assert [entry["context"] for entry in entries] == ["Fellow citizens"] * 2 + ["The Union"] * 2 + ["Fellow citizens"] * 2
     assert entries[0]["text"] != entries[1]["text"]
+
+
+def test_the_settings_of_the_sampling_act(keys: dict[str, Any], tmp_path: Path) -> None:
+    plain = from_file(keys, tmp_path, temperature=1.0)[0]["text"]
+    narrow = from_file(keys, tmp_path, temperature=1.0, min_p=0.999)[0]["text"]
+    assert narrow == from_file(keys, tmp_path)[0]["text"] != plain, "only the most likely token has as much as itself"
+    assert from_file(keys, tmp_path, repetition_penalty=5.0)[0]["text"] != narrow
+
+
+def test_stop_strings_end_the_texts(keys: dict[str, Any], tmp_path: Path) -> None:
+    whole = from_file(keys, tmp_path, maximum_tokens=20)[1]["text"]
+    stop = whole[-2:]
+    stopped = from_file(keys, tmp_path, maximum_tokens=20, stop_strings=["nowhere", stop])[1]
+    assert (stopped["text"], stopped["finished"], stopped["finish_reason"]) == (whole[: whole.index(stop)], True, "stop")
+    with pytest.raises(ConfigError, match=r"'stop_strings' = .*: has an empty string: leave it out, or no text could begin"):
+        run(keys, stop_strings=["a", ""])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_samples_are_the_same_however_many_are_made_at_once(keys: dict[str, Any], tmp_path: Path, temperature: float) -> None:
+    chosen = {"temperature": temperature, "num_samples": 3}
+    alone = without_time(from_file(keys, tmp_path, sample_batch_size=1, **chosen))
+    assert len(alone) == 9
+    assert without_time(from_file(keys, tmp_path, sample_batch_size=4, **chosen)) == alone
 
 
 def test_unconditional(keys: dict[str, Any]) -> None:
@@ -113,8 +139,11 @@ def test_filters_without_a_temperature_are_pointed_out(
     monkeypatch.setattr(logging.getLogger("megatron"), "handlers", [])  # what a run in this process has left there would tell it twice
     with caplog.at_level(logging.WARNING, "megatron"):
         run(keys, top_k=5)
+        run(keys, top_k=5, min_p=0.1)
+        run(keys, temperature=1.0, top_k=5, min_p=0.1)
     assert caplog.messages == [
-        "temperature is 0, so the most likely token is always taken: top_k and top_p have no effect. Add -o temperature=1.0 to sample."
+        "temperature is 0, so the most likely token is always taken: top_k has no effect. Add -o temperature=1.0 to sample.",
+        "temperature is 0, so the most likely token is always taken: top_k and min_p have no effect. Add -o temperature=1.0 to sample.",
     ]
 
 
@@ -129,6 +158,22 @@ def test_prompts_that_are_not_read_are_pointed_out(
     assert caplog.messages == ["sample_input_file prompts.txt is not read, because text_gen_type is unconditional."]
 
 
+def test_ctrl_c_keeps_every_sample_that_is_finished(keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that waits for the sample of an earlier prompt."""
+    (tmp_path / "prompts.txt").write_text(f"a\n{'x' * 31}\nb\n")
+    step, steps = Engine.step, iter(range(7))
+
+    def interrupted(engine: Engine) -> list[Event]:
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        from_file(keys, tmp_path, maximum_tokens=25)
+    assert [(entry["context"], entry["length"]) for entry in samples(keys)] == [("x" * 31, 1)]
+
+
 def test_an_unwritable_file_is_named_before_anything_is_generated(keys: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(InferenceError, match=r"sample_output_file: .*missing/samples\.jsonl cannot be written: No such file or directory"):
         run(keys, sample_output_file=str(tmp_path / "missing" / "samples.jsonl"))
@@ -138,7 +183,7 @@ def test_a_full_disk_is_a_sentence() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     with pytest.raises(InferenceError, match="/dev/full cannot be written: No space left on device"), SampleFile(Path("/dev/full")) as file:
-        file.write(Continuation("a", "b", 1, False, None, 0.1))
+        file.write(Continuation("a", "b", 1, False, None, 0.1, "length"))
 
 
 def test_a_bad_prompt_file_is_found_before_the_model_is_loaded(keys: dict[str, Any], tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_a_state_arrives_as_it_was_and_its_gradients_come_back(grad: bool) -> No
 
 
 def run_pipeline(stages: int, pos_emb: str) -> list[Tensor]:
-    """Logits of two texts of different lengths, losses of the second, logits of a text that a cache continues."""
+    """Logits of two texts of different lengths, losses of the second, all logits and the last ones of a text that a cache continues."""
     groups = make_groups(Topology(stages, torch.distributed.get_rank() if stages > 1 else 0, 0, Layout(pipe=stages)))
     model, moe = model_section(num_layers=4, pos_emb=pos_emb, no_weight_tying=False), moe_section()
     if stages == 1:
@@ -183,6 +183,8 @@ def run_pipeline(stages: int, pos_emb: str) -> list[Tensor]:
         outputs += [groups.pipe.sum(losses.lm_loss), groups.pipe.sum(losses.token_loss_BS), *map(groups.pipe.sum, losses.report)]
         cache, text = build_cache(model, 1, 9), tokens(1, 9)
         outputs += [gpt(text[:, :4], cache=cache).logits_BSV, gpt(text[:, 4:5], cache=cache).logits_BSV, gpt(text[:, 5:], cache=cache).logits_BSV]
+        cache = build_cache(model, 1, 9)
+        outputs += [gpt.last_logits(text[:, :4], cache=cache), gpt.last_logits(text[:, 4:], cache=cache)]
     return [output.nan_to_num() for output in outputs]
 
 

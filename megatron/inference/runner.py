@@ -1,0 +1,92 @@
+"""What runs the model for generation: it reads a prompt, then adds one token to each of several texts.
+
+Shapes: N texts; B = 1; S tokens of one call; V the tokenizer's vocabulary (the padding of the model's vocabulary is cut, so it is never chosen).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron.inference.model import ReadyModel
+from megatron.model.attention import LayerCache, build_cache
+
+PREFILL_CHUNK = 1024
+"""Most tokens of a prompt in one pass through the model: it bounds the memory that activations take."""
+
+
+@dataclass
+class TextState:
+    """The model's memory of one text: its keys and values, allocated once for the prompt and its longest answer."""
+
+    caches: list[LayerCache]
+    """One for each layer of the model, with batch 1."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model has seen."""
+        return self.caches[0].length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        for cache in self.caches:
+            cache.length = length
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that there is room for."""
+        return self.caches[0].keys_BHPd.shape[2]
+
+
+class Runner(Protocol):
+    """Runs one model for many texts. It keeps nothing of a text: a text's whole memory is its TextState."""
+
+    def open(self, capacity: int) -> TextState:
+        """The memory of a new text of at most `capacity` tokens. Raises CacheError if the model has fewer positions."""
+        ...
+
+    def prefill(self, state: TextState, tokens: Sequence[int]) -> Tensor:
+        """logits_V, float32, of the token after `tokens`, which are added to the text. Raises CacheError if there is no room."""
+        ...
+
+    def decode(self, states: Sequence[TextState], tokens: Sequence[int]) -> Tensor:
+        """logits_NV, float32: adds one token to each text and gives what may follow. The texts may have different lengths.
+
+        Raises CacheError if there is no room.
+        """
+        ...
+
+
+class ModuleRunner:
+    """Runs the model's own `forward`, on any device. The stages of a pipeline call each method together, with the same tokens."""
+
+    def __init__(self, ready: ReadyModel) -> None:
+        self._ready = ready
+
+    def open(self, capacity: int) -> TextState:
+        """See Runner."""
+        ready = self._ready
+        return TextState(build_cache(ready.sizes, 1, capacity, dtype=ready.dtype, device=str(ready.device)))
+
+    @torch.inference_mode()
+    def prefill(self, state: TextState, tokens: Sequence[int]) -> Tensor:
+        """See Runner."""
+        if not tokens:
+            raise ValueError("prefill of no tokens: a text has at least one")
+        for begin in range(0, len(tokens), PREFILL_CHUNK):
+            tokens_BS = torch.tensor([tokens[begin : begin + PREFILL_CHUNK]], dtype=torch.int64, device=self._ready.device)
+            logits_BV = self._ready.gpt.last_logits(tokens_BS, cache=state.caches)
+        return logits_BV[0, : self._ready.tokenizer.vocab_size].float()
+
+    def decode(self, states: Sequence[TextState], tokens: Sequence[int]) -> Tensor:
+        """See Runner. The texts go through the model one after the other."""
+        return torch.stack([self.prefill(state, [token]) for state, token in zip(states, tokens, strict=True)])
+
+
+def build_runner(ready: ReadyModel) -> Runner:
+    """The fastest runner that can run this model on this machine."""
+    return ModuleRunner(ready)
