@@ -52,7 +52,11 @@ class ExpertOffload(Section):
     readers: PositiveInt = 2
     """Threads that read."""
 
-    def check(self) -> Iterator[Problem]:
+    def problems(self) -> Iterator[Problem]:
+        """The rules of these entries; the section that holds them asks for it."""
+        yield from (Problem(tuple(f"expert_offload.{key}" for key in keys), message) for keys, message in self._own_problems())
+
+    def _own_problems(self) -> Iterator[Problem]:
         if (self.slots is None) == (self.memory is None):
             yield Problem(("slots", "memory"), "give either slots or memory; one of them says how many experts are resident")
         for key in ("memory", "host_memory"):

@@ -44,6 +44,8 @@ class InferenceConfig(Section):
     docs/offload.md explains the entries. None: all experts are resident."""
 
     def check(self) -> Iterator[Problem]:
+        if self.expert_offload is not None:
+            yield from self.expert_offload.problems()
         if self.text_gen_type == "input-file" and self.sample_input_file is None:
             yield Problem(("text_gen_type", "sample_input_file"), "needs sample_input_file: the file with the prompts")
         if "" in self.stop_strings:

@@ -9,12 +9,12 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from megatron.analysis.offload_size import offload_lines
 from megatron.analysis.size import memory_in_layout
 from megatron.analysis.tables import bytes_text, plain_table
 from megatron.analysis.vocabulary import Vocabulary
 from megatron.config.loader import LoadedConfig
 from megatron.config.neox import OWNER, SECTION_CLASSES, NeoXConfig, check_trainable, data_parallel_size, rounding_notice
-from megatron.config.offload_size import offload_lines
 from megatron.config.parallel import ONE, layout_problem
 from megatron.config.section import ConfigError, Section
 from megatron.config.size import count_parameters, flops_per_token, padded_vocab_size

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron.analysis.tables import bytes_text
 from megatron.config.expert_offload import ExpertOffload, bytes_of, fewest_slots
 from megatron.config.neox import NeoXConfig
-from megatron.config.size import bytes_text, count_parameters
+from megatron.config.size import count_parameters
 
 PROCESS = 300 * 10**6
 """About what the interpreter, the libraries and the room for work take, in bytes."""
