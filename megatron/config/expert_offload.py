@@ -51,6 +51,8 @@ class ExpertOffload(Section):
     """Whether files are read through the system's page cache."""
     readers: PositiveInt = 2
     """Threads that read."""
+    bandwidth: str | None = None
+    """Bytes that are read in a second at most, such as 500MB, to imitate slower memory. None: as fast as the disk allows."""
 
     def problems(self) -> Iterator[Problem]:
         """The rules of these entries; the section that holds them asks for it."""
@@ -59,7 +61,7 @@ class ExpertOffload(Section):
     def _own_problems(self) -> Iterator[Problem]:
         if (self.slots is None) == (self.memory is None):
             yield Problem(("slots", "memory"), "give either slots or memory; one of them says how many experts are resident")
-        for key in ("memory", "host_memory"):
+        for key in ("memory", "host_memory", "bandwidth"):
             if (given := getattr(self, key)) is not None and bytes_of(given) is None:
                 yield Problem((key,), SIZE_RULE)
         if self.policy == "belady" and self.trace is None:

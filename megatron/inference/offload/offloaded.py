@@ -26,7 +26,7 @@ from megatron.inference.offload.lores import PagedMemory, SlottedLores
 from megatron.inference.offload.policies import POLICIES, Static, Steps
 from megatron.inference.offload.reader import Reader
 from megatron.inference.offload.record import Recorder
-from megatron.inference.offload.store import HostTier, Store, Tier
+from megatron.inference.offload.store import HostTier, Store, Throttled, Tier
 from megatron.inference.offload.table import SlotTable
 from megatron.inference.offload.trace import write_trace
 from megatron.inference.offload.units import LayerUnits, align, build_for, moe_layers
@@ -138,8 +138,9 @@ def _slotted(plan: Plan, number: int, table: SlotTable, weight: Tensor, beside: 
 
 
 def _tier(store: Store, options: ExpertOffload) -> Tier:
-    capacity = bytes_of(options.host_memory) if options.host_memory is not None else None
-    return store if capacity is None else HostTier(store, capacity, pinned=torch.cuda.is_available())
+    bandwidth, capacity = (None if text is None else bytes_of(text) for text in (options.bandwidth, options.host_memory))
+    tier: Tier = store if bandwidth is None else Throttled(store, bandwidth)
+    return tier if capacity is None else HostTier(tier, capacity, pinned=torch.cuda.is_available())
 
 
 def _units(part: Slotted) -> int:

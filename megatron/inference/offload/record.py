@@ -43,6 +43,12 @@ class Recorder:
         if lores is not None:
             self._lores[layer].append(_by_token(routing, lores, num_experts).cpu().numpy().astype(np.int64))
 
+    def clear(self) -> None:
+        """Forgets what was recorded so far."""
+        self._lengths.clear()
+        for entries in (*self._experts.values(), *self._lores.values()):
+            entries.clear()
+
     def stop(self) -> None:
         """Takes the recorder out of the model."""
         for layer in self._layers.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,6 +75,25 @@ class Store:
         if not as_stored:
             target.copy_(stored.t() if place.transposed else stored.view(target.shape))
         return 0 if sums is None else zlib.crc32(view, sums)
+
+
+class Throttled:
+    """A tier that is not faster than a number of bytes a second, all threads together."""
+
+    def __init__(self, below: Tier, bandwidth: int) -> None:
+        self.below, self.bandwidth = below, bandwidth
+        self._free_at = 0.0
+        self._lock = threading.Lock()
+
+    def read(self, layer: int, unit: int, targets: Targets) -> int:
+        """Reads, and waits until so many bytes may have come."""
+        size = sum(target.nbytes for target in targets.values())
+        with self._lock:
+            begun = max(self._free_at, time.perf_counter())
+            self._free_at = ends = begun + size / self.bandwidth
+        count = self.below.read(layer, unit, targets)
+        time.sleep(max(0.0, ends - time.perf_counter()))
+        return count
 
 
 class HostTier:
