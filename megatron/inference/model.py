@@ -119,8 +119,10 @@ def _offloaded(config: NeoXConfig, tokenizer: Tokenizer, path: Path, expected: E
         raise ConfigError(["'expert_offload' needs one process; add -o pipe_parallel_size=0"])
     loaded = load_offloaded(config, path, expected, device)
     choose_implementations(config.model, config.moe, loaded.gpt)
+    if config.checkpoint.checkpoint_validation_with_forward_pass:
+        log.info("%s", _compare_logits(config, loaded.gpt, path, loaded.client_state.get(forward_check.KEY)))
     stops = find_stop_tokens(tokenizer.token_to_id, folder_of(config.data), tokenizer.eod)
-    return ReadyModel(loaded.gpt, tokenizer, config.model, device, path, loaded.iteration, stops, loaded.offloaded)
+    return ReadyModel(loaded.gpt, tokenizer, config.model, device, path, loaded.client_state.get("iteration"), stops, loaded.offloaded)
 
 
 def _build(config: NeoXConfig, vocabulary: int) -> GPT:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,8 @@ class Loaded(NamedTuple):
 
     gpt: GPT
     offloaded: Offloaded
-    iteration: int | None
-    """The checkpoint's step. None: it does not say it."""
+    client_state: Mapping[str, Any]
+    """Of the checkpoint: step, args, ..."""
 
 
 def load_offloaded(config: NeoXConfig, path: Path, expected: Expected, device: torch.device) -> Loaded:
@@ -58,13 +58,13 @@ def load_offloaded(config: NeoXConfig, path: Path, expected: Expected, device: t
     store = _open_store(config, path, units)
     _without_numbers(gpt, units, dtype)
     gpt = gpt.to(dtype=dtype)
-    iteration = load_rest(gpt, path, expected, shapes=shapes, left_out={each.prefix + name for each in units.values() for name in each.names})
+    client_state = load_rest(gpt, path, expected, shapes=shapes, left_out={each.prefix + name for each in units.values() for name in each.names})
     gpt = gpt.to(device=device).eval().requires_grad_(False)
     sections = config.moe.for_layers(config.model.num_layers)
     plan = Plan(options, config.model, sections, units, _slots(config, store, units, dtype), _steps(config))
     offloaded = put_slots(gpt, store, plan)
     log.info("%s", _described(offloaded, units))
-    return Loaded(gpt, offloaded, iteration)
+    return Loaded(gpt, offloaded, client_state)
 
 
 def _open_store(config: NeoXConfig, path: Path, units: Mapping[int, LayerUnits]) -> Store:
@@ -93,8 +93,8 @@ def _without_numbers(gpt: GPT, units: Mapping[int, LayerUnits], dtype: torch.dty
             parameter.data = torch.empty(parameter.shape, dtype=dtype)
 
 
-def load_rest(gpt: GPT, path: Path, expected: Expected, *, shapes: Mapping[str, tuple[int, ...]], left_out: set[str]) -> int | None:
-    """Reads all weights but those `left_out`, layer by layer. `shapes`: of the whole model. Raises CheckpointError."""
+def load_rest(gpt: GPT, path: Path, expected: Expected, *, shapes: Mapping[str, tuple[int, ...]], left_out: set[str]) -> Mapping[str, Any]:
+    """Reads all weights but those `left_out`, layer by layer; the checkpoint's client state. `shapes`: of the whole model. Raises CheckpointError."""
     weights = LayerwiseWeights(path, expected)
     state = weights.client_state
     check_args(path, state.get("args") or {}, expected.args)
@@ -112,8 +112,7 @@ def load_rest(gpt: GPT, path: Path, expected: Expected, *, shapes: Mapping[str, 
         _copy(layer, targets, left_out)
     check_shapes(path, stored, shapes)
     weights.close()
-    iteration: int | None = state.get("iteration")
-    return iteration
+    return state
 
 
 @torch.no_grad()

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from megatron.analysis.offload_size import offload_lines
+from megatron.checkpoint.errors import CheckpointError
 from megatron.config import config_from_dict
 from megatron.config.section import ConfigError
 from megatron.inference.offload.simulate import simulate
 from megatron.inference.offload.trace import read_trace
 from megatron.inference.session import generate
 from megatron.testing.tiny import TINY_DENSE, TINY_MOE, TINY_STRUCTMOE
+from tests.inference.offload.conftest import load
 
 
 def run(keys: dict[str, Any], tmp_path: Path, **changes: Any) -> tuple[str, list[Any]]:
@@ -43,6 +47,21 @@ def test_the_same_texts_with_counters_and_a_trace(gated: dict[str, Any], tmp_pat
     assert {str(number): each.hits for number, each in simulated.items()} == {number: each["hits"] for number, each in counters["layers"].items()}
 
 
+def test_stored_logits_are_compared(gated: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run"
+    shutil.copytree(gated["load"], checkpoint)
+    file = checkpoint / "global_step2/mp_rank_00_model_states.pt"
+    ready = load(gated)
+    logits = ready.gpt(torch.arange(32)[None]).logits_BSV
+    assert logits is not None
+    keys = {**gated, "load": str(checkpoint), "checkpoint_validation_with_forward_pass": True}
+    torch.save({**torch.load(file, weights_only=True), "checkpoint_validation_logits": logits[0]}, file)
+    load(keys, slots=2)
+    torch.save({**torch.load(file, weights_only=True), "checkpoint_validation_logits": logits[0] * 1.2}, file)
+    with pytest.raises(CheckpointError, match="does not give the logits of the saved model"):
+        load(keys, slots=2)
+
+
 def shown(base: Any, **offload: Any) -> dict[str, str]:
     return dict(offload_lines(config_from_dict({**base, "expert_offload": offload}), 128))
 
@@ -55,7 +74,7 @@ def test_check_says_what_will_happen() -> None:
     lores = shown(TINY_STRUCTMOE, slots=5, granularity="lore")
     assert lores["resident"].startswith("5 of 16 LoREs of each layer")
     # two layers, 16 LoREs each: A of 8 x 32 and B of 8 x 64 numbers of 4 bytes
-    assert lores["LoREs at rest"].startswith("98.3 kB" if "kB" in lores["LoREs at rest"] else "96")
+    assert lores["LoREs at rest"] == "96.0 KiB in the checkpoint"
     assert not list(offload_lines(config_from_dict(dict(TINY_MOE)), 128))
 
 
