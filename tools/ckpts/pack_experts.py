@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
         from megatron.convert.expert_places import open_their_model
         from megatron.convert.opened import open_checkpoint
         from megatron.inference.offload.packed import outline, write_index, write_packed
-        from megatron.inference.offload.units import units_of
+        from megatron.inference.offload.units import fingerprint, units_of
 
         read: Callable[[str], Any]
         if (options.input / "config.json").is_file():
@@ -56,10 +56,10 @@ def main(argv: list[str]) -> int:
 
         units = units_of(config, vocabulary, granularity=options.granularity)
         if options.index:
-            path = write_index(options.output, places_in({number: each.wanted for number, each in units.items()}))
+            path = write_index(options.output, places_in({number: each.wanted for number, each in units.items()}), of=fingerprint(read, units))
         else:
             first = next(iter(units.values()))
-            path = write_packed(options.output, outline(units, read(first.prefix + first.names[0]).dtype), read)
+            path = write_packed(options.output, outline(units, read(first.prefix + first.names[0]).dtype), read, of=fingerprint(read, units))
         print(f"Wrote {path} ({path.stat().st_size:,} bytes): {sum(each.units for each in units.values()):,} records of {len(units)} layers.")
 
     return exit_status(work)

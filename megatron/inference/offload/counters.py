@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -67,27 +67,31 @@ def total(by_layer: Mapping[int, Counters]) -> Counters:
     return result
 
 
-COLUMNS: Sequence[tuple[str, str]] = (
-    ("selections", "{:,}"),
-    ("hits", "{:,}"),
-    ("hit_rate", "{:.1%}"),
-    ("loads", "{:,}"),
-    ("replacements", "{:,}"),
-    ("in_place", "{:,}"),
-    ("bytes", "{:,}"),
-    ("stall_seconds", "{:.3f}"),
-    ("prefetches", "{:,}"),
-    ("prefetches_used", "{:,}"),
-    ("prefetches_wasted", "{:,}"),
-)
+Shown = Callable[[Counters], str]
+COLUMNS: Mapping[str, Shown] = {
+    "selected": lambda counted: f"{counted.selections:,}",
+    "hits": lambda counted: f"{counted.hits:,}",
+    "hit rate": lambda counted: f"{counted.hit_rate:.1%}",
+    "loads": lambda counted: f"{counted.loads:,}",
+    "replaced": lambda counted: f"{counted.replacements:,}",
+    "MB": lambda counted: f"{counted.bytes / 1e6:,.1f}",
+    "wait, s": lambda counted: f"{counted.stall_seconds:.2f}",
+}
+IN_PLACE: Mapping[str, Shown] = {"in place": lambda counted: f"{counted.in_place:,}"}
+PREFETCHES: Mapping[str, Shown] = {
+    "prefetched": lambda counted: f"{counted.prefetches:,}",
+    "used": lambda counted: f"{counted.prefetches_used:,}",
+    "wasted": lambda counted: f"{counted.prefetches_wasted:,}",
+}
 
 
 def counters_table(by_layer: Mapping[int, Counters]) -> Table:
-    """A row for each layer, and one for all."""
+    """A row for each layer, and one for all. What never happened has no column."""
+    together = total(by_layer)
+    columns = {**COLUMNS, **(IN_PLACE if together.in_place else {}), **(PREFETCHES if together.prefetches else {})}
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("layer", justify="right")
-    for name, _ in COLUMNS:
-        table.add_column(name.replace("_", " "), justify="right")
-    for label, counters in [*((str(layer), each) for layer, each in sorted(by_layer.items())), ("all", total(by_layer))]:
-        table.add_row(label, *(form.format(getattr(counters, name)) for name, form in COLUMNS))
+    for name in ("layer", *columns):
+        table.add_column(name, justify="right", no_wrap=True)
+    for label, counters in [*((str(layer), each) for layer, each in sorted(by_layer.items())), ("all", together)]:
+        table.add_row(label, *(shown(counters) for shown in columns.values()))
     return table

@@ -104,11 +104,16 @@ class WatchedFiles:
         self._opened.clear()
 
 
+def private_memory(length: int) -> mmap.mmap:
+    """Memory that begins at a page and is taken from the system as it is written to. Pages of a shared map would not be given back."""
+    return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 def aligned_buffer(length: int) -> memoryview:
     """At least `length` bytes of this thread, which begin at a block. The next call takes them back."""
     buffer: mmap.mmap | None = getattr(_BUFFERS, "buffer", None)
     if buffer is None or len(buffer) < length:
-        buffer = mmap.mmap(-1, max(length, BLOCK))
+        buffer = private_memory(max(length, BLOCK))
         _BUFFERS.buffer = buffer
     return memoryview(buffer)[: -(-length // BLOCK) * BLOCK]
 

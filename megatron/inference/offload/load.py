@@ -26,7 +26,7 @@ from megatron.inference.offload.packed import open_store
 from megatron.inference.offload.policies import Steps
 from megatron.inference.offload.store import Store, files_of, total_bytes
 from megatron.inference.offload.trace import read_trace
-from megatron.inference.offload.units import EMPTY, LayerUnits, layer_units, moe_layers
+from megatron.inference.offload.units import EMPTY, LayerUnits, fingerprint, layer_units, moe_layers
 from megatron.kernels.precision import DTYPES
 from megatron.model.gpt import GPT
 
@@ -55,10 +55,12 @@ def load_offloaded(config: NeoXConfig, path: Path, expected: Expected, device: t
     gpt = GPT(config.model, config.moe, vocabulary, EMPTY)
     shapes = module_shapes(gpt)
     units = {number: layer_units(number, part.experts, granularity=options.granularity) for number, part in moe_layers(gpt).items()}
-    store = _open_store(config, path, units)
+    store, of = _open_store(config, path, units)
     _without_numbers(gpt, units, dtype)
     gpt = gpt.to(dtype=dtype)
     client_state = load_rest(gpt, path, expected, shapes=shapes, left_out={each.prefix + name for each in units.values() for name in each.names})
+    if of is not None:
+        _check_belongs(path, expected, units, of=of, store=str(options.store))
     gpt = gpt.to(device=device).eval().requires_grad_(False)
     sections = config.moe.for_layers(config.model.num_layers)
     plan = Plan(options, config.model, sections, units, _slots(config, store, units, dtype), _steps(config))
@@ -67,18 +69,31 @@ def load_offloaded(config: NeoXConfig, path: Path, expected: Expected, device: t
     return Loaded(gpt, offloaded, client_state)
 
 
-def _open_store(config: NeoXConfig, path: Path, units: Mapping[int, LayerUnits]) -> Store:
+def _open_store(config: NeoXConfig, path: Path, units: Mapping[int, LayerUnits]) -> tuple[Store, int | None]:
+    """(the store, the fingerprint of the checkpoint that it is of; None: it is the checkpoint itself)."""
     options = config.inference.expert_offload
     assert options is not None
     direct = not options.page_cache and options.misses == "move"
     if options.store is not None:
-        places, checksums = open_store(Path(options.store), units)
-        return Store(places, checksums=checksums, direct=direct)
+        opened = open_store(Path(options.store), units)
+        return Store(opened.places, checksums=opened.checksums, direct=direct), opened.of
     try:
         found: Mapping[int, LayerPlaces] = places_in_checkpoint(path, {number: each.wanted for number, each in units.items()})
     except CheckpointError as error:
         raise OffloadError(str(error)) from error
-    return Store(found, direct=direct)
+    return Store(found, direct=direct), None
+
+
+def _check_belongs(path: Path, expected: Expected, units: Mapping[int, LayerUnits], *, of: int, store: str) -> None:
+    """Raises OffloadError for experts of another checkpoint, which no shape would tell."""
+    weights = LayerwiseWeights(path, expected)
+    same = fingerprint(weights.read, units) == of
+    weights.close()
+    if not same:
+        raise OffloadError(
+            f"expert_offload.store: the experts in {store} are not those of {path}, because the routers differ. Write the file again from this "
+            "checkpoint with tools/ckpts/pack_experts.py."
+        )
 
 
 def _without_numbers(gpt: GPT, units: Mapping[int, LayerUnits], dtype: torch.dtype) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.inference.offload.experts import MOST_ROWS_AHEAD, Ahead, Result, joined, nothing_ahead, places
+from megatron.inference.offload.files import private_memory
 from megatron.inference.offload.layer import LayerSlots
 from megatron.inference.offload.store import Targets
 from megatron.inference.offload.table import Move
@@ -30,7 +31,7 @@ class PagedMemory:
         self._parts: dict[str, Sequence[Tensor]] = {}
         for name in names:
             parameter = module.get_parameter(name)
-            pages = mmap.mmap(-1, max(1, parameter.nbytes))
+            pages = private_memory(max(1, parameter.nbytes))
             parameter.data = torch.frombuffer(pages, dtype=parameter.dtype).view(parameter.shape)
             self._maps[name], self._parts[name] = pages, parameter.data.chunk(units)
 

@@ -26,7 +26,7 @@ from megatron.checkpoint.expert_places import LayerPlaces, Place
 from megatron.config.disk import explained
 from megatron.inference.offload.errors import OffloadError
 from megatron.inference.offload.files import BLOCK
-from megatron.inference.offload.store import Key, memory_of
+from megatron.inference.offload.store import Key, files_of, memory_of
 from megatron.inference.offload.units import LayerUnits
 
 INDEX = "places of experts, version 1"
@@ -71,11 +71,12 @@ def outline(units: Mapping[int, LayerUnits], dtype: torch.dtype) -> list[PackedL
     return layers
 
 
-def write_packed(path: Path, layers: list[PackedLayer], read: Callable[[str], Tensor]) -> Path:
-    """Writes the records; `read` gives a whole parameter by its name in the checkpoint. Raises OffloadError."""
+def write_packed(path: Path, layers: list[PackedLayer], read: Callable[[str], Tensor], *, of: int) -> Path:
+    """Writes the records. `read` gives a whole parameter by its name in the checkpoint; `of` is the checkpoint's `fingerprint`. Raises
+    OffloadError."""
     partial, done = path.with_name(path.name + ".partial"), path.with_name(path.name + ".progress")
     checksums: dict[str, list[int]] = {}
-    signature = json.dumps(layers)
+    signature = json.dumps([layers, of])
     try:
         if partial.exists() and done.exists():
             known = json.loads(done.read_text())
@@ -91,7 +92,7 @@ def write_packed(path: Path, layers: list[PackedLayer], read: Callable[[str], Te
                 done.write_text(json.dumps({"layers": signature, "checksums": checksums}))
             file.truncate(length + sum(layer.stride * layer.units for layer in layers))
             file.seek(0)
-            file.write(header(layers, checksums, length))
+            file.write(header(layers, checksums, length, of=of))
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)
@@ -119,22 +120,22 @@ def _write_layer(file: Any, begin: int, layer: PackedLayer, weights: Mapping[str
 def header_length(layers: list[PackedLayer]) -> int:
     """Bytes before the first record: enough for checksums of the largest length."""
     longest = {str(layer.layer): [2**32 - 1] * layer.units for layer in layers}
-    return -(-(16 + len(_json(layers, longest))) // BLOCK) * BLOCK
+    return -(-(16 + len(_json(layers, longest, 2**32 - 1))) // BLOCK) * BLOCK
 
 
-def header(layers: list[PackedLayer], checksums: Mapping[str, list[int]], length: int) -> bytes:
+def header(layers: list[PackedLayer], checksums: Mapping[str, list[int]], length: int, *, of: int) -> bytes:
     """The first `length` bytes."""
-    text = _json(layers, checksums)
+    text = _json(layers, checksums, of)
     return (MAGIC + len(text).to_bytes(8, "little") + text).ljust(length, b"\0")
 
 
-def _json(layers: list[PackedLayer], checksums: Mapping[str, list[int]]) -> bytes:
+def _json(layers: list[PackedLayer], checksums: Mapping[str, list[int]], of: int) -> bytes:
     entries = [{**layer._asdict(), "parts": [part._asdict() for part in layer.parts], "checksums": checksums[str(layer.layer)]} for layer in layers]
-    return json.dumps({"format": FORMAT, "layers": entries}).encode()
+    return json.dumps({"format": FORMAT, "of": of, "layers": entries}).encode()
 
 
-def write_index(path: Path, places: Mapping[int, LayerPlaces]) -> Path:
-    """Writes where experts lie in other files, as JSON. Raises OffloadError."""
+def write_index(path: Path, places: Mapping[int, LayerPlaces], *, of: int) -> Path:
+    """Writes where experts lie in other files, as JSON, and what files these are. Raises OffloadError."""
     layers = {
         str(layer): [
             {name: {**place._asdict(), "file": str(place.file), "dtype": str(place.dtype).removeprefix("torch.")} for name, place in record.items()}
@@ -142,14 +143,31 @@ def write_index(path: Path, places: Mapping[int, LayerPlaces]) -> Path:
         ]
         for layer, records in places.items()
     }
+    files = {str(file): _state_of(file) for file in files_of(places)}
     try:
-        path.write_text(json.dumps({"format": INDEX, "layers": layers}) + "\n")
+        path.write_text(json.dumps({"format": INDEX, "of": of, "files": files, "layers": layers}) + "\n")
     except OSError as error:
         raise OffloadError(f"{path} cannot be written: {explained(error, path)}.") from error
     return path
 
 
-def _read_index(path: Path) -> dict[int, LayerPlaces] | None:
+def _state_of(file: Path) -> list[int]:
+    """What changes with a file."""
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+class Opened(NamedTuple):
+    """What a store's file says."""
+
+    places: dict[int, LayerPlaces]
+    checksums: dict[Key, int]
+    """None are there in an index."""
+    of: int
+    """Fingerprint of the checkpoint that it was written from."""
+
+
+def _read_index(path: Path) -> Opened | None:
     """None: the file is no index."""
     try:
         with path.open("rb") as file:
@@ -158,7 +176,13 @@ def _read_index(path: Path) -> dict[int, LayerPlaces] | None:
         content = json.loads(path.read_text())
         if content["format"] != INDEX:
             return None
-        return {int(layer): [_indexed(record) for record in records] for layer, records in content["layers"].items()}
+        for file, state in content["files"].items():
+            if _state_of(Path(file)) != state:
+                raise OffloadError(f"{path} says where experts lie in {file}, which has changed since. Write {path.name} again.")
+        places: dict[int, LayerPlaces] = {int(layer): [_indexed(record) for record in records] for layer, records in content["layers"].items()}
+        return Opened(places, {}, content["of"])
+    except OffloadError:
+        raise
     except OSError as error:
         raise OffloadError(f"expert_offload.store: {path} cannot be read: {explained(error, path)}.") from error
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -172,15 +196,15 @@ def _indexed(record: Mapping[str, Any]) -> dict[str, Place]:
     }
 
 
-def open_store(path: Path, units: Mapping[int, LayerUnits]) -> tuple[dict[int, LayerPlaces], dict[Key, int]]:
-    """(the records that the model's layers need, their checksums, if there are any) of a packed file or an index. Raises OffloadError."""
+def open_store(path: Path, units: Mapping[int, LayerUnits]) -> Opened:
+    """The records that the model's layers need, of a packed file or an index. Raises OffloadError."""
     indexed = _read_index(path)
     if indexed is None:
         return _open_packed(path, units)
     for number, each in units.items():
-        records = indexed.get(number, ())
+        records = indexed.places.get(number, ())
         _check_layer(path, each, len(records), list(records[0]) if records else [])
-    return {number: indexed[number] for number in units}, {}
+    return indexed
 
 
 def _check_layer(path: Path, each: LayerUnits, units: int, names: list[str]) -> None:
@@ -192,8 +216,8 @@ def _check_layer(path: Path, each: LayerUnits, units: int, names: list[str]) -> 
         )
 
 
-def _open_packed(path: Path, units: Mapping[int, LayerUnits]) -> tuple[dict[int, LayerPlaces], dict[Key, int]]:
-    entries, begin = _read_header(path)
+def _open_packed(path: Path, units: Mapping[int, LayerUnits]) -> Opened:
+    entries, begin, of = _read_header(path)
     places: dict[int, LayerPlaces] = {}
     checksums: dict[Key, int] = {}
     for number, each in units.items():
@@ -204,33 +228,37 @@ def _open_packed(path: Path, units: Mapping[int, LayerUnits]) -> tuple[dict[int,
             {part["name"]: _place(path, part, first + unit * entry["stride"]) for part in entry["parts"]} for unit in range(entry["units"])
         ]
         checksums |= {(number, unit): total for unit, total in enumerate(entry["checksums"])}
-    return places, checksums
+    return Opened(places, checksums, of)
 
 
 def _place(path: Path, part: Mapping[str, Any], record: int) -> Place:
     return Place(path, record + part["offset"], DTYPES[part["dtype"]], tuple(part["shape"]))
 
 
-def _read_header(path: Path) -> tuple[dict[int, dict[str, Any]], int]:
-    """(layer -> its entry, where the records begin)."""
+def _read_header(path: Path) -> tuple[dict[int, dict[str, Any]], int, int]:
+    """(layer -> its entry, where the records begin, the checkpoint's fingerprint)."""
     try:
         with path.open("rb") as file:
             start = file.read(16)
             length = int.from_bytes(start[8:], "little")
-            content = json.loads(file.read(length)) if start[:8] == MAGIC and length < 2**31 else None
+            content: Any = json.loads(file.read(length)) if start[:8] == MAGIC and length < 2**31 else None
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise OffloadError(f"expert_offload.store: {path} cannot be read: {explained(error, path)}.") from error
     except ValueError:
         content = None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise OffloadError(f"expert_offload.store: {path} is not a file of tools/ckpts/pack_experts.py of this version.")
-    entries = {entry["layer"]: entry for entry in content["layers"]}
-    begin = header_length([_layer_of(entry) for entry in content["layers"]])
+    try:
+        entries, of = {entry["layer"]: entry for entry in content["layers"]}, int(content["of"])
+        begin = header_length([_layer_of(entry) for entry in content["layers"]])
+        known = content["format"] == FORMAT
+    except (KeyError, TypeError, AttributeError):
+        known = False
+    if not known:
+        raise OffloadError(f"expert_offload.store: {path} is not a file of tools/ckpts/pack_experts.py of this version. Write it again.")
     needed = begin + sum(entry["stride"] * entry["units"] for entry in content["layers"])
     if size < needed:
         raise OffloadError(f"expert_offload.store: {path} has {size:,} bytes of {needed:,}: it was cut short. Copy or write it again.")
-    return entries, begin
+    return entries, begin, of
 
 
 def _layer_of(entry: Mapping[str, Any]) -> PackedLayer:

@@ -5,6 +5,8 @@ Shapes: E experts; M LoREs per expert.
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from megatron.config.components import EXPERTS, resolve_component
 from megatron.config.model import ModelConfig
 from megatron.config.moe import MoEConfig
 from megatron.config.neox import NeoXConfig
+from megatron.inference.offload.files import private_memory
 from megatron.model.gpt import FIRST_LAYER, GPT
 from megatron.model.initialization import Initializer
 from megatron.model.moe.layer import MoELayer
@@ -73,6 +76,16 @@ def moe_layers(gpt: GPT) -> dict[int, MoELayer]:
     return {number: layer.mlp for number, layer in pairs if isinstance(layer.mlp, MoELayer)}
 
 
+def fingerprint(read: Callable[[str], Tensor], units: Mapping[int, LayerUnits]) -> int:
+    """CRC-32 of the routers' weights, rounded to bfloat16: it tells whether a file of experts belongs to a checkpoint. `read`: a weight by name."""
+    total = 0
+    for number in sorted(units):
+        weight = read(f"sequential.{FIRST_LAYER + number}.mlp.router.layer.weight").detach().to(torch.bfloat16).contiguous()
+        numbers: Any = weight.view(torch.uint8).numpy()
+        total = zlib.crc32(numbers.tobytes(), total)
+    return total
+
+
 def build_for(model: ModelConfig, moe: MoEConfig, count: int, *, dtype: torch.dtype, device: torch.device) -> Any:
     """The layer's experts module for `count` experts in place of its own number, its memory not touched. `moe`: the layer's own section."""
     sizes = {"moe_num_experts": count, "moe_num_experts_by_layer": None, "moe_expert_segments": 1, "moe_ffn_hidden_size": moe.expert_width(model)}
@@ -84,8 +97,6 @@ def build_for(model: ModelConfig, moe: MoEConfig, count: int, *, dtype: torch.dt
 
 def align(experts: nn.Module) -> None:
     """Puts every parameter of a module on a CPU at the beginning of a page, where files can be read to directly."""
-    import mmap
-
     for parameter in experts.parameters():
-        pages = mmap.mmap(-1, max(1, parameter.nbytes))
+        pages = private_memory(max(1, parameter.nbytes))
         parameter.data = torch.frombuffer(pages, dtype=parameter.dtype, count=parameter.numel()).view(parameter.shape)

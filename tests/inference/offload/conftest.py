@@ -38,11 +38,11 @@ KINDS: dict[str, Mapping[str, Any]] = {
 PROMPT = list(range(1, 18))
 
 
-def write_model(directory: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
+def write_model(directory: Path, keys: Mapping[str, Any], seed: int = 3) -> dict[str, Any]:
     """A checkpoint with new weights, and the keys that load it."""
     config = config_from_dict({key: value for key, value in keys.items() if value is not None})
     vocabulary = padded_vocab_size(CharLevelTokenizer().vocab_size, config.model.make_vocab_size_divisible_by)
-    gpt = build_model(config.model, config.moe, vocabulary, seed=3, dtype=DTYPES[config.precision])
+    gpt = build_model(config.model, config.moe, vocabulary, seed=seed, dtype=DTYPES[config.precision])
     write_checkpoint(directory, config, gpt)
     return {**{key: value for key, value in keys.items() if value is not None}, "load": str(directory)}
 

@@ -16,6 +16,7 @@ from megatron.analysis.offload_size import offload_lines
 from megatron.checkpoint.errors import CheckpointError
 from megatron.config import config_from_dict
 from megatron.config.section import ConfigError
+from megatron.inference.offload.counters import Counters, counters_table
 from megatron.inference.offload.simulate import simulate
 from megatron.inference.offload.trace import read_trace
 from megatron.inference.session import generate
@@ -38,7 +39,8 @@ def test_the_same_texts_with_counters_and_a_trace(gated: dict[str, Any], tmp_pat
     _, expected = run(gated, tmp_path)
     shown, texts = run(gated, tmp_path, expert_offload=offload)
     assert texts == expected
-    assert "prefetches wasted" in shown
+    assert "hit rate" in shown
+    assert "wasted" not in shown
     counters = json.loads((tmp_path / "counters.json").read_text())
     assert list(counters["layers"]) == ["0", "1", "2"]
     assert counters["total"]["hits"] == sum(layer["hits"] for layer in counters["layers"].values()) > 0
@@ -60,6 +62,16 @@ def test_stored_logits_are_compared(gated: dict[str, Any], tmp_path: Path) -> No
     torch.save({**torch.load(file, weights_only=True), "checkpoint_validation_logits": logits[0] * 1.2}, file)
     with pytest.raises(CheckpointError, match="does not give the logits of the saved model"):
         load(keys, slots=2)
+
+
+def test_the_table_of_what_happened_fits_a_terminal() -> None:
+    counted = Counters(calls=9, selections=18000, hits=9000, bytes=12_345_678_901, prefetches=700, prefetches_used=600)
+    console = Console(file=io.StringIO(), width=100)
+    console.print(counters_table({0: counted, 11: counted}))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines[0].split()[-4:] == ["s", "prefetched", "used", "wasted"]
+    assert lines[-1].split()[:5] == ["all", "36,000", "18,000", "50.0%", "0"]
+    assert "…" not in "".join(lines)
 
 
 def shown(base: Any, **offload: Any) -> dict[str, str]:

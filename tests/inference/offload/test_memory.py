@@ -22,7 +22,7 @@ from megatron.data.tokenizer.character import CharLevelTokenizer
 from megatron.inference.offload.budget import Need, slots_for
 from megatron.inference.offload.errors import OffloadError
 from megatron.inference.offload.packed import header, header_length, outline
-from megatron.inference.offload.units import EMPTY, moe_layers, units_of
+from megatron.inference.offload.units import EMPTY, fingerprint, moe_layers, units_of
 from megatron.model.gpt import GPT
 from megatron.training.setup import checkpoint_args
 from tests.inference.offload.conftest import load
@@ -67,12 +67,13 @@ def write_large(folder: Path) -> tuple[dict[str, Any], int]:
     for name, text in resolved_config_document(config.flat()).items():
         (path / "configs" / name).write_text(text)
     (folder / "run" / "latest").write_text(path.name)
-    layers = outline(units_of(config, vocabulary, granularity="expert"), torch.bfloat16)
+    units = units_of(config, vocabulary, granularity="expert")
+    layers = outline(units, torch.bfloat16)
     length = header_length(layers)
     record = sum(torch.Size(part.shape).numel() * 2 for part in layers[0].parts)
     sums = {str(layer.layer): [zlib.crc32(bytes(record))] * layer.units for layer in layers}
     with (folder / "experts.packed").open("wb") as file:
-        file.write(header(layers, sums, length))
+        file.write(header(layers, sums, length, of=fingerprint(state.__getitem__, units)))
         file.truncate(length + sum(layer.stride * layer.units for layer in layers))
     return {**LARGE, "load": str(folder / "run")}, record * 80 * 8
 

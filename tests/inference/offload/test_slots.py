@@ -12,8 +12,10 @@ from torch import Tensor
 from megatron.inference.offload.counters import total
 from megatron.inference.offload.errors import OffloadError
 from megatron.inference.offload.experts import SlottedExperts
+from megatron.inference.offload.lores import PagedMemory
 from megatron.inference.offload.reader import Reader
 from megatron.inference.offload.store import HostTier, Targets, Throttled
+from megatron.inference.offload.table import Move
 from megatron.inference.offload.units import moe_layers
 from tests.inference.offload.conftest import load, logits_of
 
@@ -77,6 +79,27 @@ def test_an_error_belongs_to_who_waits() -> None:
     with pytest.raises(OffloadError, match="no disk"):
         job.wait()
     reader.close()
+
+
+def test_a_lore_that_leaves_gives_its_memory_back() -> None:
+    module = torch.nn.Module()
+    module.a = torch.nn.Parameter(torch.empty(4 * 3, 1024), requires_grad=False)  # each of the four has three pages
+    memory = PagedMemory(module, ["a"], 4)
+    for unit in range(4):
+        memory.targets(Move(unit, 0))["a"].fill_(unit + 1)
+    memory.release(1)
+    assert module.a.sum(1).tolist() == [1024] * 3 + [0] * 3 + [3 * 1024] * 3 + [4 * 1024] * 3
+
+
+def test_a_lore_that_shares_a_page_stays_whole() -> None:
+    module = torch.nn.Module()
+    module.a = torch.nn.Parameter(torch.empty(4 * 3, 300), requires_grad=False)
+    memory = PagedMemory(module, ["a"], 4)
+    for unit in range(4):
+        memory.targets(Move(unit, 0))["a"].fill_(unit + 1)
+    for unit in (0, 2):
+        memory.release(unit)
+    assert module.a.view(4, -1)[[1, 3]].unique(dim=1).flatten().tolist() == [2, 4]
 
 
 class Numbered:

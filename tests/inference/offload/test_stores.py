@@ -168,7 +168,10 @@ def test_a_read_error_and_going_on_after_it(gated: dict[str, Any], monkeypatch: 
 
 
 def test_what_is_no_store(gated: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "other").write_text("{}")
+    for content in (b"{}", b"nothing", b"NEOXPACK" + (2).to_bytes(8, "little") + b"{}", b"NEOXPACK" + (99).to_bytes(8, "little")):
+        (tmp_path / "other").write_bytes(content)
+        with pytest.raises(OffloadError, match=r"other is not a file of tools/ckpts/pack_experts\.py of this version"):
+            load(gated, slots=2, store=str(tmp_path / "other"))
     with pytest.raises(OffloadError, match=r"other is not a file of tools/ckpts/pack_experts\.py of this version"):
         load(gated, slots=2, store=str(tmp_path / "other"))
     with pytest.raises(OffloadError, match="missing cannot be read: No such file or directory"):
@@ -180,6 +183,32 @@ def test_another_models_file(pack: Pack, gated: dict[str, Any], tmp_path: Path) 
     file = pack(keys["load"], tmp_path / "experts.packed")
     with pytest.raises(OffloadError, match=r"experts\.packed holds 6 units with .* for layer 0, and the model has 8 with"):
         load(gated, slots=2, store=str(file))
+
+
+def test_experts_of_another_checkpoint(pack: Pack, gated: dict[str, Any], tmp_path: Path) -> None:
+    file = pack(gated["load"], tmp_path / "experts.packed")
+    other = write_model(tmp_path / "run", KINDS["gated"], seed=4)
+    with pytest.raises(OffloadError, match=r"the experts in .*experts\.packed are not those of .*, because the routers differ"):
+        load(other, slots=2, store=str(file))
+
+
+def test_an_index_of_a_file_that_changed(pack: Pack, tmp_path: Path) -> None:
+    keys = write_model(tmp_path / "run", KINDS["gated"])
+    file = pack(keys["load"], tmp_path / "experts.json", "--index")
+    assert torch.equal(logits_of(load(keys, slots=2, store=str(file))), logits_of(load(keys)))
+    replace(Path(keys["load"]) / "global_step2/mp_rank_00_model_states.pt")
+    with pytest.raises(OffloadError, match=r"which has changed since\. Write experts\.json again"):
+        load(keys, slots=2, store=str(file))
+
+
+@pytest.mark.parametrize(("damage", "message"), [(cut, "was cut short"), (remove, "was removed"), (change, "was changed")])
+def test_a_file_that_changes_while_experts_are_computed_in_place(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+    keys = write_model(tmp_path, KINDS["gated"])
+    ready = load(keys, slots=1, policy="static", misses="in_place")
+    logits_of(ready)
+    damage(tmp_path / "global_step2/mp_rank_00_model_states.pt")
+    with pytest.raises(OffloadError, match=message):
+        logits_of(ready, PROMPT[::-1])
 
 
 @pytest.mark.parametrize("direct", [True, False])
