@@ -91,9 +91,13 @@ class LayerSlots:
         return slots
 
     def prefetch(self, units: Sequence[int]) -> None:
-        """Begins to read what the next call may need."""
-        for move in self.table.prefetch(units):
-            self._read(move, urgent=False)
+        """Begins to read what the next call may need. Raises OffloadError where an earlier read failed."""
+        try:
+            for move in self.table.prefetch(units):
+                self._read(move, urgent=False)
+        except Exception:
+            self._forget()
+            raise
 
     def preload(self, units: Sequence[int]) -> None:
         """Reads units into slots before the first call."""

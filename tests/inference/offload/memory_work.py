@@ -21,8 +21,8 @@ def main(keys: dict[str, Any]) -> None:
     ready = load_ready_model(config_from_dict(keys))
     assert ready.offloaded is not None
     caches = build_cache(ready.sizes, 1, 64, dtype=ready.dtype)
-    tokens = list(range(40))
-    for _ in range(24):
+    tokens = list(range(24))
+    for _ in range(12):
         logits = ready.gpt(torch.tensor([tokens]), cache=caches).logits_BSV
         assert logits is not None
         tokens = [int(logits[0, -1].argmax())]
