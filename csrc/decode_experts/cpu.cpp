@@ -1,8 +1,8 @@
 // An expert layer for a few rows, in one parallel region. Every matrix is read once for all rows that use its expert.
 //
-// The hidden numbers of all chosen experts are shared out among the threads. A thread computes its hidden numbers and adds what they contribute to
+// The hidden numbers of every chosen expert are shared out among the threads. A thread computes its hidden numbers and adds what they contribute to
 // results of its own. At the end the threads' results are added up in order. So with a given number of threads the sums have one order, wherever the
-// experts lie in memory.
+// experts lie in memory, and whichever other rows and experts a call has.
 #include <omp.h>
 
 #include <type_traits>
@@ -190,10 +190,10 @@ class Worker {
   void multiply_on() {
     float* own = s.sums + thread * s.P * s.middle();
     std::memset(own, 0, s.P * s.middle() * sizeof(float));
-    const Part part = part_of(s.count * op.F, 8, thread, threads);
-    for (int64_t a = part.first / op.F; a < s.count && a * op.F < part.end; a++) {
+    const Part part = part_of(op.F, 8, thread, threads);  // of every expert: a sum has one order, whichever other experts are chosen
+    const int64_t from = part.first, to = part.end;
+    for (int64_t a = 0; a < s.count; a++) {
       const Active& expert = s.active[a];
-      const int64_t from = part.first > a * op.F ? part.first - a * op.F : 0, to = part.end < (a + 1) * op.F ? part.end - a * op.F : op.F;
       for (int side = 0; side < 2; side++) inputs[side] = rows_of(expert, side);
       for (int64_t f = from; f < to; f += BLOCK) {
         const int64_t here = to - f < BLOCK ? to - f : BLOCK;
@@ -207,10 +207,11 @@ class Worker {
   void last_factor() {
     float* own = s.second + thread * s.P * op.D;
     std::memset(own, 0, s.P * op.D * sizeof(float));
-    const Part part = part_of(s.count * op.rank, 4, thread, threads);
-    for (int64_t unit = part.first; unit < part.end; unit++) {
-      const Active& expert = s.active[unit / op.rank];
-      const int64_t q = unit % op.rank, place = place_in(op.down.matrix, q, op.rank);
+    const Part part = part_of(op.rank, 4, thread, threads);
+    const int64_t own_rows = part.end - part.first;
+    for (int64_t unit = 0; unit < s.count * own_rows; unit++) {
+      const Active& expert = s.active[unit / own_rows];
+      const int64_t q = part.first + unit % own_rows, place = place_in(op.down.matrix, q, op.rank);
       for (int64_t r = 0; r < expert.count; r++) {
         factor[r] = 0;
         for (int64_t t = 0; t < threads; t++) factor[r] += s.sums[(t * s.P + expert.first + r) * op.rank + place];

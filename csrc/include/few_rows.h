@@ -132,14 +132,14 @@ inline float sum_of(Vec<float> v) {
 #endif
 }
 
-// A matrix is read along several rows at once, `apart` rows from each other: as many streams keep memory busy as one long row cannot.
+// A matrix is read along several rows at once, `apart` rows from each other: as many streams keep memory busy as one long row cannot. However many
+// rows are taken at once, each sum has one order: a row's results do not depend on the other rows of a call.
 
 // out[o * apart * out_stride + r] = row o * apart of the matrix times row r of x, both of n numbers; x is arranged. AHEAD: how many rows further down
 // the matrix is fetched into the cache.
 template <class W, int ROWS, int RIGHT, int64_t AHEAD = 0>
 inline void dots(const W* matrix, int64_t apart, const float* x, int64_t x_stride, int64_t n, float* out, int64_t out_stride) {
-  constexpr int CHAINS = RIGHT == 1 ? 2 : 1;  // enough independent sums to hide the latency of an addition
-  Vec<float> sums[ROWS][RIGHT][CHAINS] = {};
+  Vec<float> sums[ROWS][RIGHT] = {};
   int64_t k = 0;
   for (; k + STEP <= n; k += STEP) {
     NEOX_UNROLL for (int o = 0; o < ROWS; o++) {
@@ -147,14 +147,14 @@ inline void dots(const W* matrix, int64_t apart, const float* x, int64_t x_strid
       if constexpr (AHEAD != 0) __builtin_prefetch(matrix + (AHEAD + o * apart) * n + k, 0, 2);
       NEOX_UNROLL for (int r = 0; r < RIGHT; r++) {
         const float* row = x + r * x_stride + k;
-        sums[o][r][0] += w.first * load(row);
-        sums[o][r][CHAINS - 1] += w.second * load(row + LANES<float>);
+        sums[o][r] += w.first * load(row);
+        sums[o][r] += w.second * load(row + LANES<float>);
       }
     }
   }
   for (int o = 0; o < ROWS; o++)
     for (int r = 0; r < RIGHT; r++) {
-      float sum = CHAINS == 2 ? sum_of(sums[o][r][0] + sums[o][r][1]) : sum_of(sums[o][r][0]);
+      float sum = sum_of(sums[o][r]);
       for (int64_t rest = k; rest < n; rest++) sum += wide_one(matrix[o * apart * n + rest]) * x[r * x_stride + rest];
       out[o * apart * out_stride + r] = sum;
     }
@@ -177,11 +177,14 @@ inline void dots_with_all(const W* matrix, int64_t apart, const float* x, int64_
 template <class W>
 inline void dots_of(const W* matrix, int64_t rows, const float* x, int64_t right, int64_t x_stride, int64_t n, float* out, int64_t out_stride) {
   for (int64_t first = 0; first < rows; first += BLOCK) {
-    const int64_t here = rows - first < BLOCK ? rows - first : BLOCK, apart = here / 4;
+    const int64_t here = rows - first < BLOCK ? rows - first : BLOCK, at_once = right == 1 ? 8 : 4, apart = here / at_once;
     const W* block = matrix + first * n;
     float* to = out + first * out_stride;
-    for (int64_t o = 0; o < apart; o++) dots_with_all<W, 4>(block + o * n, apart, x, right, x_stride, n, to + o * out_stride, out_stride);
-    for (int64_t o = apart * 4; o < here; o++) dots_with_all<W, 1>(block + o * n, 0, x, right, x_stride, n, to + o * out_stride, out_stride);
+    for (int64_t o = 0; o < apart; o++) {
+      if (right == 1) dots<W, 8, 1>(block + o * n, apart, x, x_stride, n, to + o * out_stride, out_stride);
+      else dots_with_all<W, 4>(block + o * n, apart, x, right, x_stride, n, to + o * out_stride, out_stride);
+    }
+    for (int64_t o = apart * at_once; o < here; o++) dots_with_all<W, 1>(block + o * n, 0, x, right, x_stride, n, to + o * out_stride, out_stride);
   }
 }
 

@@ -48,8 +48,9 @@ def numpy_classes() -> list[Any]:
     return [np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in kinds}, *old_and_new]
 
 
-def read_file(file: Path, *, mmap: bool, classes: list[Any] | None = None) -> Any:
-    """What a `.pt` file holds, on the CPU. `classes`: the real DeepSpeed classes; stand-ins take their place when None.
+def read_file(file: Path, *, mmap: bool, classes: list[Any] | None = None, device: str = "cpu") -> Any:
+    """What a `.pt` file holds, on the CPU. `classes`: the real DeepSpeed classes; stand-ins take their place when None. `device` "meta": the tensors
+    without their numbers.
 
     `mmap` reads a tensor's bytes when they are used; only for tensors that do not outlive the file. Raises CheckpointError.
     """
@@ -57,7 +58,7 @@ def read_file(file: Path, *, mmap: bool, classes: list[Any] | None = None) -> An
     allowed = [*numpy_classes(), *stand_ins, *(classes or ())]
     try:
         with torch.serialization.safe_globals(allowed):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(file))
+            return torch.load(file, map_location=device, weights_only=True, mmap=mmap and zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(file, error, allowed)) from error
     except FileNotFoundError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+from megatron.config.expert_offload import ExpertOffload
 from megatron.config.section import Fraction, NaturalInt, NonNegativeFloat, PositiveFloat, PositiveInt, Problem, Section, Seed
 
 
@@ -38,12 +39,17 @@ class InferenceConfig(Section):
     """File that gets one JSON object per sample."""
     sample_seed: Seed | None = None
     """Seed of the sampling. None: `seed`."""
+    expert_offload: ExpertOffload | None = None
+    """Generate with experts in slow memory that move in when they are selected, for example {slots: 4} or {memory: 2GB, policy: lfu}.
+    docs/offload.md explains the entries. None: all experts are resident."""
 
     inference_weights: Literal["as_saved", "int8"] = "as_saved"
     """Number format of the weights in generation. int8: each row of a matrix is rounded to 255 steps when the model is loaded, so a new token
     needs half the bytes of bfloat16; on CPUs with the compiled kernels only. eval.py measures what it costs."""
 
     def check(self) -> Iterator[Problem]:
+        if self.expert_offload is not None:
+            yield from self.expert_offload.problems()
         if self.text_gen_type == "input-file" and self.sample_input_file is None:
             yield Problem(("text_gen_type", "sample_input_file"), "needs sample_input_file: the file with the prompts")
         if "" in self.stop_strings:

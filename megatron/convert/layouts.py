@@ -65,9 +65,13 @@ class Arranged:
         taken = {place.stored for place in self._places.values()}
         return [*self._places, *(name for name in self._stored.names if name not in taken)]
 
+    def place_of(self, name: str) -> Place:
+        """Where a weight lies that the table asks for."""
+        return self._places.get(name, Place(name))
+
     def read(self, name: str) -> Tensor:
         """A weight. Raises ConversionError."""
-        place = self._places.get(name, Place(name))
+        place = self.place_of(name)
         if place.role is None:
             return self._stored.read(place.stored)
         if self._fused is None or self._fused[0] != place.stored:

@@ -14,7 +14,7 @@ from megatron.checkpoint import forward_check
 from megatron.checkpoint.agreement import check_architecture, without_free_positions
 from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.load import check_args, check_shapes, module_shapes, shapes_of
-from megatron.checkpoint.weights import load_model_weights
+from megatron.checkpoint.weights import Expected, load_model_weights
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.model import ModelConfig
 from megatron.config.neox import NeoXConfig
@@ -22,6 +22,8 @@ from megatron.config.section import ConfigError
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.data.tokenizer.companions import folder_of
 from megatron.data.tokenizer.eod import find_stop_tokens
+from megatron.inference.offload.load import load_offloaded
+from megatron.inference.offload.offloaded import Offloaded
 from megatron.kernels.precision import DTYPES
 from megatron.model import GPT, build_model, choose_implementations
 from megatron.model.divide import Divider
@@ -61,6 +63,8 @@ class ReadyModel:
     ends: tuple[int, ...] = ()
     """Ids that end an answer besides the end-of-document token, as the settings beside the tokenizer name them."""
     decoding: Decoding = AS_CHOSEN
+    offloaded: Offloaded | None = None
+    """What moves the model's experts (`expert_offload`). None: all are resident."""
 
     @property
     def stop_tokens(self) -> frozenset[int]:
@@ -99,6 +103,8 @@ def load_ready_model(config: NeoXConfig) -> ReadyModel:
     check_architecture(path, config.flat())
     expected = expected_model(config, tokenizer.vocab_size)
     device, vocabulary = choose_device(), expected.args["padded_vocab_size"]
+    if config.inference.expert_offload is not None:
+        return _offloaded(config, tokenizer, path, expected, device)
     check_model_fits(config, vocabulary, device)
     weights = load_model_weights(path, expected)
     check_args(path, weights.client_state.get("args") or {}, without_free_positions(expected.args, config.model.pos_emb))
@@ -119,6 +125,18 @@ def load_ready_model(config: NeoXConfig) -> ReadyModel:
     stops = find_stop_tokens(tokenizer.token_to_id, folder_of(config.data), tokenizer.eod)
     decoding = Decoding(config.moe.kernel_backends.get("decode", "auto"), config.inference.inference_weights)
     return ReadyModel(gpt, tokenizer, config.model, device, path, weights.client_state.get("iteration"), stops, decoding)
+
+
+def _offloaded(config: NeoXConfig, tokenizer: Tokenizer, path: Path, expected: Expected, device: torch.device) -> ReadyModel:
+    """The model with its experts in slow memory."""
+    if current_groups().pipe.size > 1:
+        raise ConfigError(["'expert_offload' needs one process; add -o pipe_parallel_size=0"])
+    loaded = load_offloaded(config, path, expected, device)
+    choose_implementations(config.model, config.moe, loaded.gpt)
+    if config.checkpoint.checkpoint_validation_with_forward_pass:
+        log.info("%s", _compare_logits(config, loaded.gpt, path, loaded.client_state.get(forward_check.KEY)))
+    stops = find_stop_tokens(tokenizer.token_to_id, folder_of(config.data), tokenizer.eod)
+    return ReadyModel(loaded.gpt, tokenizer, config.model, device, path, loaded.client_state.get("iteration"), stops, loaded.offloaded)
 
 
 def _build(config: NeoXConfig, vocabulary: int) -> GPT:

@@ -49,7 +49,15 @@ def generate(config: NeoXConfig, console: Console, read_line: Callable[[str], st
     engine = Engine(ready, build_runner(ready), maximum_requests=1 if source == "interactive" else inference.sample_batch_size)
     if source == "interactive":
         converse(engine, inference, console, read_line, seed=seed)
-        return
+    else:
+        _continue(engine, inference, console, prompts, seed=seed)
+    if ready.offloaded is not None:
+        ready.offloaded.finish(console)
+
+
+def _continue(engine: Engine, inference: InferenceConfig, console: Console, prompts: Sequence[str], *, seed: int) -> None:
+    """Continues all prompts; the first stage of a pipeline writes the samples."""
+    ready, pipe = engine.ready, current_groups().pipe
     wanted = [prompt for prompt in encode_prompts(ready, prompts) for _ in range(inference.num_samples)]
     samples = complete(engine, (Prompt(*prompt, index) for index, prompt in enumerate(wanted)), manner_of(inference, seed))
     if pipe.rank > 0:

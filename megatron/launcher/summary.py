@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from megatron.analysis.offload_size import offload_lines
 from megatron.analysis.size import memory_in_layout
 from megatron.analysis.tables import bytes_text, plain_table
 from megatron.analysis.vocabulary import Vocabulary
@@ -35,6 +36,7 @@ def summary(loaded: LoadedConfig, processes: int, words: Vocabulary, device: str
         _parameters(loaded.config, words),
         _heading("One step"),
         _work(loaded.config, processes, words),
+        *_generation(loaded.config, words),
         _heading(f"What computes on this machine ({device})"),
         _implementations(loaded.config, device),
         "",
@@ -107,6 +109,14 @@ def _work(config: NeoXConfig, processes: int, words: Vocabulary) -> Table:
     table.add_row("memory per process", f"{bytes_text(memory.total)} without activations ({config.precision}, ZeRO stage {stage})")
     table.add_row("", f"weights {bytes_text(memory.weights)}, gradients {bytes_text(memory.gradients)}, optimizer {bytes_text(memory.optimizer)}")
     return table
+
+
+def _generation(config: NeoXConfig, words: Vocabulary) -> list[RenderableType]:
+    """What experts in slow memory take; nothing where all are resident."""
+    table = _table("what", "value")
+    for line in offload_lines(config, _padded(config, words)):
+        table.add_row(*map(escape, line))
+    return [_heading("Generation (expert_offload)"), table] if table.row_count else []
 
 
 def _processes(config: NeoXConfig, processes: int) -> str:

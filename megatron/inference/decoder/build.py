@@ -24,10 +24,10 @@ from megatron.inference.decoder.steps import (
     OffloadedExperts,
     Parallel,
     Reordered,
-    Residency,
     Sequential,
     SharedMLP,
 )
+from megatron.inference.offload.experts import SlottedExperts
 from megatron.kernels.decode import compiled
 from megatron.kernels.decode.interface import AS_IT_IS, Choice, Input, Linear, Matrix
 from megatron.model import GPT
@@ -132,7 +132,7 @@ class _Builder:
         for beside in layer.beside:
             if type(beside) not in (SharedExpert, GatedSharedExpert):
                 raise NotServed(f"a {type(beside).__name__} beside the experts")
-        slotted = layer.experts if isinstance(layer.experts, Residency) else None
+        slotted = layer.experts if type(layer.experts) is SlottedExperts else None
         experts = layer.experts if slotted is None else slotted.slab
         choice, router = self._choice(layer.router)
         experts_part(experts, as_it_lies, choice, router, given)  # before any weight is stored in another format

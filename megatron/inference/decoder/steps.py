@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from megatron.inference.offload.experts import SlottedExperts
 from megatron.kernels.decode import compiled
 from megatron.kernels.decode.interface import Input, Routed
 from megatron.kernels.decode.reference import prepared
@@ -21,18 +22,6 @@ from megatron.model.attention import LayerCache
 from megatron.model.moe.layer import MoELayer
 from megatron.model.moe.routing import Chosen
 from megatron.model.positions import Places
-
-
-@runtime_checkable
-class Residency(Protocol):
-    """Experts of which some are in memory, in slots."""
-
-    slab: Any
-    """The slots, as a module of experts."""
-
-    def acquire(self, expert_NK: Tensor, hidden_ND: Tensor) -> Tensor:
-        """slot_NK: where the experts are, which stay there until the next call. `hidden_ND` is what the router read."""
-        ...
 
 
 @dataclass
@@ -216,7 +205,7 @@ class ModuleRouted(CompiledExperts):
 class OffloadedExperts(CompiledExperts):
     """Experts that are made resident between the router and the product. Rows that need more experts than there are slots go one after the other."""
 
-    def __init__(self, experts: compiled.Experts, shared: Sequence[SharedMLP], slotted: Residency) -> None:
+    def __init__(self, experts: compiled.Experts, shared: Sequence[SharedMLP], slotted: SlottedExperts) -> None:
         super().__init__(experts, shared)
         self.slotted = slotted
 
