@@ -123,8 +123,7 @@ def load_ready_model(config: NeoXConfig) -> ReadyModel:
     if config.checkpoint.checkpoint_validation_with_forward_pass:
         log.info("%s", _compare_logits(config, gpt, path, weights.client_state.get(forward_check.KEY)))
     stops = find_stop_tokens(tokenizer.token_to_id, folder_of(config.data), tokenizer.eod)
-    decoding = Decoding(config.moe.kernel_backends.get("decode", "auto"), config.inference.inference_weights)
-    return ReadyModel(gpt, tokenizer, config.model, device, path, weights.client_state.get("iteration"), stops, decoding)
+    return ReadyModel(gpt, tokenizer, config.model, device, path, weights.client_state.get("iteration"), stops, _decoding(config))
 
 
 def _offloaded(config: NeoXConfig, tokenizer: Tokenizer, path: Path, expected: Expected, device: torch.device) -> ReadyModel:
@@ -136,7 +135,11 @@ def _offloaded(config: NeoXConfig, tokenizer: Tokenizer, path: Path, expected: E
     if config.checkpoint.checkpoint_validation_with_forward_pass:
         log.info("%s", _compare_logits(config, loaded.gpt, path, loaded.client_state.get(forward_check.KEY)))
     stops = find_stop_tokens(tokenizer.token_to_id, folder_of(config.data), tokenizer.eod)
-    return ReadyModel(loaded.gpt, tokenizer, config.model, device, path, loaded.client_state.get("iteration"), stops, loaded.offloaded)
+    return ReadyModel(loaded.gpt, tokenizer, config.model, device, path, loaded.client_state.get("iteration"), stops, _decoding(config), loaded.offloaded)
+
+
+def _decoding(config: NeoXConfig) -> Decoding:
+    return Decoding(config.moe.kernel_backends.get("decode", "auto"), config.inference.inference_weights)
 
 
 def _build(config: NeoXConfig, vocabulary: int) -> GPT:
