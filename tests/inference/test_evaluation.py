@@ -125,3 +125,20 @@ def test_json_lines_are_measured_without_their_braces(tmp_path: Path, caplog: py
         InferenceError, match=r"no key 'body'; the keys with text are: text \(choose one with eval_jsonl_key\)\. To measure the file as it is"
     ):
         read_texts(EvaluationConfig(eval_text_files=[str(lines)], eval_jsonl_key="body"))
+
+
+def test_int8_weights_are_scored_beside_the_others(keys: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        results, table, _ = run(keys, inference_weights="int8")
+    assert "a.txt, int8 weights" in table
+    change = re.search(r"a\.txt: int8 weights change the perplexity by ([+-]\d+\.\d+) %", caplog.text)
+    assert change is not None
+    of_text = results["results"]["a.txt"]
+    assert of_text["perplexity_int8"] != of_text["perplexity"]
+    assert float(change[1]) == pytest.approx(100 * (of_text["perplexity_int8"] / of_text["perplexity"] - 1), abs=1e-3)
+    assert abs(float(change[1])) < 5
+
+
+def test_int8_weights_of_a_model_that_is_not_served(keys: dict[str, Any]) -> None:
+    with pytest.raises(InferenceError, match="inference_weights: int8 cannot be measured"):
+        run(keys, inference_weights="int8", kernel_backends={}, precision="fp16")
