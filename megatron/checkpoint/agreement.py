@@ -31,6 +31,7 @@ FREE_KEYS = frozenset(
         "moe_jitter_eps",
         "moe_lore_init",
         "moe_losses",
+        "moe_loss_ramp",
         "kernel_backends",
     }
 )

@@ -56,6 +56,10 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
     docs/moe.md defines each loss and converts the coefficients of other programs."""
     moe_block_wise_temperature: PositiveFloat = 1.0
     """Temperature tau of the loss `block_wise_selection` (CoSMoEs, equation 2): router logits are multiplied by it."""
+    moe_loss_ramp: dict[str, list[float]] = {}
+    """Auxiliary losses that start late, and the parts of the training steps between which their coefficients rise. With
+    {block_wise_selection: [0.2, 0.6]} the coefficient is 0 in the first 20 % of the steps. Then it rises evenly. From 60 % of the steps on it is the
+    number in `moe_losses`."""
 
     @property
     def has_experts(self) -> bool:
@@ -193,8 +197,19 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
                 yield Problem((f"moe_losses.{name}",), "must be 0 or more")
         if "joint_load_balance" in self.moe_losses and len(set(self.expert_counts)) > 1:
             yield Problem(("moe_losses.joint_load_balance", "moe_num_experts_by_layer"), "needs the same number of experts in all layers")
+        yield from self._ramp_problems()
         if "lore_balance" in self.moe_losses and not (self.moe_expert_type == "structmoe" and self.moe_lore_routed):
             yield Problem(("moe_losses.lore_balance", "moe_expert_type"), "needs moe_expert_type: structmoe with routed LoREs")
+
+    def _ramp_problems(self) -> Iterator[Problem]:
+        for name, parts in self.moe_loss_ramp.items():
+            key = f"moe_loss_ramp.{name}"
+            if name not in self.moe_losses:
+                yield Problem((key, "moe_losses"), "must be a loss that moe_losses names")
+            if len(parts) != 2 or not 0 <= parts[0] <= parts[1] <= 1:
+                yield Problem(
+                    (key,), "must be two numbers from 0 to 1, the smaller one first: where the coefficient starts to rise and where it ends"
+                )
 
     def _library_problems(self) -> Iterator[Problem]:
         """What a library that computes dispatch and experts together cannot do."""
