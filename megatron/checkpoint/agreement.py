@@ -32,6 +32,7 @@ FREE_KEYS = frozenset(
         "moe_lore_init",
         "moe_losses",
         "moe_loss_ramp",
+        "moe_block_wise_temperature",
         "kernel_backends",
     }
 )

@@ -23,6 +23,9 @@ NEED_EXPERTS = (
 )
 """Keys that say something of MoE layers, where there must be one."""
 
+TEMPERED_LOSSES = ("block_wise_selection", "neighbour_selection")
+"""Losses that `moe_block_wise_temperature` is for."""
+
 MEGABLOCKS_BLOCK = 128
 """MegaBlocks 0.10 takes the logarithm of all experts' columns, in blocks of this many, and fails where there is no whole block."""
 
@@ -55,7 +58,7 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
     """Auxiliary losses and their coefficients, for example {load_balance: 0.01, z_loss: 0.001}. A loss that is not named is not computed.
     docs/moe.md defines each loss and converts the coefficients of other programs."""
     moe_block_wise_temperature: PositiveFloat = 1.0
-    """Temperature tau of the loss `block_wise_selection` (CoSMoEs, equation 2): router logits are multiplied by it."""
+    """Temperature tau of the losses `block_wise_selection` (CoSMoEs, equation 2) and `neighbour_selection`: router logits are multiplied by it."""
     moe_loss_ramp: dict[str, list[float]] = {}
     """Auxiliary losses that start late, and the parts of the training steps between which their coefficients rise. With
     {block_wise_selection: [0.2, 0.6]} the coefficient is 0 in the first 20 % of the steps. Then it rises evenly. From 60 % of the steps on it is the
@@ -121,8 +124,8 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
         if self.moe_expert_type == "structmoe" and not self.moe_lore_routed:
             for key in sorted(self.model_fields_set & {"moe_lore_top_k", "moe_lore_normalize"}):
                 yield key, "has no effect with moe_lore_routed: false, because then no router chooses LoREs"
-        if "moe_block_wise_temperature" in self.model_fields_set and "block_wise_selection" not in self.moe_losses:
-            yield "moe_block_wise_temperature", "has no effect, because moe_losses does not name block_wise_selection"
+        if "moe_block_wise_temperature" in self.model_fields_set and self.moe_losses.keys().isdisjoint(TEMPERED_LOSSES):
+            yield "moe_block_wise_temperature", f"has no effect, because moe_losses does not name {' or '.join(TEMPERED_LOSSES)}"
         if self.moe_router_type == "top_p" and "moe_top_k" in self.model_fields_set:
             yield "moe_top_k", "has no effect with moe_router_type top_p; this router chooses the number of experts itself"
         yield from self._weights_of_one()
