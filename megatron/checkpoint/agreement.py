@@ -31,6 +31,8 @@ FREE_KEYS = frozenset(
         "moe_jitter_eps",
         "moe_lore_init",
         "moe_losses",
+        "moe_loss_ramp",
+        "moe_block_wise_temperature",
         "kernel_backends",
     }
 )

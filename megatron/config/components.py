@@ -33,6 +33,7 @@ LOSSES: dict[str, Any] = {
     "global_load_balance": "megatron.model.moe.losses.load_balance:global_load_balance_loss",
     "joint_load_balance": "megatron.model.moe.losses.load_balance:joint_load_balance_loss",
     "block_wise_selection": "megatron.model.moe.losses.block_wise_selection:block_wise_selection_loss",
+    "neighbour_selection": "megatron.model.moe.losses.neighbour_selection:neighbour_selection_loss",
     "lore_balance": "megatron.model.moe.losses.lore_balance:lore_balance_loss",
     "entropy": "megatron.model.moe.losses.entropy:router_entropy_loss",
     "z_loss": "megatron.model.moe.losses.z_loss:router_z_loss",

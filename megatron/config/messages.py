@@ -129,9 +129,11 @@ def _unknown_inner_key(path: KeyPath, section: type[Section], source: Source) ->
 
 
 def _owner(path: KeyPath, section: type[Section]) -> Any:
-    """The (possibly nested) section that has the last key of `path`."""
+    """The (possibly nested) section that has the last key of `path`; no section where the path leads into a list or a dictionary of values."""
     owner: Any = section
     for part in path[:-1]:
+        if part not in getattr(owner, "model_fields", {}):
+            return owner
         owner = _section_of(owner.model_fields[part].annotation)
     return owner
 

@@ -23,6 +23,9 @@ NEED_EXPERTS = (
 )
 """Keys that say something of MoE layers, where there must be one."""
 
+TEMPERED_LOSSES = ("block_wise_selection", "neighbour_selection")
+"""Losses that `moe_block_wise_temperature` is for."""
+
 MEGABLOCKS_BLOCK = 128
 """MegaBlocks 0.10 takes the logarithm of all experts' columns, in blocks of this many, and fails where there is no whole block."""
 
@@ -55,7 +58,11 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
     """Auxiliary losses and their coefficients, for example {load_balance: 0.01, z_loss: 0.001}. A loss that is not named is not computed.
     docs/moe.md defines each loss and converts the coefficients of other programs."""
     moe_block_wise_temperature: PositiveFloat = 1.0
-    """Temperature tau of the loss `block_wise_selection` (CoSMoEs, equation 2): router logits are multiplied by it."""
+    """Temperature tau of the losses `block_wise_selection` (CoSMoEs, equation 2) and `neighbour_selection`: router logits are multiplied by it."""
+    moe_loss_ramp: dict[str, list[float]] = {}
+    """Auxiliary losses that start late, and the parts of the training steps between which their coefficients rise. With
+    {block_wise_selection: [0.2, 0.6]} the coefficient is 0 in the first 20 % of the steps. Then it rises evenly. From 60 % of the steps on it is the
+    number in `moe_losses`."""
 
     @property
     def has_experts(self) -> bool:
@@ -117,8 +124,8 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
         if self.moe_expert_type == "structmoe" and not self.moe_lore_routed:
             for key in sorted(self.model_fields_set & {"moe_lore_top_k", "moe_lore_normalize"}):
                 yield key, "has no effect with moe_lore_routed: false, because then no router chooses LoREs"
-        if "moe_block_wise_temperature" in self.model_fields_set and "block_wise_selection" not in self.moe_losses:
-            yield "moe_block_wise_temperature", "has no effect, because moe_losses does not name block_wise_selection"
+        if "moe_block_wise_temperature" in self.model_fields_set and self.moe_losses.keys().isdisjoint(TEMPERED_LOSSES):
+            yield "moe_block_wise_temperature", f"has no effect, because moe_losses does not name {' or '.join(TEMPERED_LOSSES)}"
         if self.moe_router_type == "top_p" and "moe_top_k" in self.model_fields_set:
             yield "moe_top_k", "has no effect with moe_router_type top_p; this router chooses the number of experts itself"
         yield from self._weights_of_one()
@@ -193,8 +200,19 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
                 yield Problem((f"moe_losses.{name}",), "must be 0 or more")
         if "joint_load_balance" in self.moe_losses and len(set(self.expert_counts)) > 1:
             yield Problem(("moe_losses.joint_load_balance", "moe_num_experts_by_layer"), "needs the same number of experts in all layers")
+        yield from self._ramp_problems()
         if "lore_balance" in self.moe_losses and not (self.moe_expert_type == "structmoe" and self.moe_lore_routed):
             yield Problem(("moe_losses.lore_balance", "moe_expert_type"), "needs moe_expert_type: structmoe with routed LoREs")
+
+    def _ramp_problems(self) -> Iterator[Problem]:
+        for name, parts in self.moe_loss_ramp.items():
+            key = f"moe_loss_ramp.{name}"
+            if name not in self.moe_losses:
+                yield Problem((key, "moe_losses"), "must be a loss that moe_losses names")
+            if len(parts) != 2 or not 0 <= parts[0] <= parts[1] <= 1:
+                yield Problem(
+                    (key,), "must be two numbers from 0 to 1, the smaller one first: where the coefficient starts to rise and where it ends"
+                )
 
     def _library_problems(self) -> Iterator[Problem]:
         """What a library that computes dispatch and experts together cannot do."""

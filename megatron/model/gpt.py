@@ -137,6 +137,10 @@ class GPT(nn.Module):
             if (balance := getattr(moe.router, "balance", None)) is not None:
                 balance.update(load_E[: moe.context.num_experts])
 
+    def weigh_losses(self, coefficients: Sequence[float]) -> None:
+        """Sets the coefficients of the auxiliary losses, in the order of `moe_losses`, for the forwards that follow."""
+        self.coefficients = tuple(coefficients)
+
     def enable_activation_checkpointing(self, num_layers: int = 1, kept: KeptInputs = AS_THEY_ARE) -> None:
         """In training, keeps only the inputs of each group of `num_layers` layers, as `kept` says. The backward computes the other values again."""
         if num_layers < 1:

@@ -44,7 +44,12 @@ def path(tmp_path: Path) -> Path:
 
 def test_the_same_architecture(path: Path) -> None:
     check_architecture(path, flat())
-    check_architecture(path, flat(seq_length=16, hidden_dropout=0.1, moe_losses={"z_loss": 0.1}, train_batch_size=32, precision="bfloat16"))
+    check_architecture(
+        path,
+        flat(
+            seq_length=16, hidden_dropout=0.1, moe_losses={"z_loss": 0.1}, moe_block_wise_temperature=4.0, train_batch_size=32, precision="bfloat16"
+        ),
+    )
 
 
 @pytest.mark.parametrize(

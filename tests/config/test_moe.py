@@ -49,7 +49,11 @@ UNROUTED = "moe_expert_type: structmoe\nmoe_lore_rank: 8\nmoe_lore_routed: false
             UNROUTED + "moe_lore_normalize: true",
             ["4: 'moe_lore_normalize' has no effect with moe_lore_routed: false, because then no router chooses LoREs"],
         ),
-        ("moe_block_wise_temperature: 2.0", ["1: 'moe_block_wise_temperature' has no effect, because moe_losses does not name block_wise_selection"]),
+        (
+            "moe_block_wise_temperature: 2.0",
+            ["1: 'moe_block_wise_temperature' has no effect, because moe_losses does not name block_wise_selection or neighbour_selection"],
+        ),
+        ("moe_losses: {neighbour_selection: 0.1}\nmoe_block_wise_temperature: 2.0", []),
         (
             "moe_router_type: top_p\nmoe_top_k: 2",
             ["2: 'moe_top_k' has no effect with moe_router_type top_p; this router chooses the number of experts itself"],

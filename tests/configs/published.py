@@ -128,6 +128,7 @@ VOCABULARIES = {
     "Llama 3": 128_256,
     "Mistral": 32_000,
     "sotu": 8_192,
+    "sotu2k": 2_048,
     "DeepSeekMoE": 8_192,
     "T5": 32_100,
 }

@@ -296,6 +296,15 @@ STRUCTMOE = {**EXPERTS, "moe_expert_type": "structmoe", "moe_num_lores": 4, "moe
 SEVERAL = {"load_balance": 0.01, JOINT: 0.02, "z_loss": 0.001}
 
 
+def test_an_export_of_our_own_class_says_what_it_does_not_compute(tmp_path: Path, export: Any) -> None:
+    losses = {"load_balance": 0.01, "neighbour_selection": 0.1, "lore_balance": 0.01}
+    _, _, made = exported(tmp_path, export, {**STRUCTMOE, "moe_losses": losses})
+    assert made.notices == (
+        "StructMoEForCausalLM does not compute lore_balance, neighbour_selection: if you train this export in transformers, these losses are not "
+        "added.",
+    )
+
+
 @pytest.mark.parametrize("losses", [{JOINT: 0.02}, SEVERAL, {"z_loss": 0.003, JOINT: 0.1}], ids=str)
 def test_our_own_class_adds_what_we_add(losses: dict[str, float], tmp_path: Path, export: Any) -> None:
     gpt, theirs, made = exported(tmp_path, export, {**STRUCTMOE, "moe_losses": losses})

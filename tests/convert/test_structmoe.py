@@ -142,7 +142,7 @@ def test_tables_of_relative_positions_that_differ_between_layers() -> None:
 
 
 def test_losses_that_are_not_computed_there_still_come_back() -> None:
-    losses = {"load_balance": 0.01, "block_wise_selection": 0.1, "lore_balance": 0.02}
+    losses = {"load_balance": 0.01, "neighbour_selection": 0.1, "lore_balance": 0.02}
     config: NeoXConfig = tiny_config(**{**STRUCTMOE, "moe_losses": losses, "moe_block_wise_temperature": 2.0})
     keys = StructMoE().keys(StructMoE().settings(Source(config, VOCAB)))
     assert keys["moe_losses"] == losses

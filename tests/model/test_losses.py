@@ -55,12 +55,23 @@ def block_wise(z: np.ndarray, chosen: list[list[int]], tau: float, k: int) -> fl
     return (hard // 2) / (B * k * (S - 1)) * soft / (B * S)
 
 
+def neighbours(z: np.ndarray, chosen: list[list[int]]) -> float:
+    """The mean of -log p over the choices of each token's neighbours in its sequence."""
+    costs = []
+    for t in range(T):
+        for other in (t - 1, t + 1):
+            if 0 <= other < T and other // S == t // S:
+                costs += [-np.log(p_of(z[t])[e]) for e in chosen[other]]
+    return float(np.mean(costs))
+
+
 DEFINITIONS: dict[str, Callable[[np.ndarray, list[list[int]], int], float]] = {
     "load_balance": lambda z, chosen, k: load_balance(z, chosen, range(T)),
     "sequence_load_balance": lambda z, chosen, k: sum(load_balance(z, chosen, range(b * S, (b + 1) * S)) for b in range(B)) / B,
     "global_load_balance": lambda z, chosen, k: load_balance(z, chosen, range(T)),
     "joint_load_balance": lambda z, chosen, k: sum(map(len, chosen)) / T * load_balance(z, chosen, range(T)),
     "block_wise_selection": lambda z, chosen, k: block_wise(z, chosen, 1.0, k),
+    "neighbour_selection": lambda z, chosen, k: neighbours(z, chosen),
     "entropy": lambda z, chosen, k: -sum(p * np.log(p) for t in range(T) for p in p_of(z[t])) / T,
     "z_loss": lambda z, chosen, k: sum(np.log(sum(np.exp(z[t]))) ** 2 for t in range(T)) / T,
 }
@@ -110,6 +121,22 @@ class TestBlockWiseSelection:
     def test_a_sequence_of_one_token_costs_nothing(self) -> None:
         routing = routing_of(draw(T, E), 1)._replace(batch_shape=(T, 1))
         assert loss("block_wise_selection", routing).item() == 0
+
+
+class TestNeighbourSelection:
+    def test_the_same_experts_for_all_cost_log_k_and_equal_logits_cost_log_e(self) -> None:
+        same_TE = torch.tensor([[50.0, 50, 0, 0]]).double().expand(T, E)
+        assert loss("neighbour_selection", routing_of(same_TE, 2)).item() == pytest.approx(np.log(2))
+        assert loss("neighbour_selection", routing_of(torch.zeros(T, E).double(), 2)).item() == pytest.approx(np.log(E))
+
+    def test_the_temperature_multiplies_the_logits(self) -> None:
+        logit_TE = draw(T, E)
+        chosen = routing_of(logit_TE, 2).expert_TK
+        hot = loss("neighbour_selection", routing_of(logit_TE, 2, chosen), temperature=3.0)
+        assert hot.item() == pytest.approx(neighbours(3 * logit_TE.numpy(), chosen.tolist()))
+
+    def test_a_sequence_of_one_token_costs_nothing(self) -> None:
+        assert loss("neighbour_selection", routing_of(draw(T, E), 1)._replace(batch_shape=(T, 1))).item() == 0
 
 
 def test_balance_within_each_sequence_is_stricter_than_over_all() -> None:

@@ -141,6 +141,13 @@ def block_wise(chosen_BSE: Tensor, logit_BSE: Tensor) -> Tensor:
     return replaced / (chosen_BSE.sum().item() / length * (length - 1)) * soft
 
 
+def neighbours(chosen_BSE: Tensor, logit_BSE: Tensor) -> Tensor:
+    """The cross entropy of each token's router with the choices of the tokens beside it."""
+    log_BSE = torch.log(torch.softmax(TAU * logit_BSE, -1))
+    total = (chosen_BSE[:, :-1] * log_BSE[:, 1:]).sum() + (chosen_BSE[:, 1:] * log_BSE[:, :-1]).sum()
+    return -total / (chosen_BSE[:, :-1].sum() + chosen_BSE[:, 1:].sum())
+
+
 def lore_balance(rows_E: Tensor, lores: LoreRouting) -> Tensor:
     total, first = torch.zeros(()), 0
     for rows in rows_E.tolist():
@@ -161,6 +168,7 @@ def losses_by_definition(routing: Routing, lores: tuple[Tensor, LoreRouting], ba
         "sequence_load_balance": torch.stack([switch(*one) for one in by_sequence]).mean(),
         "global_load_balance": switch(chosen_TE, probability_TE, count_E),
         "block_wise_selection": block_wise(*(part.unflatten(0, (batch, -1)) for part in (chosen_TE, routing.logit_TE))),
+        "neighbour_selection": neighbours(*(part.unflatten(0, (batch, -1)) for part in (chosen_TE, routing.logit_TE))),
         "lore_balance": lore_balance(*lores),
         "entropy": -(probability_TE * probability_TE.log()).sum(-1).mean(),
         "z_loss": torch.logsumexp(routing.logit_TE, -1).square().mean(),

@@ -18,6 +18,8 @@ COEFFICIENT, Z_COEFFICIENT = "router_aux_loss_coef", "router_z_loss_coef"
 JOINT = "joint_load_balance"
 BY_LAYER = ("load_balance", "sequence_load_balance", "global_load_balance")
 """Our balance losses that look at one layer at a time."""
+NOT_IN_THE_CLASS = ("lore_balance", "neighbour_selection")
+"""Losses that our own class for transformers does not compute."""
 
 
 def balance_setting(source: Source) -> float:
@@ -42,7 +44,7 @@ def export_notices(source: Source, architecture: Architecture) -> Iterator[str]:
     used = [loss for loss, coefficient in moe.moe_losses.items() if coefficient and moe.has_experts]
     settings = architecture.settings(source) if used else {}
     if "moe_losses" in settings:
-        known: tuple[str, ...] = tuple(loss for loss in used if loss != "lore_balance")
+        known: tuple[str, ...] = tuple(loss for loss in used if loss not in NOT_IN_THE_CLASS)
     else:
         known = (JOINT, *BY_LAYER) if COEFFICIENT in settings else ()
     if left := [loss for loss in used if loss not in known]:

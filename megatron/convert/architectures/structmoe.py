@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron.config.model import ModelConfig
-from megatron.config.moe import MoEConfig
+from megatron.config.moe import TEMPERED_LOSSES, MoEConfig
 from megatron.convert.architecture import Code, Source
 from megatron.convert.architectures.settings import head_dim_keys
 from megatron.convert.architectures.weights import attention
@@ -215,7 +215,7 @@ def _moe_keys(config: Any) -> dict[str, Any]:
     }
     if len(set(counts)) > 1:
         keys |= {"moe_num_experts": None, "moe_num_experts_by_layer": counts}
-    if "block_wise_selection" not in keys["moe_losses"]:
+    if keys["moe_losses"].keys().isdisjoint(TEMPERED_LOSSES):
         del keys["moe_block_wise_temperature"]
     return {key: value for key, value in keys.items() if value is not None}
 

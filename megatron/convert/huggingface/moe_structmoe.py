@@ -294,7 +294,7 @@ LOSSES: dict[str, Callable[[Decision], Tensor]] = {
     "entropy": entropy_loss,
     "block_wise_selection": block_wise_selection_loss,
 }
-"""The auxiliary losses of one layer that are computed here: all but lore_balance."""
+"""The auxiliary losses of one layer that are computed here: all but lore_balance and neighbour_selection."""
 
 
 JOINT = "joint_load_balance"

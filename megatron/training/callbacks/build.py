@@ -24,6 +24,7 @@ from megatron.training.callbacks.communication import CommunicationCallback
 from megatron.training.callbacks.evaluate import EvaluateCallback
 from megatron.training.callbacks.labels import LabelsCallback
 from megatron.training.callbacks.log import FlopsPerToken, LogCallback
+from megatron.training.callbacks.loss_ramp import LossRampCallback
 from megatron.training.callbacks.noise_scale import NoiseScaleCallback
 from megatron.training.callbacks.norms import NormsCallback, measures
 from megatron.training.callbacks.plot import PlotCallback
@@ -46,6 +47,8 @@ def build_callbacks(trainer: Trainer, loaded: LoadedConfig, sinks: Sequence[Sink
     flops = FlopsPerToken(flops_per_token(*given), again)
     metrics_file, picture = metrics_path(config.logging, config.checkpoint.save), plot_path(config.logging, config.checkpoint.save)
     callbacks: list[Callback] = []
+    if config.moe.moe_loss_ramp:
+        callbacks.append(LossRampCallback(config.moe))
     if metrics_file is not None and picture is not None:
         callbacks.append(PlotCallback(metrics_file, picture))
     callbacks += [
