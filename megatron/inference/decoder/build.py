@@ -130,7 +130,6 @@ class _Builder:
         return CompiledMLP(*(compiled.Linear(part) for part in mlp_parts(mlp, self.model, self.store, given)))
 
     def _experts(self, layer: MoELayer, given: Input) -> CompiledExperts:
-        dtype = next(layer.router.parameters()).dtype
         for beside in layer.beside:
             if type(beside) not in (SharedExpert, GatedSharedExpert):
                 raise NotServed(f"a {type(beside).__name__} beside the experts")
@@ -142,10 +141,10 @@ class _Builder:
         compute = compiled.Experts(experts_part(experts, store, choice, router, given))
         shared = [self._shared(beside, given) for beside in layer.beside]
         if slotted is not None and router is not None:
-            return OffloadedExperts(compute, shared, slotted)
+            return OffloadedExperts(compute, shared, layer, slotted)
         if slotted is not None:
             raise NotServed(f"offloaded experts behind a {type(layer.router).__name__}")
-        return CompiledExperts(compute, shared) if router is not None else ModuleRouted(compute, shared, layer.router, dtype)
+        return (CompiledExperts if router is not None else ModuleRouted)(compute, shared, layer)
 
     def _choice(self, router: Any) -> tuple[Choice, Matrix | None]:
         """(The rule, the router's matrix; None if the model's own router chooses.)"""

@@ -10,6 +10,10 @@ import torch
 
 from megatron.inference.decoder.runner import CompiledRunner
 from megatron.inference.decoder.steps import OffloadedExperts
+from megatron.inference.offload.counters import total
+from megatron.inference.offload.record import Recorder
+from megatron.inference.offload.simulate import simulate
+from megatron.inference.offload.units import moe_layers
 from megatron.inference.runner import ModuleRunner, Runner, build_runner
 from megatron.kernels.compiled import load as load_kernels
 from tests.inference.offload.conftest import KINDS, load, write_model
@@ -52,3 +56,21 @@ def test_what_only_the_models_forward_can_do_is_done_by_it(structmoe: dict[str, 
         runner = build_runner(load(structmoe, **changes))
         assert type(runner) is ModuleRunner
         assert all_logits(runner).equal(forward)
+
+
+@pytest.mark.parametrize("kind", ["gated", "structmoe"])
+def test_the_routing_is_recorded_and_the_simulator_counts_as_the_engine_does(kind: str, tmp_path: Path) -> None:
+    keys = write_model(tmp_path / "run", KINDS[kind])
+    compiled, forward = load(keys, slots=4, policy="lru"), load({**keys, "kernel_backends": {"decode": "reference"}}, slots=4, policy="lru")
+    traces = []
+    for ready in (compiled, forward):
+        runner, recorder = build_runner(ready), Recorder(moe_layers(ready.gpt))
+        state = runner.open(30)
+        tokens = [int(runner.prefill(state, [1]).argmax())]  # a prompt of one token: longer ones may be computed row by row
+        for _ in range(12):
+            tokens.append(int(runner.decode([state], tokens[-1:])[0].argmax()))
+        traces.append(recorder.trace())
+    assert traces[0].step_T.tolist() == traces[1].step_T.tolist()
+    assert traces[0].expert_TLK.tolist() == traces[1].expert_TLK.tolist()
+    assert compiled.offloaded is not None
+    assert total(simulate(traces[0], policy="lru", slots=4)).hits == total(compiled.offloaded.counters).hits > 0
