@@ -72,7 +72,7 @@ def plot(runs: list[dict[str, Any]], picture: Path) -> None:
     for run in (run for run in runs if "against" in run):
         base = next(other for other in runs if other["run"] == run["against"])
         x, y = 100 * run["expert_replacement"] / base["expert_replacement"], 100 * (run["loss"] / base["loss"] - 1)
-        axis.plot(x, y, "o", color="#08519c" if base is runs[0] else "#d94801")
+        axis.plot(x, y, "o", color="#d94801" if base["run"] == "mixtral" else "#08519c")
         axis.annotate(run["run"], (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axis.set(xlabel="expert replacement, % of the model without the loss", ylabel="loss on held-out text, % more", xlim=(0, 110), ylim=(-0.5, None))
     axis.legend()
