@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -26,6 +27,8 @@ from megatron.data.input.reading import read_documents
 from megatron.data.input.recognise import compression_taken, container_taken, form_taken
 from megatron.data.progress import Reporter
 from megatron.data.tokenizer.lost import lost_text
+from megatron.inference.decoder.int8 import round_to_int8
+from megatron.inference.decoder.parts import NotServed
 from megatron.inference.errors import InferenceError
 from megatron.inference.model import ReadyModel, load_ready_model
 from megatron.inference.prompts import read_text
@@ -46,9 +49,12 @@ def evaluate(config: NeoXConfig, console: Console, reporter: Reporter) -> Path |
     ready = load_ready_model(config)
     log.info("%s, windows of %d tokens that move by %d.", ready.description, ready.context_length, stride)
     scores = {name: _score(ready, name, text, stride=stride, reporter=reporter) for name, text in texts.items()}
+    rounded = _rounded_scores(ready, texts, stride=stride, reporter=reporter) if ready.decoding.weights == "int8" else {}
     if current_groups().pipe.rank > 0:
         return None
-    console.print(results_table(scores))
+    console.print(results_table(scores | {f"{name}, int8 weights": score for name, score in rounded.items()}))
+    for name, score in rounded.items():
+        log.info("%s: int8 weights change the perplexity by %+.3f %%.", name, 100 * (score.perplexity / scores[name].perplexity - 1))
     first = "a uniform guess" if ready.tokenizer.eod is None else "predicted from the end-of-document token"
     log.info(
         "Loss is in nats per token. Bits per byte is -log2 p of all tokens, divided by the bytes of the UTF-8 text; the first token is %s.", first
@@ -59,7 +65,7 @@ def evaluate(config: NeoXConfig, console: Console, reporter: Reporter) -> Path |
         else:
             what = "changes this text (decoding its tokens does not give the same text)"
         log.warning("%s: the tokenizer %s, so its bits per byte do not count the whole text.", name, what)
-    path = write_results(results_path(config.evaluation.eval_results_prefix), results(ready, scores, stride))
+    path = write_results(results_path(config.evaluation.eval_results_prefix), results(ready, scores, stride, rounded))
     log.info("Results written to %s.", path)
     return path
 
@@ -114,8 +120,10 @@ def is_plain_text(path: Path, *, force_json: bool) -> bool:
         return not packed and not force_json and form_taken(start, kind, None, "auto")[0] is None
 
 
-def results(ready: ReadyModel, scores: Mapping[str, TextScore], stride: int) -> dict[str, Any]:
-    """The content of the results file."""
+def results(
+    ready: ReadyModel, scores: Mapping[str, TextScore], stride: int, rounded: Mapping[str, TextScore] = MappingProxyType({})
+) -> dict[str, Any]:
+    """The content of the results file. `rounded`: the scores with int8 weights, where they were asked for."""
     entries = {
         name: {
             "tokens": score.tokens,
@@ -124,6 +132,7 @@ def results(ready: ReadyModel, scores: Mapping[str, TextScore], stride: int) -> 
             "perplexity": score.perplexity,
             "bits_per_byte": score.bits_per_byte,
             "exact": score.exact,
+            **({"perplexity_int8": rounded[name].perplexity} if name in rounded else {}),
             **({"lost_characters": sum(len(piece) * times for piece, times in score.lost.items())} if score.lost else {}),
         }
         for name, score in scores.items()
@@ -162,6 +171,15 @@ def write_results(path: Path, content: Mapping[str, Any]) -> Path:
             temporary.unlink()
         raise InferenceError(f"eval_results_prefix: {path} cannot be written: {why}.") from error
     return path
+
+
+def _rounded_scores(ready: ReadyModel, texts: Mapping[str, str], *, stride: int, reporter: Reporter) -> dict[str, TextScore]:
+    """The scores after the model's weights were rounded to int8. The model stays rounded. Raises InferenceError where the decoder cannot run it."""
+    try:
+        round_to_int8(ready.gpt, ready.sizes, ready.tokenizer.vocab_size)
+    except NotServed as error:
+        raise InferenceError(f"inference_weights: int8 cannot be measured: the compiled decoder cannot serve {error}.") from error
+    return {name: _score(ready, f"{name} with int8 weights", text, stride=stride, reporter=reporter) for name, text in texts.items()}
 
 
 def _score(ready: ReadyModel, name: str, text: str, *, stride: int, reporter: Reporter) -> TextScore:

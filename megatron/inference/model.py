@@ -135,7 +135,9 @@ def _offloaded(config: NeoXConfig, tokenizer: Tokenizer, path: Path, expected: E
     if config.checkpoint.checkpoint_validation_with_forward_pass:
         log.info("%s", _compare_logits(config, loaded.gpt, path, loaded.client_state.get(forward_check.KEY)))
     stops = find_stop_tokens(tokenizer.token_to_id, folder_of(config.data), tokenizer.eod)
-    return ReadyModel(loaded.gpt, tokenizer, config.model, device, path, loaded.client_state.get("iteration"), stops, _decoding(config), loaded.offloaded)
+    return ReadyModel(
+        loaded.gpt, tokenizer, config.model, device, path, loaded.client_state.get("iteration"), stops, _decoding(config), loaded.offloaded
+    )
 
 
 def _decoding(config: NeoXConfig) -> Decoding:
