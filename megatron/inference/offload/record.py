@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron.inference.offload.errors import OffloadError
 from megatron.inference.offload.trace import Numbers, Trace
+from megatron.inference.routing_trace import RoutingTrace
 from megatron.kernels.permute import sort_by_group
 from megatron.model.moe.dispatch.local import Computed, LocalPlan
 from megatron.model.moe.layer import MoELayer
@@ -68,6 +69,22 @@ class Recorder:
         lore_TLKM = np.stack([np.concatenate(self._lores[number]) for number in numbers], 1)
         inner = max(cast(int, layer.experts.num_lores) // layer.context.num_experts for layer in self._layers.values())
         return Trace(step_T, numbers, expert_TLK, count, lore_TLKM, inner)
+
+
+def trace_of_calls(calls: RoutingTrace, layers: Mapping[int, MoELayer]) -> Trace:
+    """What a runner says about its calls, whichever runner it is. `layers`: the model's, by number. Raises OffloadError where there was no call."""
+    if not calls.calls:
+        raise OffloadError("No token was generated, so there is no routing to record.")
+    lengths = [len(call[0].expert_TK) for call in calls.calls]
+    step_T = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
+    chosen = calls.layers()
+    expert_TLK = _stacked([layer.expert_TK.cpu().numpy().astype(np.int64) for layer in chosen])
+    count = max(layer.context.num_experts for layer in layers.values())
+    lores = [layer.lore_TKL.cpu().numpy().astype(np.int64) for layer in chosen if layer.lore_TKL is not None]
+    if len(lores) < len(chosen):
+        return Trace(step_T, sorted(layers), expert_TLK, count)
+    inner = max(cast(int, layer.experts.num_lores) // layer.context.num_experts for layer in layers.values())
+    return Trace(step_T, sorted(layers), expert_TLK, count, np.stack(lores, 1), inner)
 
 
 class _Watched:
