@@ -82,7 +82,6 @@ def measure(work: Work) -> Measured:
         return pool.submit(measure_here, work).result()
 
 
-@torch.inference_mode()
 def measure_here(work: Work) -> Measured:
     """Does the work in this process."""
     torch.set_num_threads(work.threads)

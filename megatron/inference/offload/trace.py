@@ -123,6 +123,8 @@ def checked(trace: Trace, path: Path) -> Trace:
     if trace.num_experts > MOST_EXPERTS:
         raise OffloadError(f"{path} names {trace.num_experts:,} experts of a layer: at most {MOST_EXPERTS:,} are possible. Record it again.")
     lowest, highest = int(trace.expert_TLK.min()), int(trace.expert_TLK.max())
+    if highest < 0:
+        raise OffloadError(f"{path} names no expert, so there is nothing to replay.")
     if lowest < -1 or highest >= trace.num_experts:
         wrong = highest if highest >= trace.num_experts else lowest
         raise OffloadError(f"{path} names expert {wrong}, and a layer has experts from 0 to {trace.num_experts - 1} (num_experts).")

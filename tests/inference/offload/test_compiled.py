@@ -13,6 +13,7 @@ from rich.console import Console
 from megatron.inference.decoder.runner import CompiledRunner
 from megatron.inference.decoder.steps import OffloadedExperts
 from megatron.inference.errors import InferenceError
+from megatron.inference.offload.measure import Work, measure_here
 from megatron.inference.offload.record import Recorder, trace_of_calls
 from megatron.inference.offload.trace import read_trace
 from megatron.inference.offload.units import moe_layers
@@ -99,3 +100,10 @@ def test_the_trace_of_a_runners_calls_is_the_recorders(kind: str, tmp_path: Path
             if expected.lore_TLKM is not None:
                 assert found.steps(layer, granularity="lore") == expected.steps(layer, granularity="lore")
         assert (found.num_experts, found.num_lores) == (expected.num_experts, expected.num_lores)
+
+
+def test_measuring_a_model_in_another_format_than_its_checkpoint(gated: dict[str, Any]) -> None:
+    """The reading threads convert what they read, which they may not do to tensors that were made in inference mode."""
+    found = measure_here(Work({**gated, "precision": "bfloat16"}, ["Fellow citizens"], new=4, threads=torch.get_num_threads(), offload={"slots": 2}))
+    assert found.slots == 2
+    assert found.counters["selections"] > 0

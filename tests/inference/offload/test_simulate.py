@@ -246,6 +246,16 @@ def test_numbers_of_another_program_that_cannot_be_experts(tmp_path: Path) -> No
     (tmp_path / "answer.json").write_text('{"choices": [{"routed_experts": [[[999999999]]]}]}')
     with pytest.raises(OffloadError, match="names 1,000,000,000 experts of a layer"):
         read_any_trace(tmp_path / "answer.json")
+    (tmp_path / "none.jsonl").write_text('{"layer": 0, "step": 0, "top_indices": [[-5]]}\n')
+    with pytest.raises(OffloadError, match=r"none\.jsonl names no expert"):
+        read_any_trace(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(OffloadError, match=r"empty\.jsonl holds no record of a decoder layer\.$"):
         read_any_trace(tmp_path / "empty.jsonl")
+
+
+@pytest.mark.parametrize("length", [0, -4])
+def test_a_window_without_a_token_is_refused(length: int) -> None:
+    trace = Trace(np.arange(3), [0], np.array([[[0]], [[1]], [[0]]]), 2)
+    with pytest.raises(OffloadError, match=f"--windows: {length} was given, and a window has at least 1 token"):
+        locality(trace, windows=(2, length))
