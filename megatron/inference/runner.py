@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron.inference.errors import InferenceError
 from megatron.inference.model import ReadyModel
 from megatron.inference.routing_trace import RoutingTrace
+from megatron.kernels.registry import KernelUnavailable
 from megatron.model.attention import LayerCache, build_cache
 
 log = logging.getLogger(__name__)
@@ -105,10 +106,22 @@ def build_runner(ready: ReadyModel) -> Runner:
     """
     from megatron.inference.decoder.runner import build_compiled_runner, reason_against
 
-    reason = reason_against(ready)
+    reason = _offload_reason(ready) or reason_against(ready)
     if reason is None:
         return build_compiled_runner(ready)
     if ready.decoding.weights == "int8":
         raise InferenceError(f"inference_weights: int8 needs the compiled decoder, and it cannot run: {reason}.")
+    if ready.decoding.backend == "compiled":
+        raise KernelUnavailable(f"kernel_backends: {{decode: compiled}} cannot run: {reason}. Remove it, or write decode: auto.")
     log.info("new tokens: the model's own forward (%s).", reason)
     return ModuleRunner(ready)
+
+
+def _offload_reason(ready: ReadyModel) -> str | None:
+    """Why experts that move need the model's own forward. It alone is what a recorder sees, and a trace's steps are its calls. None: they do not."""
+    options = None if ready.offloaded is None else ready.offloaded.options
+    if options is not None and options.record is not None:
+        return "expert_offload.record writes down the calls of the forward"
+    if options is not None and options.policy == "belady":
+        return "expert_offload.policy: belady needs the calls that its trace was recorded from"
+    return None

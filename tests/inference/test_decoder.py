@@ -229,6 +229,8 @@ def test_models_that_are_not_served_say_why() -> None:
     assert "weights in float16 on cpu" in str(reason_against(half))
     with pytest.raises(InferenceError, match=r"inference_weights: int8 needs the compiled decoder, and it cannot run: .*float16"):
         build_runner(ready_model({}, {}, torch.float16, decoding=Decoding(weights="int8")))
+    with pytest.raises(KernelUnavailable, match=r"kernel_backends: \{decode: compiled\} cannot run: .*float16.*Remove it, or write decode: auto"):
+        build_runner(ready_model({}, {}, torch.float16, decoding=Decoding(backend="compiled")))
 
 
 def test_the_configuration_can_ask_for_the_models_own_forward() -> None:

@@ -141,10 +141,10 @@ class _Builder:
         compute = compiled.Experts(experts_part(experts, store, choice, router, given))
         shared = [self._shared(beside, given) for beside in layer.beside]
         if slotted is not None and router is not None:
-            return OffloadedExperts(compute, shared, layer, slotted)
+            return OffloadedExperts(compute, shared, slotted)
         if slotted is not None:
             raise NotServed(f"offloaded experts behind a {type(layer.router).__name__}")
-        return (CompiledExperts if router is not None else ModuleRouted)(compute, shared, layer)
+        return CompiledExperts(compute, shared) if router is not None else ModuleRouted(compute, shared, layer.router)
 
     def _choice(self, router: Any) -> tuple[Choice, Matrix | None]:
         """(The rule, the router's matrix; None if the model's own router chooses.)"""

@@ -45,12 +45,14 @@ def reason_against(ready: ReadyModel) -> str | None:
     Raises KernelUnavailable where the configuration names it and it cannot run on the device.
     """
     chosen = choose(OP, ready.decoding.backend, ready.device.type)
+    if ready.decoding.backend == "reference":
+        return "kernel_backends: {decode: reference} asks for it"
     if chosen.runs != "compiled":
-        return chosen.because or f"it is on {ready.device.type}"
+        return chosen.because or f"the model is on {ready.device.type}"
     try:
         check_served(ready.gpt)
     except NotServed as error:
-        return f"compiled: cannot serve {error}"
+        return f"the compiled kernels do not serve {error}"
     return None
 
 
@@ -61,7 +63,8 @@ def build_compiled_runner(ready: ReadyModel) -> CompiledRunner:
     if store is not None:
         store.release(ready.gpt)
     others = "".join(f"; by the model's own modules: {what}, in {count} layers" for what, count in decoder.modules.items())
-    log.info("new tokens: compiled, %s weights%s.", "int8" if store else "shared", others)
+    kept = "shared" if store is None else "int8" if ready.offloaded is None else "int8 (but for the experts that move)"
+    log.info("new tokens: compiled, %s weights%s.", kept, others)
     return CompiledRunner(ready, decoder, whole_prompts=store is not None)
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from megatron.inference.offload.experts import SlottedExperts
-from megatron.inference.offload.record import Watched
 from megatron.kernels.decode import compiled
 from megatron.kernels.decode.interface import Input, Routed
 from megatron.kernels.decode.reference import prepared
@@ -162,8 +161,8 @@ class SharedMLP:
 class CompiledExperts:
     """Router and experts in one call, with shared experts around it."""
 
-    def __init__(self, experts: compiled.Experts, shared: Sequence[SharedMLP], layer: MoELayer) -> None:
-        self.experts, self.shared, self.layer = experts, shared, layer
+    def __init__(self, experts: compiled.Experts, shared: Sequence[SharedMLP]) -> None:
+        self.experts, self.shared = experts, shared
         self._routed: dict[int, Routed] = {}
 
     def __call__(self, x_ND: Tensor, rows: Rows) -> None:
@@ -180,12 +179,6 @@ class CompiledExperts:
     def compute(self, x_ND: Tensor, routed: Routed, rows: Rows) -> None:
         """Chooses experts and adds their results to x."""
         self.experts(x_ND, x_ND, x_ND, routed, rows.threads)
-        self.record(routed)
-
-    def record(self, routed: Routed) -> None:
-        """Tells whoever records the layer's routing."""
-        if isinstance(self.layer.dispatcher, Watched):
-            self.layer.dispatcher.take(chosen_by(routed))
 
     def _room(self, rows: int) -> Routed:
         if rows not in self._routed:
@@ -196,35 +189,33 @@ class CompiledExperts:
 class ModuleRouted(CompiledExperts):
     """The model's own router, then the experts in one call."""
 
-    def __init__(self, experts: compiled.Experts, shared: Sequence[SharedMLP], layer: MoELayer) -> None:
-        super().__init__(experts, shared, layer)
-        self.dtype = next(layer.router.parameters()).dtype
+    def __init__(self, experts: compiled.Experts, shared: Sequence[SharedMLP], router: nn.Module) -> None:
+        super().__init__(experts, shared)
+        self.router, self.dtype = router, next(router.parameters()).dtype
 
     def compute(self, x_ND: Tensor, routed: Routed, rows: Rows) -> None:
         """See CompiledExperts."""
-        routing = self.layer.router(prepared(self.experts.part.input, x_ND).to(self.dtype))
+        routing = self.router(prepared(self.experts.part.input, x_ND).to(self.dtype))
         routed.expert_Nk.copy_(routing.expert_TK)
         routed.weight_Nk.copy_(routing.weight_TK)
         self.experts.compute(x_ND, x_ND, x_ND, routed, rows.threads)
-        self.record(routed)
 
 
 class OffloadedExperts(CompiledExperts):
     """Experts that are made resident between the router and the product. Rows that need more experts than there are slots go one after the other."""
 
-    def __init__(self, experts: compiled.Experts, shared: Sequence[SharedMLP], layer: MoELayer, slotted: SlottedExperts) -> None:
-        super().__init__(experts, shared, layer)
+    def __init__(self, experts: compiled.Experts, shared: Sequence[SharedMLP], slotted: SlottedExperts) -> None:
+        super().__init__(experts, shared)
         self.slotted = slotted
 
     def compute(self, x_ND: Tensor, routed: Routed, rows: Rows) -> None:
         """See CompiledExperts."""
         self.experts.route(x_ND, routed, rows.threads)
-        fits = len(x_ND) == 1 or len(routed.expert_Nk.unique()) <= self.slotted.slab.num_experts
+        fits = len(x_ND) == 1 or len(routed.expert_Nk.unique()) <= self.slotted.slots.table.slots
         for part in [slice(None)] if fits else [slice(n, n + 1) for n in range(len(x_ND))]:
             own, x = Routed(*(t[part] for t in routed)), x_ND[part]
             slot_NK = self.slotted.acquire(own.expert_Nk, prepared(self.experts.part.input, x))
             self.experts.compute(x, x, x, own, rows.threads, slot_Nk=slot_NK)
-            self.record(own)
 
 
 def chosen_by(routed: Routed) -> Chosen:

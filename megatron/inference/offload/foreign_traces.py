@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron.config.disk import explained
 from megatron.inference.offload.errors import OffloadError
-from megatron.inference.offload.trace import Numbers, Trace, read_trace
+from megatron.inference.offload.trace import Numbers, Trace, checked, read_trace
 
 NPY = b"\x93NUMPY"
 
@@ -33,10 +33,12 @@ def read_any_trace(path: Path, *, num_experts: int | None = None) -> Trace:
         if start.startswith(b"PK"):
             return read_trace(path)
         if start == NPY:
-            return vllm_trace([np.load(path, allow_pickle=False)], num_experts=num_experts, where=path)
+            return checked(vllm_trace([np.load(path, allow_pickle=False)], num_experts=num_experts, where=path), path)
         if path.suffix == ".jsonl":
-            return megatron_trace(path, num_experts=num_experts)
-        return vllm_trace(list(_arrays_of_response(path)), num_experts=num_experts, where=path)
+            return checked(megatron_trace(path, num_experts=num_experts), path)
+        return checked(vllm_trace(list(_arrays_of_response(path)), num_experts=num_experts, where=path), path)
+    except OffloadError:
+        raise
     except OSError as error:
         raise OffloadError(f"{path} cannot be read: {explained(error, path)}.") from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:

@@ -25,10 +25,11 @@ from megatron.inference.model import ReadyModel, load_ready_model
 from megatron.inference.offload.counters import Counters, total
 from megatron.inference.offload.locality import locality
 from megatron.inference.offload.offloaded import Offloaded
-from megatron.inference.offload.record import Recorder
+from megatron.inference.offload.record import trace_of_calls
 from megatron.inference.offload.table import Move
 from megatron.inference.offload.trace import Trace
 from megatron.inference.offload.units import moe_layers
+from megatron.inference.routing_trace import RoutingTrace
 from megatron.inference.runner import Runner, build_runner
 
 FETCHES = 24
@@ -81,7 +82,6 @@ def measure(work: Work) -> Measured:
         return pool.submit(measure_here, work).result()
 
 
-@torch.inference_mode()
 def measure_here(work: Work) -> Measured:
     """Does the work in this process."""
     torch.set_num_threads(work.threads)
@@ -90,19 +90,18 @@ def measure_here(work: Work) -> Measured:
     prompts = [tokens[: work.prompt] for text in work.texts if len(tokens := ready.tokenizer.encode(text)) >= work.prompt]
     if not prompts:
         raise InferenceError(f"No text has {work.prompt} tokens, so there is no prompt. Give longer texts.")
-    runner, recorder = build_runner(ready), Recorder(moe_layers(ready.gpt))
+    runner, calls = build_runner(ready), RoutingTrace()
     _generate(runner, prompts[0], min(8, work.new))
-    recorder.clear()
     times, counted = list[float](), Counters()
     for prompt in prompts:
         state = runner.open(len(prompt) + work.new)
-        token = int(runner.prefill(state, prompt).argmax())
+        token = int(runner.prefill(state, prompt, calls).argmax())
         before, begun = _counters(ready), time.perf_counter()
         for _ in range(work.new - 1):
-            token = int(runner.decode([state], [token])[0].argmax())
+            token = int(runner.decode([state], [token], calls)[0].argmax())
         times.append((time.perf_counter() - begun) / max(1, work.new - 1))
         counted = counted.plus(_counters(ready).minus(before))
-    trace = recorder.trace()
+    trace = trace_of_calls(calls, moe_layers(ready.gpt))
     found = locality(trace, windows=())
     offloaded = ready.offloaded
     return Measured(

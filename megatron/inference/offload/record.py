@@ -14,10 +14,11 @@ from torch import Tensor
 
 from megatron.inference.offload.errors import OffloadError
 from megatron.inference.offload.trace import Numbers, Trace
+from megatron.inference.routing_trace import RoutingTrace
 from megatron.kernels.permute import sort_by_group
 from megatron.model.moe.dispatch.local import Computed, LocalPlan
 from megatron.model.moe.layer import MoELayer
-from megatron.model.moe.routing import Chosen, LoreRouting, Routing
+from megatron.model.moe.routing import LoreRouting, Routing
 
 
 class Recorder:
@@ -30,7 +31,7 @@ class Recorder:
         self._lengths: list[int] = []
         self._first = min(self._layers)
         for number, layer in self._layers.items():
-            layer.dispatcher = cast(Any, Watched(layer.dispatcher, self, number))
+            layer.dispatcher = cast(Any, _Watched(layer.dispatcher, self, number))
 
     def add(self, layer: int, routing: Routing, lores: LoreRouting | None, num_experts: int) -> None:
         """A call of a layer."""
@@ -43,14 +44,6 @@ class Recorder:
         if lores is not None:
             self._lores[layer].append(_by_token(routing, lores, num_experts).cpu().numpy().astype(np.int64))
 
-    def add_chosen(self, layer: int, chosen: Chosen) -> None:
-        """A call of code that does not use the layer's dispatcher."""
-        if layer == self._first:
-            self._lengths.append(len(chosen.expert_TK))
-        self._experts[layer].append(chosen.expert_TK.numpy().astype(np.int64))
-        if chosen.lore_TKL is not None:
-            self._lores[layer].append(chosen.lore_TKL.numpy().astype(np.int64))
-
     def clear(self) -> None:
         """Forgets what was recorded so far."""
         self._lengths.clear()
@@ -60,7 +53,7 @@ class Recorder:
     def stop(self) -> None:
         """Takes the recorder out of the model."""
         for layer in self._layers.values():
-            if isinstance(layer.dispatcher, Watched):
+            if isinstance(layer.dispatcher, _Watched):
                 layer.dispatcher = layer.dispatcher.inner
 
     def trace(self) -> Trace:
@@ -78,7 +71,23 @@ class Recorder:
         return Trace(step_T, numbers, expert_TLK, count, lore_TLKM, inner)
 
 
-class Watched:
+def trace_of_calls(calls: RoutingTrace, layers: Mapping[int, MoELayer]) -> Trace:
+    """What a runner says about its calls, whichever runner it is. `layers`: the model's, by number. Raises OffloadError where there was no call."""
+    if not calls.calls:
+        raise OffloadError("No token was generated, so there is no routing to record.")
+    lengths = [len(call[0].expert_TK) for call in calls.calls]
+    step_T = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
+    chosen = calls.layers()
+    expert_TLK = _stacked([layer.expert_TK.cpu().numpy().astype(np.int64) for layer in chosen])
+    count = max(layer.context.num_experts for layer in layers.values())
+    lores = [layer.lore_TKL.cpu().numpy().astype(np.int64) for layer in chosen if layer.lore_TKL is not None]
+    if len(lores) < len(chosen):
+        return Trace(step_T, sorted(layers), expert_TLK, count)
+    inner = max(cast(int, layer.experts.num_lores) // layer.context.num_experts for layer in layers.values())
+    return Trace(step_T, sorted(layers), expert_TLK, count, np.stack(lores, 1), inner)
+
+
+class _Watched:
     """A dispatcher whose decisions are written down."""
 
     def __init__(self, inner: Any, recorder: Recorder, layer: int) -> None:
@@ -90,10 +99,6 @@ class Watched:
         computed: Computed = self.inner.run(x_TD, routing, experts)
         self._recorder.add(self._layer, routing, computed.lores, self.num_experts)
         return computed
-
-    def take(self, chosen: Chosen) -> None:
-        """What a call chose that did not come through `run`."""
-        self._recorder.add_chosen(self._layer, chosen)
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, LocalPlan]:
         """(x_RD sorted by expert, plan); nothing is written down."""

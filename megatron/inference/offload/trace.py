@@ -13,7 +13,9 @@ Shapes: T tokens; L layers with experts; K experts per token; M LoREs per expert
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,8 @@ from megatron.inference.offload.policies import Steps
 
 Numbers = npt.NDArray[np.int64]
 FORMAT = 1
+MOST_EXPERTS = 65_536
+"""Of one layer. More would be a damaged file, and tables for them would fill the memory."""
 
 
 class Trace(NamedTuple):
@@ -90,10 +94,19 @@ def read_trace(path: Path) -> Trace:
     try:
         with np.load(path, allow_pickle=False) as content:
             held = {name: content[name] for name in content.files}
+        return checked(_trace_in(path, held), path)
+    except OffloadError:
+        raise
     except OSError as error:
         raise OffloadError(f"{path} cannot be read: {explained(error, path)}.") from error
-    except (ValueError, EOFError) as error:
-        raise OffloadError(f"{path} is no routing trace: {' '.join(str(error).split())[:200]}.") from error
+    except (EOFError, zipfile.BadZipFile, zlib.error):
+        reason = "the file is damaged or was cut short"
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):  # among them text, and what only pickle could read
+        reason = "it does not hold the arrays of a trace"
+    raise OffloadError(f"{path} is no routing trace: {reason}. Record it again with expert_offload.record.")
+
+
+def _trace_in(path: Path, held: Mapping[str, Any]) -> Trace:
     missing = {"format", "step_T", "layer_L", "expert_TLK", "num_experts"} - set(held)
     if missing or int(held["format"]) != FORMAT or held["expert_TLK"].ndim != 3 or len(held["step_T"]) != len(held["expert_TLK"]):
         raise OffloadError(f"{path} is no routing trace of this version ({', '.join(sorted(missing)) or 'its arrays'} missing or of another form).")
@@ -101,3 +114,18 @@ def read_trace(path: Path) -> Trace:
     layers = [int(layer) for layer in held["layer_L"]]
     counts = int(held["num_experts"]), int(held.get("num_lores", 0))
     return Trace(held["step_T"].astype(np.int64), layers, held["expert_TLK"].astype(np.int64), counts[0], lores, counts[1])
+
+
+def checked(trace: Trace, path: Path) -> Trace:
+    """The trace itself. Raises OffloadError for one without tokens, or with numbers that no layer's experts can have."""
+    if not trace.expert_TLK.size:
+        raise OffloadError(f"{path} holds no token, so there is nothing to replay.")
+    if trace.num_experts > MOST_EXPERTS:
+        raise OffloadError(f"{path} names {trace.num_experts:,} experts of a layer: at most {MOST_EXPERTS:,} are possible. Record it again.")
+    lowest, highest = int(trace.expert_TLK.min()), int(trace.expert_TLK.max())
+    if highest < 0:
+        raise OffloadError(f"{path} names no expert, so there is nothing to replay.")
+    if lowest < -1 or highest >= trace.num_experts:
+        wrong = highest if highest >= trace.num_experts else lowest
+        raise OffloadError(f"{path} names expert {wrong}, and a layer has experts from 0 to {trace.num_experts - 1} (num_experts).")
+    return trace

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from megatron.inference.decoder.runner import CompiledRunner
 from megatron.inference.decoder.steps import OffloadedExperts
+from megatron.inference.errors import InferenceError
 from megatron.inference.offload.counters import total
-from megatron.inference.offload.record import Recorder
+from megatron.inference.offload.measure import Work, measure_here
+from megatron.inference.offload.record import Recorder, trace_of_calls
 from megatron.inference.offload.simulate import simulate
+from megatron.inference.offload.trace import read_trace
 from megatron.inference.offload.units import moe_layers
+from megatron.inference.routing_trace import RoutingTrace
 from megatron.inference.runner import ModuleRunner, Runner, build_runner
 from megatron.kernels.compiled import load as load_kernels
 from tests.inference.offload.conftest import KINDS, load, write_model
@@ -52,25 +58,73 @@ def test_policies(policy: str, prefetch: bool, gated: dict[str, Any]) -> None:
 def test_what_only_the_models_forward_can_do_is_done_by_it(structmoe: dict[str, Any]) -> None:
     """Then the logits are those of the model's forward, bit for bit."""
     forward = all_logits(build_runner(load({**structmoe, "kernel_backends": {"decode": "reference"}})))
-    for changes in ({"granularity": "lore", "slots": 4}, {"misses": "in_place", "slots": 2, "policy": "static"}):
+    record = {"slots": 2, "policy": "lru", "record": "not_written.npz"}
+    for changes in ({"granularity": "lore", "slots": 4}, {"misses": "in_place", "slots": 2, "policy": "static"}, record):
         runner = build_runner(load(structmoe, **changes))
         assert type(runner) is ModuleRunner
         assert all_logits(runner).equal(forward)
 
 
 @pytest.mark.parametrize("kind", ["gated", "structmoe"])
-def test_the_routing_is_recorded_and_the_simulator_counts_as_the_engine_does(kind: str, tmp_path: Path) -> None:
+def test_the_simulator_counts_as_the_engine_does(kind: str, tmp_path: Path) -> None:
+    ready = load(write_model(tmp_path / "run", KINDS[kind]), slots=4, policy="lru")
+    runner, calls = build_runner(ready), RoutingTrace()
+    state = runner.open(30)
+    tokens = [int(runner.prefill(state, [1], calls).argmax())]  # a prompt of one token: longer ones may be computed row by row
+    for _ in range(12):
+        tokens.append(int(runner.decode([state], tokens[-1:], calls)[0].argmax()))
+    assert ready.offloaded is not None
+    simulated = total(simulate(trace_of_calls(calls, moe_layers(ready.gpt)), policy="lru", slots=4))
+    assert simulated.hits == total(ready.offloaded.counters).hits > 0
+
+
+def test_one_slot_is_enough_where_a_token_uses_one_expert(tmp_path: Path) -> None:
+    """The slab has room for two even then."""
+    keys = write_model(tmp_path / "run", {**KINDS["gated"], "moe_top_k": 1})
+    assert all_logits(build_runner(load(keys, slots=1, policy="lru"))).equal(all_logits(build_runner(load(keys))))
+
+
+def test_belady_makes_the_calls_of_its_trace(gated: dict[str, Any], tmp_path: Path) -> None:
+    """A trace is recorded from the model's forward. The compiled decoder calls the layers for several texts at once, which are other steps."""
+    trace = tmp_path / "trace.npz"
+    recorded = load(gated, slots=2, policy="lru", record=str(trace))
+    wanted = all_logits(build_runner(recorded))
+    assert recorded.offloaded is not None
+    recorded.offloaded.finish(Console(file=io.StringIO()))
+    assert read_trace(trace).tokens == (3 + 11 + 19) + 3 * 4  # of the prompts, and every new token
+    assert all_logits(build_runner(load(gated, slots=2, policy="belady", trace=str(trace)))).equal(wanted)
+
+
+def test_int8_and_a_record_cannot_be_combined(gated: dict[str, Any]) -> None:
+    with pytest.raises(InferenceError, match=r"int8 needs the compiled decoder, and it cannot run: expert_offload\.record writes down the calls"):
+        build_runner(load({**gated, "inference_weights": "int8"}, slots=2, record="not_written.npz"))
+
+
+@pytest.mark.parametrize("kind", ["plain", "structmoe", "by layer"])
+def test_the_trace_of_a_runners_calls_is_the_recorders(kind: str, tmp_path: Path) -> None:
     keys = write_model(tmp_path / "run", KINDS[kind])
-    compiled, forward = load(keys, slots=4, policy="lru"), load({**keys, "kernel_backends": {"decode": "reference"}}, slots=4, policy="lru")
-    traces = []
-    for ready in (compiled, forward):
-        runner, recorder = build_runner(ready), Recorder(moe_layers(ready.gpt))
+    whole = load(keys)
+    recorder = Recorder(moe_layers(whole.gpt))
+    traces = [RoutingTrace(), RoutingTrace()]
+    for runner, calls in zip((ModuleRunner(whole), build_runner(load(keys))), traces, strict=True):
         state = runner.open(30)
-        tokens = [int(runner.prefill(state, [1]).argmax())]  # a prompt of one token: longer ones may be computed row by row
-        for _ in range(12):
-            tokens.append(int(runner.decode([state], tokens[-1:])[0].argmax()))
-        traces.append(recorder.trace())
-    assert traces[0].step_T.tolist() == traces[1].step_T.tolist()
-    assert traces[0].expert_TLK.tolist() == traces[1].expert_TLK.tolist()
-    assert compiled.offloaded is not None
-    assert total(simulate(traces[0], policy="lru", slots=4)).hits == total(compiled.offloaded.counters).hits > 0
+        runner.prefill(state, range(1, 6), calls)
+        for token in (5, 9, 40):
+            runner.decode([state], [token], calls)
+    expected = recorder.trace()
+    for calls in traces:
+        found = trace_of_calls(calls, moe_layers(whole.gpt))
+        assert (found.step_T == expected.step_T).all()
+        assert list(found.layers) == list(expected.layers)
+        for layer in found.layers:
+            assert found.steps(layer) == expected.steps(layer)
+            if expected.lore_TLKM is not None:
+                assert found.steps(layer, granularity="lore") == expected.steps(layer, granularity="lore")
+        assert (found.num_experts, found.num_lores) == (expected.num_experts, expected.num_lores)
+
+
+def test_measuring_a_model_in_another_format_than_its_checkpoint(gated: dict[str, Any]) -> None:
+    """The reading threads convert what they read, which they may not do to tensors that were made in inference mode."""
+    found = measure_here(Work({**gated, "precision": "bfloat16"}, ["Fellow citizens"], new=4, threads=torch.get_num_threads(), offload={"slots": 2}))
+    assert found.slots == 2
+    assert found.counters["selections"] > 0

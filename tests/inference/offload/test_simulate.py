@@ -200,3 +200,62 @@ def test_the_command_line(gated: dict[str, Any], tool: Callable[[str], Any], tmp
     assert not any(entry["slots"] == 1 for entry in numbers["simulation"])  # one token needs two experts
     assert main([str(tmp_path / "missing")]) == 1
     assert "missing cannot be read: No such file or directory" in capsys.readouterr().err
+
+
+def whole_trace(**changes: Any) -> dict[str, Any]:
+    content = {
+        "format": np.int64(1),
+        "step_T": np.arange(2),
+        "layer_L": np.array([0]),
+        "expert_TLK": np.array([[[1]], [[3]]]),
+        "num_experts": np.int64(4),
+    }
+    return {**content, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"expert_TLK": np.array([[[1]], [[7]]])}, r"names expert 7, and a layer has experts from 0 to 3 \(num_experts\)\.$"),
+        ({"expert_TLK": np.array([[[1]], [[-5]]])}, "names expert -5, and a layer has experts from 0 to 3"),
+        ({"expert_TLK": np.zeros((0, 1, 1), np.int64), "step_T": np.zeros(0, np.int64)}, "holds no token, so there is nothing to replay"),
+        ({"num_experts": np.int64(10**9)}, "names 1,000,000,000 experts of a layer: at most 65,536 are possible"),
+        ({"format": np.array(["x", "y"])}, r"is no routing trace: it does not hold the arrays of a trace\. Record it again"),
+    ],
+)
+def test_a_trace_with_impossible_numbers(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "trace.npz", **whole_trace())
+    assert read_any_trace(tmp_path / "trace.npz").tokens == 2
+    np.savez(tmp_path / "trace.npz", **whole_trace(**changes))
+    for read in (read_trace, read_any_trace):
+        with pytest.raises(OffloadError, match=message):
+            read(tmp_path / "trace.npz")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 garbage", b"SMOEPACK garbage", b"\x93NUMPY\x01\x00 garbage"])
+def test_a_damaged_trace_is_named_without_advice_to_load_it_unsafely(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "trace.npz").write_bytes(content)
+    with pytest.raises(OffloadError, match=r"trace\.npz is no routing trace: .*\. Record it again with expert_offload\.record\.$") as raised:
+        read_trace(tmp_path / "trace.npz")
+    assert "pickle" not in str(raised.value)
+    with pytest.raises(OffloadError, match=r"trace\.npz is no routing trace"):
+        read_any_trace(tmp_path / "trace.npz")
+
+
+def test_numbers_of_another_program_that_cannot_be_experts(tmp_path: Path) -> None:
+    (tmp_path / "answer.json").write_text('{"choices": [{"routed_experts": [[[999999999]]]}]}')
+    with pytest.raises(OffloadError, match="names 1,000,000,000 experts of a layer"):
+        read_any_trace(tmp_path / "answer.json")
+    (tmp_path / "none.jsonl").write_text('{"layer": 0, "step": 0, "top_indices": [[-5]]}\n')
+    with pytest.raises(OffloadError, match=r"none\.jsonl names no expert"):
+        read_any_trace(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(OffloadError, match=r"empty\.jsonl holds no record of a decoder layer\.$"):
+        read_any_trace(tmp_path / "empty.jsonl")
+
+
+@pytest.mark.parametrize("length", [0, -4])
+def test_a_window_without_a_token_is_refused(length: int) -> None:
+    trace = Trace(np.arange(3), [0], np.array([[[0]], [[1]], [[0]]]), 2)
+    with pytest.raises(OffloadError, match=f"--windows: {length} was given, and a window has at least 1 token"):
+        locality(trace, windows=(2, length))
