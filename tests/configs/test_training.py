@@ -66,7 +66,7 @@ def test_a_few_steps(name: str, steps: int, corpus: Path, tmp_path: Path) -> Non
     metrics = tmp_path / "metrics.jsonl"
     data = {"data_path": corpus, "tokenizer_type": "CharLevelTokenizer", "num_workers": 0, "eval_iters": 0, "metrics_file": metrics}
     smaller["train_iters"] = steps
-    others = {key: "null" for key in given if key in ("vocab_file", "save") or key.endswith(("_data_paths", "_data_weights"))}
+    others = {key: "null" for key in given if key in ("vocab_file", "save", "load", "iteration") or key.endswith(("_data_paths", "_data_weights"))}
     others |= {key: "false" for key in ("fp16.enabled", "resume_if_exists") if key.split(".")[0] in given}
     loaded = load_config([name], [f"{key}={value}" for key, value in {**smaller, **others, **data}.items()], CONFIGS)
     from megatron.training.run import train

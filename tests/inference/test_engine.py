@@ -226,8 +226,8 @@ class NarrowRunner(ModuleRunner):
 
     gone = -1
 
-    def decode(self, states: Sequence[TextState], tokens: Sequence[int]) -> Tensor:
-        logits_NV = super().decode(states, tokens)
+    def decode(self, states: Sequence[TextState], tokens: Sequence[int], trace: RoutingTrace | None = None) -> Tensor:
+        logits_NV = super().decode(states, tokens, trace)
         if len(states) > 1 or tokens[0] == self.gone:
             raise InferenceError("The experts do not fit." if len(states) > 1 else "The expert file is gone.")
         return logits_NV

@@ -60,5 +60,5 @@ def test_the_config_names_ops_that_exist() -> None:
     found = {choice.part: choice.runs for choice in choose_backends({"permute": "reference"}, "cpu")}
     assert found == {name: op.choose("auto", "cpu") for name, op in OPS.items()} | {"permute": "reference"}
     assert [choice.part for choice in choose_backends({}, "cpu", ["route"])] == ["route"]
-    with pytest.raises(KernelUnavailable, match="there is no op 'grouped_gem'; known: attention, dispatch, experts, grouped_gemm"):
+    with pytest.raises(KernelUnavailable, match="there is no op 'grouped_gem'; known: attention, decode, dispatch, experts, grouped_gemm"):
         choose_backends({"grouped_gem": "auto"}, "cpu")

@@ -35,11 +35,11 @@ def expected(running: Served, prompt: str, count: int = 6) -> str:
     return tokenizer.decode(argmax_without_cache(running.ready, tokenizer.encode(prompt), count))
 
 
-def all_at_once(running: Served, prompts: Sequence[str]) -> list[httpx.Response]:
+def all_at_once(running: Served, prompts: Sequence[str], tokens: int = 3) -> list[httpx.Response]:
     async def ask() -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=len(prompts))
         async with httpx.AsyncClient(base_url=running.url, limits=limits, timeout=120) as client:
-            return await asyncio.gather(*(client.post("/v1/completions", json=body(prompt, max_tokens=3)) for prompt in prompts))
+            return await asyncio.gather(*(client.post("/v1/completions", json=body(prompt, max_tokens=tokens)) for prompt in prompts))
 
     return asyncio.run(ask())
 
@@ -166,7 +166,7 @@ def test_several_requests_are_decoded_together(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(server_module, "build_runner", Watched)
     with served(max_running=4) as running:
-        all_at_once(running, [f"text {number}" for number in range(8)])
+        all_at_once(running, [f"text {number}" for number in range(8)], tokens=12)  # longer than it takes to read the other prompts
     assert max(sizes) == 4
 
 
