@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import NamedTuple
 
@@ -72,6 +73,29 @@ def say_what_failed(folder: Path, failed: Ended | None) -> None:
     sys.stderr.write("".join(f"{sentence}\n" for sentence in sentences if sentence is not None))
 
 
+class Events:
+    """What happens, in order, for one reader. Threads and signal handlers may put events at any moment; a pipe wakes the reader."""
+
+    def __init__(self) -> None:
+        self._events: deque[Ended | int] = deque()
+        self._read, self.wakeup = os.pipe()
+        os.set_blocking(self.wakeup, False)
+
+    def put(self, event: Ended | int) -> None:
+        """Adds an event."""
+        self._events.append(event)
+        with suppress(BlockingIOError):  # a full pipe wakes the reader too
+            os.write(self.wakeup, b"e")
+
+    def get(self, timeout: float | None) -> Ended | int | None:
+        """The next event; None if nothing happens for `timeout` seconds (None: waits for ever)."""
+        while not self._events:
+            if not select.select([self._read], [], [], timeout)[0]:
+                return None
+            os.read(self._read, 4096)
+        return self._events.popleft()
+
+
 class Workers:
     """Workers that run, and what has happened to them. Only `hear` may be called by a signal handler."""
 
@@ -85,7 +109,7 @@ class Workers:
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         """By process id."""
         self._groups: list[int] = []
-        self._events: SimpleQueue[Ended | int] = SimpleQueue()
+        self._events = Events()
         self._deadlines: list[tuple[float, int]] = []
         """When the workers that still run get which signal; the next one first."""
         self._stopped_at = 0.0
@@ -93,7 +117,7 @@ class Workers:
     def run(self, commands: Sequence[Command]) -> None:
         """Starts them and waits until all have ended. What they have started and left behind gets SIGTERM."""
         try:
-            with signals_to(self.hear):
+            with signals_to(self.hear, self._events.wakeup):
                 for command in commands:
                     self._start(command)
                 while self._running:
@@ -123,9 +147,8 @@ class Workers:
 
     def _wait_for_event(self) -> None:
         """Acts on the next event, or on the next deadline."""
-        try:
-            event = self._events.get(timeout=max(0.0, self._deadlines[0][0] - time.monotonic()) if self._deadlines else None)
-        except Empty:
+        event = self._events.get(max(0.0, self._deadlines[0][0] - time.monotonic()) if self._deadlines else None)
+        if event is None:
             self._send(self._deadlines.pop(0)[1])
             return
         if isinstance(event, Ended):
@@ -166,15 +189,21 @@ class Workers:
 
 
 @contextmanager
-def signals_to(handler: signal._HANDLER) -> Iterator[None]:
-    """SIGINT and SIGTERM call the handler; one that is ignored stays ignored."""
+def signals_to(handler: signal._HANDLER, wakeup: int = -1) -> Iterator[None]:
+    """SIGINT and SIGTERM call the handler; one that is ignored stays ignored.
+
+    `wakeup`: a pipe that a signal writes to at once. The kernel may give a signal to another thread, and a handler waits until the main thread runs.
+    Without the pipe, the main thread could stay in a call for ever. -1: no pipe.
+    """
     heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    earlier_wakeup = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
     before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+        signal.set_wakeup_fd(earlier_wakeup)
 
 
 def start_in_session(argv: Sequence[str], env: Mapping[str, str], without_parent: signal.Signals = signal.SIGTERM) -> subprocess.Popen[bytes]:
