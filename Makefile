@@ -20,6 +20,8 @@ quickstart := -d configs quickstart.yml
 WORKERS ?= 2
 # A worker takes one half of the tests in their order, so that what the tests of a file share is made once; who is done first takes over from the other.
 SPREAD := -n $(WORKERS) --dist worksteal
+# Several workers with threads of their own share the cores: a thread that waits for others sleeps, so that it does not take a core from them.
+PYTEST := OMP_WAIT_POLICY=passive $(python) -m pytest
 # More arguments for pytest, e.g. make test ARGS="tests/config -k alias"
 ARGS ?=
 
@@ -56,13 +58,13 @@ train: setup-run ## prepare data, train a small language model, evaluate it and 
 
 .PHONY: test
 test: setup ## run the tests (CPU, without the slow ones)
-	@$(python) -m pytest $(SPREAD) $(ARGS)
+	@$(PYTEST) $(SPREAD) $(ARGS)
 
 # ---------------------------------------------------------------- checks
 
 .PHONY: test-all
 test-all: setup ## run the tests, the slow ones included
-	@$(python) -m pytest $(SPREAD) -m 'not gpu' $(ARGS)
+	@$(PYTEST) $(SPREAD) -m 'not gpu' $(ARGS)
 
 .PHONY: test-gpu
 test-gpu: setup ## run the tests that need a CUDA device

@@ -125,15 +125,15 @@ class Worker {
   void route() {
     const Part part = part_of(op.choice.C, 4, thread, threads);
     for (int64_t c = part.first; c < part.end; c++) {
-      multiply(op.router, c, c + 1, x.of(op.router.format), op.N, op.D, row_buffer());
-      for (int64_t n = 0; n < op.N; n++) s.logits[n * op.choice.C + c] = row_buffer()[n];
+      multiply(op.router, c, c + 1, x.of(op.router.format), op.N, op.D, products);
+      for (int64_t n = 0; n < op.N; n++) s.logits[n * op.choice.C + c] = products[n];
     }
   }
 
-  void choose(int64_t* expert, float* weight) {
+  void choose() {
     for (int64_t n = 0; n < op.N; n++) {
       std::memcpy(scores, s.logits + n * op.choice.C, op.choice.C * sizeof(float));
-      choose_row(op.choice, scores, expert + n * op.choice.K, weight + n * op.choice.K);
+      choose_row(op.choice, scores, op.expert + n * op.choice.K, op.weight + n * op.choice.K);
     }
   }
 
@@ -143,10 +143,9 @@ class Worker {
     const Part part = part_of(s.P * rows, 1, thread, threads);
     for (int64_t unit = part.first; unit < part.end;) {
       const int64_t p = unit / rows, from = unit % rows;
-      int64_t end = rows < from + (part.end - unit) ? rows : from + (part.end - unit);
-      end = end < from + BLOCK ? end : from + BLOCK;
+      const int64_t most = part.end - unit < BLOCK ? part.end - unit : BLOCK;
       const int64_t n = s.pairs[p] / op.choice.K, start = first(p, from);
-      end = end < last_of(p, from, end, start, first) ? end : last_of(p, from, end, start, first);
+      const int64_t end = last_of(p, from, rows < from + most ? rows : from + most, start, first);
       multiply(matrix, start, start + end - from, x.of(matrix.format) + n * op.D, 1, op.D, products);
       for (int64_t i = from; i < end; i++) take(p, i, products[i - from]);
       unit += end - from;
@@ -253,8 +252,6 @@ class Worker {
   const float* inputs[2];
   float *gathered, *hidden[2], *products, *factor, *row, *plain_row, *scores;
 
-  float* row_buffer() { return products; }
-
   static int64_t place_in(const DecodeMatrix& matrix, int64_t k, int64_t n) {
     return Dtype(matrix.format) == Dtype::bfloat16 ? few_rows::place<bf16>(k, n) : k;
   }
@@ -334,7 +331,7 @@ void arrange_thin(Layer& layer) {
 }
 
 // The phases of a call. After each of them the threads wait for each other.
-void work(Layer& layer, int64_t* choice, float* weight) {
+void work(Layer& layer) {
   const DecodeExperts& op = layer.op;
   Worker worker(layer);
   worker.prepare();
@@ -342,7 +339,7 @@ void work(Layer& layer, int64_t* choice, float* weight) {
     worker.route();
 #pragma omp barrier
 #pragma omp single
-    worker.choose(choice, weight);
+    worker.choose();
   }
   if (!op.compute) return;
 #pragma omp single
@@ -385,7 +382,7 @@ void decode_experts(const DecodeExperts& op) {
   layer.pairs = scratch<int64_t, 73>(P + P * L), layer.lore = layer.pairs + P;
   layer.active = scratch<Active, 74>(P);
 #pragma omp parallel num_threads(op.threads) if (op.threads > 1)
-  work(layer, op.expert, op.weight);
+  work(layer);
 }
 
 }  // namespace NEOX_ISA

@@ -160,7 +160,18 @@ inline void dots(const W* matrix, int64_t apart, const float* x, int64_t x_strid
     }
 }
 
-constexpr int64_t BLOCK = 64;  // rows whose quarters are read side by side
+// Rows of a matrix in blocks of BLOCK. In a block, AT_ONCE rows are read side by side: far from each other, or neighbours where a row is so short that
+// its stream would end before memory has begun to bring it.
+constexpr int64_t BLOCK = 64;
+constexpr int64_t SHORT_ROW = 2048;  // bytes
+struct Grouping {
+  int64_t apart, step;  // between the rows of a group, and between the first rows of two groups
+};
+template <class W>
+inline Grouping grouping(int64_t rows, int64_t at_once, int64_t n) {
+  if (n * int64_t(sizeof(W)) < SHORT_ROW) return {1, at_once};
+  return {rows / at_once, 1};
+}
 
 // out[r] = ROWS rows of the matrix times all rows of x, two at a time. While the second two are multiplied, memory is free to bring the next row.
 template <class W, int ROWS>
@@ -177,14 +188,15 @@ inline void dots_with_all(const W* matrix, int64_t apart, const float* x, int64_
 template <class W>
 inline void dots_of(const W* matrix, int64_t rows, const float* x, int64_t right, int64_t x_stride, int64_t n, float* out, int64_t out_stride) {
   for (int64_t first = 0; first < rows; first += BLOCK) {
-    const int64_t here = rows - first < BLOCK ? rows - first : BLOCK, at_once = right == 1 ? 8 : 4, apart = here / at_once;
+    const int64_t here = rows - first < BLOCK ? rows - first : BLOCK, at_once = right == 1 ? 8 : 4, groups = here / at_once;
+    const Grouping grouped = grouping<W>(here, at_once, n);
     const W* block = matrix + first * n;
     float* to = out + first * out_stride;
-    for (int64_t o = 0; o < apart; o++) {
-      if (right == 1) dots<W, 8, 1>(block + o * n, apart, x, x_stride, n, to + o * out_stride, out_stride);
-      else dots_with_all<W, 4>(block + o * n, apart, x, right, x_stride, n, to + o * out_stride, out_stride);
+    for (int64_t g = 0, o = 0; g < groups; g++, o += grouped.step) {
+      if (right == 1) dots<W, 8, 1>(block + o * n, grouped.apart, x, x_stride, n, to + o * out_stride, out_stride);
+      else dots_with_all<W, 4>(block + o * n, grouped.apart, x, right, x_stride, n, to + o * out_stride, out_stride);
     }
-    for (int64_t o = apart * at_once; o < here; o++) dots_with_all<W, 1>(block + o * n, 0, x, right, x_stride, n, to + o * out_stride, out_stride);
+    for (int64_t o = groups * at_once; o < here; o++) dots_with_all<W, 1>(block + o * n, 0, x, right, x_stride, n, to + o * out_stride, out_stride);
   }
 }
 
@@ -220,11 +232,13 @@ inline void add_rows_to(const W* matrix, int64_t apart, int64_t n, const float* 
 template <class W>
 inline void add_rows_of(const W* matrix, int64_t rows, int64_t n, const float* factor, int64_t factor_stride, float* y, int64_t right, int64_t y_stride) {
   for (int64_t first = 0; first < rows; first += BLOCK) {
-    const int64_t here = rows - first < BLOCK ? rows - first : BLOCK, apart = here / 4;
+    const int64_t here = rows - first < BLOCK ? rows - first : BLOCK, groups = here / 4;
+    const Grouping grouped = grouping<W>(here, 4, n);
     const W* block = matrix + first * n;
     const float* by = factor + first * factor_stride;
-    for (int64_t f = 0; f < apart; f++) add_rows_to<W, 4>(block + f * n, apart, n, by + f * factor_stride, factor_stride, y, right, y_stride);
-    for (int64_t f = apart * 4; f < here; f++) add_rows_to<W, 1>(block + f * n, 0, n, by + f * factor_stride, factor_stride, y, right, y_stride);
+    for (int64_t g = 0, f = 0; g < groups; g++, f += grouped.step)
+      add_rows_to<W, 4>(block + f * n, grouped.apart, n, by + f * factor_stride, factor_stride, y, right, y_stride);
+    for (int64_t f = groups * 4; f < here; f++) add_rows_to<W, 1>(block + f * n, 0, n, by + f * factor_stride, factor_stride, y, right, y_stride);
   }
 }
 

@@ -112,8 +112,7 @@ class _Builder:
             return ModuleAttention(norm, module, index)
         fused = fused._replace(matrix=self.store(module.query_key_value.weight))
         dense = linear_part(module.dense, self.store)
-        cache = module.dense.weight.dtype if module.dense.weight.numel() else torch.bfloat16
-        return CompiledAttention(compiled.Linear(fused), compiled.Attention(part, cache), compiled.Linear(dense), index)
+        return CompiledAttention(compiled.Linear(fused), compiled.Attention(part, module.dense.weight.dtype), compiled.Linear(dense), index)
 
     def _feed_forward(self, mlp: nn.Module, norm: nn.Module) -> FeedForward:
         try:
@@ -136,14 +135,14 @@ class _Builder:
         slotted = layer.experts if type(layer.experts) is SlottedExperts else None
         experts = layer.experts if slotted is None else slotted.slab
         choice, router = self._choice(layer.router)
+        if slotted is not None and router is None:
+            raise NotServed(f"offloaded experts behind a {type(layer.router).__name__}")
         experts_part(experts, as_it_lies, choice, router, given)  # before any weight is stored in another format
         store = as_it_lies if slotted is not None else self.store
         compute = compiled.Experts(experts_part(experts, store, choice, router, given))
         shared = [self._shared(beside, given) for beside in layer.beside]
-        if slotted is not None and router is not None:
-            return OffloadedExperts(compute, shared, slotted)
         if slotted is not None:
-            raise NotServed(f"offloaded experts behind a {type(layer.router).__name__}")
+            return OffloadedExperts(compute, shared, slotted)
         return CompiledExperts(compute, shared) if router is not None else ModuleRouted(compute, shared, layer.router)
 
     def _choice(self, router: Any) -> tuple[Choice, Matrix | None]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron.inference.decoder.build import Decoder, as_it_lies, build_decoder, check_served
 from megatron.inference.decoder.int8 import Int8Store
 from megatron.inference.decoder.parts import NotServed
-from megatron.inference.decoder.steps import Buffer, Rows
+from megatron.inference.decoder.steps import Rows
 from megatron.inference.model import ReadyModel
 from megatron.inference.routing_trace import RoutingTrace
 from megatron.inference.runner import ModuleRunner, TextState
@@ -26,9 +26,8 @@ from megatron.model.positions import Places
 
 log = logging.getLogger(__name__)
 ROWS = 16
-"""Most tokens of a prompt that one call of the kernels reads: more rows need more time each than the model's own forward."""
-SHORT_PROMPT = 16
-"""Prompts of at most so many tokens go through the kernels too: they read every weight once, as the model's forward does."""
+"""Most tokens of a prompt that one call of the kernels reads. Longer prompts go through the model's own forward, if its weights are there: for many
+tokens it needs less time."""
 
 
 @dataclass
@@ -75,8 +74,7 @@ class CompiledRunner(ModuleRunner):
         """`whole_prompts`: the kernels read all prompts, because the model's own weights are gone."""
         super().__init__(ready)
         self._decoder = decoder
-        self._longest = ready.context_length if whole_prompts else SHORT_PROMPT
-        self._logits = Buffer(decoder.head.rows)
+        self._longest = ready.context_length if whole_prompts else ROWS
 
     def open(self, capacity: int) -> PlacedState:
         """See Runner."""
@@ -91,12 +89,12 @@ class CompiledRunner(ModuleRunner):
         for begin in range(0, len(tokens), ROWS):
             part = tokens[begin : begin + ROWS]
             hidden_ND = self._advance([state] * len(part), part, trace)
-        return self._head(hidden_ND[-1:])[0].clone()
+        return self._head(hidden_ND[-1:])[0]
 
     @torch.inference_mode()
     def decode(self, states: Sequence[TextState], tokens: Sequence[int], trace: RoutingTrace | None = None) -> Tensor:
         """See Runner. All texts go through the model together."""
-        return self._head(self._advance(states, tokens, trace)).clone()
+        return self._head(self._advance(states, tokens, trace))
 
     def _advance(self, states: Sequence[TextState], tokens: Sequence[int], trace: RoutingTrace | None) -> Tensor:
         """hidden_ND after the last layer. A text that is named several times gets its tokens in order."""
@@ -127,6 +125,6 @@ class CompiledRunner(ModuleRunner):
         return Rows(lengths, rooms, caches, addresses, torch.get_num_threads(), [] if chosen else None)
 
     def _head(self, hidden_ND: Tensor) -> Tensor:
-        logits_NV = self._logits(len(hidden_ND))
-        self._decoder.head(hidden_ND.contiguous(), logits_NV, torch.get_num_threads())
+        logits_NV = torch.empty(len(hidden_ND), self._decoder.head.rows)
+        self._decoder.head(hidden_ND, logits_NV, torch.get_num_threads())
         return logits_NV

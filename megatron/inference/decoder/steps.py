@@ -45,14 +45,13 @@ class Buffer:
     """float32 memory of one width for any number of rows, kept from call to call."""
 
     def __init__(self, width: int) -> None:
-        self.width = width
-        self._kept: dict[int, Tensor] = {}
+        self._memory = torch.empty(0, width)
 
     def __call__(self, rows: int) -> Tensor:
         """[rows, width], with any numbers in it."""
-        if rows not in self._kept:
-            self._kept[rows] = torch.empty(rows, self.width)
-        return self._kept[rows]
+        if len(self._memory) < rows:
+            self._memory = torch.empty(rows, self._memory.shape[1])
+        return self._memory[:rows]
 
 
 class AttentionStep(Protocol):
