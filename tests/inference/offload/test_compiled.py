@@ -128,3 +128,15 @@ def test_measuring_a_model_in_another_format_than_its_checkpoint(gated: dict[str
     found = measure_here(Work({**gated, "precision": "bfloat16"}, ["Fellow citizens"], new=4, threads=torch.get_num_threads(), offload={"slots": 2}))
     assert found.slots == 2
     assert found.counters["selections"] > 0
+
+
+def test_a_layer_that_is_not_served_keeps_its_weights_in_int8_models(tmp_path: Path) -> None:
+    """The shared expert beside offloaded experts: whether the kernels serve the layer is known before any weight is rounded and freed."""
+    groups = {"moe_router_type": "sigmoid", "moe_router_num_groups": 4, "moe_router_group_topk": 2, "moe_num_shared_experts": 1}
+    keys = write_model(tmp_path / "run", {**KINDS["gated"], **groups})
+    ready = load({**keys, "inference_weights": "int8"}, slots=4, policy="lru")
+    runner = build_runner(ready)
+    assert isinstance(runner, CompiledRunner)
+    assert all("SigmoidRouter" in reason for reason in runner._decoder.modules)
+    near = all_logits(build_runner(load(keys)))
+    torch.testing.assert_close(all_logits(runner), near, rtol=0, atol=0.05 * near.abs().max().item())
