@@ -42,7 +42,6 @@ class InferenceConfig(Section):
     expert_offload: ExpertOffload | None = None
     """Generate with experts in slow memory that move in when they are selected, for example {slots: 4} or {memory: 2GB, policy: lfu}.
     docs/offload.md explains the entries. None: all experts are resident."""
-
     inference_weights: Literal["as_saved", "int8"] = "as_saved"
     """Number format of the weights in generation. int8: each row of a matrix is rounded to 255 steps when the model is loaded, so a new token
     needs half the bytes of bfloat16; on CPUs with the compiled kernels only. eval.py measures what it costs."""

@@ -18,7 +18,7 @@ class ServeConfig(Section):
     serve_model_name: str | None = None
     """Name of the model in requests. None: the name of the directory with the checkpoint."""
     serve_api_key_file: str | None = None
-    """File whose first line is a key. Every request for text must then send it (`Authorization: Bearer KEY`). None: no key is needed."""
+    """File whose first line is a key. Requests to `/v1/` and `/metrics` must then send it (`Authorization: Bearer KEY`). None: no key is needed."""
     serve_max_running: PositiveInt = 8
     """Number of texts that are generated at once. Each of them needs memory for its keys and values."""
     serve_max_waiting: PositiveInt = 256

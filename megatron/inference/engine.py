@@ -85,12 +85,9 @@ class Engine:
 
     def submit(self, request: Request) -> int:
         """Adds a request and returns its number, which its events have. Raises InferenceError if the request makes no sense."""
-        vocabulary = self.ready.tokenizer.vocab_size
         if not request.tokens:
             raise InferenceError("The prompt has no tokens: give at least one.")
-        if not 0 <= min(request.tokens) <= max(request.tokens) < vocabulary:
-            wrong = next(token for token in request.tokens if not 0 <= token < vocabulary)
-            raise InferenceError(f"The prompt has the token {wrong}: the tokenizer has tokens from 0 to {vocabulary - 1:,}.")
+        check_tokens(request.tokens, self.ready.tokenizer.vocab_size)
         if request.maximum_tokens < 1:
             raise InferenceError(f"maximum_tokens = {request.maximum_tokens}: must be at least 1.")
         text = _Text(next(self._numbers), request, self.ready)
@@ -233,6 +230,12 @@ class _Text:
         if length == 0:
             return f"the prompt has {prompt:,} tokens and the model's context {context:,} (seq_length): there is no room for an answer"
         return f"prompt ({prompt:,} tokens) and answer ({length:,}) fill the model's context of {context:,} tokens (seq_length)"
+
+
+def check_tokens(tokens: Sequence[int], vocabulary: int) -> None:
+    """Raises InferenceError for a token that a tokenizer of this vocabulary does not have."""
+    if (wrong := next((token for token in tokens if not 0 <= token < vocabulary), None)) is not None:
+        raise InferenceError(f"The prompt has the token {wrong}: the tokenizer has tokens from 0 to {vocabulary - 1:,}.")
 
 
 def log_probabilities(logits_V: Tensor, token: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:

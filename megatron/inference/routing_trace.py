@@ -5,7 +5,7 @@ Shapes: T tokens; K experts of a token; L LoREs of an expert.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -41,8 +41,8 @@ class RoutingTrace:
 
     def tokens(self) -> list[TokenRouting]:
         """A record for each token; no records if there is no MoE layer."""
-        layers = self.layers()
-        return [_record(layers, token) for token in range(len(layers[0].expert_TK) if layers else 0)]
+        by_token = (map(list, zip(*layers, strict=True)) for layers in zip(*map(_by_token, self.layers()), strict=True))
+        return [TokenRouting(experts, weights, lores if any(lores) else None) for experts, weights, lores in by_token]
 
 
 def _joined(parts: Sequence[Chosen]) -> Chosen:
@@ -50,15 +50,9 @@ def _joined(parts: Sequence[Chosen]) -> Chosen:
     return Chosen(torch.cat([part.expert_TK for part in parts]), torch.cat([part.weight_TK for part in parts]), torch.cat(lores) if lores else None)
 
 
-def _record(layers: Sequence[Chosen], token: int) -> TokenRouting:
-    experts: list[list[int]] = []
-    weights: list[list[float]] = []
-    lores: list[list[list[int]]] = []
-    for layer in layers:
-        expert_K = layer.expert_TK[token].tolist()
+def _by_token(layer: Chosen) -> Iterator[tuple[list[int], list[float], list[list[int]]]]:
+    """(experts, weights, LoREs inside each of them) of each token."""
+    lore_TKL = [[]] * len(layer.expert_TK) if layer.lore_TKL is None else layer.lore_TKL.tolist()
+    for expert_K, weight_K, lore_KL in zip(layer.expert_TK.tolist(), layer.weight_TK.tolist(), lore_TKL, strict=True):
         used = [place for place, expert in enumerate(expert_K) if expert >= 0]
-        weight_K = layer.weight_TK[token].tolist()
-        experts.append([expert_K[place] for place in used])
-        weights.append([round(weight_K[place], 4) for place in used])
-        lores.append([] if layer.lore_TKL is None else [layer.lore_TKL[token, place].tolist() for place in used])
-    return TokenRouting(experts, weights, lores if any(lores) else None)
+        yield [expert_K[place] for place in used], [round(weight_K[place], 4) for place in used], [lore_KL[place] for place in used if lore_KL]

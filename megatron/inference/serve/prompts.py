@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron.data.tokenizer import TokenizerError
 from megatron.inference.continuation import encode_prompt, sample_generator
-from megatron.inference.engine import Request
+from megatron.inference.engine import Request, check_tokens
 from megatron.inference.errors import InferenceError
 from megatron.inference.model import ReadyModel
 from megatron.inference.sampling import Sampling
@@ -66,17 +66,12 @@ def chat_prompt(ready: ReadyModel, template: ChatTemplate | None, request: ChatR
 
 
 def _encoded(ready: ReadyModel, given: str | list[int]) -> Prompt:
-    vocabulary = ready.tokenizer.vocab_size
-    if isinstance(given, str):
-        try:
-            given.encode()
+    try:
+        if isinstance(given, str):
             return Prompt(given, encode_prompt(ready, given))
-        except UnicodeEncodeError:
-            raise ApiError(400, "The prompt has half a character in it (a lone surrogate such as \\ud83d).", param="prompt") from None
-        except (TokenizerError, InferenceError) as error:
-            raise ApiError(400, str(error), param="prompt") from None
-    if (wrong := next((token for token in given if not 0 <= token < vocabulary), None)) is not None:
-        raise ApiError(400, f"The prompt has the token {wrong}: the tokenizer has tokens from 0 to {vocabulary - 1:,}.", param="prompt")
+        check_tokens(given, ready.tokenizer.vocab_size)
+    except (TokenizerError, InferenceError) as error:
+        raise ApiError(400, str(error), param="prompt") from None
     return Prompt(ready.tokenizer.decode(given), given)
 
 

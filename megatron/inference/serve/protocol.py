@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from megatron.config.components import did_you_mean
 
@@ -36,6 +36,18 @@ INERT: Mapping[str, tuple[Any, ...]] = {
 """Fields of OpenAI's that this server does not have -> the values that ask for nothing, which are accepted."""
 
 
+def _whole(text: str) -> str:
+    """A text of whole characters: tokenizers, templates and answers can hold no other."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("has half a character in it (a lone surrogate such as \\ud83d)") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+
+
 def _stop_list(value: Any) -> Any:
     """`stop` as a list."""
     strings = [value] if isinstance(value, str) else [] if value is None else value
@@ -45,11 +57,11 @@ def _stop_list(value: Any) -> Any:
 
 
 def _prompt(value: Any) -> Any:
-    """`prompt` as it was given, once it is known to be one of its four forms."""
+    """`prompt` as a list of prompts, once it is known to be one of its four forms."""
     parts = [value] if isinstance(value, str) or _is_tokens(value) else value
     if not isinstance(parts, list) or not parts or not all(isinstance(part, str) or _is_tokens(part) for part in parts):
         raise ValueError("must be a string, a list of strings, a list of token numbers, or a list of such lists; none of them empty lists")
-    return parts
+    return [_whole(part) if isinstance(part, str) else part for part in parts]
 
 
 def _is_tokens(value: Any) -> bool:
@@ -78,7 +90,7 @@ class Sampled(BaseModel):
     """What both kinds of requests have. None always means: the default."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    model: str
+    model: Text
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -145,8 +157,8 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_content)]
-    name: str | None = None
+    content: Annotated[Text, BeforeValidator(_content)]
+    name: Text | None = None
 
 
 class ChatRequest(Sampled):
