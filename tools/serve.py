@@ -29,9 +29,9 @@ def main(argv: list[str]) -> int:
         from megatron.inference.serve.server import serve
         from megatron.monitor.console import configure_logging
 
-        configure_logging(rank=0)
+        console = configure_logging(rank=0)
         logging.getLogger("megatron.kernels").setLevel(logging.WARNING)
-        serve(loaded.config)
+        serve(loaded.config, console)
 
     return exit_status(work)
 

@@ -54,6 +54,14 @@ class ExpertOffload(Section):
     bandwidth: str | None = None
     """Bytes that are read in a second at most, such as 500MB, to imitate slower memory. None: as fast as the disk allows."""
 
+    @property
+    def forward_only(self) -> str | None:
+        """The entry that the model's own forward alone can follow. None: the compiled decoder can follow all of them."""
+        if self.record is not None:
+            return "expert_offload.record"  # the steps of a trace are the calls of the forward, which `belady` makes again
+        entries = {"policy": "belady", "granularity": "lore", "misses": "in_place"}
+        return next((f"expert_offload.{key}: {value}" for key, value in entries.items() if getattr(self, key) == value), None)
+
     def problems(self) -> Iterator[Problem]:
         """The rules of these entries; the section that holds them asks for it."""
         yield from (Problem(tuple(f"expert_offload.{key}" for key in keys), message) for keys, message in self._own_problems())
@@ -90,14 +98,19 @@ def fewest_slots(offload: ExpertOffload, moe: MoEConfig) -> int:
     return moe.moe_num_lores if offload.granularity == "lore" else moe.top_k
 
 
-def offload_problems(offload: ExpertOffload, moe: MoEConfig) -> Iterator[Problem]:
-    """Rules that `expert_offload` and the experts have together."""
+def offload_problems(offload: ExpertOffload, moe: MoEConfig, *, validates: bool) -> Iterator[Problem]:
+    """Rules that `expert_offload` and the experts have together. `validates`: whether logits are compared after loading."""
     key = "expert_offload"
     if not moe.has_experts:
         yield Problem((key, "moe_num_experts"), "needs a model with experts, and moe_num_experts is 1")
         return
     if moe.dispatcher == "library":
         yield Problem((key, "kernel_backends.experts"), "needs experts that are computed one by one; remove experts from kernel_backends")
+    if offload.policy == "belady" and validates:
+        keys = (f"{key}.policy", "checkpoint_validation_with_forward_pass")
+        yield Problem(
+            keys, "belady takes the calls of its trace alone, and checkpoint_validation_with_forward_pass makes one more; remove one of the two"
+        )
     if offload.granularity == "lore" and (moe.moe_expert_type != "structmoe" or not moe.moe_lore_routed):
         yield Problem((f"{key}.granularity", "moe_expert_type"), "lore needs experts of moe_expert_type: structmoe whose LoREs are routed")
     if offload.slots is not None and offload.slots < (fewest := fewest_slots(offload, moe)) and offload.misses == "move":

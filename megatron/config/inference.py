@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from megatron.config.expert_offload import ExpertOffload
+from megatron.config.moe import MoEConfig
 from megatron.config.section import Fraction, NaturalInt, NonNegativeFloat, PositiveFloat, PositiveInt, Problem, Section, Seed
 
 
@@ -53,3 +54,14 @@ class InferenceConfig(Section):
             yield Problem(("text_gen_type", "sample_input_file"), "needs sample_input_file: the file with the prompts")
         if "" in self.stop_strings:
             yield Problem(("stop_strings",), "has an empty string: leave it out, or no text could begin")
+
+
+def int8_problems(inference: InferenceConfig, moe: MoEConfig) -> Iterator[Problem]:
+    """The keys that need the model's own forward, which cannot compute with int8 weights."""
+    if inference.inference_weights != "int8":
+        return
+    named = "kernel_backends.decode: reference" if moe.kernel_backends.get("decode") == "reference" else None
+    moved = None if inference.expert_offload is None else inference.expert_offload.forward_only
+    for entry in filter(None, (named, moved)):
+        message = f"int8 needs the compiled decoder, and {entry} the model's own forward; remove one of the two"
+        yield Problem(("inference_weights", entry.split(":")[0]), message)

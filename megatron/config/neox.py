@@ -10,7 +10,7 @@ from megatron.config.data import DataConfig
 from megatron.config.deepspeed import DeepSpeedConfig, gradient_problems
 from megatron.config.evaluation import EvaluationConfig
 from megatron.config.expert_offload import offload_problems
-from megatron.config.inference import InferenceConfig
+from megatron.config.inference import InferenceConfig, int8_problems
 from megatron.config.launcher import LauncherConfig
 from megatron.config.logging import LoggingConfig
 from megatron.config.model import ModelConfig
@@ -109,7 +109,9 @@ class NeoXConfig(Section):
             message = f"the library of kernel_backends: {{experts: {library}}} computes the whole MoE layer; name moe in place of experts"
             yield Problem(("recompute_modules", "kernel_backends.experts"), message)
         if self.inference.expert_offload is not None:
-            yield from offload_problems(self.inference.expert_offload, self.moe)
+            validates = self.checkpoint.checkpoint_validation_with_forward_pass
+            yield from offload_problems(self.inference.expert_offload, self.moe, validates=validates)
+        yield from int8_problems(self.inference, self.moe)
         if self.checkpoint.iteration is not None and self.checkpoint.load is None and self.checkpoint.save is None:
             yield Problem(("iteration", "load"), "needs load, the directory with the checkpoint")
         if self.checkpoint.no_save_optim and self.optimizer.zero_optimization.stage == 3:

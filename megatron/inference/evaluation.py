@@ -45,6 +45,8 @@ def evaluate(config: NeoXConfig, console: Console, reporter: Reporter) -> Path |
     Raises ConfigError, InferenceError for a file that cannot be read or is empty (before the model is loaded), and what load_ready_model raises.
     """
     stride = resolve_stride(config.evaluation, config.model.seq_length)
+    if config.inference.expert_offload is not None and config.inference.expert_offload.record is not None:
+        raise ConfigError(["'expert_offload.record': eval.py generates no tokens, so there is nothing to record; remove it"])
     texts = read_texts(config.evaluation)
     ready = load_ready_model(config)
     log.info("%s, windows of %d tokens that move by %d.", ready.description, ready.context_length, stride)
@@ -67,6 +69,8 @@ def evaluate(config: NeoXConfig, console: Console, reporter: Reporter) -> Path |
         log.warning("%s: the tokenizer %s, so its bits per byte do not count the whole text.", name, what)
     path = write_results(results_path(config.evaluation.eval_results_prefix), results(ready, scores, stride, rounded))
     log.info("Results written to %s.", path)
+    if ready.offloaded is not None:
+        ready.offloaded.finish(console)
     return path
 
 

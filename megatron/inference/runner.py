@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron.inference.errors import InferenceError
 from megatron.inference.model import ReadyModel
+from megatron.inference.offload.record import Recorder
 from megatron.inference.routing_trace import RoutingTrace
 from megatron.kernels.registry import KernelUnavailable
 from megatron.model.attention import LayerCache, build_cache
@@ -99,6 +100,24 @@ class ModuleRunner:
         return torch.stack([self.prefill(state, [token], trace) for state, token in zip(states, tokens, strict=True)])
 
 
+class RecordingRunner(ModuleRunner):
+    """Tells a recorder every pass through the model (`expert_offload.record`)."""
+
+    def __init__(self, ready: ReadyModel, recorder: Recorder) -> None:
+        super().__init__(ready)
+        self._recorder = recorder
+
+    def prefill(self, state: TextState, tokens: Sequence[int], trace: RoutingTrace | None = None) -> Tensor:
+        """See Runner."""
+        own = RoutingTrace()
+        logits_V = super().prefill(state, tokens, own)
+        for call in own.calls:
+            self._recorder.add(call)
+            if trace is not None:
+                trace.add(call)
+        return logits_V
+
+
 def build_runner(ready: ReadyModel) -> Runner:
     """The fastest runner that can run this model on this machine; the log says which, and what the compiled one does not serve.
 
@@ -106,7 +125,8 @@ def build_runner(ready: ReadyModel) -> Runner:
     """
     from megatron.inference.decoder.runner import build_compiled_runner, reason_against
 
-    reason = _offload_reason(ready) or reason_against(ready)
+    forward_only = None if ready.offloaded is None else ready.offloaded.options.forward_only
+    reason = f"{forward_only} needs the model's own forward" if forward_only is not None else reason_against(ready)
     if reason is None:
         return build_compiled_runner(ready)
     if ready.decoding.weights == "int8":
@@ -114,14 +134,5 @@ def build_runner(ready: ReadyModel) -> Runner:
     if ready.decoding.backend == "compiled":
         raise KernelUnavailable(f"kernel_backends: {{decode: compiled}} cannot run: {reason}. Remove it, or write decode: auto.")
     log.info("new tokens: the model's own forward (%s).", reason)
-    return ModuleRunner(ready)
-
-
-def _offload_reason(ready: ReadyModel) -> str | None:
-    """Why experts that move need the model's own forward. It alone is what a recorder sees, and a trace's steps are its calls. None: they do not."""
-    options = None if ready.offloaded is None else ready.offloaded.options
-    if options is not None and options.record is not None:
-        return "expert_offload.record writes down the calls of the forward"
-    if options is not None and options.policy == "belady":
-        return "expert_offload.policy: belady needs the calls that its trace was recorded from"
-    return None
+    recorder = None if ready.offloaded is None else ready.offloaded.recorder
+    return ModuleRunner(ready) if recorder is None else RecordingRunner(ready, recorder)

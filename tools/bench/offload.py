@@ -18,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from megatron.config.expert_offload import POLICY_NAMES
 from megatron.config.machine import usable_cores
 from megatron.script import exit_status
 
@@ -31,7 +32,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=4, help="number of prompts")
     parser.add_argument("--prompt-tokens", type=int, default=1, help="tokens of a prompt; the paper has 1")
     parser.add_argument("--tokens", type=int, default=128, help="tokens that are generated; the paper has 128")
-    parser.add_argument("--policy", default="lru", help="of the table by share of resident experts")
+    parser.add_argument(
+        "--policy", choices=[name for name in POLICY_NAMES if name != "belady"], default="lru", help="of the table by share of resident experts"
+    )
     parser.add_argument("--prefetch", action="store_true", help="ask the next layer's router early")
     parser.add_argument("--store", nargs="*", default=[], help="a packed file for each model; default: the checkpoints")
     parser.add_argument("--bandwidth", help="bytes that are read in a second at most, such as 500MB")

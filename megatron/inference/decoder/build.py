@@ -73,8 +73,6 @@ def check_served(gpt: GPT) -> None:
         raise NotServed(f"weights in {str(weight.dtype).removeprefix('torch.')} on {weight.device.type}")
     if any(isinstance(module, ExpertChoiceRouter) for module in gpt.modules()):
         raise NotServed("experts that choose among the tokens of a call: other texts in the same call would change the choice")
-    if any(getattr(module, "granularity", "") and type(module) is not SlottedExperts for module in gpt.modules()):
-        raise NotServed("LoREs that move alone, or experts that are computed in place (expert_offload)")
     parts: Any = gpt.sequential
     for norm in (parts[str(gpt.num_layers + 3)].norm, *(n for layer in gpt.layers if isinstance(layer, ReorderedNormLayer) for n in _norms(layer))):
         norm_part(norm)

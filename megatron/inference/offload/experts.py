@@ -40,18 +40,11 @@ class Result(NamedTuple):
 class SlottedExperts(nn.Module):
     """In place of a layer's `experts`. `slab` is a module of the same class for S experts: slot s is its expert s."""
 
-    granularity = "expert"
-
     def __init__(self, slab: Any, slots: LayerSlots, num_experts: int) -> None:
         super().__init__()
         self.slab, self.slots, self.num_experts = slab, slots, num_experts
         self.num_lores = slab.num_lores // slab.num_experts * num_experts
         self.ahead: Ahead = nothing_ahead
-
-    @property
-    def mlp(self) -> Any:
-        """The slab's weights, for code that asks for the kind of the experts."""
-        return self.slab.mlp
 
     def acquire(self, expert_NK: Tensor, hidden_ND: Tensor) -> Tensor:
         """slot_NK: where the experts are, which stay there until the next call. Raises OffloadError, also for more experts than slots.

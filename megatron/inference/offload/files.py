@@ -97,12 +97,6 @@ class WatchedFiles:
         """Those that were asked for so far."""
         return self._opened
 
-    def close(self) -> None:
-        """Closes all of them."""
-        for file in self._opened.values():
-            file.close()
-        self._opened.clear()
-
 
 def private_memory(length: int) -> mmap.mmap:
     """Memory that begins at a page and is taken from the system as it is written to. Pages of a shared map would not be given back."""

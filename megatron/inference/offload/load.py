@@ -26,7 +26,7 @@ from megatron.inference.offload.packed import open_store
 from megatron.inference.offload.policies import Steps
 from megatron.inference.offload.store import Store, files_of, total_bytes
 from megatron.inference.offload.trace import read_trace
-from megatron.inference.offload.units import EMPTY, LayerUnits, fingerprint, layer_units, moe_layers
+from megatron.inference.offload.units import EMPTY, LayerUnits, fingerprint, moe_layers, units_in
 from megatron.kernels.precision import DTYPES
 from megatron.model.gpt import GPT
 
@@ -54,7 +54,7 @@ def load_offloaded(config: NeoXConfig, path: Path, expected: Expected, device: t
     vocabulary, dtype = expected.args["padded_vocab_size"], DTYPES[config.precision]
     gpt = GPT(config.model, config.moe, vocabulary, EMPTY)
     shapes = module_shapes(gpt)
-    units = {number: layer_units(number, part.experts, granularity=options.granularity) for number, part in moe_layers(gpt).items()}
+    units = units_in(gpt, granularity=options.granularity)
     store, of = _open_store(config, path, units)
     _without_numbers(gpt, units, dtype)
     gpt = gpt.to(dtype=dtype)

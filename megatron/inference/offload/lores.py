@@ -51,19 +51,12 @@ class PagedMemory:
 class SlottedLores(nn.Module):
     """In place of a layer's `experts`: the same module, whose LoREs are read when they are selected."""
 
-    granularity = "lore"
-
     def __init__(self, experts: Any, slots: LayerSlots) -> None:
         super().__init__()
         self.inner, self.slots = experts, slots
         self.num_experts, self.num_lores = experts.num_experts, experts.num_lores
         self.per_expert = self.num_lores // self.num_experts
         self.ahead: Ahead = nothing_ahead
-
-    @property
-    def mlp(self) -> Any:
-        """The experts' weights, for code that asks for their kind."""
-        return self.inner.mlp
 
     def forward(self, x_RD: Tensor, rows_E: Tensor) -> tuple[Tensor, LoreRouting | None]:
         """(y_RD, the second routing), bit for bit those of the whole module. Raises OffloadError."""

@@ -129,14 +129,13 @@ def _counters(ready: ReadyModel) -> Counters:
 
 def fetch_seconds(offloaded: Offloaded, trace: Trace) -> float:
     """To read as many units, one after the other, as a token uses in all layers. The slots are overwritten: the model is of no use afterwards."""
-    rng, times = random.Random(1), []
+    rng, times, lores = random.Random(1), [], offloaded.options.granularity == "lore"
     for _ in range(FETCHES):
         part = offloaded.layers[rng.choice(list(offloaded.layers))]
-        unit = rng.randrange(part.num_lores if offloaded.options.granularity == "lore" else part.num_experts)
+        unit = rng.randrange(part.num_lores if lores else part.num_experts)
         begun = time.perf_counter()
         part.slots.fill(Move(unit, 0))
         times.append(time.perf_counter() - begun)
-    lores = offloaded.options.granularity == "lore" and trace.lore_TLKM is not None
     used = trace.lore_TLKM if lores and trace.lore_TLKM is not None else trace.expert_TLK
     return statistics.median(times) * float((used >= 0).sum()) / max(1, trace.tokens)
 

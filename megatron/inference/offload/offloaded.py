@@ -78,11 +78,6 @@ class Offloaded:
         if self.recorder is not None and self.options.record is not None:
             write_trace(Path(self.options.record), self.recorder.trace())
 
-    def close(self) -> None:
-        """Ends the threads and closes the files."""
-        self.reader.close()
-        self.store.close()
-
 
 @dataclass(frozen=True)
 class Plan:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.expert_places import LayerPlaces, Place, Record
+from megatron.checkpoint.expert_places import LayerPlaces, Place
 from megatron.inference.offload.errors import OffloadError
 from megatron.inference.offload.files import WatchedFiles
 
@@ -38,7 +38,7 @@ class Store:
         """`checksums`: CRC-32 of each record, compared at its first read; None: there are none. `direct`: past the page cache."""
         self.places, self.files = places, WatchedFiles(direct=direct)
         self._checksums, self._verified = checksums or {}, set[Key]()
-        for path in {place.file for layer in places.values() for record in layer for place in record.values()}:
+        for path in files_of(places):
             self.files.at(path)
 
     def read(self, layer: int, unit: int, targets: Targets) -> int:
@@ -51,20 +51,7 @@ class Store:
             if sums != expected:
                 raise OffloadError(f"{place.file}: the record of layer {layer}, unit {unit} is damaged (its checksum differs). Write the file again.")
             self._verified.add((layer, unit))
-        return self.length(record)
-
-    def length(self, record: Record) -> int:
-        """Bytes of a record in its file."""
         return sum(place.length for place in record.values())
-
-    def check(self) -> None:
-        """That no file has changed. Raises OffloadError."""
-        for file in self.files.opened.values():
-            file.check()
-
-    def close(self) -> None:
-        """Closes the files."""
-        self.files.close()
 
     def _read_part(self, place: Place, target: Tensor, sums: int | None) -> int:
         file = self.files.at(place.file)

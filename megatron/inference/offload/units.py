@@ -66,7 +66,11 @@ def layer_units(layer: int, experts: Any, *, granularity: str) -> LayerUnits:
 
 def units_of(config: NeoXConfig, vocabulary: int, *, granularity: str) -> dict[int, LayerUnits]:
     """What moves in every layer of a configured model, by layer. Nothing of the model stays in memory."""
-    gpt = GPT(config.model, config.moe, vocabulary, EMPTY)
+    return units_in(GPT(config.model, config.moe, vocabulary, EMPTY), granularity=granularity)
+
+
+def units_in(gpt: GPT, *, granularity: str) -> dict[int, LayerUnits]:
+    """What moves in every layer of a model, by layer."""
     return {number: layer_units(number, part.experts, granularity=granularity) for number, part in moe_layers(gpt).items()}
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from rich.console import Console
 
 from megatron.config import disk
 from megatron.config.neox import NeoXConfig
@@ -36,8 +37,8 @@ LAST_SECONDS = 5
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def serve(config: NeoXConfig) -> None:
-    """Answers requests until SIGTERM or Ctrl-C.
+def serve(config: NeoXConfig, console: Console) -> None:
+    """Answers requests until SIGTERM or Ctrl-C. At the end the console gets what `expert_offload` counted.
 
     Raises InferenceError for an address or key file that cannot be used (before the model is loaded), and the errors of load_ready_model.
     """
@@ -53,6 +54,8 @@ def serve(config: NeoXConfig) -> None:
         server = OrderlyServer(app, worker, settings, on_start=lambda: announce(settings, service, listening, key))
         asyncio.run(server.serve(sockets=[listening]))
     log.info("Stopped. %s requests, %s tokens generated.", worker.counts["requests"], worker.counts["tokens_generated"])
+    if ready.offloaded is not None:
+        ready.offloaded.finish(console)
 
 
 def read_key(settings: ServeConfig) -> str | None:

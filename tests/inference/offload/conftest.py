@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from megatron.config import config_from_dict
 from megatron.config.size import padded_vocab_size
 from megatron.data.tokenizer.character import CharLevelTokenizer
 from megatron.inference.model import ReadyModel, load_ready_model
+from megatron.inference.offload.trace import Trace, read_trace
+from megatron.inference.runner import build_runner
 from megatron.kernels.precision import DTYPES
 from megatron.model.attention import build_cache
 from megatron.model.gpt import build_model
@@ -63,6 +67,18 @@ def logits_of(ready: ReadyModel, prompt: list[int] = PROMPT, new: int = 8) -> to
         rows.append(logits[0])
         tokens = [int(logits[0, -1].argmax())]
     return torch.cat(rows)
+
+
+def record_of(keys: Mapping[str, Any], path: Path, prompt: list[int] = PROMPT, *, new: int) -> Trace:
+    """Records the calls of `logits_of`, and reads the file."""
+    ready = load(keys, slots=64, record=str(path))
+    runner = build_runner(ready)
+    state, tokens = runner.open(len(prompt) + new), list(prompt)
+    for _ in range(new + 1):
+        tokens = [int(runner.prefill(state, tokens).argmax())]
+    assert ready.offloaded is not None
+    ready.offloaded.finish(Console(file=io.StringIO()))
+    return read_trace(path)
 
 
 @pytest.fixture(scope="session")

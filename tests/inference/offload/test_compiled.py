@@ -12,16 +12,16 @@ from rich.console import Console
 
 from megatron.inference.decoder.runner import CompiledRunner
 from megatron.inference.decoder.steps import OffloadedExperts
-from megatron.inference.errors import InferenceError
 from megatron.inference.offload.counters import total
 from megatron.inference.offload.measure import Work, measure_here
-from megatron.inference.offload.record import Recorder, trace_of_calls
+from megatron.inference.offload.record import trace_of_calls
 from megatron.inference.offload.simulate import simulate
 from megatron.inference.offload.trace import read_trace
 from megatron.inference.offload.units import moe_layers
 from megatron.inference.routing_trace import RoutingTrace
 from megatron.inference.runner import ModuleRunner, Runner, build_runner
 from megatron.kernels.compiled import load as load_kernels
+from megatron.kernels.registry import KernelUnavailable
 from tests.inference.offload.conftest import KINDS, load, write_model
 
 pytestmark = pytest.mark.skipif(load_kernels()[0] is None, reason=f"the compiled kernels cannot be used: {load_kernels()[1]}")
@@ -61,7 +61,7 @@ def test_what_only_the_models_forward_can_do_is_done_by_it(structmoe: dict[str, 
     record = {"slots": 2, "policy": "lru", "record": "not_written.npz"}
     for changes in ({"granularity": "lore", "slots": 4}, {"misses": "in_place", "slots": 2, "policy": "static"}, record):
         runner = build_runner(load(structmoe, **changes))
-        assert type(runner) is ModuleRunner
+        assert not isinstance(runner, CompiledRunner)
         assert all_logits(runner).equal(forward)
 
 
@@ -95,23 +95,26 @@ def test_belady_makes_the_calls_of_its_trace(gated: dict[str, Any], tmp_path: Pa
     assert all_logits(build_runner(load(gated, slots=2, policy="belady", trace=str(trace)))).equal(wanted)
 
 
-def test_int8_and_a_record_cannot_be_combined(gated: dict[str, Any]) -> None:
-    with pytest.raises(InferenceError, match=r"int8 needs the compiled decoder, and it cannot run: expert_offload\.record writes down the calls"):
-        build_runner(load({**gated, "inference_weights": "int8"}, slots=2, record="not_written.npz"))
+def test_a_compiled_decoder_that_is_named_cannot_record(gated: dict[str, Any]) -> None:
+    with pytest.raises(KernelUnavailable, match=r"decode: compiled\} cannot run: expert_offload\.record needs the model's own forward"):
+        build_runner(load({**gated, "kernel_backends": {"decode": "compiled"}}, slots=2, record="not_written.npz"))
 
 
 @pytest.mark.parametrize("kind", ["plain", "structmoe", "by layer"])
 def test_the_trace_of_a_runners_calls_is_the_recorders(kind: str, tmp_path: Path) -> None:
+    """A caller that asks for the calls of a recording runner gets them, too."""
     keys = write_model(tmp_path / "run", KINDS[kind])
-    whole = load(keys)
-    recorder = Recorder(moe_layers(whole.gpt))
-    traces = [RoutingTrace(), RoutingTrace()]
-    for runner, calls in zip((ModuleRunner(whole), build_runner(load(keys))), traces, strict=True):
+    whole, recorded = load(keys), load(keys, slots=3, record="not_written.npz")
+    runners = build_runner(recorded), ModuleRunner(whole), build_runner(load(keys))
+    traces = [RoutingTrace() for _ in runners]
+    for runner, calls in zip(runners, traces, strict=True):
         state = runner.open(30)
         runner.prefill(state, range(1, 6), calls)
         for token in (5, 9, 40):
             runner.decode([state], [token], calls)
-    expected = recorder.trace()
+    assert recorded.offloaded is not None
+    assert recorded.offloaded.recorder is not None
+    expected = recorded.offloaded.recorder.trace()
     for calls in traces:
         found = trace_of_calls(calls, moe_layers(whole.gpt))
         assert (found.step_T == expected.step_T).all()

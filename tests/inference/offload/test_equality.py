@@ -9,10 +9,7 @@ import pytest
 import torch
 
 from megatron.inference.offload.counters import total
-from megatron.inference.offload.record import Recorder
-from megatron.inference.offload.trace import write_trace
-from megatron.inference.offload.units import moe_layers
-from tests.inference.offload.conftest import KINDS, load, logits_of, write_model
+from tests.inference.offload.conftest import KINDS, load, logits_of, record_of, write_model
 
 POLICIES = ("on_demand", "lru", "lfu", "static")
 
@@ -44,12 +41,9 @@ def test_every_policy(policy: str, prefetch: bool, gated: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("granularity", ["expert", "lore"])
 def test_belady(granularity: str, structmoe: dict[str, Any], tmp_path: Path) -> None:
-    whole = load(structmoe)
-    recorder = Recorder(moe_layers(whole.gpt))
-    expected = logits_of(whole)
-    write_trace(tmp_path / "trace.npz", recorder.trace())
+    record_of(structmoe, tmp_path / "trace.npz", new=8)
     ready = load(structmoe, slots=4, policy="belady", trace=str(tmp_path / "trace.npz"), granularity=granularity)
-    assert torch.equal(logits_of(ready), expected)
+    assert torch.equal(logits_of(ready), logits_of(load(structmoe)))
 
 
 @pytest.mark.parametrize("prefetch", [False, True])

@@ -16,6 +16,8 @@ from megatron.analysis.offload_size import offload_lines
 from megatron.checkpoint.errors import CheckpointError
 from megatron.config import config_from_dict
 from megatron.config.section import ConfigError
+from megatron.data.progress import LineReporter
+from megatron.inference.evaluation import evaluate
 from megatron.inference.offload.counters import Counters, counters_table
 from megatron.inference.offload.simulate import simulate
 from megatron.inference.offload.trace import read_trace
@@ -109,3 +111,45 @@ def test_check_says_what_will_happen() -> None:
 def test_what_is_refused(base: Any, offload: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config_from_dict({**base, "expert_offload": offload})
+
+
+@pytest.mark.parametrize(
+    ("offload", "entry"),
+    [
+        ({"record": "trace.npz"}, "expert_offload.record"),
+        ({"policy": "belady", "trace": "trace.npz"}, "expert_offload.policy: belady"),
+        ({"granularity": "lore"}, "expert_offload.granularity: lore"),
+        ({"policy": "static", "misses": "in_place"}, "expert_offload.misses: in_place"),
+    ],
+)
+def test_int8_needs_the_compiled_decoder(offload: dict[str, Any], entry: str) -> None:
+    with pytest.raises(ConfigError, match=f"int8 needs the compiled decoder, and {entry} the model's own forward; remove one of the two"):
+        config_from_dict({**TINY_STRUCTMOE, "inference_weights": "int8", "expert_offload": {"slots": 4, **offload}})
+    config_from_dict({**TINY_STRUCTMOE, "inference_weights": "int8", "expert_offload": {"slots": 4}})
+
+
+def test_int8_without_offload_needs_it_too() -> None:
+    with pytest.raises(ConfigError, match=r"and kernel_backends\.decode: reference the model's own forward"):
+        config_from_dict({**TINY_MOE, "inference_weights": "int8", "kernel_backends": {"decode": "reference"}})
+
+
+def test_belady_and_a_comparison_of_logits_are_refused() -> None:
+    keys = {**TINY_MOE, "expert_offload": {"slots": 2, "policy": "belady", "trace": "trace.npz"}}
+    with pytest.raises(ConfigError, match="belady takes the calls of its trace alone, and checkpoint_validation_with_forward_pass makes one more"):
+        config_from_dict({**keys, "checkpoint_validation_with_forward_pass": True})
+
+
+def test_scores_are_counted_but_not_recorded(gated: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("Fellow citizens")
+    console = Console(file=io.StringIO(), width=200)
+
+    def score(**offload: Any) -> None:
+        keys = {**gated, "eval_text_files": ["text.txt"], "expert_offload": {"slots": 3, **offload}}
+        evaluate(config_from_dict(keys), console, LineReporter(Console(file=io.StringIO())))
+
+    score(counters="counters.json")
+    assert "hit rate" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert json.loads((tmp_path / "counters.json").read_text())["total"]["selections"] > 0
+    with pytest.raises(ConfigError, match=r"'expert_offload\.record': eval\.py generates no tokens, so there is nothing to record; remove it"):
+        score(record="trace.npz")

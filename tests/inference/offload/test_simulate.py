@@ -17,26 +17,16 @@ from megatron.inference.offload.errors import OffloadError
 from megatron.inference.offload.foreign_traces import read_any_trace
 from megatron.inference.offload.locality import best_sets, cache_hits, distance_from_uniform, expert_replacement, locality, used_TE, window_counts
 from megatron.inference.offload.policies import POLICIES, Static
-from megatron.inference.offload.record import Recorder
 from megatron.inference.offload.simulate import simulate
-from megatron.inference.offload.trace import Trace, read_trace, write_trace
-from megatron.inference.offload.units import moe_layers
-from tests.inference.offload.conftest import KINDS, PROMPT, load, logits_of, write_model
+from megatron.inference.offload.trace import Trace, read_trace
+from megatron.inference.runner import build_runner
+from tests.inference.offload.conftest import KINDS, PROMPT, load, logits_of, record_of, write_model
 
 NOT_SIMULATED = ("bytes", "stall_seconds", "host_hits")
 
 
 def counted(counters: Counters) -> dict[str, Any]:
     return {name: value for name, value in counters.content().items() if name not in NOT_SIMULATED}
-
-
-def recorded(keys: dict[str, Any], path: Path, prompt: list[int] = PROMPT) -> Trace:
-    whole = load(keys)
-    recorder = Recorder(moe_layers(whole.gpt))
-    logits_of(whole, prompt, new=12)
-    recorder.stop()
-    write_trace(path, recorder.trace())
-    return read_trace(path)
 
 
 def test_every_policy_has_a_class() -> None:
@@ -46,7 +36,7 @@ def test_every_policy_has_a_class() -> None:
 @pytest.mark.parametrize("policy", POLICY_NAMES)
 @pytest.mark.parametrize(("granularity", "slots"), [("expert", 2), ("expert", 4), ("lore", 4), ("lore", 9)])
 def test_the_simulator_counts_as_the_engine(policy: str, granularity: str, slots: int, structmoe: dict[str, Any], tmp_path: Path) -> None:
-    trace = recorded(structmoe, tmp_path / "trace.npz")
+    trace = record_of(structmoe, tmp_path / "trace.npz", new=12)
     ready = load(structmoe, slots=slots, policy=policy, granularity=granularity, trace=str(tmp_path / "trace.npz"))
     logits_of(ready, new=12)
     assert ready.offloaded is not None
@@ -56,8 +46,27 @@ def test_the_simulator_counts_as_the_engine(policy: str, granularity: str, slots
     assert total(simulated).hits > 0
 
 
+def test_a_call_that_fails_is_not_in_the_trace(gated: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = load(gated, slots=3, record="not_written.npz")
+    assert ready.offloaded is not None
+    assert ready.offloaded.recorder is not None
+    runner = build_runner(ready)
+    state = runner.open(9)
+    runner.prefill(state, [1, 2, 3])
+
+    def fail(group: list[int]) -> list[int]:
+        raise OffloadError("the last layer cannot be read")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ready.offloaded.layers[2].slots, "fetch", fail)
+        with pytest.raises(OffloadError, match="the last layer"):
+            runner.prefill(state, [4])
+    runner.prefill(runner.open(9), [5])
+    assert ready.offloaded.recorder.trace().step_T.tolist() == [0, 0, 0, 1]
+
+
 def test_the_simulator_counts_what_is_computed_in_place(gated: dict[str, Any], tmp_path: Path) -> None:
-    trace = recorded(gated, tmp_path / "trace.npz")
+    trace = record_of(gated, tmp_path / "trace.npz", new=12)
     ready = load(gated, slots=3, policy="static", misses="in_place", trace=str(tmp_path / "trace.npz"))
     logits_of(ready, new=12)
     assert ready.offloaded is not None
@@ -67,7 +76,7 @@ def test_the_simulator_counts_what_is_computed_in_place(gated: dict[str, Any], t
 
 def test_experts_that_a_router_leaves_out(tmp_path: Path) -> None:
     keys = write_model(tmp_path / "run", KINDS["top p"])
-    trace = recorded(keys, tmp_path / "trace.npz")
+    trace = record_of(keys, tmp_path / "trace.npz", new=12)
     assert (trace.expert_TLK == -1).any()
     ready = load(keys, slots=8, policy="lru")
     logits_of(ready, new=12)
@@ -111,7 +120,7 @@ def test_lru_without_pins_would_miss_more() -> None:
 
 
 def test_belady_of_another_text(gated: dict[str, Any], tmp_path: Path) -> None:
-    recorded(gated, tmp_path / "trace.npz")
+    record_of(gated, tmp_path / "trace.npz", new=12)
     ready = load(gated, slots=2, policy="belady", trace=str(tmp_path / "trace.npz"))
     with pytest.raises(OffloadError, match="belady needs the trace of exactly this text, but its step 0 is another one"):
         logits_of(ready, PROMPT[:3])
@@ -187,7 +196,7 @@ def test_extremes_of_locality() -> None:
 
 
 def test_the_command_line(gated: dict[str, Any], tool: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trace = recorded(gated, tmp_path / "trace.npz")
+    trace = record_of(gated, tmp_path / "trace.npz", new=12)
     main = tool("tools/analysis/offload.py").main
     assert main([str(tmp_path / "trace.npz"), "--json", str(tmp_path / "out.json"), "--windows", "4", "--slots", "1", "2", "8"]) == 0
     shown = capsys.readouterr().out

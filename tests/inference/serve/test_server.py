@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import socket
@@ -14,6 +15,7 @@ import openai
 import pytest
 
 from megatron.inference.errors import InferenceError
+from megatron.inference.offload.trace import read_trace
 from megatron.inference.serve.server import is_loopback, listen, read_key
 from tests.inference.serve.conftest import settings, wait_until
 from tests.scripts import ScriptProcess, run_script
@@ -64,6 +66,19 @@ def test_it_serves_a_checkpoint_and_ends_in_order(start: Start, checkpoint: dict
     assert "Chat is not available, because the tokenizer has no chat template. Ctrl-C stops it." in output
     assert "Stopped. 1 requests," in output
     assert error == ""
+
+
+def test_what_moved_is_counted_and_recorded_at_the_end(start: Start, tmp_path: Path) -> None:
+    files = {name: str(tmp_path / name) for name in ("counters.json", "trace.npz")}
+    process, url = start(expert_offload={"slots": 3, "counters": files["counters.json"], "record": files["trace.npz"]})
+    answer = httpx.post(f"{url}/v1/completions", json={"model": "run", "prompt": "Hello", "max_tokens": 4, "temperature": 0}, timeout=60)
+    assert answer.status_code == 200
+    process.send_signal(signal.SIGTERM)
+    output, error = process.communicate(60)
+    assert (process.returncode, error) == (0, "")
+    assert "hit rate" in output
+    assert json.loads(Path(files["counters.json"]).read_text())["total"]["selections"] > 0
+    assert read_trace(Path(files["trace.npz"])).tokens >= len("Hello")
 
 
 def test_ctrl_c_ends_it_too(start: Start) -> None:
