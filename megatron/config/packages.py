@@ -20,11 +20,9 @@ def package_problems(parallel: ParallelConfig, model: ModelConfig, moe: MoEConfi
     """What the named packages cannot do. A dense model uses none of them."""
     if not moe.has_experts:
         return
-    packages = [("experts", "megablocks"), ("dispatch", "deep_ep")]
-    for op, package in packages:
+    for op, package, does in (("experts", "megablocks", "computes in"), ("dispatch", "deep_ep", "sends")):
         if moe.kernel_backends.get(op) == package and precision != "bfloat16":
-            verb = "computes in" if op == "experts" else "sends"
-            says = f"{verb} bfloat16 only, and precision is {precision}; write precision: bfloat16"
+            says = f"{does} bfloat16 only, and precision is {precision}; write precision: bfloat16"
             yield Problem((f"kernel_backends.{op}", "precision"), says)
     if moe.kernel_backends.get("dispatch", "auto") not in ("auto", "reference"):
         yield from _dispatch_problems(parallel, model, moe)

@@ -97,9 +97,12 @@ class Multinode:
         pool = {host: len(numbers) for host, numbers in self.slots.items()}
         try:
             kind.validate_active_resources(self.slots)
-            return kind(arguments, world_info(self.slots)) if self.name == "pdsh" else kind(arguments, world_info(self.slots), pool)
+            return kind(arguments, self._world()) if self.name == "pdsh" else kind(arguments, self._world(), pool)
         except ValueError as error:
             raise self._refused(error) from None
+
+    def _world(self) -> str:
+        return base64.urlsafe_b64encode(json.dumps(self.slots).encode()).decode()
 
     def _export(self, backend: Any, env: Mapping[str, str], meeting: Meeting, shared: Mapping[str, str]) -> None:
         """The variables that the processes get, as DeepSpeed's runner chooses them: by name, and from .deepspeed_env; and ours."""
@@ -124,7 +127,7 @@ class Multinode:
     def _stop(self, meeting: Meeting) -> tuple[str, ...]:
         """Tells the launchers on the machines of this run, and of no other run, to end their processes."""
         here = re.escape(sys.executable).replace("\\-", "-")
-        pattern = f"^{here} -u -m deepspeed.launcher.launch --world_info={world_info(self.slots)} .*--master_port={meeting.port} "
+        pattern = f"^{here} -u -m deepspeed.launcher.launch --world_info={self._world()} .*--master_port={meeting.port} "
         return ("pdsh", "-S", "-w", ",".join(self.slots), f"pkill -TERM -f {shlex.quote(pattern)}")
 
 
@@ -147,11 +150,6 @@ def runner_options(launcher: LauncherConfig, hostfile: str | None, meeting: Meet
         options += [f"--launcher_args={shlex.join(scheduler)}"] if scheduler else []
     switches = {"--force_multi": launcher.force_multi, "--no_ssh_check": launcher.no_ssh_check}
     return options + [option for option, chosen in switches.items() if chosen]
-
-
-def world_info(slots: Mapping[str, Sequence[int | str]]) -> str:
-    """Machines and their devices, as DeepSpeed's per-machine launcher reads them."""
-    return base64.urlsafe_b64encode(json.dumps({host: list(numbers) for host, numbers in slots.items()}).encode()).decode()
 
 
 def without_helper(argv: Sequence[str]) -> list[str]:

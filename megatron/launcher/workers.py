@@ -5,7 +5,6 @@ A thread waits for each worker. What it sees, and the signals that arrive, are e
 
 from __future__ import annotations
 
-import ctypes
 import os
 import select
 import signal
@@ -208,9 +207,8 @@ def signals_to(handler: signal._HANDLER, wakeup: int = -1) -> Iterator[None]:
 
 def start_in_session(argv: Sequence[str], env: Mapping[str, str], without_parent: signal.Signals = signal.SIGTERM) -> subprocess.Popen[bytes]:
     """A process that the terminal's signals do not reach. On Linux the kernel sends it `without_parent` when this process dies."""
-    at_fork = partial(_ask_for_signal, without_parent) if sys.platform == "linux" else None
+    import ctypes  # not above: a run of one process starts nothing, but imports this module
+
+    # The C library is looked up before the fork: there are threads, and a lock that one of them holds would stay locked in the child.
+    at_fork = partial(ctypes.CDLL(None).prctl, _PR_SET_PDEATHSIG, without_parent) if sys.platform == "linux" else None
     return subprocess.Popen(list(argv), env=dict(env), start_new_session=True, preexec_fn=at_fork)
-
-
-def _ask_for_signal(number: int) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from megatron.launcher.local import PROGRAM
+from tests.launcher.two_workers import WORKER, both, end_who_is_left, wait_for
 
 # Stands in for torchrun where only its behaviour towards signals and statuses matters (torchrun takes seconds to import).
 # Its path must contain the name by which the real one is recognised.
-STAND_IN = """import signal, subprocess, sys, time
-workers = [subprocess.Popen([sys.executable, sys.argv[1], sys.argv[2], str(rank)]) for rank in (0, 1)]
+STAND_IN = """import os, signal, subprocess, sys, time
+workers = [subprocess.Popen([sys.executable, *sys.argv[1:]], env={**os.environ, "RANK": str(rank)}) for rank in (0, 1)]
 def stop(number, frame):
     for worker in workers:
         worker.kill()
@@ -30,7 +31,7 @@ sys.exit(next((status for status in statuses if status), 0))
 """
 # As torchrun's, with parents of ours for the workers: it looks once a second, and ends the others when one has failed.
 KILLING_LAUNCHER = """import os, subprocess, sys, time
-workers = [subprocess.Popen([sys.executable, PROGRAM, *sys.argv[1:], str(rank)], env={**os.environ, "RANK": str(rank)}) for rank in (0, 1)]
+workers = [subprocess.Popen([sys.executable, PROGRAM, *sys.argv[1:]], env={**os.environ, "RANK": str(rank)}) for rank in (0, 1)]
 while True:
     time.sleep(1)
     for worker in workers:
@@ -39,24 +40,6 @@ while True:
             [other.wait() for other in workers]
             sys.exit(worker.returncode)
 """.replace("PROGRAM", repr(PROGRAM))
-# A worker that, on SIGTERM or SIGINT, waits until the other one has had its signal too (as a checkpoint does), takes its time, and notes how many
-# came.
-WORKER = """import os, signal, sys, time
-from pathlib import Path
-folder = Path(sys.argv[1])
-rank = sys.argv[2] if len(sys.argv) > 2 and sys.argv[2] in "01" else os.environ["RANK"]
-signals = []
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda number, frame: signals.append(number))
-(folder / f"started{rank}").write_text(str(os.getpid()))
-while not signals:
-    time.sleep(0.02)
-(folder / f"stopping{rank}").write_text("x")
-while not all((folder / f"stopping{other}").exists() for other in (0, 1)):
-    time.sleep(0.02)
-time.sleep(0.5)
-(folder / f"saved{rank}").write_text(str(len(signals)))
-"""
 RUN = """import os, sys
 from megatron.launcher import processes
 from megatron.launcher.processes import run_until_done
@@ -67,15 +50,11 @@ sys.exit(run_until_done(sys.argv[1:], os.environ, 2))
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """The stand-in and a worker; workers that a failing test leaves behind are ended by the ids that they wrote."""
+    """The stand-in and a worker; those that a failing test leaves behind are ended."""
     (tmp_path / "torch.distributed.run.py").write_text(STAND_IN)
     (tmp_path / "worker.py").write_text(WORKER)
     yield tmp_path
-    for started in tmp_path.glob("started?"):
-        pid = started.read_text()
-        command = Path("/proc") / pid / "cmdline"
-        if pid and command.exists() and str(tmp_path).encode() in command.read_bytes():
-            os.kill(int(pid), signal.SIGKILL)
+    end_who_is_left(tmp_path)
 
 
 def start(folder: Path, worker: str = "worker.py", patience: float = 15.0) -> subprocess.Popen[bytes]:
@@ -85,29 +64,22 @@ def start(folder: Path, worker: str = "worker.py", patience: float = 15.0) -> su
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
 
 
-def wait_for(*paths: Path, seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not all(path.exists() and path.stat().st_size for path in paths):
-        assert time.monotonic() < end, f"{paths} did not appear"
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM, signal.SIGTERM)])
 def test_workers_stop_together_and_have_time_to_save(folder: Path, signals: tuple[signal.Signals, ...]) -> None:
     process = start(folder)
-    wait_for(folder / "started0", folder / "started1")
+    wait_for(*both(folder, "started"))
     for number in signals:
         process.send_signal(number)
     assert process.wait(90) == 0
-    assert [(folder / f"saved{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+    assert [file.read_text() for file in both(folder, "saved")] == ["1", "1"]
 
 
 def test_a_second_interrupt_after_a_while_ends_everything_at_once(folder: Path) -> None:
     (folder / "stubborn.py").write_text(WORKER.replace("time.sleep(0.5)", "time.sleep(600)"))
     process = start(folder, "stubborn.py")
-    wait_for(folder / "started0", folder / "started1")
+    wait_for(*both(folder, "started"))
     process.send_signal(signal.SIGINT)
-    wait_for(folder / "stopping0", folder / "stopping1")
+    wait_for(*both(folder, "stopping"))
     time.sleep(2.1)
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 128 + signal.SIGKILL
@@ -159,8 +131,8 @@ def test_stopped_before_the_workers_are_there(folder: Path, number: signal.Signa
 
 def test_when_the_parent_is_killed_the_launcher_is_told(folder: Path) -> None:
     process = start(folder)
-    wait_for(folder / "started0", folder / "started1")
-    commands = [Path("/proc") / (folder / f"started{rank}").read_text() / "cmdline" for rank in (0, 1)]
+    wait_for(*both(folder, "started"))
+    commands = [Path("/proc") / file.read_text() / "cmdline" for file in both(folder, "started")]
     if not commands[0].exists():
         pytest.skip("the kernel's notice of a parent's death is Linux's, and so is /proc")
     assert all(b"worker.py" in command.read_bytes() for command in commands)
@@ -182,11 +154,11 @@ def test_deepy_s_own_launcher(folder: Path, repository: Path) -> None:
     note = "(folder / f'environment{rank}').write_text(os.environ['WORLD_SIZE'] + os.environ['LOCAL_RANK'])\nsignals = []\n"
     (folder / "script.py").write_text("import sys; sys.argv[1:] = ['.']\n" + WORKER.replace("signals = []\n", note))
     process = subprocess.Popen(command, cwd=folder, env=environment)
-    wait_for(folder / "started0", folder / "started1", seconds=60)
+    wait_for(*both(folder, "started"), seconds=60)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
-    assert [(folder / f"saved{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
-    assert [(folder / f"environment{rank}").read_text() for rank in (0, 1)] == ["20", "21"]
+    assert [file.read_text() for file in both(folder, "saved")] == ["1", "1"]
+    assert [file.read_text() for file in both(folder, "environment")] == ["20", "21"]
 
     (folder / "script.py").write_text("raise SystemExit(7)\n")
     assert subprocess.run(command, cwd=folder, env=environment, check=False).returncode == 7

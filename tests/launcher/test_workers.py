@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -14,26 +15,9 @@ from pathlib import Path
 import pytest
 
 from megatron.launcher.deaths import Ended, note_end, noted_end
+from tests.launcher.two_workers import WORKER, both, end_who_is_left, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# A worker that, on SIGTERM or SIGINT, waits until the other one has had its signal too (as a checkpoint does), takes its time, and notes how many
-# came.
-WORKER = """import os, signal, sys, time
-from pathlib import Path
-folder = Path(sys.argv[1])
-rank = os.environ["RANK"]
-signals = []
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda number, frame: signals.append(number))
-(folder / f"started{rank}").write_text(str(os.getpid()))
-while not signals:
-    time.sleep(0.02)
-(folder / f"stopping{rank}").write_text("x")
-while not all((folder / f"stopping{other}").exists() for other in (0, 1)):
-    time.sleep(0.02)
-time.sleep(0.5)
-(folder / f"saved{rank}").write_text(str(len(signals)))
-"""
 RUN = """import os, sys
 from megatron.launcher import workers
 workers.GRACE_S, workers.PATIENCE_S = float(os.environ["GRACE"]), float(os.environ["PATIENCE"])
@@ -44,14 +28,10 @@ KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """Has a worker in it; workers that a failing test leaves behind are ended by the ids that they wrote."""
+    """Has a worker in it; those that a failing test leaves behind are ended."""
     (tmp_path / "worker.py").write_text(WORKER)
     yield tmp_path
-    for started in tmp_path.glob("started?"):
-        pid = started.read_text()
-        command = Path("/proc") / pid / "cmdline"
-        if pid and command.exists() and str(tmp_path).encode() in command.read_bytes():
-            os.kill(int(pid), signal.SIGKILL)
+    end_who_is_left(tmp_path)
 
 
 def start(folder: Path, code: str | None = None, *, interrupt: signal.Handlers = signal.SIG_DFL, times: str = "2 15") -> subprocess.Popen[str]:
@@ -65,17 +45,6 @@ def start(folder: Path, code: str | None = None, *, interrupt: signal.Handlers =
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=partial(signal.signal, signal.SIGINT, interrupt))
 
 
-def wait_for(*paths: Path, seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not all(path.exists() and path.stat().st_size for path in paths):
-        assert time.monotonic() < end, f"{paths} did not appear"
-        time.sleep(0.02)
-
-
-def both(folder: Path, name: str) -> tuple[Path, Path]:
-    return folder / f"{name}0", folder / f"{name}1"
-
-
 @pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGINT,), (signal.SIGINT, signal.SIGTERM, signal.SIGTERM)])
 def test_workers_stop_together_and_have_time_to_save(folder: Path, signals: tuple[signal.Signals, ...]) -> None:
     process = start(folder)
@@ -83,6 +52,18 @@ def test_workers_stop_together_and_have_time_to_save(folder: Path, signals: tupl
     for number in signals:
         process.send_signal(number)
     assert process.wait(90) == 0
+    assert [file.read_text() for file in both(folder, "saved")] == ["1", "1"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tgkill, which chooses the thread, is Linux's")
+def test_a_signal_that_another_thread_gets_is_heard(folder: Path) -> None:
+    """The main thread sleeps, and nothing interrupts its call."""
+    process = start(folder)
+    wait_for(*both(folder, "started"))
+    time.sleep(0.5)
+    other = next(int(task.name) for task in Path(f"/proc/{process.pid}/task").iterdir() if int(task.name) != process.pid)
+    assert ctypes.CDLL(None).tgkill(process.pid, other, signal.SIGTERM) == 0
+    assert process.wait(30) == 0
     assert [file.read_text() for file in both(folder, "saved")] == ["1", "1"]
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from megatron.launcher.local import held_port
+from megatron.launcher.local import held_port, place
 from tests.scripts import ScriptProcess
 from tests.training.runs import outer_environment
 
@@ -24,11 +24,9 @@ def started(values: Mapping[str, Any], folder: Path, world_size: int, **environm
     with held_port(0) as port:
         try:
             for rank in range(world_size):
-                (place := folder / f"rank{rank}").mkdir(exist_ok=True)
-                own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-                meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                given = {**outer_environment(), **{key: str(value) for key, value in own.items()}, **meeting, **environment}
-                ranks.append(ScriptProcess("train.py", str(file), folder=place, environment=given))
+                (own := folder / f"rank{rank}").mkdir(exist_ok=True)
+                given = {**outer_environment(), **place(rank, world_size, port), **environment}
+                ranks.append(ScriptProcess("train.py", str(file), folder=own, environment=given))
             yield ranks
         finally:
             for process in ranks:

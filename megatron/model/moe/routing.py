@@ -44,6 +44,13 @@ class Routing(NamedTuple):
     softmax: Softmax | None = None
     """None: the router does not use the op `route`. Whoever replaces the choices, probabilities or logits has to set it to None."""
 
+    def rows_E(self, num_experts: int) -> Tensor:
+        """int64: how many tokens use each expert, without waiting for the device."""
+        if self.softmax is not None:
+            return self.softmax.order.rows_G
+        expert_R = self.expert_TK.flatten()
+        return expert_R.new_zeros(num_experts + 1).scatter_add_(0, expert_R, torch.ones_like(expert_R))[:num_experts]
+
 
 class LoreRouting(NamedTuple):
     """The second router's decision for every routed row, in the order of the rows that the experts were given."""

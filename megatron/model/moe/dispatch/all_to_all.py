@@ -44,7 +44,7 @@ class AllToAllDispatcher:
     def run_while(self, x_TD: Tensor, routing: Routing, experts: Any, meanwhile: Meanwhile) -> Computed:
         """This process's part of the layer's output, complete where there is one tensor-parallel process. `rows_E` and the LoREs' counts are those
         of this process's tokens. `meanwhile` is called while rows are on their way."""
-        rows_E = self._all_rows(routing)
+        rows_E = routing.rows_E(self.share.num_experts)
         choices, counts = self._own_choices(routing), self._counts(rows_E, len(x_TD))
         x_QD, back = self.transport(x_TD.device.type).send(x_TD, choices, counts, meanwhile)
         started = time.perf_counter()
@@ -57,13 +57,6 @@ class AllToAllDispatcher:
         if self._transport is None:
             self._transport = build_transport(self.dispatch_backend, device, share=self.share, permute_backend=self.backend)
         return self._transport
-
-    def _all_rows(self, routing: Routing) -> Tensor:
-        """rows_E of this process's tokens."""
-        if routing.softmax is not None:
-            return routing.softmax.order.rows_G
-        counts = torch.bincount(routing.expert_TK.flatten(), minlength=self.share.num_experts + 1)
-        return counts[: self.share.num_experts]
 
     def _own_choices(self, routing: Routing) -> OwnChoices:
         """Those of the experts that this tensor-parallel process and its likes have; of all where there is one."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from megatron.kernels.experts import experts as compute_experts
@@ -20,7 +19,6 @@ from megatron.model.moe.routing import LoreRouting, Routing
 
 if TYPE_CHECKING:
     from megatron.config.moe import MoEConfig
-
 
 Compute = Callable[[Any, Tensor, Tensor], tuple[Tensor, LoreRouting | None]]
 """(experts, x_RD, rows_E) -> (y_RD, the second routing; None where there is none)."""
@@ -44,14 +42,7 @@ class LibraryDispatcher:
             )
         weights, choices = experts.mlp.matrices(), Choices(routing.expert_TK, routing.weight_TK)
         y_TD = compute_experts(x_TD, choices, weights, activation=experts.mlp.activation, backend=self.backend)
-        return Computed(y_TD, self._rows(routing), None)
-
-    def _rows(self, routing: Routing) -> Tensor:
-        """rows_E, without waiting for the device."""
-        if routing.softmax is not None:
-            return routing.softmax.order.rows_G
-        expert_N = routing.expert_TK.reshape(-1)
-        return expert_N.new_zeros(self.num_experts).scatter_add_(0, expert_N, torch.ones_like(expert_N))
+        return Computed(y_TD, routing.rows_E(self.num_experts), None)
 
 
 def compute_of(moe: MoEConfig) -> Compute:

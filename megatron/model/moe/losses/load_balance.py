@@ -18,7 +18,7 @@ from megatron.model.moe.routing import LossContext, Routing
 def load_balance_loss(routing: Routing, context: LossContext) -> Tensor:
     """Over the tokens of the micro-batch."""
     mean_E = mean_probabilities(routing)
-    return context.num_experts * torch.dot(shares(uses(routing, context.num_experts)).to(mean_E.dtype), mean_E)
+    return context.num_experts * torch.dot(shares(routing.rows_E(context.num_experts)).to(mean_E.dtype), mean_E)
 
 
 def sequence_load_balance_loss(routing: Routing, context: LossContext) -> Tensor:
@@ -40,7 +40,7 @@ def global_load_balance_loss(routing: Routing, context: LossContext) -> Tensor:
 
     Qiu et al., 2025 ("Demons in the detail"): balance over the global batch leaves experts free to specialise within a sequence.
     """
-    count_E, mean_E = context.sum_over_processes(uses(routing, context.num_experts)), mean_probabilities(routing)
+    count_E, mean_E = context.sum_over_processes(routing.rows_E(context.num_experts)), mean_probabilities(routing)
     if context.earlier_rows_E is not None:
         count_E = count_E + context.earlier_rows_E
     return context.num_experts * torch.dot(shares(count_E).to(mean_E.dtype), mean_E)
@@ -64,13 +64,8 @@ def joint_load_balance_loss(routing: Routing, context: LossContext) -> Tensor:
 def expert_usage(routing: Routing, num_experts: int) -> Tensor:
     """usage_2E: how often a token uses each expert, without gradient, and each expert's probability; means over the tokens."""
     mean_E = mean_probabilities(routing)
-    uses_E = uses(routing, num_experts).double() / max(1, routing.probability_TE.shape[0])
+    uses_E = routing.rows_E(num_experts).double() / max(1, routing.probability_TE.shape[0])
     return torch.stack([uses_E.to(mean_E.dtype), mean_E])
-
-
-def uses(routing: Routing, num_experts: int) -> Tensor:
-    """count_E, int64: tokens that use each expert."""
-    return choices(routing, num_experts).sum(0) if routing.softmax is None else routing.softmax.order.rows_G
 
 
 def mean_probabilities(routing: Routing) -> Tensor:
