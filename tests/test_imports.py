@@ -20,6 +20,7 @@ OPTIONAL = [
     "comet_ml",
     "transformers",
     "matplotlib",
+    "plotly",
     "datasets",
     "lm_eval",
     "megablocks",
