@@ -27,14 +27,24 @@ inline Vec<float> natural(const W* from) {
   else return load_wide(from);
 }
 
-// Rows in both orders: as they are, and arranged for bf16.
+// How many floats a row of `width` numbers takes, as a matrix of the format multiplies it.
+int64_t width_for(int format, int64_t width) { return format == INT8 ? few_rows::row_width<int8_t>(width) : width; }
+
+// Rows as they are, and arranged for bf16 and for int8.
 struct Rows {
-  float *plain, *paired;
+  float *plain, *paired, *whole;
   int64_t width;
-  const float* of(int format) const { return Dtype(format) == Dtype::bfloat16 ? paired : plain; }
-  static int64_t size(int64_t rows, int64_t width) { return 2 * rows * width; }
-  static Rows at(float* memory, int64_t rows, int64_t width) { return {memory, memory + rows * width, width}; }
-  void arrange(int64_t row) const { few_rows::arrange<bf16>(paired + row * width, plain + row * width, width); }
+  const float* of(int format, int64_t row) const {
+    const float* first = format == INT8 ? whole : Dtype(format) == Dtype::bfloat16 ? paired : plain;
+    return first + row * width_for(format, width);
+  }
+  static int64_t size(int64_t rows, int64_t width) { return rows * (2 * width + width_for(INT8, width)); }
+  static Rows at(float* memory, int64_t rows, int64_t width) { return {memory, memory + rows * width, memory + 2 * rows * width, width}; }
+  void arrange(int64_t row) const {
+    const float* from = plain + row * width;
+    few_rows::arrange<bf16>(paired + row * width, from, width);
+    few_rows::arrange<int8_t>(whole + row * width_for(INT8, width), from, width);
+  }
 };
 
 // An expert that somebody chose: where it lies, and its pairs (row, place) in `Layer::pairs`.
@@ -84,7 +94,7 @@ void add_scaled(float* to, const float* from, float by, int64_t n) {
 void multiply(const DecodeMatrix& matrix, int64_t first, int64_t end, const float* x, int64_t right, int64_t width, float* out) {
   with_format(matrix.format, [&](auto* format) {
     using W = std::remove_const_t<std::remove_pointer_t<decltype(format)>>;
-    few_rows::dots_of(row_of<W>(matrix, first, width), end - first, x, right, width, width, out, right);
+    few_rows::dots_of(row_of<W>(matrix, first, width), end - first, x, right, few_rows::row_width<W>(width), width, out, right);
   });
   if (matrix.scale != nullptr)
     for (int64_t o = first; o < end; o++)
@@ -105,7 +115,7 @@ void add(const DecodeMatrix& matrix, int64_t first, int64_t end, int64_t width, 
 class Worker {
  public:
   Worker(Layer& layer) : s(layer), op(layer.op), thread(omp_get_thread_num()), threads(omp_get_num_threads()) {
-    const int64_t widest = op.D > s.u_width() ? op.D : s.u_width();
+    const int64_t widest = op.D > 2 ? op.D : 2;  // int8 takes two floats for a row of one number
     float* memory = scratch<float, 72>(Rows::size(op.N, op.D) + widest * op.N + 4 * BLOCK * op.N + 2 * op.D + op.choice.C + op.M);
     x = Rows::at(memory, op.N, op.D);
     gathered = memory + Rows::size(op.N, op.D);
@@ -125,7 +135,7 @@ class Worker {
   void route() {
     const Part part = part_of(op.choice.C, 4, thread, threads);
     for (int64_t c = part.first; c < part.end; c++) {
-      multiply(op.router, c, c + 1, x.of(op.router.format), op.N, op.D, products);
+      multiply(op.router, c, c + 1, x.of(op.router.format, 0), op.N, op.D, products);
       for (int64_t n = 0; n < op.N; n++) s.logits[n * op.choice.C + c] = products[n];
     }
   }
@@ -146,7 +156,7 @@ class Worker {
       const int64_t most = part.end - unit < BLOCK ? part.end - unit : BLOCK;
       const int64_t n = s.pairs[p] / op.choice.K, start = first(p, from);
       const int64_t end = last_of(p, from, rows < from + most ? rows : from + most, start, first);
-      multiply(matrix, start, start + end - from, x.of(matrix.format) + n * op.D, 1, op.D, products);
+      multiply(matrix, start, start + end - from, x.of(matrix.format, n), 1, op.D, products);
       for (int64_t i = from; i < end; i++) take(p, i, products[i - from]);
       unit += end - from;
     }
@@ -274,15 +284,13 @@ class Worker {
   const float* rows_of(const Active& expert, int side) {
     const DecodeProjection& projection = side ? op.gate : op.up;
     if (projection.matrix.weight == nullptr) return nullptr;
-    if (op.rank) {
-      float* paired = s.u[side].paired;
-      return Dtype(projection.matrix.format) == Dtype::bfloat16 ? paired + expert.first * op.rank : s.u[side].plain + expert.first * op.rank;
-    }
-    const float* rows = x.of(projection.matrix.format);
-    if (expert.count == op.N && op.choice.K == 1) return rows;
-    if (side == 1 && op.up.matrix.format == projection.matrix.format) return inputs[0];
+    const int format = projection.matrix.format;
+    if (op.rank) return s.u[side].of(format, expert.first);
+    if (expert.count == op.N && op.choice.K == 1) return x.of(format, 0);
+    if (side == 1 && op.up.matrix.format == format) return inputs[0];
+    const int64_t width = width_for(format, op.D);
     for (int64_t r = 0; r < expert.count; r++)
-      std::memcpy(gathered + r * op.D, rows + s.pairs[expert.first + r] / op.choice.K * op.D, op.D * sizeof(float));
+      std::memcpy(gathered + r * width, x.of(format, s.pairs[expert.first + r] / op.choice.K), width * sizeof(float));
     return gathered;
   }
 

@@ -16,15 +16,16 @@ void run(const DecodeLinear& op) {
 #pragma omp parallel num_threads(op.threads) if (op.threads > 1)
   {
     const few_rows::Part part = few_rows::part_of(op.O, GRAIN, omp_get_thread_num(), omp_get_num_threads());
-    float* memory = scratch<float, 70>(op.N * op.K + op.K + AT_ONCE * op.N);
-    float *x = memory, *row = memory + op.N * op.K, *sums = row + op.K;
+    const int64_t width = few_rows::row_width<W>(op.K);
+    float* memory = scratch<float, 70>(op.N * width + op.K + AT_ONCE * op.N);
+    float *x = memory, *row = memory + op.N * width, *sums = row + op.K;
     for (int64_t n = 0; n < op.N && part.first < part.end; n++) {
       prepare_row(op.input, op.x + n * input_width(op.input, op.K), op.K, row);
-      few_rows::arrange<W>(x + n * op.K, row, op.K);
+      few_rows::arrange<W>(x + n * width, row, op.K);
     }
     for (int64_t o = part.first; o < part.end; o += AT_ONCE) {
       const int64_t here = part.end - o < AT_ONCE ? part.end - o : AT_ONCE;
-      few_rows::dots_of(row_of<W>(op.matrix, o, op.K), here, x, op.N, op.K, op.K, sums, op.N);
+      few_rows::dots_of(row_of<W>(op.matrix, o, op.K), here, x, op.N, width, op.K, sums, op.N);
       for (int64_t n = 0; n < op.N; n++) {
         float* y = op.y + n * op.O + o;
         for (int64_t i = 0; i < here; i++) {

@@ -9,6 +9,8 @@
 #include <immintrin.h>
 #endif
 
+#include <limits>
+
 #include "numbers.h"
 
 namespace NEOX_ISA {
@@ -41,6 +43,69 @@ inline Two wide_step(const int8_t* from) { return {wide_bytes(from), wide_bytes(
 inline float wide_one(float x) { return x; }
 inline float wide_one(bf16 x) { return widen(x); }
 inline float wide_one(int8_t x) { return float(x); }
+
+// A row that int8 weights multiply is rounded to whole numbers of 16 bits, so that two products take one instruction and sums are exact: first its
+// scale, then the numbers. Weights of 8 bits lose a hundred times as much.
+constexpr int64_t SAFE_STEPS = 256;  // so many steps of two products each cannot overflow 32 bits
+typedef int16_t Shorts __attribute__((vector_size(VECTOR_BYTES)));
+typedef int16_t ShortsUnaligned __attribute__((vector_size(VECTOR_BYTES), aligned(2), may_alias));
+
+inline Shorts load_whole(const float* row, int64_t k) { return *reinterpret_cast<const ShortsUnaligned*>(reinterpret_cast<const char*>(row + 1) + 2 * k); }
+inline int32_t whole_one(const float* row, int64_t k) {
+  int16_t whole;
+  std::memcpy(&whole, reinterpret_cast<const char*>(row + 1) + 2 * k, 2);
+  return whole;
+}
+inline Shorts wide_whole(const int8_t* from) {
+#if defined(__AVX512BW__)
+  return reinterpret_cast<Shorts>(_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Shorts>(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+  Shorts wide;
+  for (int64_t i = 0; i < STEP; i++) wide[i] = from[i];
+  return wide;
+#endif
+}
+// The sums of neighbouring products.
+inline Ints products(Shorts a, Shorts b) {
+#if defined(__AVX512BW__)
+  return reinterpret_cast<Ints>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Ints>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#else
+  Ints sums;
+  for (int i = 0; i < LANES<float>; i++) sums[i] = int32_t(a[2 * i]) * b[2 * i] + int32_t(a[2 * i + 1]) * b[2 * i + 1];
+  return sums;
+#endif
+}
+
+// How many floats an arranged row of n numbers takes, for a matrix of W.
+template <class W>
+inline int64_t row_width(int64_t n) {
+  return sizeof(W) == 1 ? 1 + (n + 1) / 2 : n;
+}
+
+// to = the scale of a row, and its n numbers as whole multiples of it. A row with a number that is not finite gets the scale NaN.
+inline void round_row(float* to, const float* from, int64_t n) {
+  constexpr float LARGEST = 32767, TO_INTEGER = 12582912;  // 1.5 * 2^23: the sum's last bits are the integer
+  float largest = 0, lost = 0;
+  for (int64_t k = 0; k < n; k++) {
+    const float size = std::fabs(from[k]);
+    largest = size > largest ? size : largest;
+    lost += from[k] * 0;
+  }
+  const float scale = largest / LARGEST + lost, inverse = scale >= std::numeric_limits<float>::min() ? 1 / scale : 0;
+  to[0] = scale;
+  char* numbers = reinterpret_cast<char*>(to + 1);
+  for (int64_t k = 0; k < n; k++) {
+    const float sum = from[k] * inverse + TO_INTEGER;
+    int32_t bits;
+    std::memcpy(&bits, &sum, 4);
+    const int16_t whole = int16_t(bits);
+    std::memcpy(numbers + 2 * k, &whole, 2);
+  }
+}
 
 // The place of number k of a row, in the order of the steps of a matrix of W.
 template <class W>
@@ -90,7 +155,9 @@ inline void join_step(float* to, Two two) {
 // to = a row of n numbers in the order of the steps. `to` is other memory than `from`.
 template <class W>
 inline void arrange(float* to, const float* from, int64_t n) {
-  if constexpr (sizeof(W) != 2) {
+  if constexpr (sizeof(W) == 1) {
+    round_row(to, from, n);
+  } else if constexpr (sizeof(W) != 2) {
     std::memcpy(to, from, n * sizeof(float));
   } else {
     int64_t k = 0;
@@ -160,10 +227,40 @@ inline void dots(const W* matrix, int64_t apart, const float* x, int64_t x_strid
     }
 }
 
+// The same for int8: exact sums of whole numbers, times the scale of the row of x.
+template <int ROWS, int RIGHT, int64_t AHEAD = 0>
+inline void whole_dots(const int8_t* matrix, int64_t apart, const float* x, int64_t x_stride, int64_t n, float* out, int64_t out_stride) {
+  Vec<float> totals[ROWS][RIGHT] = {};
+  int64_t k = 0;
+  while (k + STEP <= n) {
+    Ints sums[ROWS][RIGHT] = {};
+    for (const int64_t end = k + SAFE_STEPS * STEP; k + STEP <= n && k < end; k += STEP) {
+      NEOX_UNROLL for (int o = 0; o < ROWS; o++) {
+        const Shorts w = wide_whole(matrix + o * apart * n + k);
+        if constexpr (AHEAD != 0) __builtin_prefetch(matrix + (AHEAD + o * apart) * n + k, 0, 2);
+        NEOX_UNROLL for (int r = 0; r < RIGHT; r++) sums[o][r] += products(w, load_whole(x + r * x_stride, k));
+      }
+    }
+    for (int o = 0; o < ROWS; o++)
+      for (int r = 0; r < RIGHT; r++) totals[o][r] += __builtin_convertvector(sums[o][r], Vec<float>);
+  }
+  for (int o = 0; o < ROWS; o++)
+    for (int r = 0; r < RIGHT; r++) {
+      int64_t left = 0;  // of the last numbers, fewer than a step
+      for (int64_t rest = k; rest < n; rest++) left += int32_t(matrix[o * apart * n + rest]) * whole_one(x + r * x_stride, rest);
+      out[o * apart * out_stride + r] = (sum_of(totals[o][r]) + float(left)) * x[r * x_stride];
+    }
+}
+template <class W, int ROWS, int RIGHT, int64_t AHEAD = 0>
+inline void products_of(const W* matrix, int64_t apart, const float* x, int64_t x_stride, int64_t n, float* out, int64_t out_stride) {
+  if constexpr (sizeof(W) == 1) whole_dots<ROWS, RIGHT, AHEAD>(matrix, apart, x, x_stride, n, out, out_stride);
+  else dots<W, ROWS, RIGHT, AHEAD>(matrix, apart, x, x_stride, n, out, out_stride);
+}
+
 // Rows of a matrix in blocks of BLOCK. In a block, AT_ONCE rows are read side by side: far from each other, or neighbours where a row is so short that
 // its stream would end before memory has begun to bring it.
 constexpr int64_t BLOCK = 64;
-constexpr int64_t SHORT_ROW = 2048;  // bytes
+constexpr int64_t SHORT_ROW = 1024;  // bytes
 struct Grouping {
   int64_t apart, step;  // between the rows of a group, and between the first rows of two groups
 };
@@ -178,10 +275,10 @@ template <class W, int ROWS>
 inline void dots_with_all(const W* matrix, int64_t apart, const float* x, int64_t right, int64_t x_stride, int64_t n, float* out, int64_t out_stride) {
   int64_t r = 0;
   for (; r + 2 <= right; r += 2) {
-    if (r == 2) dots<W, ROWS, 2, 1>(matrix, apart, x + r * x_stride, x_stride, n, out + r, out_stride);
-    else dots<W, ROWS, 2>(matrix, apart, x + r * x_stride, x_stride, n, out + r, out_stride);
+    if (r == 2) products_of<W, ROWS, 2, 1>(matrix, apart, x + r * x_stride, x_stride, n, out + r, out_stride);
+    else products_of<W, ROWS, 2>(matrix, apart, x + r * x_stride, x_stride, n, out + r, out_stride);
   }
-  for (; r < right; r++) dots<W, ROWS, 1>(matrix, apart, x + r * x_stride, x_stride, n, out + r, out_stride);
+  for (; r < right; r++) products_of<W, ROWS, 1>(matrix, apart, x + r * x_stride, x_stride, n, out + r, out_stride);
 }
 
 // out[o * out_stride + r] = row o of `rows` rows of the matrix times row r of the `right` rows of x.
@@ -193,7 +290,7 @@ inline void dots_of(const W* matrix, int64_t rows, const float* x, int64_t right
     const W* block = matrix + first * n;
     float* to = out + first * out_stride;
     for (int64_t g = 0, o = 0; g < groups; g++, o += grouped.step) {
-      if (right == 1) dots<W, 8, 1>(block + o * n, grouped.apart, x, x_stride, n, to + o * out_stride, out_stride);
+      if (right == 1) products_of<W, 8, 1>(block + o * n, grouped.apart, x, x_stride, n, to + o * out_stride, out_stride);
       else dots_with_all<W, 4>(block + o * n, grouped.apart, x, right, x_stride, n, to + o * out_stride, out_stride);
     }
     for (int64_t o = groups * at_once; o < here; o++) dots_with_all<W, 1>(block + o * n, 0, x, right, x_stride, n, to + o * out_stride, out_stride);

@@ -239,3 +239,25 @@ def test_int8_rows_lose_at_most_half_a_step() -> None:
     got = quantize_rows(weight)
     assert got.weight.dtype == torch.int8
     assert bool(((got.wide() - weight).abs() <= weight.abs().amax(1, keepdim=True) / 254 * 1.001).all())
+
+
+@pytest.mark.parametrize("columns", [4096, 4099, 9001])
+def test_int8_sums_of_the_largest_numbers_do_not_overflow(columns: int) -> None:
+    weight = torch.ones(11, columns) * torch.tensor([1.0, -1.0]).repeat(6)[:11, None]
+    part = Linear(quantize_rows(weight), None)
+    for rows in (1, 3):
+        y = torch.empty(rows, 11)
+        compiled.Linear(part)(torch.full((rows, columns), 5.0), y, 2)
+        near(y, 5.0 * columns * weight[:, 0].expand(rows, 11), 1e-6)
+
+
+@pytest.mark.parametrize(("value", "wanted"), [(1e36, 1e36), (1e-30, 1e-30), (0.0, 0.0), (float("nan"), float("nan")), (float("inf"), float("nan"))])
+def test_int8_beside_very_large_very_small_and_lost_numbers(value: float, wanted: float) -> None:
+    """A row with a number that is not finite has no results; the other rows of the call keep theirs."""
+    part = Linear(quantize_rows(torch.eye(3, 40)), None)
+    x = torch.zeros(2, 40)
+    x[0, 0], x[1, 1] = value, 2.0
+    y = torch.empty(2, 3)
+    compiled.Linear(part)(x, y, 1)
+    torch.testing.assert_close(y[0, 0], torch.tensor(wanted), equal_nan=True, rtol=1e-4, atol=0)
+    assert y[1].tolist() == [0, 2, 0]

@@ -49,7 +49,7 @@ class Buffer:
 
     def __call__(self, rows: int) -> Tensor:
         """[rows, width], with any numbers in it."""
-        if len(self._memory) < rows:
+        if self._memory.shape[0] < rows:
             self._memory = torch.empty(rows, self._memory.shape[1])
         return self._memory[:rows]
 
@@ -76,14 +76,14 @@ class CompiledAttention:
 
     def read(self, x_ND: Tensor, rows: Rows) -> None:
         """See AttentionStep."""
-        count = len(x_ND)
+        count = x_ND.shape[0]
         fused, context = self._fused(count), self._context(count)
         self.fused(x_ND, fused, rows.threads)
         self.attention(fused, context, rows.addresses[self.index], rows.lengths + rows.rooms, rows.threads)
 
     def add(self, y_ND: Tensor, rows: Rows) -> None:
         """See AttentionStep."""
-        self.dense(self._context(len(y_ND)), y_ND, rows.threads, add=True)
+        self.dense(self._context(y_ND.shape[0]), y_ND, rows.threads, add=True)
 
 
 class ModuleAttention:
@@ -121,19 +121,19 @@ class CompiledMLP:
     def __call__(self, x_ND: Tensor, rows: Rows) -> None:
         """See FeedForward."""
         self.read(x_ND, rows)
-        self.second(self._hidden(len(x_ND)), x_ND, rows.threads, add=True)
+        self.second(self._hidden(x_ND.shape[0]), x_ND, rows.threads, add=True)
 
     def read(self, x_ND: Tensor, rows: Rows) -> None:
         """The hidden layer, which is kept."""
-        self.first(x_ND, self._hidden(len(x_ND)), rows.threads)
+        self.first(x_ND, self._hidden(x_ND.shape[0]), rows.threads)
 
     def add(self, y_ND: Tensor, rows: Rows, scale_N1: Tensor | None = None) -> None:
         """y += the output of what was read, times `scale_N1`. None: times 1."""
         if scale_N1 is None:
-            self.second(self._hidden(len(y_ND)), y_ND, rows.threads, add=True)
+            self.second(self._hidden(y_ND.shape[0]), y_ND, rows.threads, add=True)
         else:
             output = torch.empty_like(y_ND)
-            self.second(self._hidden(len(y_ND)), output, rows.threads)
+            self.second(self._hidden(y_ND.shape[0]), output, rows.threads)
             y_ND.addcmul_(output, scale_N1)
 
 
@@ -148,7 +148,7 @@ class SharedMLP:
         """Everything that depends on x."""
         self.mlp.read(x_ND, rows)
         if self.gate is not None:
-            scale_N1 = torch.empty(len(x_ND), 1)
+            scale_N1 = torch.empty(x_ND.shape[0], 1)
             self.gate(x_ND, scale_N1, rows.threads)
             self._scale = scale_N1.sigmoid_()
 
@@ -168,7 +168,7 @@ class CompiledExperts:
         """See FeedForward."""
         for shared in self.shared:
             shared.read(x_ND, rows)
-        routed = self._room(len(x_ND))
+        routed = self._room(x_ND.shape[0])
         self.compute(x_ND, routed, rows)
         for shared in self.shared:
             shared.add(x_ND, rows)
@@ -210,8 +210,8 @@ class OffloadedExperts(CompiledExperts):
     def compute(self, x_ND: Tensor, routed: Routed, rows: Rows) -> None:
         """See CompiledExperts."""
         self.experts.route(x_ND, routed, rows.threads)
-        fits = len(x_ND) == 1 or len(routed.expert_Nk.unique()) <= self.slotted.slots.table.slots
-        for part in [slice(None)] if fits else [slice(n, n + 1) for n in range(len(x_ND))]:
+        fits = x_ND.shape[0] == 1 or len(routed.expert_Nk.unique()) <= self.slotted.slots.table.slots
+        for part in [slice(None)] if fits else [slice(n, n + 1) for n in range(x_ND.shape[0])]:
             own, x = Routed(*(t[part] for t in routed)), x_ND[part]
             slot_NK = self.slotted.acquire(own.expert_Nk, prepared(self.experts.part.input, x))
             self.experts.compute(x, x, x, own, rows.threads, slot_Nk=slot_NK)

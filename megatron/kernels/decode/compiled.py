@@ -61,7 +61,7 @@ class Linear:
 
     def __call__(self, x_NK: Tensor, y_NO: Tensor, threads: int, *, add: bool = False) -> None:
         """y = the product; `add`: y += it. Both are contiguous float32."""
-        self._run(x_NK.data_ptr(), y_NO.data_ptr(), len(x_NK), add, threads)
+        self._run(x_NK.data_ptr(), y_NO.data_ptr(), x_NK.shape[0], add, threads)
 
 
 class Experts:
@@ -97,18 +97,18 @@ class Experts:
 
     def route(self, x_ND: Tensor, routed: Routed, threads: int) -> None:
         """Writes the experts of each row and their weights into `routed`."""
-        self._run([x_ND.data_ptr(), 0, 0, *addresses(*routed[:2]), 0, 0], len(x_ND), True, False, threads)
+        self._run([x_ND.data_ptr(), 0, 0, *addresses(*routed[:2]), 0, 0], x_ND.shape[0], True, False, threads)
 
     def __call__(self, x_ND: Tensor, residual_ND: Tensor, y_ND: Tensor, routed: Routed, threads: int) -> None:
         """Routes as well, and y = residual + the experts' weighted results."""
-        self._run([*addresses(x_ND, residual_ND, y_ND, *routed[:2]), 0, _lores(routed)], len(x_ND), True, True, threads)
+        self._run([*addresses(x_ND, residual_ND, y_ND, *routed[:2]), 0, _lores(routed)], x_ND.shape[0], True, True, threads)
 
     def compute(self, x_ND: Tensor, residual_ND: Tensor, y_ND: Tensor, routed: Routed, threads: int, *, slot_Nk: Tensor | None = None) -> None:
         """The same for a choice that was made before. `slot_Nk`: where the experts lie in the matrices; None: at their numbers.
 
         Raises ValueError for experts that do not exist.
         """
-        self._run([*addresses(x_ND, residual_ND, y_ND, *routed[:2], slot_Nk), _lores(routed)], len(x_ND), False, True, threads)
+        self._run([*addresses(x_ND, residual_ND, y_ND, *routed[:2], slot_Nk), _lores(routed)], x_ND.shape[0], False, True, threads)
 
 
 class Attention:

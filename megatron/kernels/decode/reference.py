@@ -10,7 +10,9 @@ from torch.nn import functional
 
 from megatron.kernels.activations import ACTIVATIONS
 from megatron.kernels.attention.reference import turned
-from megatron.kernels.decode.interface import Attention, Choice, Experts, Input, Linear, Projection, Routed
+from megatron.kernels.decode.interface import Attention, Choice, Experts, Input, Linear, Matrix, Projection, Routed
+
+LARGEST_OF_16_BITS = 32767
 
 
 def prepared(given: Input, x_NK: Tensor) -> Tensor:
@@ -28,9 +30,17 @@ def prepared(given: Input, x_NK: Tensor) -> Tensor:
     return y if given.shift is None else y + given.shift
 
 
+def rounded_for(matrix: Matrix, x_NK: Tensor) -> Tensor:
+    """The rows that a matrix multiplies: beside int8 weights rounded to 16 bits, each row with a scale of its own, so that sums are whole numbers."""
+    if matrix.scale is None:
+        return x_NK
+    scale_N1 = x_NK.abs().amax(-1, keepdim=True) / LARGEST_OF_16_BITS
+    return torch.round(x_NK / scale_N1.clamp(min=torch.finfo(torch.float32).tiny)) * scale_N1
+
+
 def linear(layer: Linear, x_NK: Tensor) -> Tensor:
     """y_NO."""
-    return functional.linear(prepared(layer.input, x_NK), layer.matrix.wide(), layer.bias)
+    return functional.linear(rounded_for(layer.matrix, prepared(layer.input, x_NK)), layer.matrix.wide(), layer.bias)
 
 
 def choose(rule: Choice, logit_NC: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,19 +107,20 @@ def _expert(layer: Experts, row_D: Tensor, slot: int, lore_L: Tensor) -> Tensor:
     numbers = torch.zeros(1, dtype=torch.int64)
     if layer.lores is not None:
         if layer.lores.router is not None:
-            logit_M = layer.lores.router.wide().view(layer.num_experts, -1, len(row_D))[slot] @ row_D
+            router = layer.lores.router
+            logit_M = _of_slot(layer, router.wide(), slot) @ rounded_for(router, row_D)
             chosen_1L, weight_1L = choose(layer.lores.choice, logit_M[None])
             lore_L.copy_(chosen_1L[0])
             numbers, weight_L = chosen_1L[0], weight_1L[0]
         numbers = numbers + slot * layer.lores.choice.candidates
 
     def project(projection: Projection) -> Tensor:
-        matrix = _of_slot(layer, projection.matrix.wide(), slot)
-        y_F = matrix @ row_D if projection.left is None else matrix @ (_of_slot(layer, projection.left.wide(), slot) @ row_D)
+        thin = row_D if projection.left is None else _of_slot(layer, projection.left.wide(), slot) @ rounded_for(projection.left, row_D)
+        y_F = _of_slot(layer, projection.matrix.wide(), slot) @ rounded_for(projection.matrix, thin)
         if projection.lore_a is not None and projection.lore_b is not None and layer.lores is not None:
             for number, weight in zip(numbers.tolist(), weight_L, strict=True):
                 rows = slice(number * layer.lores.rank, (number + 1) * layer.lores.rank)
-                y_F = y_F + (weight * (projection.lore_a.wide()[rows] @ row_D)) @ projection.lore_b.wide()[rows]
+                y_F = y_F + (weight * (projection.lore_a.wide()[rows] @ rounded_for(projection.lore_a, row_D))) @ projection.lore_b.wide()[rows]
         return y_F if projection.bias is None else y_F + projection.bias[slot]
 
     activation = ACTIVATIONS[layer.activation].value
