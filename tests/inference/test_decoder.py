@@ -195,7 +195,11 @@ def test_the_trace_is_the_modules() -> None:
 @needs_kernels
 @pytest.mark.parametrize("case", ["experts", "LoREs", "decomposed", "gated shared expert", "neox", "top p"])
 def test_int8(case: str) -> None:
-    """The int8 runner computes with the rounded weights, for prompts too, and the model's own weights are gone."""
+    """The int8 runner computes with the rounded weights, for prompts too, and the model's own weights are gone.
+
+    The rows that it rounds to 16 bits change logits by up to 1.5e-4 of the largest; int8 weights change them by 5e-3 to 1e-2.
+    `tests/kernels/test_decode.py` holds the products themselves to 2e-5 of their definition, which rounds in the same way.
+    """
     rounded = ready_model(*SERVED.get(case, PARTLY.get(case, ((), ()))[:2]))
     untied = ready_model(*SERVED.get(case, PARTLY.get(case, ((), ()))[:2]), decoding=Decoding(weights="int8"))
     words = rounded.gpt.sequential["0"].word_embeddings.weight
@@ -203,7 +207,7 @@ def test_int8(case: str) -> None:
     round_to_int8(rounded.gpt, rounded.sizes, VOCABULARY)
     if not words.equal(before):  # a tied table: generation rounds it for the head alone
         untied.gpt.sequential["0"].word_embeddings.weight.data.copy_(words)
-    compare(build_runner(untied), ModuleRunner(rounded), 2e-5)
+    compare(build_runner(untied), ModuleRunner(rounded), 2e-4)
     assert sum(p.numel() for p in untied.gpt.parameters()) < whole * (0.99 if case == "top p" else 0.5)
 
 
