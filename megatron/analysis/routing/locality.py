@@ -18,8 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megatron.inference.offload.errors import OffloadError
-from megatron.inference.offload.trace import Numbers, Trace
+from megatron.monitor.routing_trace import Numbers, Trace, TraceError
 
 
 class Locality(NamedTuple):
@@ -38,10 +37,10 @@ class Locality(NamedTuple):
 def locality(trace: Trace, *, windows: Sequence[int] = (4, 16, 64), slots: Sequence[int] | None = None) -> Locality:
     """Of all layers; windows that are longer than the trace are left out. `slots` None: 1, 2 and 4 times the experts of a token.
 
-    Raises OffloadError for a window without a token.
+    Raises TraceError for a window without a token.
     """
     if wrong := [length for length in windows if length < 1]:
-        raise OffloadError(f"--windows: {wrong[0]} was given, and a window has at least 1 token.")
+        raise TraceError(f"--windows: {wrong[0]} was given, and a window has at least 1 token.")
     used = [used_TE(trace, place) for place in range(len(trace.layers))]
     per_token = float(np.mean([layer.sum(1).mean() for layer in used]))
     sizes = slots if slots is not None else [min(trace.num_experts, round(per_token * times)) for times in (1, 2, 4)]

@@ -7,11 +7,11 @@ from typing import Any
 
 from rich.table import Table
 
+from megatron.analysis.routing.locality import Locality
 from megatron.inference.offload.counters import total
 from megatron.inference.offload.errors import OffloadError
-from megatron.inference.offload.locality import Locality
 from megatron.inference.offload.simulate import simulate
-from megatron.inference.offload.trace import Trace
+from megatron.monitor.routing_trace import Trace
 
 
 def residency(trace: Trace, *, granularity: str = "expert") -> list[int]:
