@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from megatron.analysis.routing.locality import Locality
+from megatron.analysis.routing.locality import LocalityMeans
 from megatron.inference.offload.counters import total
 from megatron.inference.offload.errors import OffloadError
 from megatron.inference.offload.simulate import simulate
@@ -45,7 +45,7 @@ def simulation_table(
     return table, numbers
 
 
-def locality_tables(found: Locality) -> Iterator[Table]:
+def locality_tables(found: LocalityMeans) -> Iterator[Table]:
     """ExRep and the distance from uniform; SCH and SRP by window."""
     first = Table(box=None, pad_edge=False, header_style="dim")
     for title in ("ExRep", "distance from uniform"):

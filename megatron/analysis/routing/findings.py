@@ -101,7 +101,7 @@ class CoActivation:
     random_L: Floats
     """(k - 1) / (E - 1)."""
     pairs: list[Pair]
-    """The pairs that are together most above chance, at most 8 a layer."""
+    """The pairs that are surely together more often than by chance, at most 8 a layer, the largest lift first."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Pair:
     tokens: int
     """That used both."""
     lift: float
-    """Over the number that independent choices with the experts' own loads would give."""
+    """Over the number that chance would give: as many pairs in all, in proportion to the loads of both experts. 1 is chance."""
 
 
 @dataclass(frozen=True)
