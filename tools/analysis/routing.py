@@ -53,6 +53,7 @@ def main(argv: list[str]) -> int:
         from megatron.analysis.routing.analyse import Request, analyse
         from megatron.analysis.routing.files import write_findings
         from megatron.analysis.routing.progress import Progress
+        from megatron.analysis.routing.report import write_report
         from megatron.analysis.routing.summary import summary_tables
         from megatron.analysis.routing.tally import Measures
         from megatron.analysis.routing.texts import domains_of
@@ -69,6 +70,10 @@ def main(argv: list[str]) -> int:
         for table in summary_tables(found):
             Console(width=None if sys.stdout.isatty() else 160).print(table)
         console.print(f"Numbers: {folder / 'routing.json'}", soft_wrap=True, highlight=False)
+        if not options.json_only:
+            with console.status("Drawing the report"):
+                page = write_report(found, folder)
+            console.print(f"Report: {page}", soft_wrap=True, highlight=False)
 
     return exit_status(work)
 

@@ -49,6 +49,9 @@ def plot(chart: Chart, *, legend: bool = True) -> Plot:
     series = () if isinstance(chart, HeatMap) else chart.series
     named = legend and sum(bool(one.name) for one in series) > 1
     layout |= {"title": {"text": plotly_text(chart.title)}, "showlegend": named}
+    if not chart.title:
+        layout["margin"] = {"l": 56, "r": 16, "t": 14, "b": 48}
+        height -= 22
     if named:
         layout["legend"] = {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top", "traceorder": "normal"}
         height += 20 * -(-len(series) // 3)
@@ -86,7 +89,7 @@ def _heat_map(chart: HeatMap) -> tuple[list[dict[str, Any]], dict[str, Any], int
         "showscale": chart.scale.bar,
         "hoverongaps": False,
         "hovertemplate": f"{_one(chart.y_label)} %{{y}}, {_one(chart.x_label)} %{{x}}: {number}{chart.unit}<extra></extra>",
-        **({"xgap": 1, "ygap": 1} if len(chart.columns) <= 64 else {}),
+        **({"xgap": 1, "ygap": 1} if max(len(chart.columns), len(chart.rows)) <= 64 else {}),
     }
     if len(chart.columns) <= FEW_COLUMNS and len(chart.rows) <= FEW_ROWS and chart.scale.colours != TWO_TONE:
         trace |= {"text": _cell_texts(chart, shown), "texttemplate": "%{text}", "textfont": {"size": 11}}
@@ -134,7 +137,16 @@ def _lines(chart: Lines) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
         line = {"color": one.colour, "width": 1.5 if one.dashed else 2, **({"dash": "dash"} if one.dashed else {})}
         mode = "lines+markers" if (len(chart.x) <= POINTS and not one.dashed) or len(chart.x) == 1 else "lines"
         traces.append(
-            {"type": "scatter", "mode": mode, "x": x, "y": packed(one.y), "name": plotly_text(one.name), "line": line, "hovertemplate": _hover(chart)}
+            {
+                "type": "scatter",
+                "mode": mode,
+                "x": x,
+                "y": packed(one.y),
+                "name": plotly_text(one.name),
+                "showlegend": bool(one.name),
+                "line": line,
+                "hovertemplate": _hover(chart),
+            }
         )
     layout = _axes(chart)
     if not numbers:

@@ -14,9 +14,10 @@ from megatron.analysis.charts.chart import TWO_TONE, Bars, Chart, Figure, HeatMa
 
 ACROSS = 3
 """Charts in a row, at most."""
-VIEWS = 3
-"""Of a figure with a menu the first, the middle and the last view are drawn."""
-CHARTS = 18
+VIEWS = 4
+"""Of a figure with a menu of more than these, the first, the middle and the last view are drawn."""
+CHARTS = 9
+"""In one PNG, at most, unless one view has more."""
 DPI = 130
 FEW_COLUMNS, FEW_ROWS = 12, 12
 POINTS = 40
@@ -36,7 +37,7 @@ def write_picture(figure: Figure, path: Path) -> None:
     with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)  # a box stands for it
         canvas = Canvas(figsize=(wide * across, sum(heights) + 0.8), layout="constrained")
-        canvas.suptitle(figure.title, fontsize=12, fontweight="bold")
+        canvas.suptitle(drawable(figure.title), fontsize=12, fontweight="bold")
         grid = canvas.subplots(len(rows), across, squeeze=False, height_ratios=heights)
         for place, (view, charts) in enumerate(rows):
             for axis in grid[place][len(charts) :]:
@@ -50,11 +51,16 @@ def write_picture(figure: Figure, path: Path) -> None:
 
 
 def chosen(views: Sequence[View]) -> list[View]:
-    """The first, the middle and the last, each once; the first alone, where three would be too many charts."""
-    if len(views[0].charts) * min(len(views), VIEWS) > CHARTS:
-        return [views[0]]
+    """All if they are few, else the first, the middle and the last; the first alone, where those would be too many charts."""
     places = sorted({0, (len(views) - 1) // 2, len(views) - 1}) if len(views) > VIEWS else range(len(views))
+    if len(views[0].charts) * len(places) > CHARTS:
+        return [views[0]]
     return [views[place] for place in places]
+
+
+def drawable(text: str) -> str:
+    """matplotlib refuses a text with half a character, which the name of a file can hold: "?" stands for it."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _rows(view: View) -> list[Sequence[Chart]]:
@@ -71,6 +77,9 @@ def _height(chart: Chart) -> float:
 def _save(canvas: Any, path: Path) -> None:
     path = Path(os.path.realpath(path))
     unfinished = path.with_name(f".{path.name}.new")
+    # Laid out here, it is drawn once; `savefig` would draw it twice.
+    canvas.get_layout_engine().execute(canvas)
+    canvas.set_layout_engine("none")
     try:
         canvas.savefig(unfinished, format="png", dpi=DPI, metadata={"Software": None})
         os.replace(unfinished, path)
@@ -82,14 +91,14 @@ def _save(canvas: Any, path: Path) -> None:
 def _legend(canvas: Any, entries: Sequence[tuple[str, str]]) -> None:
     from matplotlib.patches import Patch
 
-    handles = [Patch(color=colour, label=name) for name, colour in entries]
+    handles = [Patch(color=colour, label=drawable(name)) for name, colour in entries]
     canvas.legend(handles=handles, loc="outside lower center", ncols=min(len(entries), 6), frameon=False)
 
 
 def _draw(axis: Any, chart: Chart, lead: str, *, legend: bool) -> None:
-    axis.set_title(", ".join(filter(None, (lead, chart.title))), loc="left")
-    axis.set_xlabel(chart.x_label)
-    axis.set_ylabel(chart.y_label)
+    axis.set_title(drawable(", ".join(filter(None, (lead, chart.title)))), loc="left")
+    axis.set_xlabel(drawable(chart.x_label))
+    axis.set_ylabel(drawable(chart.y_label))
     if isinstance(chart, HeatMap):
         _draw_heat_map(axis, chart)
         return
@@ -140,14 +149,14 @@ def _name(ticks: Any, names: Sequence[str], most: int) -> None:
     """At most so many names, evenly spread."""
     step = -(-len(names) // most)
     places = range(0, len(names), step)
-    ticks(places, labels=[names[place] for place in places])
+    ticks(places, labels=[drawable(names[place]) for place in places])
 
 
 def _draw_bars(axis: Any, chart: Bars) -> None:
     width = 0.8 / max(1, len(chart.series))
     places = np.arange(len(chart.names))
     for number, one in enumerate(chart.series):
-        axis.bar(places + (number - (len(chart.series) - 1) / 2) * width, one.y, width * 0.95, color=one.colour, label=one.name)
+        axis.bar(places + (number - (len(chart.series) - 1) / 2) * width, one.y, width * 0.95, color=one.colour, label=drawable(one.name))
     _name(axis.set_xticks, chart.names, 16)
 
 
@@ -158,7 +167,9 @@ def _draw_lines(axis: Any, chart: Lines) -> None:
     x = list(chart.x) if numbers else list(range(len(chart.x)))
     for one in chart.series:
         marker = "o" if len(x) <= POINTS and not one.dashed else ""
-        axis.plot(x, one.y, marker=marker, markersize=3.5, linestyle="--" if one.dashed else "-", linewidth=1.6, color=one.colour, label=one.name)
+        axis.plot(
+            x, one.y, marker=marker, markersize=3.5, linestyle="--" if one.dashed else "-", linewidth=1.6, color=one.colour, label=drawable(one.name)
+        )
         if one.low is not None and one.high is not None:
             axis.fill_between(x, one.low, one.high, color=one.colour, alpha=0.22, linewidth=0)
     if chart.logarithmic_x:

@@ -39,6 +39,8 @@ class Measure:
     title: str = ""
     factor: float = 100.0
     """Shares are shown in percent."""
+    by_domain: bool = True
+    """False: the number is of all tokens together."""
     reference: str = "random choices"
     """What the dashed line is called."""
 
@@ -147,6 +149,8 @@ def _of_model(found: Findings, measure: Measure, model: Model, y_range: tuple[fl
     colours = domain_colours(found)
     values = measure.value_GL(model) * measure.factor
     series = [Series(model.groups[place], values[place], colours[model.groups[place]]) for place in domains(model)]
+    if not measure.by_domain:
+        series = [Series("all text", values[all_of(model)], model_colour(found.models.index(model)))]
     if measure.random_L is not None:
         series.append(Series(measure.reference, measure.random_L(model) * measure.factor, RANDOM, dashed=True))
     return Lines(titled(found, model, measure.title), model.layers, series, "layer", measure.label, y_range=y_range)

@@ -90,7 +90,7 @@ def load_map(found: Findings) -> Figure:
                         unit=" % of the choices",
                     )
                 )
-        views.append(View(choice, charts, smallest=620 if share_GLE.shape[2] > WIDE else 380))
+        views.append(View(choice, charts, smallest=620 if share_GLE.shape[2] > WIDE else 520 if len(charts) == 4 else 380))
     return Figure(
         "load_map",
         "Share of every expert in every layer",

@@ -25,9 +25,7 @@ def write_report(found: Findings, folder: Path, *, progress: Callable[[str], Non
     """Writes the page and the pictures into the folder and returns the page's path. `progress` hears of every file (None: nobody does). Each file is
     written completely or not at all. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    sections, figures = _sections(found)
-    names = " and ".join(model.name for model in found.models)
-    page = page_html(f"Routing of {names}", sections, subtitle="Which experts the tokens of a text go to.", facts=_facts(found))
+    page, figures = report_page(found)
     for figure in figures:
         write_picture(figure, folder / f"{figure.name}.png")
         if progress is not None:
@@ -36,6 +34,13 @@ def write_report(found: Findings, folder: Path, *, progress: Callable[[str], Non
     if progress is not None:
         progress(PAGE)
     return folder / PAGE
+
+
+def report_page(found: Findings) -> tuple[str, list[Figure]]:
+    """The page as HTML, and the figures in it."""
+    sections, figures = _sections(found)
+    names = " and ".join(model.name for model in found.models)
+    return page_html(f"Routing of {names}", sections, subtitle="Which experts the tokens of a text go to.", facts=_facts(found)), figures
 
 
 def _facts(found: Findings) -> dict[str, str]:

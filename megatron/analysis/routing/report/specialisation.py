@@ -36,10 +36,11 @@ def specialisation_figures(found: Findings) -> Iterator[Figure | None]:
         [
             Measure("distance from all text (%)", lambda model: model.specialisation.domain_distance_GL, title="domains"),
             Measure(
-                "same expert for the same token (%)",
+                "same expert (%)",
                 lambda model: np.broadcast_to(model.specialisation.vocabulary_L, (len(model.groups), len(model.layers))),
                 lambda model: model.specialisation.vocabulary_even_L,
                 "vocabulary",
+                by_domain=False,
                 reference="if the token made no difference",
             ),
         ],
@@ -135,7 +136,7 @@ def _table(found: Findings, model: Model, layer: int) -> DataTable:
 
 
 def _listed(tokens: Sequence[TokenShare]) -> str:
-    return "   ".join(f"{visible(one.piece)} {one.lift:.1f}×" for one in tokens[:TABLE_TOKENS])
+    return "   ".join(f"{visible(one.piece)}\u00a0{one.lift:.1f}×" for one in tokens[:TABLE_TOKENS])
 
 
 def co_activation_figure(found: Findings) -> Figure | None:
