@@ -140,8 +140,8 @@ class Watch:
 
         return after
 
-    def _read(self, _: nn.Module, given: tuple[Any, ...]) -> None:
-        if _is_first_forward() and sum(map(len, self._tokens)) < self._most:
+    def _read(self, embedding: nn.Module, given: tuple[Any, ...]) -> None:
+        if embedding.training and _is_first_forward() and sum(map(len, self._tokens)) < self._most:
             tokens_BS: Tensor = given[0]
             self._tokens.append(tokens_BS.flatten().cpu().numpy())
 
