@@ -78,21 +78,20 @@ def test_an_interval_and_a_limit(corpus: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("keys", [{"pipe_parallel_size": 2}, {"moe_expert_parallel_size": 2}, {"model_parallel_size": 2}])
 def test_parts_of_two_processes_are_the_trace_of_one(corpus: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
-    one = traced(corpus, tmp_path / "one", gradient_accumulation_steps=None, train_batch_size=4, train_iters=1, eval_iters=0)
+    optimizer = {"type": "Adam", "params": {"lr": 1e-3}}
+    changes = {"gradient_accumulation_steps": None, "train_batch_size": 4, "train_iters": 1, "eval_iters": 0, "optimizer": optimizer}
+    one, two = ({**traced(corpus, tmp_path / name), **changes} for name in ("one", "two"))
     train_losses(one)
-    run_distributed(train_losses, 2, {**traced(corpus, tmp_path / "two"), **one, **keys, **paths(tmp_path / "two")}, backend=None)
+    run_distributed(train_losses, 2, {**two, **keys}, backend=None)
     first, second = (read_parts(tmp_path / name / "traces" / "step_00000001") for name in ("one", "two"))
     assert first is not None
     assert second is not None
     assert list(second.layers) == [0, 1]
     order, other = (np.lexsort(trace.token_T.reshape(4, 16).T) for trace in (first, second) if trace.token_T is not None)
-    for name in ("token_T", "expert_TLK", "lore_TLKM"):
+    assert (second.lore_TLKM is None) == ("pipe_parallel_size" not in keys)
+    for name in ("token_T", "expert_TLK", *(["lore_TLKM"] if second.lore_TLKM is not None else [])):
         texts = [getattr(trace, name).reshape(4, -1)[rows].tolist() for trace, rows in ((first, order), (second, other))]
         assert texts[0] == texts[1], name
-
-
-def paths(folder: Path) -> dict[str, str]:
-    return {"metrics_file": str(folder / "metrics.jsonl"), "routing_trace_dir": str(folder / "traces")}
 
 
 @pytest.mark.parametrize(
