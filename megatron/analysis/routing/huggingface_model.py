@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.analysis.routing.blocks import Pieces
+from megatron.analysis.routing.number_format import to_fast_format
 from megatron.analysis.routing.routed_model import Kind, RoutedModelError, name_of
 from megatron.analysis.routing.tally import Origin
 from megatron.convert.architectures import ARCHITECTURES
@@ -174,7 +175,8 @@ def open_directory(path: Path, *, trusted: bool = False) -> HuggingFaceModel:
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise RoutedModelError(f"transformers {_version()} cannot load {path}: {reason}") from error
-    return HuggingFaceModel(model.eval().requires_grad_(False), tokenizer, path)
+    to_fast_format(model.eval().requires_grad_(False))
+    return HuggingFaceModel(model, tokenizer, path)
 
 
 def _load(path: Path, settings: dict[str, Any], *, trusted: bool) -> Any:

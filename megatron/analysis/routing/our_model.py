@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from megatron.analysis.routing.blocks import Pieces
+from megatron.analysis.routing.number_format import to_fast_format
 from megatron.analysis.routing.routed_model import Kind, RoutedModelError, name_of
 from megatron.analysis.routing.tally import Origin
 from megatron.checkpoint import layout
@@ -78,4 +79,6 @@ def open_checkpoint(path: Path, *, trusted: bool = False) -> OurModel:
     keys = {name: value for name, value in given.given().items() if name not in LEFT_OUT}
     keys = {**keys, **{name: value for name, value in ONE_PROCESS.items() if name in keys}}
     config = config_from_dict({**keys, "load": str(checkpoint.resolve().parent), "iteration": int(step[1])})
-    return OurModel(load_ready_model(config), str(path), config)
+    ready = load_ready_model(config)
+    to_fast_format(ready.gpt)
+    return OurModel(ready, str(path), config)

@@ -16,6 +16,7 @@ from megatron.config.data import DataConfig
 from megatron.config.logging import LoggingConfig
 from megatron.data.tokenizer import NULL, build_tokenizer
 from megatron.model.gpt import GPT
+from megatron.model.moe.dispatch.all_to_all import AllToAllDispatcher
 from megatron.model.moe.layer import MoELayer, MoEOutput
 from megatron.monitor.routing_trace import Trace, TraceError, write_trace
 from megatron.monitor.trace_layers import LayerChoices, Routed, choices_of, joined
@@ -134,14 +135,16 @@ class Watch:
     def _hook(self, number: int) -> Any:
         def after(_: nn.Module, __: Any, output: MoEOutput) -> None:
             if self._counts(number):
-                shape = output.decision.routing.batch_shape
-                self._shapes[number].append(shape if shape is not None else (1, len(output.decision.routing.expert_TK)))
-                self._chosen[number].append(choices_of(output.decision.chosen()))
+                decision, shape = output.decision, output.decision.routing.batch_shape
+                if isinstance(self._moe[number].dispatcher, AllToAllDispatcher):
+                    decision = decision._replace(lores=None)  # they are of the rows that this process received, not of its tokens
+                self._shapes[number].append(shape if shape is not None else (1, len(decision.routing.expert_TK)))
+                self._chosen[number].append(choices_of(decision.chosen()))
 
         return after
 
-    def _read(self, _: nn.Module, given: tuple[Any, ...]) -> None:
-        if _is_first_forward() and sum(map(len, self._tokens)) < self._most:
+    def _read(self, embedding: nn.Module, given: tuple[Any, ...]) -> None:
+        if embedding.training and _is_first_forward() and sum(map(len, self._tokens)) < self._most:
             tokens_BS: Tensor = given[0]
             self._tokens.append(tokens_BS.flatten().cpu().numpy())
 
