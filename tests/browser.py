@@ -141,7 +141,7 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
 
     def screenshot(self, path: Path, selector: str | None = None) -> None:
-        """The page as a PNG; with a selector, the whole of that element alone. None: what the window shows."""
+        """The whole page as a PNG; with a selector, that element alone (None: no selector)."""
         clip = {} if selector is None else {"clip": {**self.box(selector), "scale": 1}}
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, **clip)["data"]))
 
