@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron.monitor.alerts.alert import Alert
 from megatron.monitor.sink import Value
 
 TRAIN_LOSS = "train/lm_loss"
@@ -38,14 +39,20 @@ class JsonlSink:
 
     def write(self, iteration: int, values: Mapping[str, Value]) -> None:
         """Writes one line completely or not at all. Raises the system's OSError."""
-        line = json.dumps({"iteration": iteration, **{key: _strict(value) for key, value in values.items()}}) + "\n"
-        end, left = os.fstat(self._file.fileno()).st_size, line.encode()
+        self._append({"iteration": iteration, **{key: _strict(value) for key, value in values.items()}})
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        end, left = os.fstat(self._file.fileno()).st_size, (json.dumps(record) + "\n").encode()
         try:
             while left:
                 left = left[self._file.write(left) :]
         except OSError:
             os.ftruncate(self._file.fileno(), end)
             raise
+
+    def alert(self, alert: Alert) -> None:
+        """Writes one line, {"iteration": n, "alert": {"kind": ..., "step": n, "layer": ..., "value": ..., "limit": ..., "seen": ..., "try": ...}}."""
+        self._append({"iteration": alert.step, "alert": alert.record()})
 
     def close(self) -> None:
         self._file.close()

@@ -11,6 +11,7 @@ import pytest
 
 from megatron.config.logging import LoggingConfig
 from megatron.monitor.comet import CometSink
+from megatron.monitor.curves import Curves
 from megatron.monitor.jsonl import JsonlSink, read_jsonl
 from megatron.monitor.sink import SinkUnavailable, scalars
 from megatron.monitor.tensorboard import TensorboardSink
@@ -78,7 +79,7 @@ def test_scalars_name_the_layers_and_the_columns_of_tables() -> None:
 
 def test_tensorboard_writes_events(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
-    sink = TensorboardSink(str(tmp_path), resume_from=0)
+    sink = TensorboardSink(str(tmp_path), Curves("TensorBoard", detail="detailed", most=500), resume_from=0)
     sink.write(3, {"train/lm_loss": 2.5, "moe/expert_load": [[1, 2]]})
     sink.close()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -101,7 +102,7 @@ def test_comet_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "comet_tags": ["red"],
         "comet_others": {"den": 7},
     }
-    sink = CometSink(LoggingConfig(use_comet=True, **keys), {"num_layers": 2})  # type: ignore[arg-type]
+    sink = CometSink(LoggingConfig(use_comet=True, curves="detailed", **keys), {"num_layers": 2})  # type: ignore[arg-type]
     sink.write(3, {"train/lm_loss": 2.5, "moe/expert_load": [[1, 2]]})
     sink.close()
     (archive,) = tmp_path.glob("*.zip")
