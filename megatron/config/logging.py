@@ -89,9 +89,9 @@ class LoggingConfig(Section):
     alerts: bool = True
     """Look for faults in every step's numbers: loss spikes, NaN, dead experts and LoREs, collapsed routers, overloaded processes. docs/monitoring.md
     has the rules."""
-    alert_loss_rise: PositiveFloat = 0.3
+    alert_loss_rise: PositiveFloat = 0.2
     """Alert if the loss is more than this many nats above the median of the last 20 steps, and also more than `alert_loss_deviations`."""
-    alert_loss_deviations: PositiveFloat = 8.0
+    alert_loss_deviations: PositiveFloat = 6.0
     """Alert if the loss is more than this many robust standard deviations above the median of the last 20 steps, and also more than
     `alert_loss_rise`."""
     alert_nonfinite_steps: PositiveInt = 1

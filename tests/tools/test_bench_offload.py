@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron.inference.offload import measure_report
-from megatron.inference.offload.measure import Work, measure, measure_here
+from megatron.analysis.offload import measure_report
+from megatron.analysis.offload.measure import Work, measure, measure_here
 from tests.inference.offload.conftest import MIXTRAL_LIKE, write_model
 
 

@@ -39,9 +39,9 @@ def main(argv: list[str]) -> int:
     def work() -> None:
         from rich.console import Console
 
-        from megatron.inference.offload.foreign_traces import read_any_trace
-        from megatron.inference.offload.locality import locality
-        from megatron.inference.offload.report import locality_tables, residency, simulation_table
+        from megatron.analysis.offload.report import locality_tables, residency, simulation_table
+        from megatron.analysis.routing.locality import locality
+        from megatron.monitor.foreign_traces import read_any_trace
 
         trace = read_any_trace(options.trace, num_experts=options.num_experts)
         profile = read_any_trace(options.profile, num_experts=options.num_experts) if options.profile else None

@@ -50,9 +50,9 @@ def main(argv: list[str]) -> int:
     def work() -> None:
         from rich.console import Console
 
+        from megatron.analysis.offload.measure import Work
+        from megatron.analysis.offload.measure_report import Rows, plot, residency_table, table_3, table_4
         from megatron.config.loader import load_config
-        from megatron.inference.offload.measure import Work
-        from megatron.inference.offload.measure_report import Rows, plot, residency_table, table_3, table_4
 
         texts = [text for text in options.text.read_text().split("\n\n") if text.strip()][: options.prompts]
         stores = dict(zip(options.models, options.store, strict=False))

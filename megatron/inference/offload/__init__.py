@@ -6,8 +6,6 @@ packed.py      one file with one aligned record for each unit, or an index of ot
 policies.py    which unit leaves, one small class for each policy;   table.py   which unit is in which slot: the bookkeeping, pure
 counters.py    what is counted, as a table and as JSON;   layer.py   slots, table, reads and counters of one layer together
 experts.py     an experts module with slots;   lores.py   LoREs that move;   in_place.py   experts computed where they rest
-trace.py       which experts each token used;   foreign_traces.py   traces of vLLM and Megatron-Core;   simulate.py   a trace through any policy
-record.py      writes a trace down;   locality.py   ExRep, SCH and SRP of a trace;   report.py   both as tables
+simulate.py    a routing trace through any policy;   record.py   writes a trace down
 budget.py      slots from a budget of memory;   offloaded.py   the layers of a model together;   load.py   loading a model this way
-measure.py     speed, memory and hits, each setting in a process of its own;   measure_report.py   as CoSMoEs' tables
 """

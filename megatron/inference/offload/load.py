@@ -25,10 +25,10 @@ from megatron.inference.offload.offloaded import Offloaded, Plan, put_slots
 from megatron.inference.offload.packed import open_store
 from megatron.inference.offload.policies import Steps
 from megatron.inference.offload.store import Store, files_of, total_bytes
-from megatron.inference.offload.trace import read_trace
 from megatron.inference.offload.units import EMPTY, LayerUnits, fingerprint, moe_layers, units_in
 from megatron.kernels.precision import DTYPES
 from megatron.model.gpt import GPT
+from megatron.monitor.routing_trace import read_trace
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Loaded(NamedTuple):
 def load_offloaded(config: NeoXConfig, path: Path, expected: Expected, device: torch.device) -> Loaded:
     """The model of the checkpoint at `path`, in evaluation mode.
 
-    Raises OffloadError, and CheckpointError for a checkpoint that cannot be read or does not fit the configuration.
+    Raises OffloadError, TraceError, and CheckpointError for a checkpoint that cannot be read or does not fit the configuration.
     """
     options = config.inference.expert_offload
     assert options is not None

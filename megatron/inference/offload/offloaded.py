@@ -28,10 +28,10 @@ from megatron.inference.offload.reader import Reader
 from megatron.inference.offload.record import Recorder
 from megatron.inference.offload.store import HostTier, Store, Throttled, Tier
 from megatron.inference.offload.table import SlotTable
-from megatron.inference.offload.trace import write_trace
 from megatron.inference.offload.units import LayerUnits, align, build_for, moe_layers
 from megatron.model.gpt import GPT
 from megatron.model.moe.layer import MoELayer
+from megatron.monitor.routing_trace import write_trace
 
 Slotted = SlottedExperts | SlottedLores
 
@@ -67,7 +67,7 @@ class Offloaded:
         }
 
     def finish(self, console: Console) -> None:
-        """At the end of a run: shows what was counted, and writes the files that the options name. Raises OffloadError."""
+        """At the end of a run: shows what was counted, and writes the files that the options name. Raises OffloadError and TraceError."""
         console.print(counters_table(self.counters))
         if self.options.counters is not None:
             path = Path(self.options.counters)

@@ -11,10 +11,10 @@ from typing import cast
 import numpy as np
 
 from megatron.inference.offload.errors import OffloadError
-from megatron.inference.offload.trace import Numbers, Trace
 from megatron.inference.routing_trace import RoutingTrace
 from megatron.model.moe.layer import MoELayer
 from megatron.model.moe.routing import Chosen
+from megatron.monitor.routing_trace import Numbers, Trace
 
 
 class Recorder:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from megatron.inference.offload.counters import Counters
 from megatron.inference.offload.policies import POLICIES, Static, Steps
 from megatron.inference.offload.table import SlotTable, too_few
-from megatron.inference.offload.trace import Trace
+from megatron.monitor.routing_trace import Trace
 
 
 def simulate(

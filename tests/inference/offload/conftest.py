@@ -15,11 +15,11 @@ from megatron.config import config_from_dict
 from megatron.config.size import padded_vocab_size
 from megatron.data.tokenizer.character import CharLevelTokenizer
 from megatron.inference.model import ReadyModel, load_ready_model
-from megatron.inference.offload.trace import Trace, read_trace
 from megatron.inference.runner import build_runner
 from megatron.kernels.precision import DTYPES
 from megatron.model.attention import build_cache
 from megatron.model.gpt import build_model
+from megatron.monitor.routing_trace import Trace, read_trace
 from megatron.testing.tiny import TINY_MOE, TINY_STRUCTMOE
 from tests.inference.conftest import LIVELY, write_checkpoint
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 from rich.console import Console
 
+from megatron.analysis.offload.measure import Work, measure_here
 from megatron.inference.decoder.runner import CompiledRunner
 from megatron.inference.decoder.steps import OffloadedExperts
 from megatron.inference.offload.counters import total
-from megatron.inference.offload.measure import Work, measure_here
 from megatron.inference.offload.record import trace_of_calls
 from megatron.inference.offload.simulate import simulate
-from megatron.inference.offload.trace import read_trace
 from megatron.inference.offload.units import moe_layers
 from megatron.inference.routing_trace import RoutingTrace
 from megatron.inference.runner import ModuleRunner, Runner, build_runner
 from megatron.kernels.compiled import load as load_kernels
 from megatron.kernels.registry import KernelUnavailable
+from megatron.monitor.routing_trace import read_trace
 from tests.inference.offload.conftest import KINDS, load, write_model
 
 pytestmark = pytest.mark.skipif(load_kernels()[0] is None, reason=f"the compiled kernels cannot be used: {load_kernels()[1]}")

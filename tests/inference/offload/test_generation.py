@@ -20,8 +20,8 @@ from megatron.data.progress import LineReporter
 from megatron.inference.evaluation import evaluate
 from megatron.inference.offload.counters import Counters, counters_table
 from megatron.inference.offload.simulate import simulate
-from megatron.inference.offload.trace import read_trace
 from megatron.inference.session import generate
+from megatron.monitor.routing_trace import read_trace
 from megatron.testing.tiny import TINY_DENSE, TINY_MOE, TINY_STRUCTMOE
 from tests.inference.offload.conftest import load
 

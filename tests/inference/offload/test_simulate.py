@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron.analysis.routing.locality import best_sets, cache_hits, distance_from_uniform, expert_replacement, locality, used_TE, window_counts
 from megatron.config.expert_offload import POLICY_NAMES
 from megatron.inference.offload.counters import Counters, total
 from megatron.inference.offload.errors import OffloadError
-from megatron.inference.offload.foreign_traces import read_any_trace
-from megatron.inference.offload.locality import best_sets, cache_hits, distance_from_uniform, expert_replacement, locality, used_TE, window_counts
 from megatron.inference.offload.policies import POLICIES, Static
 from megatron.inference.offload.simulate import simulate
-from megatron.inference.offload.trace import Trace, read_trace
 from megatron.inference.runner import build_runner
+from megatron.monitor.foreign_traces import read_any_trace
+from megatron.monitor.routing_trace import Trace, TraceError, read_trace
 from tests.inference.offload.conftest import KINDS, PROMPT, load, logits_of, record_of, write_model
 
 NOT_SIMULATED = ("bytes", "stall_seconds", "host_hits")
@@ -146,7 +146,7 @@ def test_a_megatron_core_trace(tmp_path: Path) -> None:
     assert trace.steps(1) == [[0, 1, 2, 3], [0, 3]]
     assert trace.steps(3) == [[4, 5, 6, 7], [4, 7]]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
-    with pytest.raises(OffloadError, match="its layers do not hold the same tokens in every step"):
+    with pytest.raises(TraceError, match="its layers do not hold the same tokens in every step"):
         read_any_trace(path)
 
 
@@ -166,7 +166,7 @@ def test_vllms_array_and_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["{}", "[1, 2]", "nonsense", '{"choices": []}'])
 def test_what_is_no_trace(content: str, tmp_path: Path) -> None:
     (tmp_path / "file.json").write_text(content)
-    with pytest.raises(OffloadError, match=r"file\.json is no routing trace of this program, vLLM \(\.npy, \.json\) or Megatron-Core"):
+    with pytest.raises(TraceError, match=r"file\.json is no routing trace of this program, vLLM \(\.npy, \.json\) or Megatron-Core"):
         read_any_trace(tmp_path / "file.json")
 
 
@@ -237,34 +237,36 @@ def test_a_trace_with_impossible_numbers(changes: dict[str, Any], message: str, 
     assert read_any_trace(tmp_path / "trace.npz").tokens == 2
     np.savez(tmp_path / "trace.npz", **whole_trace(**changes))
     for read in (read_trace, read_any_trace):
-        with pytest.raises(OffloadError, match=message):
+        with pytest.raises(TraceError, match=message):
             read(tmp_path / "trace.npz")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 garbage", b"SMOEPACK garbage", b"\x93NUMPY\x01\x00 garbage"])
 def test_a_damaged_trace_is_named_without_advice_to_load_it_unsafely(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "trace.npz").write_bytes(content)
-    with pytest.raises(OffloadError, match=r"trace\.npz is no routing trace: .*\. Record it again with expert_offload\.record\.$") as raised:
+    with pytest.raises(
+        TraceError, match=r"trace\.npz is no routing trace: .*\. Record it again with expert_offload\.record or routing_trace_steps\.$"
+    ) as raised:
         read_trace(tmp_path / "trace.npz")
     assert "pickle" not in str(raised.value)
-    with pytest.raises(OffloadError, match=r"trace\.npz is no routing trace"):
+    with pytest.raises(TraceError, match=r"trace\.npz is no routing trace"):
         read_any_trace(tmp_path / "trace.npz")
 
 
 def test_numbers_of_another_program_that_cannot_be_experts(tmp_path: Path) -> None:
     (tmp_path / "answer.json").write_text('{"choices": [{"routed_experts": [[[999999999]]]}]}')
-    with pytest.raises(OffloadError, match="names 1,000,000,000 experts of a layer"):
+    with pytest.raises(TraceError, match="names 1,000,000,000 experts of a layer"):
         read_any_trace(tmp_path / "answer.json")
     (tmp_path / "none.jsonl").write_text('{"layer": 0, "step": 0, "top_indices": [[-5]]}\n')
-    with pytest.raises(OffloadError, match=r"none\.jsonl names no expert"):
+    with pytest.raises(TraceError, match=r"none\.jsonl names no expert"):
         read_any_trace(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(OffloadError, match=r"empty\.jsonl holds no record of a decoder layer\.$"):
+    with pytest.raises(TraceError, match=r"empty\.jsonl holds no record of a decoder layer\.$"):
         read_any_trace(tmp_path / "empty.jsonl")
 
 
 @pytest.mark.parametrize("length", [0, -4])
 def test_a_window_without_a_token_is_refused(length: int) -> None:
     trace = Trace(np.arange(3), [0], np.array([[[0]], [[1]], [[0]]]), 2)
-    with pytest.raises(OffloadError, match=f"--windows: {length} was given, and a window has at least 1 token"):
+    with pytest.raises(TraceError, match=f"--windows: {length} was given, and a window has at least 1 token"):
         locality(trace, windows=(2, length))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.inference.serve.browser import CHROMIUM, Browser
+from tests.browser import CHROMIUM, Browser
 from tests.inference.serve.conftest import Served, served
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian: apt-get install chromium)")

@@ -15,8 +15,8 @@ import openai
 import pytest
 
 from megatron.inference.errors import InferenceError
-from megatron.inference.offload.trace import read_trace
 from megatron.inference.serve.server import is_loopback, listen, read_key
+from megatron.monitor.routing_trace import read_trace
 from tests.inference.serve.conftest import settings, wait_until
 from tests.scripts import ScriptProcess, run_script
 from tests.training.runs import outer_environment

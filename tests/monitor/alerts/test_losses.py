@@ -12,7 +12,7 @@ from megatron.monitor.alerts.losses import LossSpikes, NonfiniteSteps
 
 def spikes_in(losses: list[float]) -> list[int]:
     """The steps, counted from 0, at which the defaults raise an alert."""
-    rule = LossSpikes(rise=0.3, deviations=8.0)
+    rule = LossSpikes(rise=0.2, deviations=6.0)
     return [step for step, loss in enumerate(losses) if rule.judge(step, loss)]
 
 
@@ -47,19 +47,19 @@ def test_a_lasting_rise_raises_one_alert() -> None:
 
 
 def test_the_limit_is_the_larger_of_nats_and_deviations() -> None:
-    rule = LossSpikes(rise=0.3, deviations=8.0)
+    rule = LossSpikes(rise=0.2, deviations=6.0)
     for step in range(50):
         rule.judge(step, 2.0)
-    (alert,) = rule.judge(50, 2.31)
+    (alert,) = rule.judge(50, 2.21)
     assert (alert.kind, alert.step, alert.layer) == ("loss_spike", 50, None)
-    assert alert.limit == pytest.approx(2.3)
-    assert alert.value == 2.31
-    assert alert.seen == "The loss is 2.310. The median of the 20 steps before is 2.000, and the limit is 2.300."
-    rule = LossSpikes(rise=0.3, deviations=8.0)
+    assert alert.limit == pytest.approx(2.2)
+    assert alert.value == 2.21
+    assert alert.seen == "The loss is 2.210. The median of the 20 steps before is 2.000, and the limit is 2.200."
+    rule = LossSpikes(rise=0.2, deviations=6.0)
     for step in range(50):
         rule.judge(step, 2.0 + 0.1 * (step % 2))
-    assert rule.judge(50, 2.8) == [], "8 * 1.4826 / sqrt(2) * 0.1 = 0.84 above 2.05"
-    assert rule.judge(51, 2.95)
+    assert rule.judge(50, 2.6) == [], "6 * 1.4826 / sqrt(2) * 0.1 = 0.63 above 2.05"
+    assert rule.judge(51, 2.75)
 
 
 def test_nothing_is_judged_before_ten_losses_and_nan_is_left_out() -> None:

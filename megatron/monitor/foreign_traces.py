@@ -19,14 +19,13 @@ from typing import Any
 import numpy as np
 
 from megatron.config.disk import explained
-from megatron.inference.offload.errors import OffloadError
-from megatron.inference.offload.trace import Numbers, Trace, checked, read_trace
+from megatron.monitor.routing_trace import Numbers, Trace, TraceError, checked, read_trace
 
 NPY = b"\x93NUMPY"
 
 
 def read_any_trace(path: Path, *, num_experts: int | None = None) -> Trace:
-    """A trace of ours, of vLLM or of Megatron-Core, as the file itself shows. `num_experts` None: as many as it names. Raises OffloadError."""
+    """A trace of ours, of vLLM or of Megatron-Core, as the file itself shows. `num_experts` None: as many as it names. Raises TraceError."""
     try:
         with path.open("rb") as file:
             start = file.read(len(NPY))
@@ -37,20 +36,20 @@ def read_any_trace(path: Path, *, num_experts: int | None = None) -> Trace:
         if path.suffix == ".jsonl":
             return checked(megatron_trace(path, num_experts=num_experts), path)
         return checked(vllm_trace(list(_arrays_of_response(path)), num_experts=num_experts, where=path), path)
-    except OffloadError:
+    except TraceError:
         raise
     except OSError as error:
-        raise OffloadError(f"{path} cannot be read: {explained(error, path)}.") from error
+        raise TraceError(f"{path} cannot be read: {explained(error, path)}.") from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise OffloadError(f"{path} is no routing trace of this program, vLLM (.npy, .json) or Megatron-Core (.jsonl): {reason}.") from error
+        raise TraceError(f"{path} is no routing trace of this program, vLLM (.npy, .json) or Megatron-Core (.jsonl): {reason}.") from error
 
 
 def vllm_trace(parts: list[Numbers], *, num_experts: int | None, where: Path) -> Trace:
     """One array: each token is a step. Two: the prompt, which is one step, and the answer."""
     expert_TLK = np.concatenate(parts).astype(np.int64)
     if expert_TLK.ndim != 3 or not len(expert_TLK):
-        raise OffloadError(f"{where}: an array of shape {list(expert_TLK.shape)}; routed experts are [tokens, layers, experts per token].")
+        raise TraceError(f"{where}: an array of shape {list(expert_TLK.shape)}; routed experts are [tokens, layers, experts per token].")
     prompt = len(parts[0]) if len(parts) > 1 else 1
     step_T = np.maximum(np.arange(len(expert_TLK), dtype=np.int64) - (prompt - 1), 0)
     return Trace(step_T, list(range(expert_TLK.shape[1])), expert_TLK, _count(expert_TLK, num_experts))
@@ -64,11 +63,11 @@ def megatron_trace(path: Path, *, num_experts: int | None) -> Trace:
             records[int(record["layer"])][int(record["step"])] += record["top_indices"]
     layers = sorted(records)
     if not layers:
-        raise OffloadError(f"{path} holds no record of a decoder layer.")
+        raise TraceError(f"{path} holds no record of a decoder layer.")
     steps = sorted(records[layers[0]])
     lengths = [len(records[layers[0]][step]) for step in steps]
     if any([len(records[layer].get(step, [])) for step in steps] != lengths for layer in layers):
-        raise OffloadError(f"{path}: its layers do not hold the same tokens in every step. Record whole steps.")
+        raise TraceError(f"{path}: its layers do not hold the same tokens in every step. Record whole steps.")
     by_layer = [np.array([row for step in steps for row in records[layer][step]], np.int64) for layer in layers]
     expert_TLK = np.stack(by_layer, 1)
     return Trace(np.repeat(np.array(steps, np.int64), lengths), layers, expert_TLK, _count(expert_TLK, num_experts))
@@ -93,4 +92,4 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 try:
                     yield json.loads(line)
                 except ValueError as error:
-                    raise OffloadError(f"{path}:{number} is no JSON: {error}.") from error
+                    raise TraceError(f"{path}:{number} is no JSON: {error}.") from error

@@ -7,11 +7,11 @@ from typing import Any
 
 from rich.table import Table
 
+from megatron.analysis.routing.locality import LocalityMeans
 from megatron.inference.offload.counters import total
 from megatron.inference.offload.errors import OffloadError
-from megatron.inference.offload.locality import Locality
 from megatron.inference.offload.simulate import simulate
-from megatron.inference.offload.trace import Trace
+from megatron.monitor.routing_trace import Trace
 
 
 def residency(trace: Trace, *, granularity: str = "expert") -> list[int]:
@@ -45,7 +45,7 @@ def simulation_table(
     return table, numbers
 
 
-def locality_tables(found: Locality) -> Iterator[Table]:
+def locality_tables(found: LocalityMeans) -> Iterator[Table]:
     """ExRep and the distance from uniform; SCH and SRP by window."""
     first = Table(box=None, pad_edge=False, header_style="dim")
     for title in ("ExRep", "distance from uniform"):

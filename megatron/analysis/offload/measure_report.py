@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from megatron.inference.offload.measure import Measured, Work, measure
+from megatron.analysis.offload.measure import Measured, Work, measure
 
 SHARES = (1.0, 0.5, 0.25, 0.125)
 

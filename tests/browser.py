@@ -29,7 +29,7 @@ SECONDS = 60
 
 
 class Browser:
-    """One page. `evaluate` runs JavaScript in it; `errors` are what it complained of."""
+    """One page. `evaluate` runs JavaScript in it; `errors` are what it complained of; `requests` are the addresses it asked for, its own included."""
 
     def __init__(self, folder: Path, *, dark: bool = False) -> None:
         assert CHROMIUM is not None
@@ -45,9 +45,10 @@ class Browser:
         self._numbers, self._rest = itertools.count(1), b""
         self._session: str | None = None
         self.errors: list[str] = []
+        self.requests: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log"):
+        for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
@@ -68,6 +69,15 @@ class Browser:
             self.errors.append(str(event["params"]["exceptionDetails"]))
         if event.get("method") == "Log.entryAdded" and event["params"]["entry"]["level"] == "error":
             self.errors.append(event["params"]["entry"]["text"] + " " + event["params"]["entry"].get("url", ""))
+
+        if event.get("method") == "Network.requestWillBeSent":
+            self.requests.append(event["params"]["request"]["url"])
+        if event.get("method") == "Network.webSocketCreated":
+            self.requests.append(event["params"]["url"])
+
+    def left(self) -> list[str]:
+        """The requests that would leave the page's file."""
+        return [url for url in self.requests if not url.startswith(("file:", "data:", "blob:", "about:"))]
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
@@ -114,8 +124,23 @@ class Browser:
             button = "none" if kind == "mouseMoved" else "left"
             self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button=button, clickCount=int(kind != "mouseMoved"))
 
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"]))
+    def show(self, width: int, height: int = 900, *, dark: bool = False) -> None:
+        """The size of the window, and whether the reader's system is dark."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+
+    def screenshot(self, path: Path, selector: str | None = None) -> None:
+        """The page as a PNG; with a selector, the whole of that element alone. None: what the window shows."""
+        clip = {} if selector is None else {"clip": {**self.box(selector), "scale": 1}}
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, **clip)["data"]))
+
+    def box(self, selector: str) -> dict[str, float]:
+        """Where an element is on the page, in CSS pixels."""
+        found: dict[str, float] = self.evaluate(
+            f"(() => {{ const b = document.querySelector({json.dumps(selector)}).getBoundingClientRect(); "
+            "return {x: b.x + scrollX, y: b.y + scrollY, width: b.width, height: b.height}; })()"
+        )
+        return found
 
     def close(self) -> None:
         self.process.kill()

@@ -19,18 +19,18 @@ from typing import Any
 
 import torch
 
+from megatron.analysis.routing.locality import locality
 from megatron.config import config_from_dict
 from megatron.inference.errors import InferenceError
 from megatron.inference.model import ReadyModel, load_ready_model
 from megatron.inference.offload.counters import Counters, total
-from megatron.inference.offload.locality import locality
 from megatron.inference.offload.offloaded import Offloaded
 from megatron.inference.offload.record import trace_of_calls
 from megatron.inference.offload.table import Move
-from megatron.inference.offload.trace import Trace
 from megatron.inference.offload.units import moe_layers
 from megatron.inference.routing_trace import RoutingTrace
 from megatron.inference.runner import Runner, build_runner
+from megatron.monitor.routing_trace import Trace
 
 FETCHES = 24
 """Records that are read one after the other to find out how long one takes."""
