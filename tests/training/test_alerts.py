@@ -107,10 +107,11 @@ def test_a_good_run_raises_nothing(corpus: Path, tmp_path: Path, monkeypatch: py
     assert train_with(None, corpus, tmp_path / "run", monkeypatch) == []
 
 
-@pytest.mark.parametrize(("fault", "kind", "layer"), FAULTS)
+@pytest.mark.parametrize("case", FAULTS, ids=[fault.__name__ for fault, _, _ in FAULTS])
 def test_a_fault_raises_its_own_alert_within_one_log_interval(
-    fault: Fault, kind: str, layer: int | None, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    case: tuple[Fault, str, int | None], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    fault, kind, layer = case
     keys = {"moe_top_k": 1} if fault is send_all_to_one else {}
     found = train_with(fault, corpus, tmp_path / "run", monkeypatch, **keys)
     assert {(alert["kind"], alert["layer"]) for alert in found} == {(kind, layer)}

@@ -14,10 +14,9 @@ from megatron.monitor.alerts.routers import Limits, Routers, RouterStep, RouterW
 DEFAULTS: dict[str, float] = {"dead_share": 0.01, "dead_lores": 0.5, "entropy": 0.05, "entropy_drop": 0.25, "overload": 2.0}
 
 
-def watch(
-    *, layers: int = 1, experts: int = 8, top_k: int | None = 2, lores: int = 0, processes: int = 1, log_interval: int = 1, settled: int = 0
-) -> RouterWatch:
-    routers = Routers(experts=(experts,) * layers, top_k=(top_k,) * layers, lores=lores, processes=processes)
+def watch(*, experts: int = 8, top_k: int | None = 2, lores: int = 0, processes: int = 1, log_interval: int = 1, settled: int = 0) -> RouterWatch:
+    """Of a model with one layer."""
+    routers = Routers(experts=(experts,), top_k=(top_k,), lores=lores, processes=processes)
     return RouterWatch(routers, Limits(**DEFAULTS), log_interval=log_interval, settled=settled)
 
 
