@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.analysis.dashboard.content import ALERT_HEADING, sections
+from megatron.analysis.dashboard.run import Run
+from megatron.analysis.page import DataTable
 from megatron.training.callbacks import build
 from megatron.training.callbacks.base import Callback
 from megatron.training.health import TrainingDiverged
@@ -122,6 +125,12 @@ def test_a_fault_raises_its_own_alert_within_one_log_interval(
     assert lines[0].startswith(f"ALERT at step {found[0]['step']}: ")
     assert found[0]["seen"] in lines[0]
     assert found[0]["try"] in lines[0]
+    run = Run(tmp_path / "run", "run")
+    run.refresh()
+    shown = next(part for part in sections([run])[0].parts if isinstance(part, DataTable) and ALERT_HEADING in part.columns)
+    assert [row[3] for row in reversed(shown.rows)] == [f"{alert['seen']}\n{alert['try']}" for alert in found], (
+        "the live page lists them, the newest first"
+    )
 
 
 def test_alerts_can_be_switched_off(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

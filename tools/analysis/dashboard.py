@@ -8,6 +8,7 @@ python tools/analysis/dashboard.py RUN_DIR [RUN_DIR ...] --output page.html     
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -58,12 +59,13 @@ def main(argv: list[str]) -> int:
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         dashboard = Dashboard(open_runs(options.runs), every=options.every)
         if options.output is None:
-            serve(dashboard, port=options.port)
+            with contextlib.suppress(KeyboardInterrupt):  # it is the way to stop it
+                serve(dashboard, port=options.port)
             return
-        print(
-            f"Writing {options.output}." if options.once else f"Writing {options.output} every {options.every:g} s. Ctrl-C stops it; the runs go on."
-        )
-        write_repeatedly(dashboard, Path(options.output), once=options.once)
+        again = "" if options.once else f" every {options.every:g} s. Ctrl-C stops it; the runs go on"
+        print(f"Writing {options.output}{again}.", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            write_repeatedly(dashboard, Path(options.output), once=options.once)
 
     return exit_status(work)
 

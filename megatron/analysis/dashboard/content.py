@@ -12,6 +12,7 @@ from megatron.analysis.dashboard.run import Run
 from megatron.analysis.page import Choice, DataTable, Grid, Legend, Notice, Part, Plot, Section, Text
 from megatron.monitor.alerts.alert import NAMES
 
+ALERT_HEADING = "what was seen, and what to try"
 NEWEST_ALERTS = 40
 """Alerts that the page lists; the newest come first."""
 QUIET_SECONDS = 120.0
@@ -35,7 +36,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     """All of the page."""
     found = [Section("Now", now(runs)), Section("Training", training(runs))]
     if routing := curves(pictures.ROUTING, runs):
-        found.append(Section("Routing", [Text("Lines are means over the layers, bands the range over the layers."), routing]))
+        found.append(Section("Routing", [Text("Lines: the mean over the layers. Bands: the range over the layers."), routing]))
     if loads := per_run(runs, load_parts):
         found.append(
             Section("Load of the experts", [Text("Blue gets more than an even load, brown less. The newest log interval, and all of them."), *loads])
@@ -54,8 +55,8 @@ def now(runs: Sequence[Run]) -> list[Part]:
     if alerts:
         few = f"; the newest {NEWEST_ALERTS} are listed" if len(alerts) > NEWEST_ALERTS else ""
         parts.append(Notice(f"{len(alerts)} {'alert' if len(alerts) == 1 else 'alerts'}{few}.", level="bad"))
-        rows = [[f"{step:,}", run.name, where(alert), alert["seen"], alert["try"]] for step, run, alert in alerts[:NEWEST_ALERTS]]
-        parts.append(DataTable(("step", "run", "alert", "what was seen", "what to try"), rows, numbers=False))
+        rows = [[f"{step:,}", run.name, where(alert), f"{alert['seen']}\n{alert['try']}"] for step, run, alert in alerts[:NEWEST_ALERTS]]
+        parts.append(DataTable(("step", "run", "alert", ALERT_HEADING), rows, numbers=False))
     elif any(run.last_step >= 0 for run in runs):
         parts.append(Notice("No alerts.", level="good"))
     return parts
@@ -100,7 +101,7 @@ def training(runs: Sequence[Run]) -> list[Part]:
     if len(runs) > 1:
         parts.append(Legend([(run.name, pictures.colour(place)) for place, run in enumerate(runs)]))
     if loss := pictures.loss_picture(runs):
-        parts.append(Text("Thin: every step. Bold: the mean of the steps around it. Points: validation. Red triangles: alerts."))
+        parts.append(Text("Thin: every step. Bold: the mean of the steps around it. Points: validation and test. Red triangles: alerts."))
         parts.append(Plot(loss, "The loss over the steps.", height=420))
     if (grid := curves(pictures.TRAINING, runs)) is not None:
         parts.append(grid)

@@ -41,6 +41,8 @@ class Curve:
     log: bool = False
     count: bool = False
     """Whether it counts something, so that the axis begins at 0."""
+    exact: bool = False
+    """Whether the number has no noise."""
     constant_is_known: bool = False
     """Whether a number that is the same at every step says nothing new."""
 
@@ -48,7 +50,7 @@ class Curve:
 TRAINING = (
     Curve("Throughput", "runtime/tokens_per_sec", "tokens per second", "Tokens per second over the steps."),
     Curve("Gradient norm", "train/grad_norm", "norm before clipping", "Gradient norm before clipping over the steps.", log=True),
-    Curve("Learning rate", "train/learning_rate", "learning rate", "Learning rate over the steps."),
+    Curve("Learning rate", "train/learning_rate", "learning rate", "Learning rate over the steps.", exact=True),
 )
 ROUTING = (
     Curve("Busiest expert", "moe/load_imbalance", "load / even load", "Load of the busiest expert over an even load. 1 is even.", band=True),
@@ -89,6 +91,15 @@ def line(x: Steps, y: Numbers, *, name: str, colour: str, **style: Any) -> dict[
     return {"type": "scatter", "mode": mode, "x": small(x[kept]), "y": y[kept].astype(np.float32), "line": look, "hovertemplate": hover, **style}
 
 
+def noisy_lines(x: Steps, y: Numbers, *, name: str, colour: str) -> list[dict[str, Any]]:
+    """A thin line of all points and a bold one of the means around them, so that noise does not hide the other runs. With few points: one line."""
+    reach = len(x) // SMOOTHING
+    if reach < 2:
+        return [line(x, y, name=name, colour=colour)] if len(x) else []
+    thin = line(x, y, name=f"{name}, each step", colour=colour, width=0.8, opacity=0.35)
+    return [thin, line(x, smoothed(y, reach=reach), name=f"{name}, mean around the step", colour=colour, width=2.2)]
+
+
 def small(x: Steps) -> Any:
     """In 32 bits if they fit, so that the page is small."""
     return x.astype(np.int32) if not len(x) or x[-1] < 2**31 else x.astype(np.float64)
@@ -103,7 +114,7 @@ def curve_picture(curve: Curve, runs: Sequence[Run]) -> dict[str, Any] | None:
             continue
         if curve.band:
             data += band(run, curve.key, colour(place))
-        data.append(line(x, y, name=run.name, colour=colour(place)))
+        data += [line(x, y, name=run.name, colour=colour(place))] if curve.exact else noisy_lines(x, y, name=run.name, colour=colour(place))
     if not data or (curve.constant_is_known and all(is_constant(run.column(curve.key)[1]) for run in runs)):
         return None
     shown = layout(curve.title, curve.unit, log=curve.log)
@@ -139,11 +150,7 @@ def loss_picture(runs: Sequence[Run]) -> dict[str, Any] | None:
     data: list[dict[str, Any]] = []
     for place, run in enumerate(runs):
         x, y = run.column("train/lm_loss")
-        reach = len(x) // SMOOTHING
-        if reach > 1:
-            data.append(line(x, y, name=f"{run.name}, each step", colour=colour(place), width=0.8, opacity=0.4))
-        if len(x):
-            data.append(line(x, smoothed(y, reach=reach if reach > 1 else 0), name=f"{run.name}, training", colour=colour(place), width=2.2))
+        data += noisy_lines(x, y, name=f"{run.name}, training", colour=colour(place))
         for name, symbol in (("validation", "circle"), ("test", "square")):
             steps, losses = run.column(f"{name}/lm_loss")
             if len(steps):
@@ -214,7 +221,9 @@ def load_over_time_picture(run: Run) -> dict[str, Any] | None:
         ends = (("idlest", np.nanmin), ("busiest", np.nanmax))
         names = [f"layer {layer}, {name}" for layer in range(len(tables[-1])) for name, _ in ends]
         columns = [np.array([choose(row) for row in log for _, choose in ends]) for log in logs]
-    return heat("Load of each expert over time", np.array(columns).T, x=steps, y=names, x_title="step")
+    figure = heat("Load of each expert over time", np.array(columns).T, x=steps, y=names, x_title="step")
+    figure["data"][0] |= {"customdata": None, "hovertemplate": "%{y}<br>step %{x:,}<br>2^%{z:.2f} times an even load<extra></extra>"}  # half as large
+    return figure
 
 
 def ratios(rows: list[Numbers]) -> Numbers:

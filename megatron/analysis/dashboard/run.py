@@ -16,7 +16,7 @@ from megatron.analysis.dashboard.follow import MetricsFile, Replaced
 from megatron.monitor.curves import OF_PARAMETERS
 
 METRICS = "metrics.jsonl"
-MOST_SNAPSHOTS = 300
+MOST_SNAPSHOTS = 200
 """If there are more, every second one is dropped."""
 MOST_ALERTS = 1000
 Numbers = npt.NDArray[np.float64]
@@ -98,14 +98,18 @@ class Run:
             self._go_back(step)
         self.last_step = step
         lists: dict[str, list[Any]] = {}
+        columns = self.columns
         for key, value in record.items():
-            if isinstance(value, list):
+            if type(value) is float and key in columns:  # nearly all numbers
+                columns[key].steps.append(step)
+                columns[key].values.append(value)
+            elif isinstance(value, list):
                 lists[key] = value
             elif key == "alert":
                 if is_alert(value) and len(self.alerts) < MOST_ALERTS:
                     self.alerts.append(value)
             elif key != "iteration" and not key.startswith(OF_PARAMETERS) and (number := as_number(value)) is not None:
-                column = self.columns.setdefault(key, Column())
+                column = columns.setdefault(key, Column())
                 column.steps.append(step)
                 column.values.append(number)
         if lists:

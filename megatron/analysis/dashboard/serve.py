@@ -82,14 +82,14 @@ def write_repeatedly(dashboard: Dashboard, path: Path, *, once: bool, stop: Call
 
 def build_app(dashboard: Dashboard) -> Any:
     """The server's application: `/` is the page, `/?parts` its content alone."""
-    from fastapi import FastAPI, Request
-    from fastapi.responses import HTMLResponse, Response
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, Response
+    from starlette.routing import Route
 
-    app = FastAPI(openapi_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(NAMES))
-
-    def index(request: Request) -> Response:
+    def index(request: Request) -> Response:  # in a thread, as it waits for files
         if "parts" not in request.query_params:
             return HTMLResponse(dashboard.page(live=True), headers={"cache-control": "no-store"})
         version, page = dashboard.parts()
@@ -97,8 +97,7 @@ def build_app(dashboard: Dashboard) -> Any:
             return Response(status_code=204)
         return HTMLResponse(page, headers={"etag": version, "cache-control": "no-store"})
 
-    app.add_api_route("/", index, methods=["GET"], response_model=None)
-    return app
+    return Starlette(routes=[Route("/", index)], middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(NAMES))])
 
 
 def serve(dashboard: Dashboard, *, port: int) -> None:
@@ -115,4 +114,6 @@ def serve(dashboard: Dashboard, *, port: int) -> None:
         listening.close()
         raise DashboardError(f"The page cannot be served on port {port}: {error.strerror}. Give another one with --port, or 0 for any.") from error
     log.info("The page is at http://%s:%d/ (only on this machine). Ctrl-C stops it; the runs go on.", HOST, listening.getsockname()[1])
-    uvicorn.Server(uvicorn.Config(build_app(dashboard), log_config=None, access_log=False, lifespan="off")).run(sockets=[listening])
+    uvicorn.Server(
+        uvicorn.Config(build_app(dashboard), log_config=None, log_level="warning", access_log=False, server_header=False, lifespan="off")
+    ).run(sockets=[listening])

@@ -26,9 +26,8 @@ def extremes(x_N: Steps, y_N: Numbers, *, buckets: int) -> npt.NDArray[np.int64]
     order = np.lexsort((y_N, unknown_N, bucket_N))
     sorted_N = bucket_N[order]
     starts = np.flatnonzero(np.diff(sorted_N, prepend=-1))
-    ends = np.append(starts[1:], count)
     finite = np.add.reduceat((~unknown_N[order]).astype(np.int64), starts)
-    lasts = np.where(finite > 0, starts + finite - 1, ends - 1)
+    lasts = np.where(finite > 0, starts + finite - 1, starts)
     return np.unique(np.concatenate([order[starts], order[lasts], [0, count - 1]]))
 
 

@@ -19,6 +19,9 @@ from megatron.monitor.alerts.window import Counts, LoadWindow
 Numbers = npt.NDArray[np.float64]
 MOST_STEPS = 10
 """Steps that are judged together, if a log interval has so many."""
+LORE_STEPS = 10
+LORE_BLOCKS = 10
+"""LoREs are judged every 10 steps, over 100 steps: while their routers learn, a LoRE often has no token for some tens of steps."""
 ROWS = 32
 """An expert is judged when an even load would have given it so many rows."""
 HISTORY = 100
@@ -77,6 +80,7 @@ class RouterStep(NamedTuple):
 
 class RouterWatch:
     """Judges the last 10 steps after every step, or those of a log interval if it is shorter. So what happens is reported within one log interval.
+    LoREs are judged over 100 steps.
 
     Loads are not judged up to the run's step `settled`, because a young router often forgets an expert for some steps. Entropies are judged from the
     first step on.
@@ -92,7 +96,9 @@ class RouterWatch:
         self._idle_X = np.array([(1 - BUSY_SHARE) * count / (count - k) if k is not None and count >= k + 2 else 0.0 for count, k in pairs])
         """If the K busiest experts get nearly all rows, one of the others gets less than this part of an even load."""
         self._experts = LoadWindow(self._count_X, steps=steps, rows=ROWS)
-        self._lores = LoadWindow(self._count_X * routers.lores, steps=steps, rows=ROWS) if routers.lores else None
+        self._lores = LoadWindow(self._count_X * routers.lores, steps=LORE_BLOCKS, rows=ROWS) if routers.lores else None
+        self._block: list[Counts] = []
+        """The LoREs' loads of the last steps, up to ten, which become one entry of the window."""
         self._entropy_SX: Numbers = np.zeros((0, len(routers.experts)))
         self._overloads: deque[Numbers] = deque(maxlen=steps)
         self._steps = steps
@@ -104,8 +110,7 @@ class RouterWatch:
         """Give it every step. It returns what is new: trouble that lasts is reported once. Leave out a step that is not finite, because NaN weights
         choose experts without meaning."""
         self._experts.add(now.load_XE)
-        if self._lores is not None:
-            self._lores.add(now.lore_load_XG)
+        self._add_lores(now.lore_load_XG)
         self._entropy_SX = np.concatenate([self._entropy_SX, now.entropy_X[None]])[-(HISTORY + self._steps) :]
         self._overloads.append(now.overload_X)
         found: list[Alert] = []
@@ -118,6 +123,14 @@ class RouterWatch:
             found += self._opened("dead_lores", layer, self._dead_lores(step, layer, load_E))
             found += self._opened("process_overload", layer, self._overload(step, layer, load_E))
         return found
+
+    def _add_lores(self, load_XG: Counts) -> None:
+        if self._lores is None:
+            return
+        self._block.append(load_XG)
+        if len(self._block) == LORE_STEPS:
+            self._lores.add(np.sum(self._block, 0))
+            self._block = []
 
     def _suspects(self) -> list[int]:
         """The layers to look at closely: those in trouble, and those that may be. All layers are looked through at once, because a model may have
@@ -194,7 +207,7 @@ class RouterWatch:
         if not dead or share < self.limits.dead_lores:
             return None
         seen = (
-            f"In the last {len(self._lores)} steps {dead} of {load_EM.size} LoREs got less than {self.limits.dead_share:.1%} of an even load of "
+            f"In {len(self._lores) * LORE_STEPS} steps {dead} of {load_EM.size} LoREs got less than {self.limits.dead_share:.1%} of an even load of "
             f"their expert; the limit is {self.limits.dead_lores:.0%} of them."
         )
         return Alert(kind="dead_lores", step=step, layer=layer, value=share, limit=self.limits.dead_lores, seen=seen)
