@@ -112,7 +112,7 @@ def curves(chosen: Sequence[pictures.Curve], runs: Sequence[Run]) -> Grid | None
     """The pictures side by side. None: no run has any of these numbers."""
     drawn = [(curve, pictures.curve_picture(curve, runs)) for curve in chosen]
     plots = [Plot(figure, curve.says, height=280) for curve, figure in drawn if figure is not None]
-    return Grid(plots, smallest=380) if plots else None
+    return Grid(plots, smallest=340) if plots else None
 
 
 def per_run(runs: Sequence[Run], parts_of: Any) -> list[Part]:

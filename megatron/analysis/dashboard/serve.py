@@ -32,6 +32,8 @@ def open_runs(paths: Sequence[str]) -> list[Run]:
     for path in found:
         if not path.exists():
             raise DashboardError(f"{path}: there is no such folder. Give the folder that a run saves to (the key `save`), or its metrics.jsonl.")
+        if path.is_file() and path.suffix != ".jsonl":
+            raise DashboardError(f"{path}: this is no metrics file (its name would end in .jsonl). Give the folder that a run saves to.")
     if len({path.resolve() for path in found}) < len(found):
         raise DashboardError("A run is given twice.")
     return [Run(path, name) for path, name in zip(found, name_runs(found), strict=True)]
@@ -71,8 +73,10 @@ class Dashboard:
 def write_repeatedly(dashboard: Dashboard, path: Path, *, once: bool, stop: Callable[[float], object] = time.sleep) -> None:
     """Writes the page to `path`, and again every `dashboard.every` seconds until Ctrl-C. `once`: one time, and the page does not reload itself.
 
-    Raises the system's OSError if the file cannot be written.
+    Raises DashboardError if `path` is a folder, and the system's OSError if the file cannot be written.
     """
+    if path.is_dir():
+        raise DashboardError(f"--output {path}: this is a folder. Give the name of a file in it, such as {path / 'page.html'}.")
     while True:
         write_page(path, dashboard.page(live=False, refresh=not once))
         if once:

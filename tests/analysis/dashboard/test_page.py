@@ -114,6 +114,9 @@ def test_many_experts_over_time_become_the_idlest_and_the_busiest_of_each_layer(
 def test_wrong_folders_are_sentences(tmp_path: Path) -> None:
     with pytest.raises(DashboardError, match=r"nowhere: there is no such folder\. Give the folder that a run saves to \(the key `save`\)"):
         open_runs([str(tmp_path / "nowhere")])
+    (tmp_path / "training.png").write_bytes(b"x")
+    with pytest.raises(DashboardError, match=r"training.png: this is no metrics file \(its name would end in .jsonl\)\. Give the folder"):
+        open_runs([str(tmp_path / "training.png")])
     with pytest.raises(DashboardError, match=r"A run is given twice\."):
         open_runs([str(tmp_path), f"{tmp_path}/."])
 
@@ -137,6 +140,11 @@ def test_the_file_is_written_again_until_it_is_told_to_stop(tmp_path: Path) -> N
     write_repeatedly(dashboard, page, once=True)
     assert "<td>40</td>" in page.read_text()
     assert "data-refresh" not in page.read_text()
+
+
+def test_a_folder_in_place_of_a_page_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(DashboardError, match=r"this is a folder\. Give the name of a file in it, such as .*page\.html"):
+        write_repeatedly(Dashboard(open_runs([str(tmp_path)]), every=1), tmp_path, once=True)
 
 
 @pytest.fixture
