@@ -12,6 +12,7 @@ from typing import Any
 from megatron.monitor.alerts.alert import Alert
 from megatron.monitor.sink import Value
 
+TAIL_BYTES = 1 << 20
 TRAIN_LOSS = "train/lm_loss"
 """Every training step's line has this, unless none of its tokens counts in the loss."""
 
@@ -67,9 +68,19 @@ def _strict(value: Value) -> Value | None:
     return value if isinstance(value, list) or math.isfinite(value) else None
 
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics file. Lines that are not complete records are left out."""
+def last_numbers(path: Path, key: str, count: int) -> list[float]:
+    """The last numbers of a key, at most `count`, oldest first. Only the end of the file is read, so there may be fewer; none if there is no file."""
+    if not path.is_file():
+        return []
+    found = [record[key] for record in read_jsonl(path, last_bytes=TAIL_BYTES) if isinstance(record.get(key), int | float)]
+    return found[-count:]
+
+
+def read_jsonl(path: Path, *, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+    """The records of a metrics file, or those in its last bytes. Lines that are not complete records are left out. `last_bytes` None: all."""
     with path.open(encoding="utf-8", errors="replace") as file:
+        if last_bytes is not None:
+            file.seek(max(0, path.stat().st_size - last_bytes))
         for line in file:
             try:
                 record = json.loads(line)

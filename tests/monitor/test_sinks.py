@@ -13,7 +13,7 @@ from megatron.config.logging import LoggingConfig
 from megatron.monitor.alerts.alert import Alert
 from megatron.monitor.comet import CometSink
 from megatron.monitor.curves import Curves
-from megatron.monitor.jsonl import JsonlSink, read_jsonl
+from megatron.monitor.jsonl import JsonlSink, last_numbers, read_jsonl
 from megatron.monitor.sink import SinkUnavailable, scalars
 from megatron.monitor.tensorboard import TensorboardSink
 from megatron.monitor.wandb import WandbSink
@@ -57,6 +57,16 @@ def test_jsonl_has_the_final_evaluation_once(tmp_path: Path) -> None:
     sink.close()
     keys = ["validation/lm_loss", "gradient_norms/w", "test/lm_loss"]
     assert [list(record)[1] for record in read_jsonl(path)] == ["train/lm_loss"] * 3 + keys, "the evaluation in between and other records stay"
+
+
+def test_the_last_losses_of_a_long_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert last_numbers(path, "train/lm_loss", 3) == []
+    write_steps(path, range(1, 50_000), resume_from=0)
+    with path.open("a") as file:
+        file.write('{"iteration": 50000, "train/lm_loss": null}\n{"iteration": 50001, "train/lm_l')
+    assert path.stat().st_size > 2**21
+    assert last_numbers(path, "train/lm_loss", 3) == [49_997.0, 49_998.0, 49_999.0]
 
 
 def test_jsonl_survives_a_line_cut_short(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def train_with(fault: Fault | None, corpus: Path, save: Path, monkeypatch: pytes
         "max_nonfinite_steps": 100,
     }
     with pytest.raises(TrainingDiverged) if fault is put_nan else contextlib.nullcontext():
-        train_losses(run_values(corpus, save, **values, **keys))
+        train_losses(run_values(corpus, save, **{**values, **keys}))
     return alerts_of(save / "metrics.jsonl")
 
 
@@ -131,6 +131,15 @@ def test_a_fault_raises_its_own_alert_within_one_log_interval(
     assert [row[3] for row in reversed(shown.rows)] == [f"{alert['seen']}\n{alert['try']}" for alert in found], (
         "the live page lists them, the newest first"
     )
+
+
+def test_a_run_that_goes_on_compares_its_losses_with_those_before(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are spoiled after the checkpoint was loaded, so the first step of the second launch has the spike."""
+    keys = {"checkpoint_factor": 24, "resume_if_exists": True, "override_lr_scheduler": True}
+    assert train_with(None, corpus, tmp_path / "run", monkeypatch, **keys, train_iters=24) == []
+    monkeypatch.setattr(FaultCallback, "before_training", torch.no_grad()(lambda self, trainer: self.fault(trainer.engine.module)))
+    found = train_with(spoil_predictions, corpus, tmp_path / "run", monkeypatch, **keys, train_iters=27)
+    assert [(alert["kind"], alert["step"]) for alert in found] == [("loss_spike", 25)]
 
 
 def test_alerts_can_be_switched_off(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

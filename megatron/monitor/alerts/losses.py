@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 from collections import deque
+from collections.abc import Iterable
 
 from megatron.monitor.alerts.alert import Alert
 
@@ -31,6 +32,10 @@ class LossSpikes:
         self.deviations = deviations
         self._losses: deque[float] = deque(maxlen=MEMORY)
         self._above = False
+
+    def remember(self, losses: Iterable[float]) -> None:
+        """Losses of steps before a restart. They are not judged."""
+        self._losses.extend(filter(math.isfinite, losses))
 
     def judge(self, step: int, loss: float) -> list[Alert]:
         """Give it every step's loss. A loss that is NaN or infinite is left out."""

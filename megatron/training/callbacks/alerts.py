@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.config.logging import LoggingConfig
 from megatron.config.neox import NeoXConfig
 from megatron.model.moe.layer import STATISTICS
 from megatron.monitor.alerts.alert import Alert
-from megatron.monitor.alerts.losses import LossSpikes, NonfiniteSteps
+from megatron.monitor.alerts.losses import MEMORY, LossSpikes, NonfiniteSteps
 from megatron.monitor.alerts.routers import Limits, Routers, RouterStep, RouterWatch
+from megatron.monitor.jsonl import TRAIN_LOSS, last_numbers
 from megatron.monitor.sink import Sink
 from megatron.training.callbacks.base import Callback
 
@@ -31,13 +33,16 @@ MOST_LINES = 6
 class AlertsCallback(Callback):
     """Every step is judged. It is a callback of the first process: the numbers are the same on all.
 
-    What a step measured is on the CPU already, so nothing waits for the device. A new launch begins without memory of the earlier steps.
+    What a step measured is on the CPU already, so nothing waits for the device. A run that goes on compares its losses with those before, from
+    `metrics_file` (None: there is none), and knows nothing of its routers before.
     """
 
-    def __init__(self, trainer: Trainer, sinks: Sequence[Sink]) -> None:
+    def __init__(self, trainer: Trainer, sinks: Sequence[Sink], metrics_file: Path | None) -> None:
         config = trainer.config.logging
         self.sinks = sinks
         self._spikes = LossSpikes(rise=config.alert_loss_rise, deviations=config.alert_loss_deviations)
+        if metrics_file is not None and trainer.state.iteration:
+            self._spikes.remember(last_numbers(metrics_file, TRAIN_LOSS, MEMORY))
         self._nonfinite = NonfiniteSteps(limit=config.alert_nonfinite_steps)
         routers = routers_of(trainer.config, trainer.topology.layout.expert)
         self._routers: RouterWatch | None = None

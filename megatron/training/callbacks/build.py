@@ -57,7 +57,7 @@ def build_callbacks(trainer: Trainer, loaded: LoadedConfig, sinks: Sequence[Sink
         *optional_callbacks(trainer, sinks),
         LogCallback(config.logging, sinks, display, flops_per_token=flops),
         LabelsCallback(),
-        *([AlertsCallback(trainer, sinks)] if config.logging.alerts and trainer.topology.is_first else []),
+        *([AlertsCallback(trainer, sinks, metrics_file)] if config.logging.alerts and trainer.topology.is_first else []),
         WatchdogCallback(config.training.max_nonfinite_steps),
     ]
     if config.checkpoint.save is not None:
