@@ -14,8 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+from PIL import Image
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 """None: there is none on this machine."""
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian: apt-get install chromium)")
 OPTIONS = (
     "--headless=new",
     "--no-sandbox",
@@ -26,6 +30,13 @@ OPTIONS = (
     "--remote-debugging-pipe",
 )
 SECONDS = 60
+
+
+def colours_in(picture: Path) -> int:
+    """How many colours a PNG has: a blank one has one."""
+    with Image.open(picture) as image:
+        found = image.convert("RGB").getcolors(maxcolors=1 << 24)
+    return len(found or [])
 
 
 class Browser:

@@ -79,6 +79,14 @@ class LoggingConfig(Section):
     """Record memory allocations between profile_step_start and profile_step_stop. On CUDA: a memory snapshot. On a CPU: a table of operators."""
     memory_profiling_path: str | None = None
     """Directory for the memory profile. None: `tensorboard_dir`, or `log_dir` if `tensorboard_dir` is not given."""
+    routing_trace_steps: list[PositiveInt] | None = None
+    """Steps whose routing is written: the experts and LoREs of each token (`tools/analysis/routing.py` reads it). None: no single steps."""
+    routing_trace_interval: PositiveInt | None = None
+    """The routing of every step that is a multiple of it is written. None: only that of `routing_trace_steps`."""
+    routing_trace_dir: str | None = None
+    """Directory for the routing, with a folder for each step. None: routing_traces in `save`."""
+    routing_trace_tokens: PositiveInt = 65536
+    """Each process writes at most so many tokens of a step."""
     progress: Literal["auto", "rich", "plain"] = "auto"
     """Progress display. auto: rich on a terminal, plain lines otherwise."""
     curves: Literal["brief", "detailed"] = "brief"
@@ -108,11 +116,18 @@ class LoggingConfig(Section):
     """Alert if an expert-parallel process receives more than this many times the mean number of rows. With 2 processes the limit is at most 1.6."""
 
     @property
+    def traces_routing(self) -> bool:
+        """Whether the routing of some steps is written."""
+        return bool(self.routing_trace_steps) or self.routing_trace_interval is not None
+
+    @property
     def trace_dir(self) -> str | None:
         """Where profiles go; None when there is no directory for them."""
         return self.tensorboard_dir or self.log_dir
 
     def check(self) -> Iterator[Problem]:
+        if self.routing_trace_dir is not None and not self.traces_routing:
+            yield Problem(("routing_trace_dir", "routing_trace_steps"), "needs routing_trace_steps or routing_trace_interval: the steps to write")
         if (self.profile or self.memory_profiling) and self.profile_step_stop <= self.profile_step_start:
             yield Problem(("profile_step_stop", "profile_step_start"), f"must be more than profile_step_start ({self.profile_step_start})")
         if self.profile and self.trace_dir is None:

@@ -34,6 +34,8 @@ import numpy.typing as npt
 from megatron.config.disk import explained
 
 Numbers = npt.NDArray[np.int64]
+Choices = npt.NDArray[Any]
+"""Integers of any width; -1 where there is none."""
 FORMATS = (1, 2)
 MOST_EXPERTS = 65_536
 """Of one layer. More would be a damaged file, and tables for them would fill the memory."""
@@ -48,10 +50,10 @@ class Trace(NamedTuple):
 
     step_T: Numbers
     layers: Sequence[int]
-    expert_TLK: Numbers
+    expert_TLK: Choices
     num_experts: int
     """Of the layer with the most."""
-    lore_TLKM: Numbers | None = None
+    lore_TLKM: Choices | None = None
     """None: there are no LoREs."""
     num_lores: int = 0
     """Of one expert."""

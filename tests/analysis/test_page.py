@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import plotly.graph_objects as go
 import pytest
-from PIL import Image
 
 from megatron.analysis.page import Captioned, Choice, DataTable, Grid, Legend, Notice, Part, Plot, Section, Text, Tokens, page_html, write_page
 from megatron.analysis.page import plotly_text as shown
-from tests.browser import CHROMIUM, Browser
+from tests.browser import Browser, colours_in, needs_chromium
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian: apt-get install chromium)")
 DRAWN = "document.documentElement.dataset.drawn === 'yes'"
 EVIL = "</script><img src=https://example.org/x onerror=\"document.title='owned'\">{{ 1 }}"
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    made = Browser(tmp_path_factory.mktemp("chromium"))
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-@pytest.fixture
-def browser(chromium: Browser) -> Browser:
-    """The one browser of this file, with an empty page and nothing noted."""
-    chromium.call("Page.navigate", url="about:blank")
-    chromium.errors.clear()
-    chromium.requests.clear()
-    chromium.show(1000)
-    return chromium
 
 
 def heat(title: str = "share") -> Plot:
@@ -56,13 +34,6 @@ def opened(browser: Browser, folder: Path, parts: list[Part], **settings: float)
     browser.open((folder / "page.html").as_uri())
     browser.wait(DRAWN)
     return folder / "page.html"
-
-
-def colours_in(picture: Path) -> int:
-    """How many colours a PNG has: a blank one has one."""
-    with Image.open(picture) as image:
-        found = image.convert("RGB").getcolors(maxcolors=1 << 24)
-    return len(found or [])
 
 
 @needs_chromium

@@ -101,7 +101,7 @@ class CoActivation:
     random_L: Floats
     """(k - 1) / (E - 1)."""
     pairs: list[Pair]
-    """The pairs that are surely together more often than by chance, at most 8 a layer, the largest lift first."""
+    """The pairs that are surely together more often than by chance, at most 8 a layer, the surest first."""
 
 
 @dataclass(frozen=True)

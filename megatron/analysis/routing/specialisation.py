@@ -23,6 +23,8 @@ BUDGET = 96 << 20
 """Bytes of one table; there are three."""
 LEAST = 20
 SURE = 0.95
+SEED = 1234
+"""Of the halves: text may repeat in step with any rule."""
 MOST_ENTRIES = 20_000
 """Tokens in the result: with many experts each gets a shorter list."""
 
@@ -32,7 +34,7 @@ class TokenCount:
 
     def __init__(self, shape: Shape, occurrences: Mapping[int, int]) -> None:
         """`occurrences` of each token in all text, from which the rows are chosen. Empty: the tokens are not known."""
-        self._shape = shape
+        self._shape, self._rng = shape, np.random.default_rng(SEED)
         cells = len(shape.layers) * shape.experts
         often = sorted((token for token, count in occurrences.items() if count >= LEAST), key=lambda token: (-occurrences[token], token))
         self._tokens = np.array(often[: max(1, BUDGET // (4 * cells))], np.int64)
@@ -47,7 +49,7 @@ class TokenCount:
         if token_T is None or not len(self._tokens):
             return
         row_T = self._row_of[token_T]
-        half_T = np.arange(len(row_T)) % 2
+        half_T = self._rng.integers(0, 2, len(row_T))
         for half in (0, 1):
             own_T = (row_T >= 0) & (half_T == half)
             _count(self._half_2VLE[half], row_T[own_T], block.expert_TLK[own_T])

@@ -23,8 +23,8 @@ TO_DEVIATION = 1.4826 / math.sqrt(2)
 class LossSpikes:
     """A loss is a spike if it is above the median of the last 20 by more than `rise` nats and by more than `deviations` robust standard deviations.
 
-    The standard deviation comes from the distances of neighbouring losses, so a loss that falls fast does not widen it. One alert for each spike: the
-    next one can come after a loss below the limit.
+    The standard deviation comes from the distances of neighbouring losses, so a loss that falls fast does not widen it. One alert for each spike: it
+    ends with a loss below the middle of median and limit.
     """
 
     def __init__(self, *, rise: float, deviations: float) -> None:
@@ -44,7 +44,7 @@ class LossSpikes:
         limit, median = self._limit()
         above = loss > limit
         found = above and not self._above
-        self._above = above
+        self._above = above or (self._above and loss > (median + limit) / 2)
         self._losses.append(loss)
         if not found:
             return []

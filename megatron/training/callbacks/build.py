@@ -32,6 +32,7 @@ from megatron.training.callbacks.norms import NormsCallback, measures
 from megatron.training.callbacks.plot import PlotCallback
 from megatron.training.callbacks.print_steps import PrintStepsCallback
 from megatron.training.callbacks.profile import ProfileCallback
+from megatron.training.callbacks.routing_trace import RoutingTraceCallback
 from megatron.training.callbacks.stop import StopCallback
 from megatron.training.callbacks.watchdog import WatchdogCallback
 from megatron.training.trainer import Trainer
@@ -86,6 +87,8 @@ def optional_callbacks(trainer: Trainer, sinks: Sequence[Sink]) -> list[Callback
         callbacks.append(NoiseScaleCallback(config, trainer.plan.batch.global_, sinks))
     if config.steps_per_print:
         callbacks.append(PrintStepsCallback(config.steps_per_print))
+    if (folder := routing_trace_path(config, trainer.config.checkpoint.save)) is not None:
+        callbacks.append(RoutingTraceCallback(config, trainer.config.data, folder))
     return callbacks
 
 
@@ -126,3 +129,9 @@ def metrics_path(logging: LoggingConfig, save: str | None) -> Path | None:
 def plot_path(logging: LoggingConfig, save: str | None) -> Path | None:
     """The path of the plot. None: neither this path nor `save` is configured."""
     return Path(logging.plot_file) if logging.plot_file is not None else Path(save) / "training.png" if save is not None else None
+
+
+def routing_trace_path(logging: LoggingConfig, save: str | None) -> Path | None:
+    """The directory for routing traces. None: none are wanted."""
+    directory = logging.routing_trace_dir or (None if save is None else f"{save}/routing_traces")
+    return Path(directory) if logging.traces_routing and directory is not None else None

@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.browser import CHROMIUM, Browser
+from tests.browser import Browser, needs_chromium
 from tests.inference.serve.conftest import Served, served
-
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian: apt-get install chromium)")
 
 
 @pytest.fixture

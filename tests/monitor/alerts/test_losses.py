@@ -36,6 +36,11 @@ def test_a_spike_raises_one_alert_at_its_first_step() -> None:
     assert spikes_in(losses) == [200, 300]
 
 
+def test_a_loss_that_comes_back_in_steps_is_one_spike() -> None:
+    losses = [2.0 + 0.1 * (step % 2) for step in range(60)] + [8.0, 4.0, 2.6, 3.0, 2.5, 3.0, 2.05, 2.0, 8.0]
+    assert spikes_in(losses) == [60, 68]
+
+
 def test_a_spike_is_seen_while_the_loss_still_falls_fast() -> None:
     losses = noisy(60, noise=0.03)
     losses[30] += 3
