@@ -155,28 +155,45 @@ class Section:
 
 
 def page_html(
-    title: str, sections: Sequence[Section], *, subtitle: str = "", facts: Mapping[str, str] | None = None, refresh_seconds: float | None = None
+    title: str,
+    sections: Sequence[Section],
+    *,
+    subtitle: str = "",
+    facts: Mapping[str, str] | None = None,
+    refresh_seconds: float | None = None,
+    live: bool = False,
 ) -> str:
     """The whole page. `facts` (None: none) stand below the title as name and value. `refresh_seconds` (None: never) loads the page anew from its file
-    while the reader lets it; menus keep what was chosen."""
-    from jinja2 import Environment, FileSystemLoader
+    while the reader lets it; menus keep what was chosen. `live`: a server answers the page's own address with `?parts`, which is `parts_html`, and
+    the page takes its new content from there, so that zoom and place stay."""
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    environment = Environment(loader=FileSystemLoader(FRAME), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    draws = _has_plots(sections)
-    return environment.get_template("page.html").render(
+    return _filled(
         title=title,
         subtitle=subtitle,
         facts=dict(facts or {}),
         sections=sections,
         refresh_seconds=refresh_seconds,
-        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+        live=live,
         style=Markup((FRAME / "page.css").read_text(encoding="utf-8")),
         program=Markup((FRAME / "page.js").read_text(encoding="utf-8")),
-        plotly=Markup(get_plotlyjs()) if draws else "",
+        plotly=Markup(get_plotlyjs()) if live or _has_plots(sections) else "",
         template=Markup(script_json(plot_template())),
     )
+
+
+def parts_html(sections: Sequence[Section]) -> str:
+    """The page without Plotly, style and program: what a page that is `live` asks the server for."""
+    return _filled(sections=sections)
+
+
+def _filled(**values: Any) -> str:
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(FRAME), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    written = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    return environment.get_template("page.html").render(written=written, **values)
 
 
 def write_page(path: Path, page: str) -> None:

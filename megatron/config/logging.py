@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megatron.config.section import NaturalInt, PositiveFloat, PositiveInt, Problem, Section
+from megatron.config.section import Fraction, NaturalInt, PositiveFloat, PositiveInt, Problem, Section
 
 
 class LoggingConfig(Section):
@@ -89,6 +89,31 @@ class LoggingConfig(Section):
     """Each process writes at most so many tokens of a step."""
     progress: Literal["auto", "rich", "plain"] = "auto"
     """Progress display. auto: rich on a terminal, plain lines otherwise."""
+    curves: Literal["brief", "detailed"] = "brief"
+    """Curves in TensorBoard, Weights & Biases and Comet. brief: the smallest and the largest value over the layers, and percentiles over the experts.
+    detailed: one for each layer and each expert. `metrics_file` always has everything."""
+    max_curves: PositiveInt = 500
+    """Largest number of curves in each of them. The log says once what is left out."""
+    alerts: bool = True
+    """Look for faults in every step's numbers: loss spikes, NaN, dead experts and LoREs, collapsed routers, overloaded processes. docs/monitoring.md
+    has the rules."""
+    alert_loss_rise: PositiveFloat = 0.2
+    """Alert if the loss is more than this many nats above the median of the last 20 steps, and also more than `alert_loss_deviations`."""
+    alert_loss_deviations: PositiveFloat = 6.0
+    """Alert if the loss is more than this many robust standard deviations above the median of the last 20 steps, and also more than
+    `alert_loss_rise`."""
+    alert_nonfinite_steps: PositiveInt = 1
+    """Alert after this many steps in a row whose loss or gradient is NaN or infinite."""
+    alert_dead_share: Fraction = 0.01
+    """Alert if an expert gets less than this part of an even load."""
+    alert_dead_lores: Fraction = 0.5
+    """Alert if this part of a layer's LoREs gets less than `alert_dead_share` of an even load of their expert."""
+    alert_entropy: Fraction = 0.05
+    """Alert if a router's entropy is below this part of the largest possible, log E."""
+    alert_entropy_drop: Fraction = 0.25
+    """Alert if a router's entropy is below this part of its own median over the last 100 steps."""
+    alert_overload: Annotated[float, Field(ge=1)] = 2.0
+    """Alert if an expert-parallel process receives more than this many times the mean number of rows. With 2 processes the limit is at most 1.6."""
 
     @property
     def traces_routing(self) -> bool:

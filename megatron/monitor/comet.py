@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.config.logging import LoggingConfig
-from megatron.monitor.sink import SinkUnavailable, Value, scalars
+from megatron.monitor.alerts.alert import Alert
+from megatron.monitor.curves import Curves
+from megatron.monitor.sink import SinkUnavailable, Value
 
 ADVICE = "Log in with `comet login`, or set COMET_START_ONLINE=false"
 
@@ -19,6 +21,7 @@ class CometSink:
         os.environ.setdefault("COMET_DISABLE_AUTO_LOGGING", "1")  # it would hook itself into PyTorch, and warn that it is too late for that
         import comet_ml
 
+        self._curves = Curves("Comet", detail=logging.curves, most=logging.max_curves)
         settings = comet_ml.ExperimentConfig(
             name=logging.comet_experiment_name,
             tags=logging.comet_tags,
@@ -39,7 +42,11 @@ class CometSink:
         self._experiment.log_others(logging.comet_others or {})
 
     def write(self, iteration: int, values: Mapping[str, Value]) -> None:
-        self._experiment.log_metrics(scalars(values), step=iteration)
+        self._experiment.log_metrics(self._curves(values), step=iteration)
+
+    def alert(self, alert: Alert) -> None:
+        """A text of the experiment."""
+        self._experiment.log_text(alert.sentence, step=alert.step, metadata=alert.record())
 
     def close(self) -> None:
         self._experiment.end()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron.config import disk
+from megatron.monitor.alerts.alert import Alert
 from megatron.monitor.sink import Sink, Value
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,10 @@ class GuardedSink:
     def write(self, iteration: int, values: Mapping[str, Value]) -> None:
         if not self._failed:
             self._failed = not wrote(lambda: self.sink.write(iteration, values), self.place, self.failures)
+
+    def alert(self, alert: Alert) -> None:
+        if not self._failed:
+            self._failed = not wrote(lambda: self.sink.alert(alert), self.place, self.failures)
 
     def close(self) -> None:
         wrote(self.sink.close, self.place, [] if self._failed else self.failures)

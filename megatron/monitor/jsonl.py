@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron.monitor.alerts.alert import Alert
 from megatron.monitor.sink import Value
 
+TAIL_BYTES = 1 << 20
 TRAIN_LOSS = "train/lm_loss"
 """Every training step's line has this, unless none of its tokens counts in the loss."""
 
@@ -38,14 +40,20 @@ class JsonlSink:
 
     def write(self, iteration: int, values: Mapping[str, Value]) -> None:
         """Writes one line completely or not at all. Raises the system's OSError."""
-        line = json.dumps({"iteration": iteration, **{key: _strict(value) for key, value in values.items()}}) + "\n"
-        end, left = os.fstat(self._file.fileno()).st_size, line.encode()
+        self._append({"iteration": iteration, **{key: _strict(value) for key, value in values.items()}})
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        end, left = os.fstat(self._file.fileno()).st_size, (json.dumps(record) + "\n").encode()
         try:
             while left:
                 left = left[self._file.write(left) :]
         except OSError:
             os.ftruncate(self._file.fileno(), end)
             raise
+
+    def alert(self, alert: Alert) -> None:
+        """Writes one line, {"iteration": n, "alert": {"kind": ..., "step": n, "layer": ..., "value": ..., "limit": ..., "seen": ..., "try": ...}}."""
+        self._append({"iteration": alert.step, "alert": alert.record()})
 
     def close(self) -> None:
         self._file.close()
@@ -60,9 +68,19 @@ def _strict(value: Value) -> Value | None:
     return value if isinstance(value, list) or math.isfinite(value) else None
 
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics file. Lines that are not complete records are left out."""
+def last_numbers(path: Path, key: str, count: int) -> list[float]:
+    """The last numbers of a key, at most `count`, oldest first. Only the end of the file is read, so there may be fewer; none if there is no file."""
+    if not path.is_file():
+        return []
+    found = [record[key] for record in read_jsonl(path, last_bytes=TAIL_BYTES) if isinstance(record.get(key), int | float)]
+    return found[-count:]
+
+
+def read_jsonl(path: Path, *, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+    """The records of a metrics file, or those in its last bytes. Lines that are not complete records are left out. `last_bytes` None: all."""
     with path.open(encoding="utf-8", errors="replace") as file:
+        if last_bytes is not None:
+            file.seek(max(0, path.stat().st_size - last_bytes))
         for line in file:
             try:
                 record = json.loads(line)

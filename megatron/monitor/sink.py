@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from megatron.monitor.alerts.alert import Alert
+
 Value = float | list[float] | list[list[int]]
 """A number, a number of each MoE layer, or a table of counts (MoE layers x experts)."""
 
 
 class Sink(Protocol):
-    """Receives the numbers of a step under NeoX's names (`train/lm_loss`, `runtime/tokens_per_sec`, ...)."""
+    """Receives the numbers of a step under NeoX's names (`train/lm_loss`, `runtime/tokens_per_sec`, ...), and alerts."""
 
     def write(self, iteration: int, values: Mapping[str, Value]) -> None: ...
+
+    def alert(self, alert: Alert) -> None: ...
 
     def close(self) -> None: ...
 

@@ -5,21 +5,28 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 
-from megatron.monitor.sink import Value, scalars
+from megatron.monitor.alerts.alert import Alert
+from megatron.monitor.curves import Curves
+from megatron.monitor.sink import Value
 
 
 class TensorboardSink:
     """Needs the package `tensorboard`. Events after `resume_from` are hidden: those steps come again."""
 
-    def __init__(self, directory: str, *, resume_from: int) -> None:
+    def __init__(self, directory: str, curves: Curves, *, resume_from: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         threading.excepthook = _without_disk_failures(threading.excepthook)
+        self._curves = curves
         self._writer = SummaryWriter(directory, purge_step=resume_from + 1 if resume_from else None)
 
     def write(self, iteration: int, values: Mapping[str, Value]) -> None:
-        for key, value in scalars(values).items():
+        for key, value in self._curves(values).items():
             self._writer.add_scalar(key, value, iteration)
+
+    def alert(self, alert: Alert) -> None:
+        """A text under the tag `alerts/KIND`."""
+        self._writer.add_text(f"alerts/{alert.kind}", alert.sentence, alert.step)
 
     def close(self) -> None:
         self._writer.close()

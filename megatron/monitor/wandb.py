@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.config.logging import LoggingConfig
-from megatron.monitor.sink import SinkUnavailable, Value, scalars
+from megatron.monitor.alerts.alert import NAMES, Alert
+from megatron.monitor.curves import Curves
+from megatron.monitor.sink import SinkUnavailable, Value
 
 
 class WandbSink:
@@ -15,6 +17,7 @@ class WandbSink:
     def __init__(self, logging: LoggingConfig, config: dict[str, Any], *, rank: int) -> None:
         import wandb
 
+        self._curves = Curves("Weights & Biases", detail=logging.curves, most=logging.max_curves)
         try:
             self._run = wandb.init(
                 project=logging.wandb_project,
@@ -28,7 +31,11 @@ class WandbSink:
             raise SinkUnavailable(f"use_wandb: true, but wandb refused: {error}. Log in with `wandb login`, or set WANDB_MODE=offline") from error
 
     def write(self, iteration: int, values: Mapping[str, Value]) -> None:
-        self._run.log(scalars(values), step=iteration)
+        self._run.log(self._curves(values), step=iteration)
+
+    def alert(self, alert: Alert) -> None:
+        """An alert of Weights & Biases, which it also sends by mail or Slack if the account says so."""
+        self._run.alert(title=f"{NAMES[alert.kind]}{alert.place}", text=alert.sentence, level="WARN")
 
     def close(self) -> None:
         self._run.finish()

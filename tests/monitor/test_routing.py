@@ -71,7 +71,14 @@ def test_every_number_reaches_every_destination(
     wandb.teardown()  # it remembers the folder of an earlier run in this process
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    wanted = {"use_wandb": True, "tensorboard_dir": "tb", "log_interval": 2, "moe_losses": LOSSES, "metrics_file": "metrics.jsonl"}
+    wanted = {
+        "use_wandb": True,
+        "tensorboard_dir": "tb",
+        "log_interval": 2,
+        "moe_losses": LOSSES,
+        "metrics_file": "metrics.jsonl",
+        "curves": "detailed",
+    }
     train_losses(run_values(corpus, None, train_iters=4, eval_iters=0, **wanted))
     records = [json.loads(line) for line in Path("metrics.jsonl").read_text().splitlines()]
     last = {key: value for key, value in records[-1].items() if key.startswith("moe/")}

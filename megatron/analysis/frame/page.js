@@ -174,11 +174,54 @@ themeButton.addEventListener("click", () => {
 });
 showTheme();
 
+// From a server: new numbers take the place of the old ones. Pictures and menus that are still there stay, with their zoom and choice.
+let renewing = false;
+
+async function renew() {
+  if (renewing) return;
+  renewing = true;
+  try {
+    const answer = await fetch(`?parts&have=${document.body.dataset.version ?? ""}`);
+    if (answer.status === 200) {
+      const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
+      const same = shape(fresh) === shape(document);
+      if (same) replaceParts(fresh);
+      else location.reload();
+      document.body.dataset.version = answer.headers.get("etag") ?? "";
+    }
+    document.getElementById("lost")?.remove();
+  } catch (error) {
+    if (!document.getElementById("lost")) {
+      const lost = Object.assign(document.createElement("p"), { id: "lost", className: "notice warning", textContent: "The server does not answer. The numbers are old." });
+      document.querySelector("main").prepend(lost);
+    }
+  }
+  renewing = false;
+}
+
+const shape = (page) => [...page.querySelectorAll("main section > h2, main .plot, main .choice option")].map((one) => one.ariaLabel ?? one.textContent).join("\n");
+
+function replaceParts(fresh) {
+  const old = document.querySelectorAll("main .plot");
+  fresh.querySelectorAll("main .plot").forEach((plot, place) => {
+    const data = plot.firstElementChild.textContent;
+    old[place].firstElementChild.textContent = data;
+    const inner = old[place].children[1];
+    if (!inner) return;
+    const figure = JSON.parse(data);
+    Plotly.react(inner, figure.data, { ...figure.layout, template, autosize: true }, settings);
+  });
+  const kept = (page) => [...page.querySelectorAll("main section > *, main .option > *, .facts, footer")].filter((one) => !one.querySelector(".plot") && !one.matches(".plot, .choice, h2"));
+  const [before, after] = [kept(document), kept(fresh)];
+  if (before.length === after.length) before.forEach((one, place) => { if (one.outerHTML !== after[place].outerHTML) one.replaceWith(after[place]); });
+  else location.reload();
+}
+
 const refresh = document.getElementById("refresh");
 if (refresh) {
   refresh.checked = storage?.getItem(key("refresh")) !== "no";
   refresh.addEventListener("change", () => storage?.setItem(key("refresh"), refresh.checked ? "yes" : "no"));
-  setInterval(() => { if (refresh.checked && !document.hidden) location.reload(); }, 1000 * Number(document.body.dataset.refresh));
+  setInterval(() => { if (refresh.checked && !document.hidden) ("live" in document.body.dataset ? renew() : location.reload()); }, 1000 * Number(document.body.dataset.refresh));
 }
 
 drawVisible();

@@ -13,11 +13,13 @@ from megatron.config.machine import is_installed
 from megatron.config.size import flops_per_token
 from megatron.monitor.comet import CometSink
 from megatron.monitor.console import ProgressDisplay
+from megatron.monitor.curves import Curves
 from megatron.monitor.guarded import GuardedSink
 from megatron.monitor.jsonl import JsonlSink
 from megatron.monitor.sink import Sink, SinkUnavailable
 from megatron.monitor.tensorboard import TensorboardSink
 from megatron.monitor.wandb import WandbSink
+from megatron.training.callbacks.alerts import AlertsCallback
 from megatron.training.callbacks.base import Callback
 from megatron.training.callbacks.checkpoint import CheckpointCallback, KeepGoodCallback
 from megatron.training.callbacks.communication import CommunicationCallback
@@ -56,6 +58,7 @@ def build_callbacks(trainer: Trainer, loaded: LoadedConfig, sinks: Sequence[Sink
         *optional_callbacks(trainer, sinks),
         LogCallback(config.logging, sinks, display, flops_per_token=flops),
         LabelsCallback(),
+        *([AlertsCallback(trainer, sinks, metrics_file)] if config.logging.alerts and trainer.topology.is_first else []),
         WatchdogCallback(config.training.max_nonfinite_steps),
     ]
     if config.checkpoint.save is not None:
@@ -101,7 +104,8 @@ def build_sinks(trainer: Trainer) -> list[Sink]:
     if first and (path := metrics_path(config.logging, config.checkpoint.save)) is not None:
         sinks.append((JsonlSink(path, resume_from=iteration, final_evaluation_follows=trainer.finished), path))
     if first and (folder := config.logging.tensorboard_dir) is not None:
-        sinks.append((TensorboardSink(folder, resume_from=iteration), Path(folder)))
+        curves = Curves("TensorBoard", detail=config.logging.curves, most=config.logging.max_curves)
+        sinks.append((TensorboardSink(folder, curves, resume_from=iteration), Path(folder)))
     if first and config.logging.use_comet:
         sinks.append((CometSink(config.logging, config.flat()), Path(os.environ.get("COMET_OFFLINE_DIRECTORY", ".cometml-runs"))))
     return [GuardedSink(sink, place, trainer.failures) for sink, place in sinks]
