@@ -73,7 +73,7 @@ def evaluate(config: NeoXConfig, console: Console, reporter: Reporter) -> Path |
         found = measure_tasks(config, ready, tasks, reporter)
         content = {**content, **found, "results": {**found["results"], **content["results"]}, "config": {**content["config"], **found["config"]}}
     if texts and alone and ready.decoding.weights == "int8":
-        measure_rounded(ready, texts, content["results"], stride=stride, reporter=reporter)
+        measure_rounded(ready, texts, content["results"], console, reporter, stride=stride)
     if current_rank() > 0:
         return None
     path = write_all(config, ready, content, console)
@@ -127,12 +127,16 @@ def _explain(ready: ReadyModel, scores: Mapping[str, TextScore]) -> None:
         log.warning("%s: the tokenizer %s, so its bits per byte do not count the whole text.", name, what)
 
 
-def measure_rounded(ready: ReadyModel, texts: Mapping[str, str], entries: dict[str, Any], *, stride: int, reporter: Reporter) -> None:
+def measure_rounded(
+    ready: ReadyModel, texts: Mapping[str, str], entries: dict[str, Any], console: Console, reporter: Reporter, *, stride: int
+) -> None:
     """Adds `perplexity_int8` to the entries of the texts. The model stays rounded. Raises InferenceError where the decoder cannot run it."""
-    for name, score in _rounded_scores(ready, texts, stride=stride, reporter=reporter).items():
-        before = entries[name]["perplexity"]
+    scores = _rounded_scores(ready, texts, stride=stride, reporter=reporter)
+    console.print(results_table({f"{name}, int8 weights": score for name, score in scores.items()}))
+    for name, score in scores.items():
+        change = 100 * (score.perplexity / entries[name]["perplexity"] - 1)
         entries[name]["perplexity_int8"] = score.perplexity
-        log.info("%s, int8 weights: perplexity %.2f, %+.3f %%.", name, score.perplexity, 100 * (score.perplexity / before - 1))
+        log.info("%s: int8 weights change the perplexity by %+.3f %%.", name, change)
 
 
 def measure_passkey(config: NeoXConfig, ready: ReadyModel, console: Console, reporter: Reporter) -> dict[str, Any]:

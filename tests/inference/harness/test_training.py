@@ -32,7 +32,7 @@ def values_of(corpus: Path, task_data: Path, metrics: Path, **keys: Any) -> dict
     sizes = {"seq_length": 32, "max_position_embeddings": 32, "train_iters": 2, "train_batch_size": 4, "eval_iters": 0}
     measured = {"eval_tasks": TASKS, "eval_tasks_interval": 1, "eval_limit": 3, "eval_data": str(task_data)}
     plot = {"plot_file": str(metrics.with_suffix(".png"))}
-    return run_values(corpus, None, optimizer=optimizer, metrics_file=str(metrics), **sizes, **measured, **plot, **keys)
+    return run_values(corpus, None, **{"optimizer": optimizer, "metrics_file": str(metrics), **sizes, **measured, **plot, **keys})
 
 
 def tasks_in(metrics: Path) -> dict[tuple[int, str], float]:
@@ -60,7 +60,7 @@ def test_training_goes_on_as_without_tasks(
 ) -> None:
     from megatron.training.run import train
 
-    values = values_of(corpus, task_data, tmp_path / "plain.jsonl", eval_tasks_interval=None, hidden_dropout=0.0)
+    values = values_of(corpus, task_data, tmp_path / "plain.jsonl", eval_tasks_interval=None)
     train(LoadedConfig(tiny_config(values)))
     assert losses_of(tmp_path / "plain.jsonl") == alone[0]
 
@@ -73,7 +73,8 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("keys", [pytest.param(keys, id=name, marks=[] if name == "EP2" else [pytest.mark.slow]) for name, keys in LAYOUTS.items()])
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [pytest.param(keys, id=name) for name, keys in LAYOUTS.items()])
 def test_several_processes_find_what_one_finds(
     corpus: Path, task_data: Path, tmp_path: Path, alone: tuple[list[float], dict[tuple[int, str], float]], keys: dict[str, Any]
 ) -> None:
