@@ -73,7 +73,7 @@ def evaluate(config: NeoXConfig, console: Console, reporter: Reporter) -> Path |
         found = measure_tasks(config, ready, tasks, reporter)
         content = {**content, **found, "results": {**found["results"], **content["results"]}, "config": {**content["config"], **found["config"]}}
     if texts and alone and ready.decoding.weights == "int8":
-        measure_rounded(ready, texts, content["results"], console, reporter, stride=stride)
+        measure_rounded(ready, texts, entries=content["results"], stride=stride, console=console, reporter=reporter)
     if current_rank() > 0:
         return None
     path = write_all(config, ready, content, console)
@@ -128,7 +128,7 @@ def _explain(ready: ReadyModel, scores: Mapping[str, TextScore]) -> None:
 
 
 def measure_rounded(
-    ready: ReadyModel, texts: Mapping[str, str], entries: dict[str, Any], console: Console, reporter: Reporter, *, stride: int
+    ready: ReadyModel, texts: Mapping[str, str], *, entries: dict[str, Any], stride: int, console: Console, reporter: Reporter
 ) -> None:
     """Adds `perplexity_int8` to the entries of the texts. The model stays rounded. Raises InferenceError where the decoder cannot run it."""
     scores = _rounded_scores(ready, texts, stride=stride, reporter=reporter)
