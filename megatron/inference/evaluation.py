@@ -111,7 +111,7 @@ def measure_texts(config: NeoXConfig, ready: ReadyModel, texts: Mapping[str, str
         for name, found in positions.items():
             console.print(positions_table(name, found))
     content = results(ready, scores, stride)
-    return content | ({"context": {name: [row._asdict() for row in found] for name, found in positions.items()}} if ranges else {})
+    return content | ({"context": {name: [row.as_json() for row in found] for name, found in positions.items()}} if ranges else {})
 
 
 def _explain(ready: ReadyModel, scores: Mapping[str, TextScore]) -> None:

@@ -38,6 +38,11 @@ class RangeLoss(NamedTuple):
         """exp(loss)."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
+    def as_json(self) -> dict[str, float | None]:
+        """For the results file; JSON has no NaN."""
+        error = None if math.isnan(self.standard_error) else self.standard_error
+        return {**self._asdict(), "standard_error": error, "perplexity": self.perplexity}
+
 
 def losses_by_position(ready: ReadyModel, name: str, text: str, *, ranges: int, progress: Progress) -> list[RangeLoss]:
     """The loss in each of `ranges` ranges of positions. Each range is twice as long as the one before, and the last one ends with the window.

@@ -38,7 +38,9 @@ def _save(draw: Any, content: Any, path: Path) -> None:
 def _draw_losses(figure: Any, content: Mapping[str, list[Mapping[str, Any]]]) -> None:
     axes = figure.add_subplot()
     for name, rows in content.items():
-        axes.errorbar([row["last"] for row in rows], [row["loss"] for row in rows], [row["standard_error"] for row in rows], marker="o", label=name)
+        axes.errorbar(
+            [row["last"] for row in rows], [row["loss"] for row in rows], [row["standard_error"] or 0 for row in rows], marker="o", label=name
+        )
     axes.set_xscale("log", base=2)
     ticks = sorted({row["last"] for rows in content.values() for row in rows})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
