@@ -14,6 +14,8 @@ from megatron.inference.harness.tasks import harness_seeds, load_tasks, without_
 from megatron.testing.tiny import tiny_config
 from tests.inference.harness.local_data import hub, measure
 
+pytestmark = pytest.mark.timeout(600)
+"""The harness and its hf backend import much, which takes minutes on a busy machine."""
 MULTIPLE_CHOICE = ["arc_easy", "arc_challenge", "piqa", "hellaswag", "winogrande", "openbookqa", "social_iqa", "boolq", "sciq"]
 
 
@@ -61,6 +63,7 @@ def test_every_answer_is_that_of_the_exported_model(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", ["structmoe", "mixtral"])
 def test_a_hundred_documents_of_each_task(checkpoint_of: Callable[..., dict[str, Any]], shared_dir: Path, tmp_path: Path, kind: str) -> None:
     """Nine multiple-choice tasks, last words, whole texts and answers, with GPT-NeoX's tokenizer and windows that some texts do not fit into."""

@@ -14,6 +14,8 @@ from megatron.testing.distributed import run_distributed
 from megatron.testing.tiny import tiny_config
 from tests.training.runs import losses_of, run_values
 
+pytestmark = pytest.mark.timeout(600)
+"""The harness imports much, which takes minutes on a busy machine."""
 TASKS = ["arc_easy", "wikitext", "boolq-seq2seq"]
 
 
