@@ -27,6 +27,9 @@ def main(argv: list[str]) -> int:
         from megatron.data.progress import build_reporter
         from megatron.inference.evaluation import evaluate
         from megatron.monitor.console import configure_logging
+        from megatron.training.process import choose_accelerator
+
+        choose_accelerator()
 
         rank = int(os.environ.get("RANK", "0"))
         console = configure_logging(rank=rank)

@@ -22,6 +22,8 @@ from megatron.inference.errors import InferenceError
 
 GROUPS = {"cosmoes": (*("mmlu", "agieval_en", "arc_challenge", "arc_easy", "boolq", "piqa", "social_iqa", "hellaswag", "openbookqa", "winogrande"),)}
 """Names of ours for several tasks. cosmoes: table 2 of "CoSMoEs: Compact Sparse Mixture of Experts" (Huber et al., 2025), zero-shot there."""
+OFTEN = ("agieval", "siqa", "super_glue")
+"""Folders of tasks whose names do not begin with the folder's."""
 SEEDS = (0, 1234, 1234)
 """The harness's seeds of Python's, NumPy's and torch's random numbers. The data of some tasks are shuffled with them."""
 
@@ -81,17 +83,22 @@ def every_task() -> Any:
 
 
 @functools.cache
-def task_files() -> tuple[tuple[Path, bytes], ...]:
-    """The files that define the harness's tasks, with their text."""
-    import lm_eval.tasks
-
-    return tuple((path, path.read_bytes()) for path in Path(lm_eval.tasks.__path__[0]).rglob("*.yaml"))
+def task_files(folder: Path) -> tuple[tuple[Path, bytes], ...]:
+    """The files in `folder` that define tasks, with their text."""
+    return tuple((path, path.read_bytes()) for path in folder.rglob("*.yaml"))
 
 
 def folders_of(name: str) -> set[Path]:
-    """The folders with a file that defines a task or group of this name."""
+    """The folders with a file that defines a task or group of this name: those near its name if one does, for reading all files takes long too."""
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__path__[0])
+    near = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and (name.startswith(folder.name) or folder.name in OFTEN)]
     line = re.compile(rb"^(?:task|group):\s*[\"\']?" + re.escape(name.encode()) + rb"[\"\']?\s*$", re.MULTILINE)
-    return {path.parent for path, text in task_files() if name.encode() in text and line.search(text)}
+    found: set[Path] = set()
+    for places in (near, [root]):
+        found = found or {path.parent for place in places for path, text in task_files(place) if line.search(text)}
+    return found
 
 
 def has_members(manager: Any, names: Sequence[str]) -> bool:
