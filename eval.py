@@ -30,7 +30,6 @@ def main(argv: list[str]) -> int:
         from megatron.training.process import choose_accelerator
 
         choose_accelerator()
-
         rank = int(os.environ.get("RANK", "0"))
         console = configure_logging(rank=rank)
         logging.getLogger("megatron.kernels").setLevel(logging.WARNING)
