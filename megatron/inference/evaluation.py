@@ -109,7 +109,8 @@ def measure_texts(config: NeoXConfig, ready: ReadyModel, texts: Mapping[str, str
         console.print(results_table(scores))
         _explain(ready, scores)
         for name, found in positions.items():
-            console.print(positions_table(name, found))
+            console.print(f"{name}: loss by context length", markup=False, highlight=False)
+            console.print(positions_table(found))
     content = results(ready, scores, stride)
     return content | ({"context": {name: [row.as_json() for row in found] for name, found in positions.items()}} if ranges else {})
 
@@ -146,6 +147,7 @@ def measure_passkey(config: NeoXConfig, ready: ReadyModel, console: Console, rep
     asked = Asked(tuple(evaluation.eval_passkey_lengths or ()), evaluation.eval_passkey_depths, evaluation.eval_passkey_trials, config.training.seed)
     found = find_passkeys(Engine(whole, build_runner(whole), maximum_requests=8), asked, reporter)
     if current_rank() == 0:
+        console.print(f"passkey retrieval: share of right answers, {asked.trials} text(s) for each length and depth")
         console.print(passkey_table(found))
         for sentence in remarks(found):
             log.warning("%s", sentence)

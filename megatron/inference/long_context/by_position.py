@@ -80,9 +80,9 @@ def summed(loss_WS: Tensor, ranges: int) -> list[RangeLoss]:
     return found
 
 
-def positions_table(name: str, rows: list[RangeLoss]) -> Table:
+def positions_table(rows: list[RangeLoss]) -> Table:
     """A row for each range."""
-    table = Table(box=None, pad_edge=False, header_style="dim", title=f"{name}: loss by context length", title_justify="left")
+    table = Table(box=None, pad_edge=False, header_style="dim")
     for title in ("tokens of context", "predictions", "loss", "± standard error", "perplexity"):
         table.add_column(title, justify="right")
     for row in rows:

@@ -159,8 +159,7 @@ def remarks(found: Found) -> list[str]:
 
 def passkey_table(found: Found) -> Table:
     """A row for each length, a column for each depth."""
-    title = f"passkey retrieval: share of right answers, {found.asked.trials} texts each"
-    table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left")
+    table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("tokens", justify="right")
     for depth in depths(found.asked):
         table.add_column(f"depth {100 * depth:.0f} %", justify="right")
