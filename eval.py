@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Measure a trained model on text files: loss, perplexity per token, bits per byte.
+"""Measure a trained model: loss and bits per byte of text files, tasks of lm-evaluation-harness, what it makes of a long context.
 
 python deepy.py eval.py -d configs a.yml -o 'eval_text_files=[data/sotu/test.txt]'
+python deepy.py eval.py -d configs a.yml --eval_tasks piqa arc_easy [--eval_data DIR] [-o eval_limit=100]
 python eval.py -d configs a.yml -o 'eval_text_files=[test.txt]' [-o eval_stride=64] [--eval_results_prefix runs/a]
 
 The model is the newest checkpoint in `load`, else in `save`.
@@ -20,12 +21,15 @@ def main(argv: list[str]) -> int:
         from megatron.launcher import config_from_argv
 
         loaded = config_from_argv(argv)
-        if not take_part(loaded.config.parallel, loaded.config.launcher):
+        replicas = bool(loaded.config.evaluation.eval_tasks)
+        if not take_part(loaded.config.parallel, loaded.config.launcher, replicas=replicas):
             return
         from megatron.data.progress import build_reporter
         from megatron.inference.evaluation import evaluate
         from megatron.monitor.console import configure_logging
+        from megatron.training.process import choose_accelerator
 
+        choose_accelerator()
         rank = int(os.environ.get("RANK", "0"))
         console = configure_logging(rank=rank)
         logging.getLogger("megatron.kernels").setLevel(logging.WARNING)

@@ -20,7 +20,11 @@ def main(argv: list[str]) -> int:
         choose_accelerator()
         from megatron.training.run import train
 
-        return train(loaded).exit_status
+        if loaded.config.evaluation.eval_tasks_interval is None:
+            return train(loaded).exit_status
+        from megatron.inference.harness.training import task_callbacks
+
+        return train(loaded, task_callbacks).exit_status
 
     return exit_status(work)
 

@@ -233,7 +233,6 @@ _NOT_BUILT: dict[str, Ignored | Refused] = {
     "checkpoint": Refused("this program writes and checks checkpoints itself; use save, load and the other checkpoint keys, and remove it"),
     "deepspeed_mpi": Refused("write launcher: openmpi and force_multi: true"),
     "return_logits": Refused("generate.py writes text, not logits; remove it"),
-    "eval_tasks": Refused("lm-eval tasks are not part of this version; write eval_text_files to measure text files with eval.py"),
     **_entries(Refused, _DERIVED_PROCESS, "world_size", "local_rank", "rank"),
     **_entries(
         Refused,

@@ -88,7 +88,7 @@ def score_tokens(ready: ReadyModel, tokens: Sequence[int], *, stride: int, progr
     losses = [torch.tensor([math.log(ready.tokenizer.vocab_size)])] if eod is None else []
     per_batch = max(1, BATCH_TOKENS.get(ready.device.type, BATCH_TOKENS["cpu"]) // ready.context_length)
     for batch in (windows[i : i + per_batch] for i in range(0, len(windows), per_batch)):
-        loss_WS = _window_losses(ready, text_N1, batch)
+        loss_WS = window_losses(ready, text_N1, batch)
         losses += [row_S[window.first - window.begin :] for row_S, window in zip(loss_WS, batch, strict=True)]
         if progress is not None:
             progress(sum(window.end - window.first for window in batch), len(text_N1) - 1)
@@ -112,7 +112,8 @@ def plan_windows(total: int, length: int, stride: int) -> list[Window]:
 
 
 @torch.inference_mode()
-def _window_losses(ready: ReadyModel, text_N1: Tensor, windows: Sequence[Window]) -> Tensor:
+def window_losses(ready: ReadyModel, text_N1: Tensor, windows: Sequence[Window]) -> Tensor:
+    """loss_WS: -log p of the token after each token of windows of one length, float32 on the CPU."""
     tokens_WS = torch.stack([text_N1[window.begin : window.end] for window in windows]).to(ready.device)
     labels_WS = torch.stack([text_N1[window.begin + 1 : window.end + 1] for window in windows]).to(ready.device)
     losses_WS = ready.gpt(tokens_WS, labels_BS=labels_WS).token_loss_BS.float()

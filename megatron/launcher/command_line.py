@@ -33,13 +33,14 @@ KEY_FLAGS = {
     "--wandb_team": "wandb_team",
     "--iteration": "iteration",
     "--eval_tasks": "eval_tasks",
+    "--eval_data": "eval_data",
     "--eval_results_prefix": "eval_results_prefix",
     "--hostfile": "hostfile",
     "--sample_input_file": "sample_input_file",
     "--sample_output_file": "sample_output_file",
     "--autotuning": "autotuning_run",
 }
-_REFUSED = ("--eval_tasks", "--autotuning")
+_REFUSED = ("--autotuning",)
 """Flags that are read so that the refusal of their key can say what to do; --help does not offer them."""
 _SHORT = {"--hostfile": "-H", "--sample_input_file": "-i"}
 HOME = Path(__file__).resolve().parents[2]
@@ -47,7 +48,7 @@ HOME = Path(__file__).resolve().parents[2]
 _CONFIGURATIONS = (".yml", ".yaml", ".json")
 _SCRIPTS = {
     "train": "Train a model",
-    "eval": "Measure the loss of a trained model: on its validation and test data, or on the texts that eval_text_files names",
+    "eval": "Measure a trained model on the texts that eval_text_files names, and on tasks of lm-evaluation-harness (eval_tasks)",
     "generate": "Let a trained model write text; the key text_gen_type says after which prompts",
     "serve": "Answer requests for text over HTTP, in the form of OpenAI's API, and show a page with the experts of each token",
 }
@@ -178,7 +179,7 @@ def _parser(program: str, positionals: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("-o", "--override", nargs="+", action="append", default=[], metavar="key=value", help=wins)
     for flag, key in KEY_FLAGS.items():
-        names = [_SHORT[flag], flag] if flag in _SHORT else [flag]
+        names = [*([_SHORT[flag]] if flag in _SHORT else []), flag, *([flag.replace("_", "-")] if flag == "--eval_data" else [])]
         said = argparse.SUPPRESS if flag in _REFUSED else f"the same as -o {key}=VALUE"
         parser.add_argument(*names, dest=f"key_{key}", metavar="VALUE", nargs="+" if key == "eval_tasks" else None, help=said)
     return parser

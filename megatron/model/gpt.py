@@ -181,6 +181,21 @@ class GPT(nn.Module):
         """
         return self._after_last(tokens_BS, cache, None)[0]
 
+    def chosen_logits(self, tokens_BS: Tensor, chosen_BS: Tensor, *, cache: Sequence[LayerCache] | None = None) -> Tensor:
+        """logits_NV of the N positions where `chosen_BS` is True, in the order of the rows. No other position's logits are computed.
+
+        With a cache the tokens continue those that it holds, and are added to it.
+        """
+        self._check(tokens_BS, {"choice": chosen_BS}, cache)
+        places = self._places(None, cache)
+        state = self._run_layers(self._begin(tokens_BS, places, None), places, cache)
+        return self._logits_at(state.hidden_BSD, chosen_BS)
+
+    def _logits_at(self, hidden_BSD: Tensor, chosen_BS: Tensor) -> Tensor:
+        if self.region.sequence:  # this process has the hidden states of some positions only
+            return self._head(hidden_BSD, None)[0][chosen_BS]
+        return self._head(hidden_BSD[chosen_BS][None], None)[0][0]
+
     def traced_logits(self, tokens_BS: Tensor, *, cache: Sequence[LayerCache]) -> tuple[Tensor, tuple[Decision, ...]]:
         """`last_logits`, and what the routers of each MoE layer decided about the tokens. Raises InputError on a stage of a pipeline."""
         logits_BV, decisions = self._after_last(tokens_BS, cache, ())

@@ -114,6 +114,18 @@ class Stage(GPT):
             logits_BSV = self._head(state.hidden_BSD[:, -1:], None)[0] if self.is_last else None
         return self._everywhere(logits_BSV, tokens_BS[:, -1:])[:, 0]
 
+    def chosen_logits(self, tokens_BS: Tensor, chosen_BS: Tensor, *, cache: Sequence[LayerCache] | None = None) -> Tensor:
+        """As the whole model's, on every stage. Every process of the pipeline calls it with the same."""
+        with torch.no_grad():
+            self._check(tokens_BS, {"choice": chosen_BS}, cache)
+            places = self._places(None, cache)
+            state = self._begin(tokens_BS, places, None) if self.is_first else self.receive(tuple(tokens_BS.shape))
+            state = self._advance(state, places, cache, tokens_BS.shape[1])
+            if not self.is_last:
+                self.send(state)
+            logits_1NV = self._logits_at(state.hidden_BSD, chosen_BS)[None] if self.is_last else None
+        return self._everywhere(logits_1NV, tokens_BS[chosen_BS][None])[0]
+
     def traced_logits(self, tokens_BS: Tensor, *, cache: Sequence[LayerCache]) -> tuple[Tensor, tuple[Decision, ...]]:
         """Raises InputError."""
         raise InputError(

@@ -22,15 +22,15 @@ class JsonlSink:
 
     A run that goes on from step `resume_from` first deletes the lines of later steps, because it will take these steps again. It also deletes the
     line of a final evaluation that will be repeated at once, and a line that a kill cut short. A run from the beginning renames an older file to
-    `<name>.previous`.
+    `<name>.previous`. With `resume_from` None nothing is deleted or renamed: whoever writes belongs to no run.
     """
 
-    def __init__(self, path: Path, *, resume_from: int, final_evaluation_follows: bool = False) -> None:
+    def __init__(self, path: Path, *, resume_from: int | None, final_evaluation_follows: bool = False) -> None:
         path = Path(os.path.realpath(path))  # a link stays, and what it leads to is replaced
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not resume_from:
+        if path.exists() and resume_from == 0:
             os.replace(path, path.with_name(f"{path.name}.previous"))
-        elif path.exists():
+        elif path.exists() and resume_from is not None:
             last = resume_from if final_evaluation_follows else None
             kept = [r for r in read_jsonl(path) if r["iteration"] <= resume_from and not (r["iteration"] == last and _is_evaluation(r))]
             replacement = path.with_name(f".{path.name}.new")

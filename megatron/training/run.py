@@ -18,7 +18,7 @@ from megatron.monitor.console import ProgressDisplay, configure_logging
 from megatron.monitor.guarded import OutputFailed
 from megatron.monitor.tee import copied_streams
 from megatron.mpu.topology import ONE, Topology
-from megatron.training.callbacks.build import build_callbacks, build_sinks, check_sinks
+from megatron.training.callbacks.build import Measurements, build_callbacks, build_sinks, check_sinks
 from megatron.training.callbacks.stop import FAILURE
 from megatron.training.health import TrainingDiverged, way_back
 from megatron.training.optimizer import choose_optimizer
@@ -31,8 +31,10 @@ from megatron.training.watch import watched
 log = logging.getLogger(__name__)
 
 
-def train(loaded: LoadedConfig) -> Trainer:
+def train(loaded: LoadedConfig, measurements: Measurements | None = None) -> Trainer:
     """Trains as configured, from new weights or from a checkpoint, and returns the trainer in its last state.
+
+    `measurements` makes callbacks that this package cannot know: they generate, or need packages for evaluation. None: there are none.
 
     The trainer's `exit_status` is not 0 if a signal ended the run.
 
@@ -63,7 +65,7 @@ def train(loaded: LoadedConfig) -> Trainer:
         resume(trainer)
         if watcher is not None:
             watcher.observer.follow(lambda: trainer.state.iteration)
-        trainer.callbacks = build_callbacks(trainer, loaded, build_sinks(trainer), display(trainer, console))
+        trainer.callbacks = build_callbacks(trainer, loaded, build_sinks(trainer), display(trainer, console), measurements)
         for callback in trainer.callbacks:
             cleanup.callback(callback.close)
         trainer.fit()

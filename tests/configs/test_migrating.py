@@ -68,7 +68,6 @@ REFUSED = [
     ("train_impl: dpo", "is not supported"),
     ("attention_config: [[[mamba], all]]", "only transformer layers"),
     ("te_mha: true", "is not supported"),
-    ("eval_tasks: [lambada]", "write eval_text_files"),
 ]
 
 

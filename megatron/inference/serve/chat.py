@@ -23,14 +23,20 @@ class ChatTemplate:
     text: str
     tokens: Mapping[str, str]
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The conversation up to where the model's answer begins. Raises ApiError when the template refuses it."""
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """The conversation up to where the model's answer begins, or without `add_generation_prompt` up to where its last message ends. Raises
+        ApiError when the template refuses it."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         render: Any = render_jinja_template
+        conversation, ending = [dict(message) for message in messages], {"add_generation_prompt": add_generation_prompt}
         try:
             rendered = render(
-                conversations=[[dict(message) for message in messages]], chat_template=self.text, add_generation_prompt=True, **self.tokens
+                conversations=[conversation],
+                chat_template=self.text,
+                continue_final_message=not add_generation_prompt,
+                **ending,
+                **self.tokens,
             )
         except Exception as error:  # a template may raise anything, and does it to refuse a conversation
             raise ApiError(400, f"The model's chat template refuses this conversation: {error}.", param="messages") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron.checkpoint.save import resolved_config_document
@@ -37,9 +37,14 @@ from megatron.training.callbacks.stop import StopCallback
 from megatron.training.callbacks.watchdog import WatchdogCallback
 from megatron.training.trainer import Trainer
 
+Measurements = Callable[[Trainer, Sequence[Sink]], list[Callback]]
+"""Makes further callbacks that measure."""
 
-def build_callbacks(trainer: Trainer, loaded: LoadedConfig, sinks: Sequence[Sink], display: ProgressDisplay | None) -> list[Callback]:
-    """The order is: measure, judge, save. So a checkpoint of step n comes after all measurements of step n.
+
+def build_callbacks(
+    trainer: Trainer, loaded: LoadedConfig, sinks: Sequence[Sink], display: ProgressDisplay | None, measurements: Measurements | None = None
+) -> list[Callback]:
+    """The order is: measure, judge, save. So a checkpoint of step n comes after all measurements of step n. `measurements` None: no further ones.
 
     At the end of the run the order is reversed: save first, so that a later failure cannot lose the last checkpoint, then evaluate, close and draw.
     """
@@ -64,6 +69,7 @@ def build_callbacks(trainer: Trainer, loaded: LoadedConfig, sinks: Sequence[Sink
     if config.checkpoint.save is not None:
         callbacks.append(KeepGoodCallback(config.checkpoint, Path(config.checkpoint.save)))
     callbacks.append(EvaluateCallback(config.training, trainer.plan.batch.accumulation, sinks))
+    callbacks += [] if measurements is None else measurements(trainer, sinks)
     if config.checkpoint.save is not None:
         documents = {**loaded.files, **resolved_config_document(config.flat())}
         layer_files = config.parallel.pipe_parallel_size > 0

@@ -151,5 +151,5 @@ def test_scores_are_counted_but_not_recorded(gated: dict[str, Any], tmp_path: Pa
     score(counters="counters.json")
     assert "hit rate" in console.file.getvalue()  # type: ignore[attr-defined]
     assert json.loads((tmp_path / "counters.json").read_text())["total"]["selections"] > 0
-    with pytest.raises(ConfigError, match=r"'expert_offload\.record': eval\.py generates no tokens, so there is nothing to record; remove it"):
+    with pytest.raises(ConfigError, match=r"'expert_offload\.record': eval\.py does not serve requests, so there is nothing to record; remove it"):
         score(record="trace.npz")
