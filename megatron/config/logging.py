@@ -84,7 +84,7 @@ class LoggingConfig(Section):
     routing_trace_interval: PositiveInt | None = None
     """The routing of every step that is a multiple of it is written. None: only that of `routing_trace_steps`."""
     routing_trace_dir: str | None = None
-    """Directory for the routing, with a folder for each step. None: routing_traces in `save`."""
+    """Directory for the routing, with a folder for each step. None: routing_traces in `save`, or here without `save`."""
     routing_trace_tokens: PositiveInt = 65536
     """Each process writes at most so many tokens of a step."""
     progress: Literal["auto", "rich", "plain"] = "auto"

@@ -95,12 +95,9 @@ class NeoXConfig(Section):
                 ("wandb.enabled", "use_wandb"), "cannot be combined with use_wandb: true, because one process can write only one run; keep use_wandb"
             )
         yield from self.moe.check_with(self.model)
-        if self.logging.traces_routing:
+        if self.logging.traces_routing and not self.moe.has_experts:
             key = "routing_trace_interval" if self.logging.routing_trace_steps is None else "routing_trace_steps"
-            if not self.moe.has_experts:
-                yield Problem((key, "moe_num_experts"), "needs a model with experts (moe_num_experts)")
-            if self.logging.routing_trace_dir is None and self.checkpoint.save is None:
-                yield Problem((key, "routing_trace_dir"), "needs routing_trace_dir or save: the routing is written there")
+            yield Problem((key, "moe_num_experts"), "needs a model with experts (moe_num_experts)")
         if self.parallel.layout._replace(pipe=1) != ONE and self.logging.log_gradient_noise_scale:
             yield Problem(("log_gradient_noise_scale",), "measures the gradients of one process only, and here several processes divide each layer")
         if self.parallel.layout.pipe > 1 and self.deepspeed.flops_profiler is not None and self.deepspeed.flops_profiler.enabled:

@@ -33,7 +33,7 @@ def read_parts(folder: Path, *, num_experts: int | None = None) -> Trace | None:
     files = sorted(folder.glob(OURS)) or sorted(folder.glob(MEGATRON))
     if not files:
         if steps := sorted(folder.glob("step_*/")):
-            raise TraceError(f"{folder} holds the traces of {len(steps)} steps. Give the folder of one of them, such as {steps[-1]}.")
+            raise TraceError(f"{folder} holds a folder for each traced step. Give one of them, such as {steps[-1]}.")
         return None
     stages: dict[tuple[int, ...], list[Trace]] = {}
     for file in files:
@@ -41,6 +41,14 @@ def read_parts(folder: Path, *, num_experts: int | None = None) -> Trace | None:
         stages.setdefault(tuple(trace.layers), []).append(trace)
     wholes = [in_a_row(parts, folder) for parts in stages.values()]
     return side_by_side(wholes, folder)
+
+
+def read_whole(path: Path, *, num_experts: int | None = None) -> Trace:
+    """The trace of a file, or of a folder with the parts of one step. Raises TraceError."""
+    trace = read_parts(path, num_experts=num_experts) if path.is_dir() else read_any_trace(path, num_experts=num_experts)
+    if trace is None:
+        raise TraceError(f"{path} holds no parts of a trace ({OURS} or {MEGATRON}). Give a trace file, or the folder of one step.")
+    return trace
 
 
 def in_a_row(parts: Sequence[Trace], where: Path) -> Trace:

@@ -11,7 +11,7 @@ import pytest
 
 from megatron.monitor.routing_trace import Trace, TraceError, read_trace, write_trace
 from megatron.monitor.trace_layers import LayerChoices, joined
-from megatron.monitor.trace_parts import part_name, read_parts, step_folder
+from megatron.monitor.trace_parts import part_name, read_parts, read_whole, step_folder
 
 
 def whole(**changes: Any) -> Trace:
@@ -128,8 +128,10 @@ def test_the_ranks_of_megatron_core(tmp_path: Path) -> None:
 
 def test_a_folder_of_steps_is_not_one_trace(tmp_path: Path) -> None:
     assert read_parts(tmp_path) is None
+    with pytest.raises(TraceError, match="holds no parts of a trace"):
+        read_whole(tmp_path)
     (tmp_path / step_folder(7)).mkdir()
-    with pytest.raises(TraceError, match=r"holds the traces of 1 steps\. Give the folder of one of them, such as .*step_00000007"):
+    with pytest.raises(TraceError, match=r"holds a folder for each traced step\. Give one of them, such as .*step_00000007"):
         read_parts(tmp_path)
 
 

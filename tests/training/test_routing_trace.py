@@ -102,7 +102,6 @@ def test_parts_of_two_processes_are_the_trace_of_one(corpus: Path, tmp_path: Pat
             {"routing_trace_steps": [1], "routing_trace_dir": "x"},
             r"'routing_trace_steps'.*needs a model with experts \(moe_num_experts\)",
         ),
-        (None, {"routing_trace_interval": 5}, r"'routing_trace_interval'.*needs routing_trace_dir or save: the routing is written there"),
         (None, {"routing_trace_dir": "x"}, r"'routing_trace_dir'.*needs routing_trace_steps or routing_trace_interval"),
         (None, {"routing_trace_steps": [0], "routing_trace_dir": "x"}, "routing_trace_steps"),
     ],

@@ -3,8 +3,8 @@
 
 python tools/analysis/offload.py TRACE [--slots 2 4 8] [--policy lru lfu] [--granularity lore] [--profile OTHER] [--json FILE]
 
-TRACE: a file of `expert_offload.record`, routed experts of vLLM (.npy, or an answer of its server as .json), or Megatron-Core's router_trace
-(.jsonl).
+TRACE: a file of `expert_offload.record`, a step's folder of `routing_trace_steps`, routed experts of vLLM (.npy, or an answer of its server as
+.json), or Megatron-Core's router_trace (.jsonl).
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def main(argv: list[str]) -> int:
 
         from megatron.analysis.offload.report import locality_tables, residency, simulation_table
         from megatron.analysis.routing.locality import locality
-        from megatron.monitor.foreign_traces import read_any_trace
+        from megatron.monitor.trace_parts import read_whole
 
-        trace = read_any_trace(options.trace, num_experts=options.num_experts)
-        profile = read_any_trace(options.profile, num_experts=options.num_experts) if options.profile else None
+        trace = read_whole(options.trace, num_experts=options.num_experts)
+        profile = read_whole(options.profile, num_experts=options.num_experts) if options.profile else None
         sizes = options.slots or residency(trace, granularity=options.granularity)
         table, numbers = simulation_table(trace, options.policy, sizes, granularity=options.granularity, profile=profile)
         found = locality(trace, windows=options.windows)

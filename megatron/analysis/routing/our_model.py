@@ -25,6 +25,7 @@ from megatron.monitor.trace_layers import Routed, choices_of, joined
 
 ONE_PROCESS = {"model_parallel_size": 1, "pipe_parallel_size": 0, "moe_expert_parallel_size": 1, "sequence_parallel": False}
 """Settings of the run that do not concern a model in one process."""
+TOKENIZER_FILES = ("vocab_file", "merge_file")
 LEFT_OUT = ("kernel_backends", "expert_offload", "hostfile", "num_gpus", "num_nodes", "include", "exclude")
 
 
@@ -77,8 +78,17 @@ def open_checkpoint(path: Path, *, trusted: bool = False) -> OurModel:
         raise RoutedModelError(f"{checkpoint}: a checkpoint's folder is named global_step and its number. Rename it.")
     given = checkpoint_config(checkpoint, (), trusted=trusted)
     keys = {name: value for name, value in given.given().items() if name not in LEFT_OUT}
-    keys = {**keys, **{name: value for name, value in ONE_PROCESS.items() if name in keys}}
+    keys |= {name: value for name, value in ONE_PROCESS.items() if name in keys}
+    keys |= {name: found_beside(checkpoint, keys[name]) for name in TOKENIZER_FILES if isinstance(keys.get(name), str)}
     config = config_from_dict({**keys, "load": str(checkpoint.resolve().parent), "iteration": int(step[1])})
     ready = load_ready_model(config)
     to_fast_format(ready.gpt)
     return OurModel(ready, str(path), config)
+
+
+def found_beside(checkpoint: Path, file: str) -> str:
+    """A file that a run named relative to where it started: as seen from here, or else from the nearest folder above the checkpoint that has it."""
+    if Path(file).is_absolute() or Path(file).exists():
+        return file
+    places = (folder / file for folder in checkpoint.resolve().parents)
+    return str(next((place for place in places if place.exists()), file))

@@ -9,6 +9,7 @@ Documents are joined as in training: the token that ends a document stands betwe
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,14 @@ import numpy as np
 
 from megatron.analysis.routing.findings import ALL, Counts
 from megatron.data.corpus.corpora import Request, speeches_corpus, standard_library_corpus
-from megatron.data.input.bad_input import ignore
+from megatron.data.input.bad_input import Kind, Problem, ignore
 from megatron.data.input.input_files import find_files
 from megatron.data.input.reading import read_documents
 
+log = logging.getLogger(__name__)
 SEED = 1234
+MOST_TOLD = 5
+"""Problems of a file that are told."""
 ENOUGH = 32
 """Bytes of text for each token that is wanted are certainly enough: a corpus is not read to its end."""
 
@@ -120,8 +124,16 @@ BUILT_IN: dict[str, Callable[[], Iterator[str]]] = {"sotu": speeches, "stdlib": 
 
 def file_documents(pattern: str) -> Iterator[str]:
     """The documents of files, in every format that `prepare_data.py` reads. Raises DatasetError."""
-    for path in find_files([pattern], ignore):
-        for document in read_documents(path, "text", ignore):
+    told = 0
+
+    def tell(problem: Problem) -> None:
+        nonlocal told
+        told += problem.kind is not Kind.BLANK
+        if problem.kind is not Kind.BLANK and told <= MOST_TOLD:
+            log.warning("--text: %s.%s", problem, " Further problems are not shown." if told == MOST_TOLD else "")
+
+    for path in find_files([pattern], tell):
+        for document in read_documents(path, "text", tell):
             yield document.text
 
 

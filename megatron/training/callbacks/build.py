@@ -139,5 +139,5 @@ def plot_path(logging: LoggingConfig, save: str | None) -> Path | None:
 
 def routing_trace_path(logging: LoggingConfig, save: str | None) -> Path | None:
     """The directory for routing traces. None: none are wanted."""
-    directory = logging.routing_trace_dir or (None if save is None else f"{save}/routing_traces")
-    return Path(directory) if logging.traces_routing and directory is not None else None
+    directory = logging.routing_trace_dir or Path(save or ".", "routing_traces")
+    return Path(directory) if logging.traces_routing else None

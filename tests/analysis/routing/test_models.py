@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 from megatron.analysis.routing.huggingface_model import HuggingFaceModel, open_directory
-from megatron.analysis.routing.our_model import open_checkpoint
+from megatron.analysis.routing.our_model import found_beside, open_checkpoint
 from megatron.analysis.routing.routed_model import RoutedModelError
 from megatron.checkpoint.save import resolved_config_document
 from megatron.checkpoint.save_weights import Division, save_weights
@@ -198,3 +198,14 @@ def test_what_has_no_routing(tmp_path: Path, tokenizer_file: Path, directory: Ca
     (tmp_path / "empty" / "config.json").write_text('{"model_type": "mixtral"}')
     with pytest.raises(RoutedModelError, match="empty holds no weights"):
         open_directory(tmp_path / "empty")
+
+
+def test_a_tokenizer_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "project" / "data").mkdir(parents=True)
+    (tmp_path / "project" / "data" / "tokenizer.json").write_text("{}")
+    path = tmp_path / "project" / "runs" / "a" / "global_step2"
+    monkeypatch.chdir(tmp_path)
+    assert found_beside(path, "data/tokenizer.json") == str(tmp_path / "project" / "data" / "tokenizer.json")
+    assert found_beside(path, "missing.json") == "missing.json"
+    monkeypatch.chdir(tmp_path / "project")
+    assert found_beside(path, "data/tokenizer.json") == "data/tokenizer.json"

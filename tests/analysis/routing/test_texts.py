@@ -78,3 +78,14 @@ def test_a_long_document_is_not_tokenized_as_a_whole(tmp_path: Path) -> None:
 def test_what_is_no_text(given: list[str], message: str) -> None:
     with pytest.raises(TextError, match=message):
         domains_of(given)
+
+
+def test_what_is_wrong_with_files_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(7):
+        (tmp_path / f"bad{number}.jsonl").write_text('{"text": "good"}\n{broken\n')
+    (domain,) = domains_of([str(tmp_path)])
+    assert "".join(map(chr, domain.tokens(characters, most=100, end=None))) == "good" * 7
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 5
+    assert "bad0.jsonl:2: not JSON" in told[0]
+    assert told[-1].endswith("Further problems are not shown.")
