@@ -33,7 +33,7 @@ from megatron.model.moe.layer import MoELayer
 LINEAR = re.compile(r"sequential\.(\d+)\.mlp\.(linear[12]\.(?:weight|bias))")
 EXACT_ROUTERS = ("topk normalized", "sigmoid", "top_p")
 BALANCE = ("load_balance", "global_load_balance", "sequence_load_balance")
-BALANCED_ROUTERS = ("sigmoid", "sinkhorn", "expert_choice")
+BALANCED_ROUTERS = ("sigmoid", "sinkhorn", "expert_choice", "quantile_balancing", "expert_threshold")
 """Routers that keep the load even without a loss."""
 
 

@@ -12,6 +12,9 @@ from megatron.config.loader import load_config, load_values
 BASE = "num_layers: 2\nhidden_size: 64\nnum_attention_heads: 4\nseq_length: 32\nmax_position_embeddings: 32\nmoe_num_experts: 4\n"
 OF_ONE_EXPERT = "makes the weight of every chosen expert 1 when moe_top_k is 1; the router then learns from moe_losses only"
 OF_ONE_LORE = "makes the weight of every chosen LoRE 1 when moe_lore_top_k is 1; the LoRE routers then learn from lore_balance only"
+NEW = "quantile_balancing and expert_threshold and document_pool and recurrent"
+SCALED = "it is for topk and sigmoid and quantile_balancing and document_pool and recurrent"
+NORMALIZED = "it is for topk and sigmoid and top_p and quantile_balancing and document_pool and recurrent"
 UNROUTED = "moe_expert_type: structmoe\nmoe_lore_rank: 8\nmoe_lore_routed: false\n"
 
 
@@ -21,7 +24,7 @@ UNROUTED = "moe_expert_type: structmoe\nmoe_lore_rank: 8\nmoe_lore_routed: false
         ("moe_router_top_p: 0.3", ["1: 'moe_router_top_p' has no effect with moe_router_type sinkhorn; it is for top_p"]),
         (
             "moe_jitter_eps: 0.1",
-            ["1: 'moe_jitter_eps' has no effect with moe_router_type sinkhorn; it is for topk and sigmoid and top_p and expert_choice"],
+            [f"1: 'moe_jitter_eps' has no effect with moe_router_type sinkhorn; it is for topk and sigmoid and top_p and expert_choice and {NEW}"],
         ),
         (
             "moe_router_type: sigmoid\nmoe_router_pre_softmax: false",
@@ -29,11 +32,11 @@ UNROUTED = "moe_expert_type: structmoe\nmoe_lore_rank: 8\nmoe_lore_routed: false
         ),
         (
             "moe_router_type: top_p\nmoe_router_topk_scaling_factor: 2.5",
-            ["2: 'moe_router_topk_scaling_factor' has no effect with moe_router_type top_p; it is for topk and sigmoid"],
+            [f"2: 'moe_router_topk_scaling_factor' has no effect with moe_router_type top_p; {SCALED}"],
         ),
         (
             "moe_router_type: expert_choice\nmoe_normalize_top_k: true",
-            ["2: 'moe_normalize_top_k' has no effect with moe_router_type expert_choice; it is for topk and sigmoid and top_p"],
+            [f"2: 'moe_normalize_top_k' has no effect with moe_router_type expert_choice; {NORMALIZED}"],
         ),
         (
             "moe_router_type: topk\nmoe_router_num_groups: 2\nmoe_router_group_topk: 1",
