@@ -155,7 +155,7 @@ class MoEConfig(
 
     def _weights_of_one(self) -> Iterator[tuple[str, str]]:
         """Settings that leave a router nothing to learn from: the one weight of a token divided by itself."""
-        if self.top_k == 1 and self.moe_router_type in ("topk", "sigmoid"):
+        if self.top_k == 1 and self.moe_router_type in ("topk", "sigmoid", "quantile_balancing", "document_pool", "recurrent"):
             says = "makes the weight of every chosen expert 1 when moe_top_k is 1; the router then learns from moe_losses only"
             if self.moe_normalize_top_k:
                 yield "moe_normalize_top_k", says

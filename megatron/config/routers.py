@@ -114,7 +114,7 @@ class QuantileBalancingOptions(ScaleOptions):
     def choice_problems(self) -> Iterator[Problem]:
         """The problems if this router is chosen."""
         if self.top_k >= (smallest := min(self.expert_counts)):
-            says = f"must be less than the number of experts in a layer ({smallest}): moe_router_type quantile_balancing balances a choice"
+            says = f"must be less than the number of experts in a layer ({smallest}): a token that has all experts leaves no choice to balance"
             yield Problem(("moe_top_k", "moe_num_experts", "moe_num_experts_by_layer"), says)
 
 

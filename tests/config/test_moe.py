@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from megatron.config.loader import load_config, load_values
+from megatron.config.section import ConfigError
+from megatron.testing.tiny import tiny_config
 
 BASE = "num_layers: 2\nhidden_size: 64\nnum_attention_heads: 4\nseq_length: 32\nmax_position_embeddings: 32\nmoe_num_experts: 4\n"
 OF_ONE_EXPERT = "makes the weight of every chosen expert 1 when moe_top_k is 1; the router then learns from moe_losses only"
@@ -110,3 +112,36 @@ def test_what_is_said_of_experts_that_are_not_there_gives_a_notice(key: str, tmp
 def test_settings_at_the_edge_of_what_is_allowed(given: dict[str, Any]) -> None:
     shape = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32, "max_position_embeddings": 32}
     assert load_values({**shape, **given}).notices == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"moe_router_type": "quantile_balancing", "moe_top_k": 4},
+            "'moe_top_k' = 4: must be less than the number of experts in a layer (4): a token that has all experts leaves no choice to balance",
+        ),
+        (
+            {"moe_router_type": "document_pool", "moe_top_k": 2, "moe_min_document_expert_pool": 1},
+            "'moe_min_document_expert_pool' = 1: must be from the number of experts of a token (2) to the number in a layer (4)",
+        ),
+        (
+            {"moe_router_type": "document_pool", "moe_eval_document_expert_pool": 5},
+            "'moe_eval_document_expert_pool' = 5: must be from the number of experts of a token (1) to the number in a layer (4)",
+        ),
+        (
+            {"moe_router_type": "document_pool", "moe_min_document_expert_pool": 3, "moe_max_document_expert_pool": 2},
+            "'moe_min_document_expert_pool' = 3: must be at most moe_max_document_expert_pool (2)",
+        ),
+        ({"moe_router_type": "expert_threshold", "moe_router_threshold_decay": 1.0}, "'moe_router_threshold_decay' = 1.0: must be less than 1"),
+        ({"moe_router_type": "quantile_balancing", "moe_router_quantile_balancing_ema": -0.5}, "must be at least 0"),
+        (
+            {"moe_router_type": "recurrent", "pipe_parallel_size": 2},
+            "'pipe_parallel_size' = 2: must be 0 or 1 with moe_router_type recurrent: its GRU is one set of weights for all layers",
+        ),
+    ],
+)
+def test_routers_say_what_they_cannot_do(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        tiny_config(**{"moe_num_experts": 4, **given})
+    assert message in str(error.value)
