@@ -5,8 +5,8 @@ Shapes: B batch; S sequence; T = B*S tokens; D model width; E experts; K experts
     p = softmax(logits);    pool of a document = the N experts with the largest sum of p over its tokens
     choice = top K of p within the pool;    weights = those p
 In training N is drawn for each document and layer, evenly from `moe_min_document_expert_pool` to `moe_max_document_expert_pool`. The facts are
-those of OLMo-core 3.0.0 (`nn/moe/emo.py`, `nn/moe/v2/emo_router.py`, `segment_ids_from_eos`). Use it with `global_load_balance`: a balance within a
-micro-batch works against the pools (the paper, and OLMo-core's configurations).
+those of OLMo-core 3.0.0 (`nn/moe/emo.py`, `nn/moe/v2/emo_router.py`, `segment_ids_from_eos`). Use it with
+`global_load_balance`: a balance within a micro-batch works against the pools.
 
 Chosen here, where these leave a detail open or differ:
 - N is a hash of the document's tokens and the layer and not a random number. So it is the same under accumulation, recomputation and every layout.
