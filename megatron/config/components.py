@@ -17,6 +17,10 @@ ROUTERS: dict[str, Any] = {
     "sigmoid": "megatron.model.moe.routers.sigmoid:SigmoidRouter",
     "top_p": "megatron.model.moe.routers.top_p:TopPRouter",
     "expert_choice": "megatron.model.moe.routers.expert_choice:ExpertChoiceRouter",
+    "quantile_balancing": "megatron.model.moe.routers.quantile_balancing:QuantileBalancingRouter",
+    "expert_threshold": "megatron.model.moe.routers.expert_threshold:ExpertThresholdRouter",
+    "document_pool": "megatron.model.moe.routers.document_pool:DocumentPoolRouter",
+    "recurrent": "megatron.model.moe.routers.recurrent:RecurrentRouter",
 }
 EXPERTS: dict[str, Any] = {
     "grouped": "megatron.model.moe.experts.grouped:GroupedExperts",

@@ -10,7 +10,15 @@ from megatron.config import experts, routers
 from megatron.config.components import EXPERTS, LOSSES, ROUTERS, UnknownComponent, check_known
 from megatron.config.experts import DecomposedOptions, LoreOptions
 from megatron.config.model import ModelConfig
-from megatron.config.routers import SigmoidOptions, TopKOptions, TopPOptions
+from megatron.config.routers import (
+    DocumentPoolOptions,
+    ExpertThresholdOptions,
+    QuantileBalancingOptions,
+    RecurrentOptions,
+    SigmoidOptions,
+    TopKOptions,
+    TopPOptions,
+)
 from megatron.config.section import NaturalInt, PositiveFloat, PositiveInt, Problem
 
 NEED_EXPERTS = (
@@ -30,7 +38,17 @@ MEGABLOCKS_BLOCK = 128
 """MegaBlocks 0.10 takes the logarithm of all experts' columns, in blocks of this many, and fails where there is no whole block."""
 
 
-class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, TopKOptions):
+class MoEConfig(
+    DecomposedOptions,
+    LoreOptions,
+    RecurrentOptions,
+    DocumentPoolOptions,
+    ExpertThresholdOptions,
+    QuantileBalancingOptions,
+    TopPOptions,
+    SigmoidOptions,
+    TopKOptions,
+):
     moe_num_experts_by_layer: list[PositiveInt] | None = None
     """Number of experts in each MoE layer, from the first MoE layer to the last (PR-MoE). None: every MoE layer has `moe_num_experts`."""
     moe_expert_interval: PositiveInt = 1
@@ -68,6 +86,11 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
     def has_experts(self) -> bool:
         """Whether any layer has experts."""
         return self.moe_num_experts > 1 or self.moe_num_experts_by_layer is not None
+
+    @property
+    def asks_for_documents(self) -> bool:
+        """Whether the router looks at which document a token is from."""
+        return self.has_experts and self.moe_router_type in routers.NUMBER_DOCUMENTS
 
     @property
     def expert_counts(self) -> list[int]:
@@ -132,7 +155,7 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
 
     def _weights_of_one(self) -> Iterator[tuple[str, str]]:
         """Settings that leave a router nothing to learn from: the one weight of a token divided by itself."""
-        if self.top_k == 1 and self.moe_router_type in ("topk", "sigmoid"):
+        if self.top_k == 1 and self.moe_router_type in ("topk", "sigmoid", "quantile_balancing", "document_pool", "recurrent"):
             says = "makes the weight of every chosen expert 1 when moe_top_k is 1; the router then learns from moe_losses only"
             if self.moe_normalize_top_k:
                 yield "moe_normalize_top_k", says
@@ -200,6 +223,10 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
                 yield Problem((f"moe_losses.{name}",), "must be 0 or more")
         if "joint_load_balance" in self.moe_losses and len(set(self.expert_counts)) > 1:
             yield Problem(("moe_losses.joint_load_balance", "moe_num_experts_by_layer"), "needs the same number of experts in all layers")
+        if self.has_experts and self.moe_router_type == "quantile_balancing":
+            yield from self.choice_problems()
+        if self.has_experts and self.moe_router_type == "document_pool":
+            yield from self.pool_problems()
         yield from self._ramp_problems()
         if "lore_balance" in self.moe_losses and not (self.moe_expert_type == "structmoe" and self.moe_lore_routed):
             yield Problem(("moe_losses.lore_balance", "moe_expert_type"), "needs moe_expert_type: structmoe with routed LoREs")
@@ -223,7 +250,7 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
             yield Problem((key, "moe_expert_type"), f"computes moe_expert_type: grouped only, and it is {self.moe_expert_type}; {instead}")
         if self.moe_expert_bias:
             yield Problem((key, "moe_expert_bias"), f"computes experts without biases only; {instead}, or write moe_expert_bias: false")
-        if self.moe_router_type in ("top_p", "expert_choice"):
+        if self.moe_router_type in routers.VARYING:
             says = "needs the same number of experts for every token, and moe_router_type"
             yield Problem((key, "moe_router_type"), f"{says} {self.moe_router_type} chooses it by token; {instead}")
 

@@ -73,7 +73,7 @@ def count_parameters(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int)
         "mlp": (model.num_layers - len(moe_layers)) * _mlp(model) + sum(_beside(model, layer) for layer in moe_layers),
         "experts": sum(layer.num_experts * _expert(model, layer) for layer in moe_layers),
         "lores": sum(layer.num_experts * _lores(model, layer, active=False) for layer in moe_layers),
-        "routers": sum(layer.num_experts * model.hidden_size for layer in moe_layers),
+        "routers": sum(_router(model, layer) for layer in moe_layers) + (_router_cell(moe_layers[0]) if moe_layers else 0),
         "head": padded_vocab_size * model.hidden_size if model.no_weight_tying else 0,
     }
     active = total | {
@@ -112,7 +112,7 @@ def forward_flops(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int) ->
         "mlp": 2 * (model.num_layers - len(moe_layers)) * _mlp_matrices(model),
         "experts": 2 * (active["experts"] + active["lores"] - biases),
         "beside": 2 * sum(_beside(model, layer, biases=False) for layer in moe_layers),
-        "routers": 2 * active["routers"],
+        "routers": 2 * sum(_router(model, layer) + _router_cell(layer, biases=False) for layer in moe_layers),
         "head": 2 * padded_vocab_size * model.hidden_size,
     }
 
@@ -214,6 +214,21 @@ def _beside(model: ModelConfig, moe: MoEConfig, *, biases: bool = True) -> int:
     if moe.moe_use_residual:
         count += mlp(model) + 2 * (model.hidden_size + biases)
     return count
+
+
+def _router(model: ModelConfig, moe: MoEConfig) -> int:
+    """Of one layer, without what its router shares with those of other layers."""
+    if moe.moe_router_type == "recurrent":
+        return moe.moe_router_rnn_hidden_size * (model.hidden_size + moe.num_experts)
+    return moe.num_experts * model.hidden_size
+
+
+def _router_cell(moe: MoEConfig, *, biases: bool = True) -> int:
+    """Of the GRU that the recurrent routers of all layers share."""
+    if moe.moe_router_type != "recurrent":
+        return 0
+    width = moe.moe_router_rnn_hidden_size
+    return 6 * width * width + (7 * width if biases else 0)
 
 
 def _active_experts(moe: MoEConfig) -> int:

@@ -97,6 +97,19 @@ ROUTERS: dict[str, Changes] = {
     "top_p": {**MOE, "moe_router_type": "top_p", "moe_router_top_p": 0.6},
     "top_p normalized": {**MOE, "moe_router_type": "top_p", "moe_normalize_top_k": True},
     "expert choice": {**MOE, "moe_router_type": "expert_choice"},
+    "quantile balancing": {**MOE, "moe_router_type": "quantile_balancing"},
+    "quantile balancing normalized": {**GATED_MOE, "moe_router_type": "quantile_balancing", "moe_normalize_top_k": True},
+    "expert threshold": {**MOE, "moe_router_type": "expert_threshold"},
+    "document pool": {**MOE, "moe_router_type": "document_pool", "moe_router_topk_scaling_factor": 2.5},
+    "recurrent": {**MOE, "moe_router_type": "recurrent", "moe_router_rnn_hidden_size": 24, "num_layers": 3},
+    "recurrent behind a dense layer": {
+        **GATED_MOE,
+        "moe_router_type": "recurrent",
+        "moe_router_rnn_hidden_size": 40,
+        "num_layers": 4,
+        "moe_layers": [1, 3],
+        "reordered_norm": True,
+    },
 }
 EXPERTS: dict[str, Changes] = {
     **{f"experts {name}": {**MOE, "activation": name} for name in ("relu", "mish", "geglu", "glu", "bilinear")},

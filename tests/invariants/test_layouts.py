@@ -47,6 +47,10 @@ BESIDE = {
     "sigmoid router": {"moe_router_type": "sigmoid"},
     "top-p router": {"moe_router_type": "top_p", "moe_losses": {"entropy": 0.01}},
     "expert choice": {"moe_router_type": "expert_choice", "moe_losses": {}},
+    "quantile balancing": {"moe_router_type": "quantile_balancing", "moe_losses": {}},
+    "expert threshold": {"moe_router_type": "expert_threshold", "moe_losses": {}},
+    "document pools": {"moe_router_type": "document_pool", "moe_losses": {}},
+    "recurrent router": {"moe_router_type": "recurrent", "moe_router_rnn_hidden_size": 24},
 }
 
 

@@ -70,6 +70,10 @@ ROUTER_NAMES: dict[str, dict[str, str]] = {
     "sigmoid": {**SCALED, "moe_router_num_groups": "n_group", "moe_router_group_topk": "topk_group"},
     "top_p": {**NORMALIZED, "moe_router_top_p": "router_top_p"},
     "expert_choice": {},
+    "quantile_balancing": SCALED,
+    "expert_threshold": {},
+    "document_pool": SCALED,
+    "recurrent": {**SCALED, "moe_router_rnn_hidden_size": "router_rnn_hidden_size"},
 }
 EXPERT_NAMES: dict[str, dict[str, str]] = {
     "grouped": {},
@@ -97,6 +101,9 @@ class StructMoE:
         for key, known in (("moe_router_type", ROUTER_NAMES), ("moe_expert_type", EXPERT_NAMES)):
             if moe.has_experts and getattr(moe, key) not in known:
                 yield f"{key}: {getattr(moe, key)} ({self.class_name} has {', '.join(known)}; what a plugin adds cannot be exported)"
+        if moe.has_experts and moe.moe_router_type == "document_pool" and moe.moe_eval_document_expert_pool not in (None, *moe.expert_counts):
+            given = f"moe_eval_document_expert_pool: {moe.moe_eval_document_expert_pool}"
+            yield f"{given} (transformers' caches have no place for a pool that follows the text; with all experts the model can be exported)"
 
     def settings(self, source: Source) -> dict[str, Any]:
         model = source.config.model
@@ -153,6 +160,7 @@ class StructMoE:
         model = source.config.model
         sections = source.config.moe.for_layers(model.num_layers)
         bias_table = OneForAllLayers()
+        first_recurrent = min(sections, default=None) if source.config.moe.moe_router_type == "recurrent" else None
         yield Entry("sequential.0.word_embeddings.weight", ("model.embed_tokens.weight",))
         if model.pos_emb == "learned":
             yield Entry("sequential.0.position_embeddings.weight", ("model.embed_positions.weight",))
@@ -166,6 +174,7 @@ class StructMoE:
                 yield bias_table.entry(f"{ours}.attention.rpe.weight", "model.position_bias.weight", layer)
             if layer in sections:
                 yield from _experts_layer(model, sections[layer], f"{ours}.mlp", f"{theirs}.mlp")
+                yield from _router_cell(f"{ours}.mlp.router.cell", f"{theirs}.mlp.gate.cell") if layer == first_recurrent else ()
             else:
                 yield from _mlp(model, f"{ours}.mlp", f"{theirs}.mlp", model.mlp_width)
         yield from _norm(model, f"sequential.{model.num_layers + 3}.norm", "model.norm")
@@ -313,9 +322,7 @@ def _mlp(model: ModelConfig, ours: str, theirs: str, width: int) -> Iterator[Ent
 
 
 def _experts_layer(model: ModelConfig, moe: MoEConfig, ours: str, theirs: str) -> Iterator[Entry]:
-    yield Entry(f"{ours}.router.layer.weight", (f"{theirs}.gate.weight",))
-    if moe.moe_router_type == "sigmoid":
-        yield Entry(f"{ours}.router.balance.bias", (f"{theirs}.gate.e_score_correction_bias",), exact=True)
+    yield from _router(moe, f"{ours}.router", f"{theirs}.gate")
     for name, their_name, count in _expert_weights(model, moe):
         yield _stacked(f"{ours}.experts.{name}", f"{theirs}.experts.{their_name}", count)
     for name in _matrices(model) if moe.moe_expert_bias else ():
@@ -331,6 +338,22 @@ def _experts_layer(model: ModelConfig, moe: MoEConfig, ours: str, theirs: str) -
         yield from _mlp(model, f"{ours}.beside.{beside}.mlp", f"{theirs}.beside.residual_mlp.mlp", model.mlp_width)
         for part in ("weight", "bias"):
             yield Entry(f"{ours}.beside.{beside}.coefficient.{part}", (f"{theirs}.beside.residual_mlp.coefficient.{part}",))
+
+
+def _router(moe: MoEConfig, ours: str, theirs: str) -> Iterator[Entry]:
+    yield Entry(f"{ours}.layer.weight", (f"{theirs}.weight",))
+    if moe.moe_router_type in ("sigmoid", "quantile_balancing"):
+        yield Entry(f"{ours}.balance.bias", (f"{theirs}.e_score_correction_bias",), exact=True)
+    if moe.moe_router_type == "expert_threshold":
+        yield Entry(f"{ours}.balance.threshold", (f"{theirs}.e_score_threshold",), exact=True)
+        yield Entry(f"{ours}.balance.steps", (f"{theirs}.threshold_steps",), exact=True)
+    if moe.moe_router_type == "recurrent":
+        yield Entry(f"{ours}.into.weight", (f"{theirs}.into.weight",))
+
+
+def _router_cell(ours: str, theirs: str) -> Iterator[Entry]:
+    for name in ("input_weight", "memory_weight", "input_bias", "memory_bias", "start"):
+        yield Entry(f"{ours}.{name}", (f"{theirs}.{name}",))
 
 
 def _matrices(model: ModelConfig) -> tuple[str, ...]:

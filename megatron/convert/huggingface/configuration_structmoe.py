@@ -13,7 +13,17 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "position_type": ("rotary", "learned", "sinusoidal", "alibi", "rpe", "none"),
     "residual_type": ("sequential", "parallel", "tied", "reordered"),
     "hidden_act": ("gelu", "gelu_tanh", "relu", "softsign", "swish", "mish", "silu", "geglu", "reglu", "swiglu", "glu", "bilinear"),
-    "router_type": ("topk", "sinkhorn", "sigmoid", "top_p", "expert_choice"),
+    "router_type": (
+        "topk",
+        "sinkhorn",
+        "sigmoid",
+        "top_p",
+        "expert_choice",
+        "quantile_balancing",
+        "expert_threshold",
+        "document_pool",
+        "recurrent",
+    ),
     "expert_type": ("grouped", "structmoe", "decomposed"),
     "lore_interaction": ("entangled", "standalone", "gated"),
     "lore_projection": ("up", "gate", "both"),
@@ -88,7 +98,7 @@ class StructMoEConfig(PreTrainedConfig):
     """Biases on the projections of routed experts."""
     router_type: str = "topk"
     num_experts_per_tok: int = 1
-    """With expert_choice the mean; top_p chooses the number by itself."""
+    """With expert_choice and expert_threshold the mean; top_p chooses the number by itself."""
     norm_topk_prob: bool = False
     """Divide the weights of the chosen experts by their sum."""
     routed_scaling_factor: float = 1.0
@@ -100,6 +110,8 @@ class StructMoEConfig(PreTrainedConfig):
     """sigmoid: groups that a token may choose from. None: no groups."""
     router_top_p: float = 0.4
     """top_p: the chosen experts' probabilities sum to at least this."""
+    router_rnn_hidden_size: int = 256
+    """recurrent: width of what a router remembers of a token from layer to layer."""
     shared_expert_intermediate_size: int = 0
     """Width of the expert that every token uses; 0: none."""
     shared_expert_gate: bool = False

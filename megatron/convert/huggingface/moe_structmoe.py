@@ -23,6 +23,8 @@ class Routing(NamedTuple):
     """E where a place is empty."""
     weight_TK: Tensor
     logit_TE: Tensor
+    memory_TP: Tensor | None = None
+    """What the router of the next layer with experts gets. None: this router remembers nothing."""
 
 
 class Decision(NamedTuple):
@@ -49,6 +51,8 @@ class StructMoERouter(nn.Module):
 
     padded = False
     """Whether tokens may use fewer than K experts."""
+    remembers = False
+    """Whether the next layer's router gets what this one saw."""
 
     def __init__(self, config: StructMoEConfig, num_experts: int) -> None:
         super().__init__()
@@ -57,14 +61,18 @@ class StructMoERouter(nn.Module):
         self.normalize, self.scale = config.norm_topk_prob, config.routed_scaling_factor
         self.jitter, self.temperature = config.router_jitter_noise, config.moe_block_wise_temperature
 
-    def forward(self, x_TD: Tensor) -> Routing:
-        """The routing of each token."""
+    def forward(self, x_TD: Tensor, memory_TP: Tensor | None = None) -> Routing:
+        """The routing of each token. `memory_TP`: what the router of the layer below remembers, for routers that use it."""
         if self.training and self.jitter:
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
-        dtype = exact_dtype(x_TD)
         with exact(x_TD):
-            logit_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
-            return Routing(*self.decide(logit_TE), logit_TE)
+            seen_TD = self.seen(x_TD.to(exact_dtype(x_TD)), memory_TP)
+            logit_TE = F.linear(seen_TD, self.weight.to(seen_TD.dtype))
+            return Routing(*self.decide(logit_TE), logit_TE, seen_TD if self.remembers else None)
+
+    def seen(self, x_TD: Tensor, memory_TP: Tensor | None) -> Tensor:
+        """What the logits are computed from."""
+        return x_TD
 
     def probability(self, logit_TE: Tensor) -> Tensor:
         """probability_TE: a softmax over all experts."""
@@ -165,12 +173,102 @@ class ExpertChoiceRouter(StructMoERouter):
         return torch.where(chosen_TE, expert_E, self.num_experts), probability_TE * chosen_TE
 
 
+class QuantileBalancingRouter(StructMoERouter):
+    """Megatron-Core's quantile balancing: a bias on the logits steers the choice. (Its updates belong to pre-training.)"""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: StructMoEConfig, num_experts: int) -> None:
+        super().__init__(config, num_experts)
+        self.register_buffer("e_score_correction_bias", torch.zeros(num_experts, dtype=torch.float32))
+
+    def decide(self, logit_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """(expert_TK, weight_TK)."""
+        preference_TE = logit_TE.detach() + self.e_score_correction_bias.to(logit_TE.dtype)
+        expert_TK = preference_TE.topk(self.top_k, dim=-1).indices
+        return expert_TK, self.scale * self.normalized(self.probability(logit_TE).gather(1, expert_TK))
+
+
+class ExpertThresholdRouter(StructMoERouter):
+    """Every expert takes the tokens whose score exceeds its threshold (arXiv 2603.11535); K = E places. (Thresholds move in pre-training only.)"""
+
+    padded = True
+    e_score_threshold: Tensor
+    threshold_steps: Tensor
+
+    def __init__(self, config: StructMoEConfig, num_experts: int) -> None:
+        super().__init__(config, num_experts)
+        self.register_buffer("e_score_threshold", torch.zeros(num_experts, dtype=torch.float32))
+        self.register_buffer("threshold_steps", torch.zeros(1, dtype=torch.float32))
+
+    def probability(self, logit_TE: Tensor) -> Tensor:
+        """score_TE, which need not sum to 1."""
+        return logit_TE.sigmoid()
+
+    def decide(self, logit_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """(expert_TK, weight_TK). Without a step of training there is no threshold, and a token takes its best experts."""
+        best_TK = logit_TE.detach().topk(self.top_k, dim=-1).indices
+        best_TE = torch.zeros_like(logit_TE, dtype=torch.bool).scatter_(1, best_TK, True)
+        chosen_TE = torch.where(self.threshold_steps > 0, logit_TE > self.e_score_threshold.to(logit_TE.dtype), best_TE)
+        expert_E = torch.arange(self.num_experts, device=logit_TE.device)
+        return torch.where(chosen_TE, expert_E, self.num_experts), self.probability(logit_TE) * chosen_TE
+
+
+CELL_BIASES = ("input_bias", "memory_bias")
+
+
+class RouterCell(nn.Module):
+    """The gated recurrent unit of the recurrent routers (the equations of torch.nn.GRUCell). `start`: the memory before the first layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.input_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.memory_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.input_bias = nn.Parameter(torch.empty(3 * width))
+        self.memory_bias = nn.Parameter(torch.empty(3 * width))
+        self.start = nn.Parameter(torch.empty(1, width))
+
+    def forward(self, x_TP: Tensor, memory_TP: Tensor | None) -> Tensor:
+        """The memory after this layer."""
+        own = [weight.to(x_TP.device, x_TP.dtype) for weight in (self.input_weight, self.input_bias, self.memory_weight, self.memory_bias)]
+        before_TP = (self.start if memory_TP is None else memory_TP).to(x_TP.device, x_TP.dtype).expand_as(x_TP)
+        given, kept = F.linear(x_TP, *own[:2]).chunk(3, dim=-1), F.linear(before_TP, *own[2:]).chunk(3, dim=-1)
+        reset_TP, update_TP = (given[0] + kept[0]).sigmoid(), (given[1] + kept[1]).sigmoid()
+        return (1 - update_TP) * (given[2] + reset_TP * kept[2]).tanh() + update_TP * before_TP
+
+
+class RecurrentRouter(StructMoERouter):
+    """RMoE's (Qiu et al., 2024): the logits come from a memory that goes from layer to layer through one GRU."""
+
+    remembers = True
+
+    def __init__(self, config: StructMoEConfig, num_experts: int) -> None:
+        super().__init__(config, num_experts)
+        self.weight = nn.Parameter(torch.empty(num_experts, config.router_rnn_hidden_size))
+        self.into = nn.Linear(config.hidden_size, config.router_rnn_hidden_size, bias=False)
+        self.cell = RouterCell(config.router_rnn_hidden_size)
+        self.shared = (self.cell,)  # in a tuple: a module that is an attribute would be a part of this one too
+
+    def follow(self, first: RecurrentRouter) -> None:
+        """From now on this router uses the GRU of the first layer with experts, which alone keeps it."""
+        self.shared = (first.cell,)
+        del self.cell
+
+    def seen(self, x_TD: Tensor, memory_TP: Tensor | None) -> Tensor:
+        """The memory after this layer."""
+        return self.shared[0](F.linear(x_TD, self.into.weight.to(x_TD.dtype)), memory_TP)
+
+
 ROUTERS: dict[str, type[StructMoERouter]] = {
     "topk": StructMoERouter,
     "sinkhorn": SinkhornRouter,
     "sigmoid": SigmoidRouter,
     "top_p": TopPRouter,
     "expert_choice": ExpertChoiceRouter,
+    "quantile_balancing": QuantileBalancingRouter,
+    "expert_threshold": ExpertThresholdRouter,
+    "document_pool": StructMoERouter,  # the pools of documents belong to pre-training
+    "recurrent": RecurrentRouter,
 }
 
 
@@ -238,15 +336,15 @@ class StructMoESparseMoeBlock(nn.Module):
         if config.residual_mlp:
             self.beside["residual_mlp"] = ResidualMLP(config)
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """(y_BSD, logit_TE)."""
+    def forward(self, x_BSD: Tensor, memory_TP: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(y_BSD, logit_TE, what the router of the next layer with experts gets)."""
         x_TD = x_BSD.flatten(0, 1)
-        routing = self.gate(x_TD)
+        routing = self.gate(x_TD, memory_TP)
         order = sort_by_group(routing.expert_TK, self.gate.num_experts, padded=self.gate.padded)
         y_TD = combine(self.experts(x_TD.index_select(0, order.source_R), order.ends_G), order, routing.weight_TK)
         for part in self.beside.values():
             y_TD = part(x_TD, y_TD)
-        return y_TD.view(x_BSD.shape), routing.logit_TE
+        return y_TD.view(x_BSD.shape), routing.logit_TE, routing.memory_TP
 
 
 # ---------------------------------------------------------------- auxiliary losses

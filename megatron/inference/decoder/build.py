@@ -73,6 +73,8 @@ def check_served(gpt: GPT) -> None:
         raise NotServed(f"weights in {str(weight.dtype).removeprefix('torch.')} on {weight.device.type}")
     if any(isinstance(module, ExpertChoiceRouter) for module in gpt.modules()):
         raise NotServed("experts that choose among the tokens of a call: other texts in the same call would change the choice")
+    if any(not getattr(module, "decodes_alone", True) for module in gpt.modules()):
+        raise NotServed("routers that look at other layers or at the text before the token")
     parts: Any = gpt.sequential
     for norm in (parts[str(gpt.num_layers + 3)].norm, *(n for layer in gpt.layers if isinstance(layer, ReorderedNormLayer) for n in _norms(layer))):
         norm_part(norm)

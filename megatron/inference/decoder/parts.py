@@ -21,6 +21,7 @@ from megatron.model.mlp import MLP, GatedMLP
 from megatron.model.moe.experts.decomposed import DecomposedExperts, GatedDecomposedMLP
 from megatron.model.moe.experts.grouped import GatedExpertMLP, GroupedExperts
 from megatron.model.moe.experts.structmoe import BothEntangledGatedExperts, GateEntangledGatedExperts, LoREs, StructMoEExperts, UnroutedLoREs
+from megatron.model.moe.routers.document_pool import DocumentPoolRouter
 from megatron.model.moe.routers.sigmoid import SigmoidRouter
 from megatron.model.moe.routers.sinkhorn import SinkhornRouter
 from megatron.model.moe.routers.topk import TopKRouter
@@ -85,6 +86,8 @@ def choice_part(router: nn.Module) -> Choice:
         return Choice(len(router.layer.weight), router.top_k, sigmoid=router.top_k == 1)
     if isinstance(router, SigmoidRouter) and router.groups is None:
         return Choice(len(router.layer.weight), router.top_k, True, router.normalize, router.scale, router.balance.bias)
+    if isinstance(router, DocumentPoolRouter):  # of all experts: `decodes_alone`
+        return Choice(len(router.layer.weight), router.top_k, False, router.normalize, router.scale)
     raise NotServed(f"the choice of a {type(router).__name__}")
 
 

@@ -1,6 +1,7 @@
 """The MoE layer: route, dispatch, compute, combine. Losses, counts and statistics are return values.
 
-Shapes: B batch; S sequence; T = B*S tokens; R routed rows; E experts; G LoREs of all experts; D model width; A auxiliary losses.
+Shapes: B batch; S sequence; T = B*S tokens; R routed rows; E experts; G LoREs of all experts; D model width; A auxiliary losses; C counts of
+scores.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from megatron.model.moe.losses.entropy import token_entropy
 from megatron.model.moe.losses.load_balance import expert_usage
 from megatron.model.moe.routing import AuxLoss, Decision, LossContext, Routing
 from megatron.model.moe.shared import build_beside
+from megatron.model.moe.surroundings import NOTHING_AROUND, Surroundings
 from megatron.mpu.collectives import sum_over_data_parallel
 from megatron.mpu.regions import WHOLE, Region
 
@@ -41,6 +43,8 @@ class MoEOutput(NamedTuple):
     """float32, detached, in the order of STATISTICS."""
     usage_2E: Tensor | None
     """`expert_usage` summed over the layers up to this one; None where no loss asks for it."""
+    scores_C: Tensor | None
+    """int64: `Routing.scores_C`, zeros outside training. None: the router does not count scores."""
     decision: Decision
     """What the routers decided for each token."""
 
@@ -57,6 +61,9 @@ class MoELayer(nn.Module):
     def __init__(self, model: ModelConfig, moe: MoEConfig, init: Initializer) -> None:
         super().__init__()
         self.router = resolve_component(ROUTERS, moe.moe_router_type)(model, moe, init)
+        self.looks_around = getattr(self.router, "looks_around", False)
+        self.scores_width = getattr(self.router, "scores_width", 0)
+        """Counts of scores that the router makes in training, C."""
         self.experts = resolve_component(EXPERTS, moe.moe_expert_type)(model, moe, init)
         self.beside = build_beside(model, moe, init)
         self.dispatcher: Dispatcher = resolve_component(DISPATCHERS, moe.dispatcher)(moe)
@@ -73,15 +80,22 @@ class MoELayer(nn.Module):
             num_layers=len(moe.moe_layer_numbers(model.num_layers)),
         )
 
-    def forward(self, x_BSD: Tensor, earlier_rows_E: Tensor | None = None, earlier_usage_2E: Tensor | None = None) -> MoEOutput:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        earlier_rows_E: Tensor | None = None,
+        earlier_usage_2E: Tensor | None = None,
+        around: Surroundings = NOTHING_AROUND,
+    ) -> MoEOutput:
         """Output, losses, loads, statistics.
 
         `earlier_rows_E` is the load of the step's earlier micro-batches, for losses over the global batch. `earlier_usage_2E` is the `usage_2E`
-        of the MoE layer before this one, for losses over all layers.
+        of the MoE layer before this one, for losses over all layers. `around` is for routers that look around.
         """
         x_BSD = self.region.whole(x_BSD)
         x_TD = x_BSD.flatten(0, 1)
-        routing = self.router(x_TD)._replace(batch_shape=tuple(x_BSD.shape[:2]))
+        routed = self.router(x_TD, around) if self.looks_around else self.router(x_TD)
+        routing = routed._replace(batch_shape=tuple(x_BSD.shape[:2]))
         shared_TD, weight_TK = self.region.copied(x_TD), self.region.copied(routing.weight_TK)
         beside: list[Any] = list(self.beside)
         branches: list[Tensor] = []
@@ -103,8 +117,12 @@ class MoELayer(nn.Module):
             lore_load_G,
             statistics(routing, context, overload_2),
             self._usage(routing, earlier_usage_2E) if self.wants_usage else None,
+            self._scores(routing) if self.scores_width else None,
             Decision(routing, lores, self.context.num_experts),
         )
+
+    def _scores(self, routing: Routing) -> Tensor:
+        return routing.expert_TK.new_zeros(self.scores_width) if routing.scores_C is None else routing.scores_C
 
     def _usage(self, routing: Routing, earlier_2E: Tensor | None) -> Tensor:
         own_2E = expert_usage(routing, self.context.num_experts)

@@ -1,6 +1,7 @@
 """The decisions of routers about which expert each token goes to. Routers return these values; dispatch, losses and analysis read them.
 
-Shapes: B batch; S sequence; T = B*S tokens; E experts; K experts per token; R routed rows, sorted by expert; M LoREs per expert; L LoREs per row.
+Shapes: B batch; S sequence; T = B*S tokens; E experts; K experts per token; R routed rows, sorted by expert; M LoREs per expert; L LoREs per row;
+C counts of scores; P width of a router's memory.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ class Routing(NamedTuple):
     """Whether tokens may use fewer than K experts: their other places hold expert number E, which does not exist, and weight 0."""
     softmax: Softmax | None = None
     """None: the router does not use the op `route`. Whoever replaces the choices, probabilities or logits has to set it to None."""
+    scores_C: Tensor | None = None
+    """int64: how many tokens have a score in each bin, for the router's `balance` (`routers.histogram`). None: it does not ask for them, or this is
+    no training."""
+    memory_TP: Tensor | None = None
+    """What the router of the next layer gets (`Surroundings.memory_TP`). None: this router remembers nothing."""
 
     def rows_E(self, num_experts: int) -> Tensor:
         """int64: how many tokens use each expert, without waiting for the device."""
