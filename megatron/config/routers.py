@@ -103,11 +103,35 @@ class TopPOptions(NormalizeOptions):
     """Router top_p: the probabilities of a token's chosen experts sum to at least this. 1: all experts are used. The published models use 0.4."""
 
 
+class SMoEDropoutOptions(JitterOptions):
+    """`smoe_dropout`: a random router that is not trained, and more experts per token as the training goes on."""
+
+    moe_router_start_k: PositiveInt = 1
+    """Router smoe_dropout: number of experts for each token at the start of training. It grows evenly to `moe_top_k`."""
+    moe_router_growth: list[float] = [0.0, 1.0]
+    """Router smoe_dropout: the part of the training steps in which the number of experts grows. [0.0, 0.5]: it has grown to `moe_top_k` after half of
+    the steps."""
+    moe_router_eval_k: PositiveInt | None = None
+    """Router smoe_dropout: number of experts for each token in evaluation, in text generation and in an export. At most `moe_top_k`. None: as many as
+    the training had reached, which is `moe_top_k` at its end."""
+
+    def check(self) -> Iterator[Problem]:
+        for key in ("moe_router_start_k", "moe_router_eval_k"):
+            value = getattr(self, key)
+            if key in self.model_fields_set and value is not None and value > self.top_k:
+                yield Problem((key, "moe_top_k"), f"must be at most the number of experts at the end of training, moe_top_k ({self.top_k})")
+        parts = self.moe_router_growth
+        if len(parts) != 2 or not 0 <= parts[0] <= parts[1] <= 1:
+            says = "must be two numbers from 0 to 1, the smaller one first: where the number of experts starts to grow and where it has grown"
+            yield Problem(("moe_router_growth",), says)
+
+
 OPTIONS: dict[str, type[RouterOptions]] = {
     "topk": TopKOptions,
     "sinkhorn": RouterOptions,
     "sigmoid": SigmoidOptions,
     "top_p": TopPOptions,
     "expert_choice": JitterOptions,
+    "smoe_dropout": SMoEDropoutOptions,
 }
 """Router -> the options that it reads."""

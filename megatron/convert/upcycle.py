@@ -131,6 +131,9 @@ def upcycle(dense: Source, changes: Mapping[str, Any], keys: Mapping[str, Any]) 
             structmoe and moe.moe_lore_interaction == "gated",
             "moe_lore_interaction gated: LoREs start with B = 0, and the output would be multiplied by zero",
         ),
+        (moe.moe_latent_size is not None, "moe_latent_size: experts are narrower than the hidden state, and an MLP is not"),
+        (moe.num_zero_computation > 0, "moe_zero_experts, moe_copy_experts, moe_constant_experts: some tokens would not meet their MLP"),
+        (moe.moe_router_type == "smoe_dropout" and not whole, "moe_router_type smoe_dropout: its experts have to differ, because it does not learn"),
         (moe.moe_router_type == "expert_choice" and not whole, "moe_router_type expert_choice: some tokens would have no expert"),
     ]
     problem = next((sentence for wrong, sentence in problems if wrong), None) or _widths_problem(config.model, moe)

@@ -93,7 +93,8 @@ def test_everything_built_in_can_be_exported() -> None:
     [
         (
             "moe_router_type",
-            "moe_router_type: toy (StructMoEForCausalLM has topk, sinkhorn, sigmoid, top_p, expert_choice; what a plugin adds cannot be exported)",
+            "moe_router_type: toy (StructMoEForCausalLM has topk, sinkhorn, sigmoid, top_p, expert_choice, smoe_dropout; "
+            "what a plugin adds cannot be exported)",
         ),
         (
             "moe_expert_type",

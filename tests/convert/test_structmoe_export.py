@@ -27,6 +27,8 @@ EXPORTED = {
     "tied": "tied head",
     "rpe": "window rpe gqa",
     "odd": "odd experts",
+    "smoe_dropout": "smoe_dropout",
+    "around": "constant experts and latent",
 }
 
 ALONE = """

@@ -144,6 +144,9 @@ def test_the_difference_is_said_where_there_is_one(
         ),
         ({"moe_num_shared_experts": 3, "moe_expert_segments": 4}, "48 cannot be divided into 7 equal parts"),
         ({"moe_shared_expert_intermediate_size": 64}, "give it at most the 48 hidden units of the MLP, or moe_shared_expert_intermediate_size to 48"),
+        ({"moe_latent_size": 8}, "moe_latent_size: experts are narrower than the hidden state, and an MLP is not"),
+        ({"moe_copy_experts": 1}, "moe_zero_experts, moe_copy_experts, moe_constant_experts: some tokens would not meet their MLP"),
+        ({"moe_router_type": "smoe_dropout"}, "moe_router_type smoe_dropout: its experts have to differ, because it does not learn"),
         ({"moe_router_type": "expert_choice"}, "moe_router_type expert_choice: some tokens would have no expert"),
     ],
 )
