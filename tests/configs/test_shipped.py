@@ -23,7 +23,15 @@ CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 FILES = {path.relative_to(CONFIGS).as_posix(): path.read_text(encoding="utf-8") for path in sorted(CONFIGS.rglob("*.yml"))}
 MODELS = [name for name, text in FILES.items() if "num_layers" in text]
 SETUPS = [name for name in FILES if name not in MODELS]
-OWN_MODELS = {"quickstart.yml", "cosmoes/local_experts.yml", "cosmoes/local_experts_baseline.yml"}  # published nowhere else
+OWN_MODELS = {
+    "quickstart.yml",
+    "cosmoes/local_experts.yml",
+    "cosmoes/local_experts_baseline.yml",
+    "moe/quickstart-latent.yml",
+    "moe/quickstart-smoe-dropout.yml",
+    "moe/quickstart-zero-computation.yml",
+}
+"""Published nowhere else."""
 PARAMETERS = re.compile(
     r"^# Parameters: ([\d,]+)(?: \(([\d,]+) active\))? with a vocabulary of ([\d,]+) \((.+)'s ([\d,]+) tokens(?:, padded)?\)$", re.M
 )
