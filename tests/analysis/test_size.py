@@ -53,7 +53,7 @@ def test_8_experts_with_8_lores_of_rank_128_match_13_experts_exactly(given: dict
 
 
 def test_latent_experts_match_experts_with_lores() -> None:
-    """4 experts of width 256: with LoREs 4 * (2*64*256 + 8 * 16 * (64 + 256) + 8*64); latent 2*64*Z and E * 2*256*Z. For E = 16 and Z = 36 as many."""
+    """Two layers. 4 experts of width 256 with 8 LoREs of rank 16, and 16 experts that read and write Z numbers, with two projections."""
     nested, latent = sized(**TINY, moe_num_experts=4, **NESTED), sized(**TINY, moe_num_experts=16, moe_latent_size=16)
     value, difference, without_routers = found(latent, nested)["moe_latent_size"]
     of_layer = 4 * (2 * 64 * 256 + 8 * 16 * (64 + 256))

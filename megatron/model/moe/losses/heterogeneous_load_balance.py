@@ -18,6 +18,6 @@ from megatron.model.moe.routing import LossContext, Routing
 def heterogeneous_load_balance_loss(routing: Routing, context: LossContext) -> Tensor:
     """Over the tokens of the micro-batch."""
     mean_E = mean_probabilities(routing)
-    costs_E = torch.arange(context.num_experts, device=mean_E.device) < context.num_experts - context.num_zero_computation
-    eta_E = torch.where(costs_E, 1.0, context.zero_computation_balance).to(mean_E.dtype)
+    cheap_E = torch.arange(context.num_experts, device=mean_E.device) >= context.num_experts - context.num_zero_computation
+    eta_E = torch.ones_like(mean_E).masked_fill(cheap_E, context.zero_computation_balance)
     return context.num_experts * torch.dot(shares(routing.rows_E(context.num_experts)).to(mean_E.dtype), eta_E * mean_E)
