@@ -110,6 +110,13 @@ AROUND: dict[str, Changes] = {
     "zero computation structmoe": {**STRUCTMOE, **ZERO_COMPUTATION, "moe_normalize_top_k": True},
     "copy experts": {**SIGMOID, "moe_copy_experts": 2},
     "zero experts, top_p": {**MOE, "moe_router_type": "top_p", "moe_zero_experts": 2},
+    "smoe_dropout, constant experts and latent": {
+        **MOE,
+        "moe_router_type": "smoe_dropout",
+        "moe_router_start_k": 2,
+        "moe_constant_experts": 2,
+        "moe_latent_size": 16,
+    },
     "constant experts and latent": {**GATED_MOE, "moe_constant_experts": 1, "moe_latent_size": 16, "moe_use_residual": True},
 }
 EXPERTS: dict[str, Changes] = {

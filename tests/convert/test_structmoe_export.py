@@ -27,8 +27,7 @@ EXPORTED = {
     "tied": "tied head",
     "rpe": "window rpe gqa",
     "odd": "odd experts",
-    "smoe_dropout": "smoe_dropout",
-    "around": "constant experts and latent",
+    "around": "smoe_dropout, constant experts and latent",
 }
 
 ALONE = """
