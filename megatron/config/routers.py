@@ -164,6 +164,29 @@ class RecurrentOptions(ScaleOptions):
     """Router recurrent: width of what a router remembers of a token from layer to layer (256 in the authors' code)."""
 
 
+class SMoEDropoutOptions(JitterOptions):
+    """`smoe_dropout`: a random router that is not trained, and more experts per token as the training goes on."""
+
+    moe_router_start_k: PositiveInt = 1
+    """Router smoe_dropout: number of experts for each token at the start of training. It grows evenly to `moe_top_k`."""
+    moe_router_growth: list[float] = [0.0, 1.0]
+    """Router smoe_dropout: the part of the training steps in which the number of experts grows. [0.0, 0.5]: it has grown to `moe_top_k` after half of
+    the steps."""
+    moe_router_eval_k: PositiveInt | None = None
+    """Router smoe_dropout: number of experts for each token in evaluation, in text generation and in an export. At most `moe_top_k`. None: as many as
+    the training had reached, which is `moe_top_k` at its end."""
+
+    def check(self) -> Iterator[Problem]:
+        for key in ("moe_router_start_k", "moe_router_eval_k"):
+            value = getattr(self, key)
+            if key in self.model_fields_set and value is not None and value > self.top_k:
+                yield Problem((key, "moe_top_k"), f"must be at most the number of experts at the end of training, moe_top_k ({self.top_k})")
+        parts = self.moe_router_growth
+        if len(parts) != 2 or not 0 <= parts[0] <= parts[1] <= 1:
+            says = "must be two numbers from 0 to 1, the smaller one first: where the number of experts starts to grow and where it has grown"
+            yield Problem(("moe_router_growth",), says)
+
+
 OPTIONS: dict[str, type[RouterOptions]] = {
     "topk": TopKOptions,
     "sinkhorn": RouterOptions,
@@ -174,9 +197,10 @@ OPTIONS: dict[str, type[RouterOptions]] = {
     "expert_threshold": ExpertThresholdOptions,
     "document_pool": DocumentPoolOptions,
     "recurrent": RecurrentOptions,
+    "smoe_dropout": SMoEDropoutOptions,
 }
 """Router -> the options that it reads."""
 NUMBER_DOCUMENTS = ("document_pool",)
 """Routers that look at which document a token is from."""
-VARYING = ("top_p", "expert_choice", "expert_threshold")
+VARYING = ("top_p", "expert_choice", "expert_threshold", "smoe_dropout")
 """Routers that give tokens different numbers of experts, from none or one to all."""

@@ -133,6 +133,9 @@ def upcycle(dense: Source, changes: Mapping[str, Any], keys: Mapping[str, Any]) 
             structmoe and moe.moe_lore_interaction == "gated",
             "moe_lore_interaction gated: LoREs start with B = 0, and the output would be multiplied by zero",
         ),
+        (moe.moe_latent_size is not None, "moe_latent_size: experts are narrower than the hidden state, and an MLP is not"),
+        (moe.num_zero_computation > 0, "moe_zero_experts, moe_copy_experts, moe_constant_experts: some tokens would not meet their MLP"),
+        (moe.moe_router_type == "smoe_dropout" and not whole, "moe_router_type smoe_dropout: its experts have to differ, because it does not learn"),
         (
             moe.moe_router_type in ("expert_choice", "expert_threshold") and not whole,
             f"moe_router_type {moe.moe_router_type}: some tokens would have no expert",

@@ -112,7 +112,7 @@ class GPT(nn.Module):
         """MoE layers of the whole model."""
         self.moe_rows_before = 0 if span is None else sum(FIRST_LAYER + i < span.start for i in sections)
         """MoE layers before those that this process keeps."""
-        num_experts = max((section.num_experts for section in sections.values()), default=0)
+        num_experts = max((section.num_choices for section in sections.values()), default=0)
         self.wants_earlier_load = "global_load_balance" in moe.moe_losses
         """Whether a loss looks at the step's earlier micro-batches."""
         self.report_widths = (len(self.coefficients), num_experts, num_lores, len(STATISTICS))
@@ -148,6 +148,12 @@ class GPT(nn.Module):
                 balance.update_from_scores(scores_XC[row, : moe.scores_width])
             elif balance is not None and not moe.scores_width:
                 balance.update(expert_load_XE[row, : moe.context.num_experts])
+
+    def grow(self, done: float) -> None:
+        """Sets what grows in training for the forwards that follow: the number of experts per token. `done`: the part of the steps that is done."""
+        for layer in self.layers:
+            if (growth := getattr(getattr(layer.mlp, "router", None), "growth", None)) is not None:
+                growth.update(done)
 
     def weigh_losses(self, coefficients: Sequence[float]) -> None:
         """Sets the coefficients of the auxiliary losses, in the order of `moe_losses`, for the forwards that follow."""

@@ -26,7 +26,10 @@ UNROUTED = "moe_expert_type: structmoe\nmoe_lore_rank: 8\nmoe_lore_routed: false
         ("moe_router_top_p: 0.3", ["1: 'moe_router_top_p' has no effect with moe_router_type sinkhorn; it is for top_p"]),
         (
             "moe_jitter_eps: 0.1",
-            [f"1: 'moe_jitter_eps' has no effect with moe_router_type sinkhorn; it is for topk and sigmoid and top_p and expert_choice and {NEW}"],
+            [
+                "1: 'moe_jitter_eps' has no effect with moe_router_type sinkhorn; "
+                f"it is for topk and sigmoid and top_p and expert_choice and {NEW} and smoe_dropout"
+            ],
         ),
         (
             "moe_router_type: sigmoid\nmoe_router_pre_softmax: false",
@@ -58,6 +61,12 @@ UNROUTED = "moe_expert_type: structmoe\nmoe_lore_rank: 8\nmoe_lore_routed: false
             "moe_block_wise_temperature: 2.0",
             ["1: 'moe_block_wise_temperature' has no effect, because moe_losses does not name block_wise_selection or neighbour_selection"],
         ),
+        (
+            "moe_copy_experts: 1\nmoe_zero_computation_balance: 0.5",
+            ["2: 'moe_zero_computation_balance' has no effect, because moe_losses does not name heterogeneous_load_balance"],
+        ),
+        ("moe_copy_experts: 1\nmoe_zero_computation_balance: 0.5\nmoe_losses: {heterogeneous_load_balance: 0.1}", []),
+        ("moe_router_eval_k: 1", ["1: 'moe_router_eval_k' has no effect with moe_router_type sinkhorn; it is for smoe_dropout"]),
         ("moe_losses: {neighbour_selection: 0.1}\nmoe_block_wise_temperature: 2.0", []),
         (
             "moe_router_type: top_p\nmoe_top_k: 2",

@@ -111,7 +111,7 @@ def test_everything_built_in_can_be_exported() -> None:
         (
             "moe_router_type",
             "moe_router_type: toy (StructMoEForCausalLM has topk, sinkhorn, sigmoid, top_p, expert_choice, quantile_balancing, expert_threshold, "
-            "document_pool, recurrent; what a plugin adds cannot be exported)",
+            "document_pool, recurrent, smoe_dropout; what a plugin adds cannot be exported)",
         ),
         (
             "moe_expert_type",

@@ -59,8 +59,13 @@ MOE_NAMES = {
     "moe_router_type": "router_type",
     "moe_shared_expert_gate": "shared_expert_gate",
     "moe_use_residual": "residual_mlp",
+    "moe_latent_size": "latent_size",
+    "moe_zero_experts": "zero_experts",
+    "moe_copy_experts": "copy_experts",
+    "moe_constant_experts": "constant_experts",
     "moe_losses": "moe_losses",
     "moe_block_wise_temperature": "moe_block_wise_temperature",
+    "moe_zero_computation_balance": "zero_computation_balance",
 }
 NORMALIZED = {"moe_normalize_top_k": "norm_topk_prob"}
 SCALED = {**NORMALIZED, "moe_router_topk_scaling_factor": "routed_scaling_factor"}
@@ -74,6 +79,7 @@ ROUTER_NAMES: dict[str, dict[str, str]] = {
     "expert_threshold": {},
     "document_pool": SCALED,
     "recurrent": {**SCALED, "moe_router_rnn_hidden_size": "router_rnn_hidden_size"},
+    "smoe_dropout": {"moe_router_eval_k": "num_experts_in_evaluation"},
 }
 EXPERT_NAMES: dict[str, dict[str, str]] = {
     "grouped": {},
@@ -200,7 +206,7 @@ def _moe_settings(source: Source) -> dict[str, Any]:
     if moe.moe_router_type == "topk":
         settings["norm_topk_prob"] = moe.moe_normalize_top_k or not moe.moe_router_pre_softmax
     if moe.moe_expert_type == "decomposed":
-        settings["decomposition_rank"] = moe.decomposition_rank(model.hidden_size)
+        settings["decomposition_rank"] = moe.decomposition_rank(moe.expert_model(model).hidden_size)
     return settings
 
 
@@ -226,6 +232,8 @@ def _moe_keys(config: Any) -> dict[str, Any]:
         keys |= {"moe_num_experts": None, "moe_num_experts_by_layer": counts}
     if keys["moe_losses"].keys().isdisjoint(TEMPERED_LOSSES):
         del keys["moe_block_wise_temperature"]
+    if "heterogeneous_load_balance" not in keys["moe_losses"]:
+        del keys["moe_zero_computation_balance"]
     return {key: value for key, value in keys.items() if value is not None}
 
 
@@ -323,6 +331,12 @@ def _mlp(model: ModelConfig, ours: str, theirs: str, width: int) -> Iterator[Ent
 
 def _experts_layer(model: ModelConfig, moe: MoEConfig, ours: str, theirs: str) -> Iterator[Entry]:
     yield from _router(moe, f"{ours}.router", f"{theirs}.gate")
+    if moe.moe_latent_size is not None:
+        for part in ("down", "up"):
+            yield Entry(f"{ours}.latent.{part}.weight", (f"{theirs}.latent.{part}.weight",))
+    if moe.moe_constant_experts:
+        for part in ("vector", "mixture.weight"):
+            yield Entry(f"{ours}.zero_computation.{part}", (f"{theirs}.zero_computation.{part}",))
     for name, their_name, count in _expert_weights(model, moe):
         yield _stacked(f"{ours}.experts.{name}", f"{theirs}.experts.{their_name}", count)
     for name in _matrices(model) if moe.moe_expert_bias else ():
@@ -347,6 +361,8 @@ def _router(moe: MoEConfig, ours: str, theirs: str) -> Iterator[Entry]:
     if moe.moe_router_type == "expert_threshold":
         yield Entry(f"{ours}.balance.threshold", (f"{theirs}.e_score_threshold",), exact=True)
         yield Entry(f"{ours}.balance.steps", (f"{theirs}.threshold_steps",), exact=True)
+    if moe.moe_router_type == "smoe_dropout":
+        yield Entry(f"{ours}.growth.k", (f"{theirs}.experts_per_token",), exact=True)
     if moe.moe_router_type == "recurrent":
         yield Entry(f"{ours}.into.weight", (f"{theirs}.into.weight",))
 
@@ -363,7 +379,7 @@ def _matrices(model: ModelConfig) -> tuple[str, ...]:
 
 def _expert_weights(model: ModelConfig, moe: MoEConfig) -> Iterator[tuple[str, str, tuple[int, int, int]]]:
     """(our name, their name, (matrices, rows, columns)) of everything that the experts have."""
-    experts, width, expert_width = moe.num_experts, model.hidden_size, moe.expert_width(model)
+    experts, width, expert_width = moe.num_experts, moe.expert_model(model).hidden_size, moe.expert_width(model)
     matrices = _matrices(model)
     if moe.moe_expert_type == "decomposed":
         rank = moe.decomposition_rank(width)

@@ -23,6 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "expert_threshold",
         "document_pool",
         "recurrent",
+        "smoe_dropout",
     ),
     "expert_type": ("grouped", "structmoe", "decomposed"),
     "lore_interaction": ("entangled", "standalone", "gated"),
@@ -112,6 +113,16 @@ class StructMoEConfig(PreTrainedConfig):
     """top_p: the chosen experts' probabilities sum to at least this."""
     router_rnn_hidden_size: int = 256
     """recurrent: width of what a router remembers of a token from layer to layer."""
+    num_experts_in_evaluation: int | None = None
+    """smoe_dropout: experts per token where the model does not train, at most num_experts_per_tok. None: the number that the weights hold."""
+    latent_size: int | None = None
+    """Width that experts read and write, between two projections around all experts of a layer. None: hidden_size."""
+    zero_experts: int = 0
+    """Experts that the router may choose and that give 0. `num_experts_by_layer` does not count them, nor the next two kinds."""
+    copy_experts: int = 0
+    """Experts that give their input."""
+    constant_experts: int = 0
+    """Experts that give a mixture of their input and a vector."""
     shared_expert_intermediate_size: int = 0
     """Width of the expert that every token uses; 0: none."""
     shared_expert_gate: bool = False
@@ -140,6 +151,8 @@ class StructMoEConfig(PreTrainedConfig):
     """Auxiliary losses and their coefficients; `LOSSES` and `JOINT` in moe_structmoe.py say which are computed."""
     moe_block_wise_temperature: float = 1.0
     """Of the loss block_wise_selection."""
+    zero_computation_balance: float = 0.75
+    """Of the loss heterogeneous_load_balance: the weight of zero, copy and constant experts."""
     router_aux_loss_coef: float | None = None
     """What `aux_loss` is multiplied by when it is added to the loss. None: `loss_unit`, so that each loss has its coefficient of `moe_losses`."""
 

@@ -135,8 +135,13 @@ class StructMoEPreTrainedModel(PreTrainedModel):
                     init.zeros_(weight)
                 else:
                     init.normal_(weight, mean=0.0, std=self.config.initializer_range)
-            for bias in module.buffers(recurse=False):
-                init.zeros_(bias)
+            for name, buffer in module.named_buffers(recurse=False):
+                if name == "experts_per_token":
+                    init.constant_(buffer, self.config.num_experts_per_tok)
+                elif name == "weight":
+                    init.normal_(buffer, mean=0.0, std=self.config.initializer_range)
+                else:
+                    init.zeros_(buffer)
 
 
 class StructMoEModel(StructMoEPreTrainedModel):

@@ -5,6 +5,7 @@ Shapes: B batch; S sequence; T = B*S tokens; D model width; E experts; K experts
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -39,6 +40,8 @@ class Decision(NamedTuple):
     """1 for tokens, 0 for padding."""
     temperature: float
     """Of block-wise selection."""
+    eta_E: Tensor
+    """What each expert counts in `heterogeneous_load_balance`."""
 
     def over_tokens(self, value_T: Tensor) -> Tensor:
         """The mean over the tokens that count."""
@@ -60,6 +63,7 @@ class StructMoERouter(nn.Module):
         self.num_experts, self.top_k = num_experts, config.num_experts_per_tok
         self.normalize, self.scale = config.norm_topk_prob, config.routed_scaling_factor
         self.jitter, self.temperature = config.router_jitter_noise, config.moe_block_wise_temperature
+        self.cheap, self.tau = config.zero_experts + config.copy_experts + config.constant_experts, config.zero_computation_balance
 
     def forward(self, x_TD: Tensor, memory_TP: Tensor | None = None) -> Routing:
         """The routing of each token. `memory_TP`: what the router of the layer below remembers, for routers that use it."""
@@ -95,7 +99,8 @@ class StructMoERouter(nn.Module):
         chosen_TE = F.one_hot(expert_TK, self.num_experts + 1).sum(1)[:, : self.num_experts].to(probability_TE.dtype)
         smallest = torch.finfo(probability_TE.dtype).tiny
         shares_TE = probability_TE / probability_TE.sum(-1, keepdim=True).clamp(min=smallest)
-        return Decision(logit_TE, shares_TE, chosen_TE, counts_BS, self.temperature)
+        eta_E = torch.where(torch.arange(self.num_experts, device=logit_TE.device) < self.num_experts - self.cheap, 1.0, self.tau)
+        return Decision(logit_TE, shares_TE, chosen_TE, counts_BS, self.temperature, eta_E.to(shares_TE))
 
 
 class SinkhornRouter(StructMoERouter):
@@ -259,6 +264,28 @@ class RecurrentRouter(StructMoERouter):
         return self.shared[0](F.linear(x_TD, self.into.weight.to(x_TD.dtype)), memory_TP)
 
 
+class SMoEDropoutRouter(StructMoERouter):
+    """A random router that is not trained (Chen et al., 2023); K places, of which as many are used as `experts_per_token` says."""
+
+    padded = True
+    experts_per_token: Tensor
+
+    def __init__(self, config: StructMoEConfig, num_experts: int) -> None:
+        super().__init__(config, num_experts)
+        shape = self.weight.shape
+        del self.weight
+        self.register_buffer("weight", torch.empty(shape))
+        self.register_buffer("experts_per_token", torch.tensor(config.num_experts_per_tok))
+        self.in_evaluation = config.num_experts_in_evaluation
+
+    def decide(self, logit_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """(expert_TK, weight_TK): a softmax over the chosen ones."""
+        chosen_TK, expert_TK = logit_TE.topk(self.top_k, dim=-1)
+        used = self.experts_per_token if self.training or self.in_evaluation is None else self.in_evaluation
+        unused_K = torch.arange(self.top_k, device=logit_TE.device) >= used
+        return expert_TK.masked_fill(unused_K, self.num_experts), chosen_TK.masked_fill(unused_K, -torch.inf).softmax(-1)
+
+
 ROUTERS: dict[str, type[StructMoERouter]] = {
     "topk": StructMoERouter,
     "sinkhorn": SinkhornRouter,
@@ -269,6 +296,7 @@ ROUTERS: dict[str, type[StructMoERouter]] = {
     "expert_threshold": ExpertThresholdRouter,
     "document_pool": StructMoERouter,  # the pools of documents belong to pre-training
     "recurrent": RecurrentRouter,
+    "smoe_dropout": SMoEDropoutRouter,
 }
 
 
@@ -323,13 +351,55 @@ class ResidualMLP(nn.Module):
         return experts_T[:, None] * y_TD + dense_T[:, None] * self.mlp(x_TD)
 
 
+# ---------------------------------------------------------------- around the experts
+
+
+class LatentProjection(nn.Module):
+    """Makes the hidden state narrower for all experts of a layer, and the sum of their results wide again."""
+
+    def __init__(self, config: StructMoEConfig, latent_size: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(config.hidden_size, latent_size, bias=False)
+        self.up = nn.Linear(latent_size, config.hidden_size, bias=False)
+
+
+class ZeroComputation(nn.Module):
+    """Zero, copy and constant experts, which need no matrix product (MoE++: Jin et al., 2024). Their numbers follow those of the others."""
+
+    def __init__(self, config: StructMoEConfig, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts, self.constants = num_experts, config.constant_experts
+        self.count = config.zero_experts + config.copy_experts + config.constant_experts
+        self.first_copy = num_experts + config.zero_experts
+        if self.constants:
+            self.mixture = ExactLinear(config.hidden_size, 2 * self.constants, bias=False)
+            self.vector = nn.Parameter(torch.empty(self.constants, config.hidden_size))
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """What these experts give, times the router's weights."""
+        table_TC = routing.weight_TK.new_zeros(len(x_TD), self.num_experts + self.count + 1)
+        weight_TC = table_TC.scatter_add(1, routing.expert_TK, routing.weight_TK)[:, self.first_copy : self.num_experts + self.count]
+        if not self.constants:
+            return weight_TC.sum(1, keepdim=True).to(x_TD.dtype) * x_TD
+        share_TJ2 = self.mixture(x_TD).unflatten(1, (-1, 2)).softmax(-1) * weight_TC[:, -self.constants :, None]
+        own_T = weight_TC[:, : -self.constants].sum(1) + share_TJ2[:, :, 0].sum(1)
+        return own_T[:, None].to(x_TD.dtype) * x_TD + share_TJ2[:, :, 1].to(x_TD.dtype) @ self.vector.to(x_TD.dtype)
+
+
 class StructMoESparseMoeBlock(nn.Module):
     """A mixture of experts: route, sort, compute, combine."""
 
     def __init__(self, config: StructMoEConfig, num_experts: int) -> None:
         super().__init__()
-        self.gate = ROUTERS[config.router_type](config, num_experts)
-        self.experts = build_experts(config, num_experts)
+        self.num_experts, inner = num_experts, config
+        choices = num_experts + config.zero_experts + config.copy_experts + config.constant_experts
+        self.gate = ROUTERS[config.router_type](config, choices)
+        self.latent = None if config.latent_size is None else LatentProjection(config, config.latent_size)
+        self.zero_computation = ZeroComputation(config, num_experts) if choices > num_experts else None
+        if config.latent_size is not None:
+            inner = copy.copy(config)
+            inner.hidden_size = config.latent_size
+        self.experts = build_experts(inner, num_experts)
         self.beside = nn.ModuleDict()
         if config.shared_expert_intermediate_size:
             self.beside["shared_expert"] = (GatedSharedExpert if config.shared_expert_gate else SharedExpert)(config)
@@ -340,8 +410,17 @@ class StructMoESparseMoeBlock(nn.Module):
         """(y_BSD, logit_TE, what the router of the next layer with experts gets)."""
         x_TD = x_BSD.flatten(0, 1)
         routing = self.gate(x_TD, memory_TP)
-        order = sort_by_group(routing.expert_TK, self.gate.num_experts, padded=self.gate.padded)
-        y_TD = combine(self.experts(x_TD.index_select(0, order.source_R), order.ends_G), order, routing.weight_TK)
+        z_TZ = x_TD if self.latent is None else self.latent.down(x_TD)
+        expert_TK, weight_TK, padded = routing.expert_TK, routing.weight_TK, self.gate.padded
+        if self.zero_computation is not None:
+            padded, weight_TK = True, weight_TK.masked_fill(expert_TK >= self.num_experts, 0.0)
+            expert_TK = expert_TK.clamp(max=self.num_experts)
+        order = sort_by_group(expert_TK, self.num_experts, padded=padded)
+        y_TD = combine(self.experts(z_TZ.index_select(0, order.source_R), order.ends_G), order, weight_TK)
+        if self.latent is not None:
+            y_TD = self.latent.up(y_TD)
+        if self.zero_computation is not None:
+            y_TD = y_TD + self.zero_computation(x_TD, routing)
         for part in self.beside.values():
             y_TD = part(x_TD, y_TD)
         return y_TD.view(x_BSD.shape), routing.logit_TE, routing.memory_TP
@@ -361,6 +440,14 @@ def sequence_load_balance_loss(decision: Decision) -> Tensor:
 def load_balance_loss(decision: Decision) -> Tensor:
     """The same over all tokens of the batch."""
     return sequence_load_balance_loss(decision._replace(counts_BS=decision.counts_BS.reshape(1, -1)))
+
+
+def heterogeneous_load_balance_loss(decision: Decision) -> Tensor:
+    """The same with tau times the weight for zero, copy and constant experts (MoE++, equation 7)."""
+    counts_T1 = decision.counts_BS.flatten()[:, None]
+    chosen_E, probability_E = ((part * counts_T1).sum(0) for part in (decision.chosen_TE, decision.probability_TE))
+    share_E = chosen_E / chosen_E.sum().clamp(min=1)
+    return len(share_E) * (decision.eta_E * share_E * probability_E / counts_T1.sum().clamp(min=1)).sum()
 
 
 def z_loss(decision: Decision) -> Tensor:
@@ -388,6 +475,7 @@ LOSSES: dict[str, Callable[[Decision], Tensor]] = {
     "load_balance": load_balance_loss,
     "global_load_balance": load_balance_loss,  # over the batch of this process alone
     "sequence_load_balance": sequence_load_balance_loss,
+    "heterogeneous_load_balance": heterogeneous_load_balance_loss,
     "z_loss": z_loss,
     "entropy": entropy_loss,
     "block_wise_selection": block_wise_selection_loss,

@@ -32,6 +32,7 @@ from megatron.kernels.decode import compiled
 from megatron.kernels.decode.interface import AS_IT_IS, Choice, Input, Linear, Matrix
 from megatron.model import GPT
 from megatron.model.layer import ParallelResidualLayer, ReorderedNormLayer, TiedParallelResidualLayer, TransformerLayer
+from megatron.model.moe.latent import LatentProjection
 from megatron.model.moe.layer import MoELayer
 from megatron.model.moe.routers.expert_choice import ExpertChoiceRouter
 from megatron.model.moe.shared import GatedSharedExpert, SharedExpert
@@ -129,6 +130,10 @@ class _Builder:
         return CompiledMLP(*(compiled.Linear(part) for part in mlp_parts(mlp, self.model, self.store, given)))
 
     def _experts(self, layer: MoELayer, given: Input) -> CompiledExperts:
+        if isinstance(layer.latent, LatentProjection):
+            raise NotServed("a latent projection around the experts")
+        if layer.zero_computation.count:
+            raise NotServed("zero, copy and constant experts")
         for beside in layer.beside:
             if type(beside) not in (SharedExpert, GatedSharedExpert):
                 raise NotServed(f"a {type(beside).__name__} beside the experts")

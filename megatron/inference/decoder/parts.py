@@ -24,6 +24,7 @@ from megatron.model.moe.experts.structmoe import BothEntangledGatedExperts, Gate
 from megatron.model.moe.routers.document_pool import DocumentPoolRouter
 from megatron.model.moe.routers.sigmoid import SigmoidRouter
 from megatron.model.moe.routers.sinkhorn import SinkhornRouter
+from megatron.model.moe.routers.smoe_dropout import SMoEDropoutRouter
 from megatron.model.moe.routers.topk import TopKRouter
 from megatron.model.norms import LayerNorm, RMSNorm
 from megatron.model.positions.rotary import rotary_table
@@ -88,6 +89,8 @@ def choice_part(router: nn.Module) -> Choice:
         return Choice(len(router.layer.weight), router.top_k, True, router.normalize, router.scale, router.balance.bias)
     if isinstance(router, DocumentPoolRouter):  # of all experts: `decodes_alone`
         return Choice(len(router.layer.weight), router.top_k, False, router.normalize, router.scale)
+    if isinstance(router, SMoEDropoutRouter):
+        return Choice(len(router.layer.weight), int(router.chosen), normalize=True)
     raise NotServed(f"the choice of a {type(router).__name__}")
 
 

@@ -24,8 +24,13 @@ class RouterLinear(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """logit_TE."""
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        return nn.functional.linear(x_TD.to(dtype), self.weight.to(dtype))
+        return logits(x_TD, self.weight)
+
+
+def logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """logit_TE = x W^T, in float32 (float64 for float64)."""
+    dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    return nn.functional.linear(x_TD.to(dtype), weight_ED.to(dtype))
 
 
 class Jitter(nn.Module):
