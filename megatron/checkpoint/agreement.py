@@ -33,6 +33,11 @@ FREE_KEYS = frozenset(
         "moe_losses",
         "moe_loss_ramp",
         "moe_block_wise_temperature",
+        "moe_router_quantile_balancing_ema",
+        "moe_router_threshold_decay",
+        "moe_min_document_expert_pool",
+        "moe_max_document_expert_pool",
+        "moe_eval_document_expert_pool",
         "kernel_backends",
     }
 )
