@@ -37,6 +37,11 @@ FREE_KEYS = frozenset(
         "moe_router_start_k",
         "moe_router_growth",
         "moe_router_eval_k",
+        "moe_router_quantile_balancing_ema",
+        "moe_router_threshold_decay",
+        "moe_min_document_expert_pool",
+        "moe_max_document_expert_pool",
+        "moe_eval_document_expert_pool",
         "kernel_backends",
     }
 )
