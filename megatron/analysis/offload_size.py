@@ -45,7 +45,7 @@ def _moved(config: NeoXConfig, offload: ExpertOffload) -> int:
     if offload.granularity == "expert":
         return count["experts"] + count["lores"]
     experts = sum(section.num_experts for section in moe.for_layers(config.model.num_layers).values())
-    return count["lores"] - experts * moe.moe_num_lores * config.model.hidden_size
+    return count["lores"] - experts * moe.moe_num_lores * moe.expert_model(config.model).hidden_size
 
 
 def _units(config: NeoXConfig, offload: ExpertOffload) -> int:

@@ -134,15 +134,17 @@ def _keys(config: NeoXConfig, active: bool) -> Iterator[tuple[str, int, int]]:
     """(key, least, most) of what may be changed."""
     model, moe = config.model, config.moe
     if moe.moe_expert_type == "structmoe":
-        width = model.hidden_size if moe.moe_lore_interaction == "standalone" else moe.expert_width(model)
-        largest = max(model.hidden_size, width)
+        seen = moe.expert_model(model).hidden_size
+        largest = max(seen, seen if moe.moe_lore_interaction == "standalone" else moe.expert_width(model))
         yield "moe_lore_rank", 1, largest if moe.moe_lore_routed else largest // moe.moe_num_lores
         if not (active and moe.moe_lore_routed):
             yield "moe_num_lores", moe.moe_lore_top_k, _MOST if moe.moe_lore_routed else largest // moe.moe_lore_rank
         if active and moe.moe_lore_routed:
             yield "moe_lore_top_k", 1, moe.moe_num_lores
     if moe.moe_expert_type == "decomposed":
-        yield "moe_decomposition_rank", 1, max(model.hidden_size, moe.expert_width(model))
+        yield "moe_decomposition_rank", 1, max(moe.expert_model(model).hidden_size, moe.expert_width(model))
+    if moe.moe_latent_size is not None:
+        yield "moe_latent_size", 1, model.hidden_size
     if not active and moe.moe_num_experts_by_layer is None:
         yield "moe_num_experts", max(2, moe.moe_top_k), _MOST
     elif active and moe.moe_router_type != "top_p":

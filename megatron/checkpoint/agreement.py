@@ -33,13 +33,30 @@ FREE_KEYS = frozenset(
         "moe_losses",
         "moe_loss_ramp",
         "moe_block_wise_temperature",
+        "moe_zero_computation_balance",
+        "moe_router_start_k",
+        "moe_router_growth",
+        "moe_router_eval_k",
+        "moe_router_quantile_balancing_ema",
+        "moe_router_threshold_decay",
+        "moe_min_document_expert_pool",
+        "moe_max_document_expert_pool",
+        "moe_eval_document_expert_pool",
         "kernel_backends",
     }
 )
 # What training further from the weights may change without changing a shape: how far apart positions are, and how far a token sees.
 POSITION_KEYS = frozenset({"max_position_embeddings", "rotary_emb_base", "rope_scaling", "sliding_window_width"})
 # Keys that earlier versions of this program did not have, and what their models were.
-LATER_KEYS = {"head_dim": None, "add_qkv_bias": False, "reordered_norm": False}
+LATER_KEYS = {
+    "head_dim": None,
+    "add_qkv_bias": False,
+    "reordered_norm": False,
+    "moe_latent_size": None,
+    "moe_zero_experts": 0,
+    "moe_copy_experts": 0,
+    "moe_constant_experts": 0,
+}
 LENGTH_KEY = "max_position_embeddings"
 WITH_A_TABLE = "learned"
 """The `pos_emb` that has a row of weights for each position; all others compute what they need for any number of positions."""

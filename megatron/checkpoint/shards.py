@@ -67,7 +67,7 @@ def linear1_parts(state: State, name: str) -> list[int]:
 
 RULES = (
     Rule(r"\.experts\..+", dim=0),
-    Rule(r"\.router\..+|\.beside\.\d+\.(gate|coefficient)\..+", dim=None),
+    Rule(r"\.router\..+|\.latent\..+|\.zero_computation\..+|\.beside\.\d+\.(gate|coefficient)\..+", dim=None),
     Rule(r"\.word_embeddings\.weight|\.final_linear\.(weight|bias)", dim=0),
     Rule(r"\.position_embeddings\.weight", dim=None),
     Rule(r"norm\.(weight|bias|scale|g)", dim=None),

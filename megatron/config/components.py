@@ -17,6 +17,11 @@ ROUTERS: dict[str, Any] = {
     "sigmoid": "megatron.model.moe.routers.sigmoid:SigmoidRouter",
     "top_p": "megatron.model.moe.routers.top_p:TopPRouter",
     "expert_choice": "megatron.model.moe.routers.expert_choice:ExpertChoiceRouter",
+    "quantile_balancing": "megatron.model.moe.routers.quantile_balancing:QuantileBalancingRouter",
+    "expert_threshold": "megatron.model.moe.routers.expert_threshold:ExpertThresholdRouter",
+    "document_pool": "megatron.model.moe.routers.document_pool:DocumentPoolRouter",
+    "recurrent": "megatron.model.moe.routers.recurrent:RecurrentRouter",
+    "smoe_dropout": "megatron.model.moe.routers.smoe_dropout:SMoEDropoutRouter",
 }
 EXPERTS: dict[str, Any] = {
     "grouped": "megatron.model.moe.experts.grouped:GroupedExperts",
@@ -31,6 +36,7 @@ LOSSES: dict[str, Any] = {
     "load_balance": "megatron.model.moe.losses.load_balance:load_balance_loss",
     "sequence_load_balance": "megatron.model.moe.losses.load_balance:sequence_load_balance_loss",
     "global_load_balance": "megatron.model.moe.losses.load_balance:global_load_balance_loss",
+    "heterogeneous_load_balance": "megatron.model.moe.losses.heterogeneous_load_balance:heterogeneous_load_balance_loss",
     "joint_load_balance": "megatron.model.moe.losses.load_balance:joint_load_balance_loss",
     "block_wise_selection": "megatron.model.moe.losses.block_wise_selection:block_wise_selection_loss",
     "neighbour_selection": "megatron.model.moe.losses.neighbour_selection:neighbour_selection_loss",

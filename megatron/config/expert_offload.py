@@ -106,6 +106,10 @@ def offload_problems(offload: ExpertOffload, moe: MoEConfig, *, validates: bool)
         return
     if moe.dispatcher == "library":
         yield Problem((key, "kernel_backends.experts"), "needs experts that are computed one by one; remove experts from kernel_backends")
+    if offload.prefetch and moe.moe_latent_size is not None:
+        yield Problem(
+            (f"{key}.prefetch", "moe_latent_size"), "asks the next router with what the experts read, and latent experts do not read the hidden state"
+        )
     if offload.policy == "belady" and validates:
         keys = (f"{key}.policy", "checkpoint_validation_with_forward_pass")
         yield Problem(

@@ -17,6 +17,10 @@ class ExpertOptions(RouterOptions):
     moe_ffn_hidden_size: PositiveInt | None = None
     """Hidden width of one expert, before `moe_expert_segments` divides it (Megatron-LM's key). None: `ffn_hidden_size` or `intermediate_size` as
     given. If neither is given: 4 * hidden_size, rounded up to a multiple of 256 (NeoX)."""
+    moe_latent_size: PositiveInt | None = None
+    """Latent MoE (Megatron-Core's key): width of the experts' input and output. One projection for all experts of a layer makes the hidden state
+    narrower before they read it, and another one makes the sum of their results as wide as the hidden state again. Router and shared expert read the
+    whole hidden state. None: experts read the hidden state."""
     moe_expert_bias: bool = False
     """Whether the projections of the experts have biases (Megatron-LM's add_bias_linear, for experts only). For dense MLPs see `use_bias_in_mlp`."""
     kernel_backends: dict[str, str] = {}

@@ -10,8 +10,19 @@ from megatron.config import experts, routers
 from megatron.config.components import EXPERTS, LOSSES, ROUTERS, UnknownComponent, check_known
 from megatron.config.experts import DecomposedOptions, LoreOptions
 from megatron.config.model import ModelConfig
-from megatron.config.routers import SigmoidOptions, TopKOptions, TopPOptions
+from megatron.config.routers import (
+    DocumentPoolOptions,
+    ExpertThresholdOptions,
+    QuantileBalancingOptions,
+    RecurrentOptions,
+    SigmoidOptions,
+    SMoEDropoutOptions,
+    TopKOptions,
+    TopPOptions,
+)
 from megatron.config.section import NaturalInt, PositiveFloat, PositiveInt, Problem
+from megatron.config.zero_computation import KEYS as ZERO_COMPUTATION_KEYS
+from megatron.config.zero_computation import ZeroComputationOptions
 
 NEED_EXPERTS = (
     "moe_expert_type",
@@ -20,6 +31,8 @@ NEED_EXPERTS = (
     "moe_use_residual",
     "moe_num_shared_experts",
     "moe_shared_expert_intermediate_size",
+    "moe_latent_size",
+    *ZERO_COMPUTATION_KEYS,
 )
 """Keys that say something of MoE layers, where there must be one."""
 
@@ -30,7 +43,19 @@ MEGABLOCKS_BLOCK = 128
 """MegaBlocks 0.10 takes the logarithm of all experts' columns, in blocks of this many, and fails where there is no whole block."""
 
 
-class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, TopKOptions):
+class MoEConfig(
+    DecomposedOptions,
+    LoreOptions,
+    SMoEDropoutOptions,
+    RecurrentOptions,
+    DocumentPoolOptions,
+    ExpertThresholdOptions,
+    QuantileBalancingOptions,
+    TopPOptions,
+    SigmoidOptions,
+    TopKOptions,
+    ZeroComputationOptions,
+):
     moe_num_experts_by_layer: list[PositiveInt] | None = None
     """Number of experts in each MoE layer, from the first MoE layer to the last (PR-MoE). None: every MoE layer has `moe_num_experts`."""
     moe_expert_interval: PositiveInt = 1
@@ -70,6 +95,11 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
         return self.moe_num_experts > 1 or self.moe_num_experts_by_layer is not None
 
     @property
+    def asks_for_documents(self) -> bool:
+        """Whether the router looks at which document a token is from."""
+        return self.has_experts and self.moe_router_type in routers.NUMBER_DOCUMENTS
+
+    @property
     def expert_counts(self) -> list[int]:
         """`num_experts` of the layers, each number that occurs at least once."""
         return [count * self.moe_expert_segments for count in self.moe_num_experts_by_layer or [self.moe_num_experts]]
@@ -102,6 +132,19 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
         whole = self.moe_ffn_hidden_size or model.ffn_hidden_size or model.mlp_size or -(-4 * model.hidden_size // 256) * 256
         return whole // self.moe_expert_segments
 
+    def expert_model(self, model: ModelConfig) -> ModelConfig:
+        """The model as its experts see it: `hidden_size` is the width that they read and write (`moe_latent_size`)."""
+        if self.moe_latent_size is None:
+            return model
+        width = self.expert_width(model) * self.moe_expert_segments
+        return model.model_copy(update={"hidden_size": self.moe_latent_size, "ffn_hidden_size": width})
+
+    def for_router(self) -> MoEConfig:
+        """This layer's section for its router, which chooses among all experts alike, those without a matrix product included."""
+        if not self.num_zero_computation:
+            return self
+        return self.model_copy(update={"moe_num_experts": self.num_choices, "moe_expert_segments": 1, "moe_top_k": self.top_k})
+
     def shared_width(self, model: ModelConfig) -> int:
         """Hidden width of the shared expert; 0 where there is none."""
         return self.moe_shared_expert_intermediate_size or self.moe_num_shared_experts * self.expert_width(model)
@@ -126,13 +169,15 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
                 yield key, "has no effect with moe_lore_routed: false, because then no router chooses LoREs"
         if "moe_block_wise_temperature" in self.model_fields_set and self.moe_losses.keys().isdisjoint(TEMPERED_LOSSES):
             yield "moe_block_wise_temperature", f"has no effect, because moe_losses does not name {' or '.join(TEMPERED_LOSSES)}"
+        if "moe_zero_computation_balance" in self.model_fields_set and "heterogeneous_load_balance" not in self.moe_losses:
+            yield "moe_zero_computation_balance", "has no effect, because moe_losses does not name heterogeneous_load_balance"
         if self.moe_router_type == "top_p" and "moe_top_k" in self.model_fields_set:
             yield "moe_top_k", "has no effect with moe_router_type top_p; this router chooses the number of experts itself"
         yield from self._weights_of_one()
 
     def _weights_of_one(self) -> Iterator[tuple[str, str]]:
         """Settings that leave a router nothing to learn from: the one weight of a token divided by itself."""
-        if self.top_k == 1 and self.moe_router_type in ("topk", "sigmoid"):
+        if self.top_k == 1 and self.moe_router_type in ("topk", "sigmoid", "quantile_balancing", "document_pool", "recurrent"):
             says = "makes the weight of every chosen expert 1 when moe_top_k is 1; the router then learns from moe_losses only"
             if self.moe_normalize_top_k:
                 yield "moe_normalize_top_k", says
@@ -145,7 +190,7 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
             )
 
     def check(self) -> Iterator[Problem]:
-        for options in (LoreOptions, DecomposedOptions, SigmoidOptions):
+        for options in (LoreOptions, DecomposedOptions, SigmoidOptions, SMoEDropoutOptions, ZeroComputationOptions):
             yield from options.check(self)
         yield from self._count_problems()
         yield from self._placement_problems()
@@ -200,6 +245,10 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
                 yield Problem((f"moe_losses.{name}",), "must be 0 or more")
         if "joint_load_balance" in self.moe_losses and len(set(self.expert_counts)) > 1:
             yield Problem(("moe_losses.joint_load_balance", "moe_num_experts_by_layer"), "needs the same number of experts in all layers")
+        if self.has_experts and self.moe_router_type == "quantile_balancing":
+            yield from self.choice_problems()
+        if self.has_experts and self.moe_router_type == "document_pool":
+            yield from self.pool_problems()
         yield from self._ramp_problems()
         if "lore_balance" in self.moe_losses and not (self.moe_expert_type == "structmoe" and self.moe_lore_routed):
             yield Problem(("moe_losses.lore_balance", "moe_expert_type"), "needs moe_expert_type: structmoe with routed LoREs")
@@ -223,9 +272,12 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
             yield Problem((key, "moe_expert_type"), f"computes moe_expert_type: grouped only, and it is {self.moe_expert_type}; {instead}")
         if self.moe_expert_bias:
             yield Problem((key, "moe_expert_bias"), f"computes experts without biases only; {instead}, or write moe_expert_bias: false")
-        if self.moe_router_type in ("top_p", "expert_choice"):
+        if self.moe_router_type in routers.VARYING:
             says = "needs the same number of experts for every token, and moe_router_type"
             yield Problem((key, "moe_router_type"), f"{says} {self.moe_router_type} chooses it by token; {instead}")
+        if self.num_zero_computation:
+            named = next(name for name in ZERO_COMPUTATION_KEYS if getattr(self, name))
+            yield Problem((key, named), f"needs the same number of experts with weights for every token; {instead}, or remove {named}")
 
     def _layer_problems(self, num_layers: int) -> Iterator[Problem]:
         numbers = self.moe_layer_numbers(num_layers)
@@ -237,6 +289,11 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
             yield Problem(("moe_num_experts_by_layer",), f"must have one number for each of the {len(numbers)} layers with experts")
 
     def _width_problems(self, model: ModelConfig) -> Iterator[Problem]:
+        if self.moe_latent_size is not None and self.moe_latent_size > model.hidden_size:
+            yield Problem(
+                ("moe_latent_size", "hidden_size"), f"must be at most hidden_size ({model.hidden_size}); a larger one makes nothing cheaper"
+            )
+        seen = self.expert_model(model)
         width, whole = self.expert_width(model), self.model_copy(update={"moe_expert_segments": 1}).expert_width(model)
         if whole % self.moe_expert_segments:
             yield Problem(("moe_expert_segments", "moe_ffn_hidden_size", "ffn_hidden_size"), f"must divide the expert width ({whole})")
@@ -244,14 +301,14 @@ class MoEConfig(DecomposedOptions, LoreOptions, TopPOptions, SigmoidOptions, Top
             sizes = f"{min(self.expert_counts)} experts of width {width}"
             yield Problem(("kernel_backends.experts", "moe_ffn_hidden_size"), f"needs {MEGABLOCKS_BLOCK} columns in all experts; {sizes} are fewer")
         if self.moe_expert_type == "structmoe":
-            yield from self._lore_rank_problems(model, width)
+            yield from self._lore_rank_problems(seen, width)
             if self.moe_lore_projection != "up" and not model.is_gated:
                 yield Problem(("moe_lore_projection", "activation"), f"needs a gated activation such as swiglu; {model.activation} has no gate")
             if self.moe_lore_interaction == "gated" and model.is_gated:
                 yield Problem(("moe_lore_interaction", "activation"), f"needs an activation without a gate; {model.activation} has a gate")
-        if self.moe_expert_type == "decomposed" and self.decomposition_rank(model.hidden_size) > max(model.hidden_size, width):
+        if self.moe_expert_type == "decomposed" and self.decomposition_rank(seen.hidden_size) > max(seen.hidden_size, width):
             yield Problem(
-                ("moe_decomposition_rank", "hidden_size"), f"must be at most the larger width of the matrix ({max(model.hidden_size, width)})"
+                ("moe_decomposition_rank", "hidden_size"), f"must be at most the larger width of the matrix ({max(seen.hidden_size, width)})"
             )
 
     def _lore_rank_problems(self, model: ModelConfig, width: int) -> Iterator[Problem]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from megatron.config.model import ModelConfig
 from megatron.config.moe import MoEConfig
 from megatron.config.parallel import ParallelConfig
+from megatron.config.routers import VARYING
 from megatron.config.section import Problem
 
 DEEP_EP_WIDTH = 256
@@ -37,6 +38,6 @@ def _dispatch_problems(parallel: ParallelConfig, model: ModelConfig, moe: MoECon
         return
     if model.hidden_size % DEEP_EP_WIDTH:
         yield Problem((key, "hidden_size"), f"needs a hidden_size that {DEEP_EP_WIDTH} divides, and it is {model.hidden_size}; {instead}")
-    most, why = (max(moe.expert_counts), "moe_num_experts") if moe.moe_router_type in ("top_p", "expert_choice") else (moe.top_k, "moe_top_k")
+    most, why = (max(moe.expert_counts), "moe_num_experts") if moe.moe_router_type in VARYING else (moe.top_k, "moe_top_k")
     if most > DEEP_EP_CHOICES:
         yield Problem((key, why), f"sends a token to {DEEP_EP_CHOICES} experts at most, and here it may have {most}; {instead}")

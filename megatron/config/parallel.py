@@ -88,6 +88,9 @@ def division_problems(parallel: ParallelConfig, model: ModelConfig, moe: MoEConf
     layout = parallel.layout
     if layout.pipe > 1:
         yield from _pipeline_problems(parallel, model, zero_stage)
+        if moe.has_experts and moe.moe_router_type == "recurrent":
+            says = "must be 0 or 1 with moe_router_type recurrent: its GRU is one set of weights for all layers, and a stage has only some of them"
+            yield Problem(("pipe_parallel_size", "moe_router_type"), says)
     if layout.tensor > 1:
         yield from _tensor_problems(layout.tensor, model, moe)
         if parallel.sequence_parallel and model.seq_length % layout.tensor:

@@ -73,7 +73,7 @@ def count_parameters(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int)
         "mlp": (model.num_layers - len(moe_layers)) * _mlp(model) + sum(_beside(model, layer) for layer in moe_layers),
         "experts": sum(layer.num_experts * _expert(model, layer) for layer in moe_layers),
         "lores": sum(layer.num_experts * _lores(model, layer, active=False) for layer in moe_layers),
-        "routers": sum(layer.num_experts * model.hidden_size for layer in moe_layers),
+        "routers": sum(_router(model, layer) for layer in moe_layers) + (_router_cell(moe_layers[0]) if moe_layers else 0),
         "head": padded_vocab_size * model.hidden_size if model.no_weight_tying else 0,
     }
     active = total | {
@@ -112,7 +112,7 @@ def forward_flops(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int) ->
         "mlp": 2 * (model.num_layers - len(moe_layers)) * _mlp_matrices(model),
         "experts": 2 * (active["experts"] + active["lores"] - biases),
         "beside": 2 * sum(_beside(model, layer, biases=False) for layer in moe_layers),
-        "routers": 2 * active["routers"],
+        "routers": 2 * sum(_router(model, layer) + _router_cell(layer, biases=False) for layer in moe_layers),
         "head": 2 * padded_vocab_size * model.hidden_size,
     }
 
@@ -207,13 +207,32 @@ def _mlp(model: ModelConfig, width: int | None = None) -> int:
 
 
 def _beside(model: ModelConfig, moe: MoEConfig, *, biases: bool = True) -> int:
-    """Of what stands beside the experts of a layer: the shared expert and the residual MLP, with what weighs them."""
-    count, mlp = 0, _mlp if biases else _mlp_matrices
+    """Of what every token of a layer meets beside the experts: the shared expert and the residual MLP, with what weighs them, the two projections of
+    latent MoE, and constant experts (a vector, and two rows that weigh it)."""
+    count, mlp = (
+        2 * model.hidden_size * (moe.moe_latent_size or 0) + 3 * model.hidden_size * moe.moe_constant_experts,
+        _mlp if biases else _mlp_matrices,
+    )
     if width := moe.shared_width(model):
         count += mlp(model, width) + (model.hidden_size if moe.moe_shared_expert_gate else 0)
     if moe.moe_use_residual:
         count += mlp(model) + 2 * (model.hidden_size + biases)
     return count
+
+
+def _router(model: ModelConfig, moe: MoEConfig) -> int:
+    """Trained weights of one layer's router, without what it shares with those of other layers. Those of `smoe_dropout` are not trained."""
+    if moe.moe_router_type == "recurrent":
+        return moe.moe_router_rnn_hidden_size * (model.hidden_size + moe.num_choices)
+    return 0 if moe.moe_router_type == "smoe_dropout" else moe.num_choices * model.hidden_size
+
+
+def _router_cell(moe: MoEConfig, *, biases: bool = True) -> int:
+    """Of the GRU that the recurrent routers of all layers share."""
+    if moe.moe_router_type != "recurrent":
+        return 0
+    width = moe.moe_router_rnn_hidden_size
+    return 6 * width * width + (7 * width if biases else 0)
 
 
 def _active_experts(moe: MoEConfig) -> int:
@@ -222,26 +241,28 @@ def _active_experts(moe: MoEConfig) -> int:
 
 
 def _expert(model: ModelConfig, moe: MoEConfig) -> int:
-    width = moe.expert_width(model)
+    width, seen = moe.expert_width(model), moe.expert_model(model).hidden_size
     if moe.moe_expert_type == "decomposed":
-        matrices = _projections(model) * moe.decomposition_rank(model.hidden_size) * (model.hidden_size + width)
+        matrices = _projections(model) * moe.decomposition_rank(seen) * (seen + width)
     else:
-        matrices = _projections(model) * model.hidden_size * width
+        matrices = _projections(model) * seen * width
     return matrices + _expert_biases(model, moe)
 
 
 def _expert_biases(model: ModelConfig, moe: MoEConfig) -> int:
     """Of one expert."""
-    return (_projections(model) - 1) * moe.expert_width(model) + model.hidden_size if moe.moe_expert_bias else 0
+    seen = moe.expert_model(model).hidden_size
+    return (_projections(model) - 1) * moe.expert_width(model) + seen if moe.moe_expert_bias else 0
 
 
 def _lores(model: ModelConfig, moe: MoEConfig, *, active: bool) -> int:
     """Of the LoREs of one expert and their router: all, or those that one row uses."""
     if moe.moe_expert_type != "structmoe":
         return 0
-    width_out = model.hidden_size if moe.moe_lore_interaction == "standalone" else moe.expert_width(model)
+    seen = moe.expert_model(model).hidden_size
+    width_out = seen if moe.moe_lore_interaction == "standalone" else moe.expert_width(model)
     pairs = 2 if moe.moe_lore_projection == "both" else 1
-    one = pairs * moe.moe_lore_rank * (model.hidden_size + width_out)
+    one = pairs * moe.moe_lore_rank * (seen + width_out)
     if not moe.moe_lore_routed:
         return moe.moe_num_lores * one
-    return (moe.moe_lore_top_k if active else moe.moe_num_lores) * one + moe.moe_num_lores * model.hidden_size
+    return (moe.moe_lore_top_k if active else moe.moe_num_lores) * one + moe.moe_num_lores * seen

@@ -31,9 +31,11 @@ from megatron.model import build_model
 from megatron.model.moe.layer import MoELayer
 
 LINEAR = re.compile(r"sequential\.(\d+)\.mlp\.(linear[12]\.(?:weight|bias))")
-EXACT_ROUTERS = ("topk normalized", "sigmoid", "top_p")
+CHOOSING_K = ("topk", "sigmoid", "quantile_balancing", "document_pool", "recurrent")
+"""Routers that give every token its K best experts and may scale their weights."""
+EXACT_ROUTERS = ("topk normalized", "top_p", *CHOOSING_K[1:])
 BALANCE = ("load_balance", "global_load_balance", "sequence_load_balance")
-BALANCED_ROUTERS = ("sigmoid", "sinkhorn", "expert_choice")
+BALANCED_ROUTERS = ("sigmoid", "sinkhorn", "expert_choice", "quantile_balancing", "expert_threshold")
 """Routers that keep the load even without a loss."""
 
 
@@ -131,7 +133,13 @@ def upcycle(dense: Source, changes: Mapping[str, Any], keys: Mapping[str, Any]) 
             structmoe and moe.moe_lore_interaction == "gated",
             "moe_lore_interaction gated: LoREs start with B = 0, and the output would be multiplied by zero",
         ),
-        (moe.moe_router_type == "expert_choice" and not whole, "moe_router_type expert_choice: some tokens would have no expert"),
+        (moe.moe_latent_size is not None, "moe_latent_size: experts are narrower than the hidden state, and an MLP is not"),
+        (moe.num_zero_computation > 0, "moe_zero_experts, moe_copy_experts, moe_constant_experts: some tokens would not meet their MLP"),
+        (moe.moe_router_type == "smoe_dropout" and not whole, "moe_router_type smoe_dropout: its experts have to differ, because it does not learn"),
+        (
+            moe.moe_router_type in ("expert_choice", "expert_threshold") and not whole,
+            f"moe_router_type {moe.moe_router_type}: some tokens would have no expert",
+        ),
     ]
     problem = next((sentence for wrong, sentence in problems if wrong), None) or _widths_problem(config.model, moe)
     if problem:
@@ -183,7 +191,7 @@ def _notices(moe: MoEConfig, *, exact: bool) -> Iterator[str]:
 
 
 def _sums_to_one(moe: MoEConfig) -> bool:
-    kind, scaled = router_kind(moe), moe.moe_router_type in ("topk", "sigmoid") and moe.moe_router_topk_scaling_factor != 1.0
+    kind, scaled = router_kind(moe), moe.moe_router_type in CHOOSING_K and moe.moe_router_topk_scaling_factor != 1.0
     return not scaled and kind in EXACT_ROUTERS and (kind == "topk normalized" or moe.moe_normalize_top_k)
 
 
@@ -191,7 +199,7 @@ def _segments_stay_together(moe: MoEConfig) -> bool:
     """Whether the segments of one expert, whose routers are equal, are always chosen together."""
     groups = moe.moe_router_num_groups if moe.moe_router_type == "sigmoid" else None
     whole_groups = all(count // moe.moe_expert_segments % (groups or 1) == 0 for count in moe.expert_counts)
-    return moe.moe_expert_segments == 1 or (moe.moe_router_type in ("topk", "sigmoid") and whole_groups)
+    return moe.moe_expert_segments == 1 or (moe.moe_router_type in CHOOSING_K and whole_groups)
 
 
 # ---------------------------------------------------------------- weights
@@ -251,4 +259,4 @@ def fresh_weights(mlp: nn.Module, division: Division, like: Tensor) -> Iterator[
             tensor = torch.zeros_like(tensor)
         elif name == "router.layer.weight":
             tensor = tensor[::segments].repeat_interleave(segments, dim=0)
-        yield name, tensor if name.endswith("balance.bias") else tensor.to(like.dtype)
+        yield name, tensor if ".balance." in name else tensor.to(like.dtype)

@@ -72,16 +72,19 @@ class SampleOrder:
     samples_at_once: int
 
 
-def build_data(data: DataConfig, *, seq_length: int, plan: SamplePlan, seed: int, vocab_size: int | None = None) -> Datasets:
+def build_data(
+    data: DataConfig, *, seq_length: int, plan: SamplePlan, seed: int, vocab_size: int | None = None, number_documents: bool = False
+) -> Datasets:
     """The data sets of a config: `data_path` cut by `split`, or train/valid/test_data_paths blended by weight.
 
-    With `vocab_size`, every file's token ids are checked against it. Raises DatasetError for anything wrong with the data.
+    With `vocab_size`, every file's token ids are checked against it. `number_documents`: samples hold the number of each token's document, also if
+    `data` does not ask for it. Raises DatasetError for anything wrong with the data.
     """
     order = SampleOrder(
         seq_length=seq_length, seed=seed, pack_impl=data.pack_impl, allow_chopped=data.allow_chopped, samples_at_once=plan.samples_at_once
     )
     if data.data_path is not None:
-        return build_from_split(open_source(data.data_path, None, data, vocab_size), data.split, plan, order)
+        return build_from_split(open_source(data.data_path, None, data, vocab_size, number_documents=number_documents), data.split, plan, order)
     if not data.train_data_paths:
         raise DatasetError(
             "no training data: set data_path, or train_data_paths (and valid_data_paths, test_data_paths); `python prepare_data.py` makes some"
@@ -94,7 +97,8 @@ def build_data(data: DataConfig, *, seq_length: int, plan: SamplePlan, seed: int
             built.append(None)
             continue
         weights = check_weights(getattr(data, f"{name}_data_weights"), paths, name)
-        sources = [open_source(path, label, data, vocab_size) for path, label in zip(paths, labels or [None] * len(paths), strict=True)]
+        pairs = zip(paths, labels or [None] * len(paths), strict=True)
+        sources = [open_source(path, label, data, vocab_size, number_documents=number_documents) for path, label in pairs]
         if data.weight_by_num_documents:
             weights = weights_by_documents([len(source.tokens) for source in sources], data.weighted_sampler_alpha)
             logger.info("%s data by numbers of documents: weights %s.", name, ", ".join(f"{weight:.4f}" for weight in weights))
@@ -103,7 +107,7 @@ def build_data(data: DataConfig, *, seq_length: int, plan: SamplePlan, seed: int
     return Datasets(*built)
 
 
-def open_source(path: str, label_path: str | None, data: DataConfig, vocab_size: int | None) -> Source:
+def open_source(path: str, label_path: str | None, data: DataConfig, vocab_size: int | None, *, number_documents: bool = False) -> Source:
     """The token file and its label file, if one is given. Raises DatasetError if the two do not match."""
     tokens = IndexedDataset(path)
     if vocab_size is not None:
@@ -115,7 +119,7 @@ def open_source(path: str, label_path: str | None, data: DataConfig, vocab_size:
     if data.mmap_warmup:
         for file in filter(None, (tokens, labels)):
             file.warm_up()
-    return Source(tokens, labels, number_documents=data.reset_attention_mask or data.reset_position_ids)
+    return Source(tokens, labels, number_documents=number_documents or data.reset_attention_mask or data.reset_position_ids)
 
 
 def build_from_split(source: Source, split: str, plan: SamplePlan, order: SampleOrder) -> Datasets:

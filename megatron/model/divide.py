@@ -172,6 +172,8 @@ class Divider:
                 module.width //= self.groups.tensor.size
         if self.groups.tensor.size > 1:
             parts |= {parameter: Part(self._everywhere(parameter)) for parameter in layer.router.parameters()}
+            for around in (layer.latent, layer.zero_computation):  # each process has a part of what goes through them
+                parts |= {parameter: Part(self._everywhere(parameter), summed=True) for parameter in around.parameters()}
             for beside in layer.beside:
                 parts |= self._beside(beside)
         return parts

@@ -1,6 +1,7 @@
 """The language model: a list of layers under NeoX's names, so that its state dictionary is NeoX's on-disk layout without pipelining.
 
-Shapes: B batch; S sequence; D model width; V padded vocabulary; A auxiliary losses; X MoE layers; E experts.
+Shapes: B batch; S sequence; D model width; V padded vocabulary; A auxiliary losses; X MoE layers; E experts;
+C counts of scores.
 
     sequential.0            embedding            sequential.{L+3}    final norm
     sequential.2 to L+1     transformer layers   sequential.{L+4}    head, where it is not tied to the embedding
@@ -9,7 +10,7 @@ Shapes: B batch; S sequence; D model width; V padded vocabulary; A auxiliary los
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from megatron.model.initialization import Initializer, build_initializer
 from megatron.model.layer import TransformerLayer, build_layer
 from megatron.model.moe.layer import STATISTICS, MoELayer
 from megatron.model.moe.routing import Decision
+from megatron.model.moe.surroundings import Documents, documents_of
 from megatron.model.norms import build_norm
 from megatron.model.positions import Places, positions_in_documents
 from megatron.model.positions.rpe import RelativePositions
@@ -53,6 +55,8 @@ class GPTOutput(NamedTuple):
     """Auxiliary losses, loads and statistics of each MoE layer."""
     token_loss_BS: Tensor | None
     """Cross entropy of each token, without mask and gradient; None without labels."""
+    scores_XC: Tensor | None = None
+    """int64: what `GPT.update_balance` needs beside the load. None: no router of this model counts scores."""
 
     @property
     def aux_losses_A(self) -> Tensor:
@@ -91,10 +95,11 @@ class GPT(nn.Module):
         sections = moe.for_layers(model.num_layers)
         self.is_first, self.is_last = span is None or 0 in span, span is None or model.num_layers + 4 in span
         parts: dict[str, nn.Module] = {}
-        num_lores = 0
+        num_lores = self.scores_width = 0
         for number, part in draw_parts(model, moe, padded_vocab_size, init):
             if isinstance(part, TransformerLayer) and isinstance(part.mlp, MoELayer):
                 num_lores = max(num_lores, getattr(part.mlp.experts, "num_lores", 0))
+                self.scores_width = max(self.scores_width, part.mlp.scores_width)
             if span is None or number in span or (number == 0 and self.is_last and not model.no_weight_tying):
                 if span is not None and number not in span and hasattr(part, "position_embeddings"):
                     del part.position_embeddings  # the head is tied to the words alone
@@ -107,13 +112,15 @@ class GPT(nn.Module):
         """MoE layers of the whole model."""
         self.moe_rows_before = 0 if span is None else sum(FIRST_LAYER + i < span.start for i in sections)
         """MoE layers before those that this process keeps."""
-        num_experts = max((section.num_experts for section in sections.values()), default=0)
+        num_experts = max((section.num_choices for section in sections.values()), default=0)
         self.wants_earlier_load = "global_load_balance" in moe.moe_losses
         """Whether a loss looks at the step's earlier micro-batches."""
         self.report_widths = (len(self.coefficients), num_experts, num_lores, len(STATISTICS))
         self.loss_backend = moe.kernel_backends.get("linear_cross_entropy", "auto")
         self.recompute_layers, self.kept_inputs = 0, AS_THEY_ARE
         self.separate_attention = self.separate_positions = False
+        self.wants_documents = any(getattr(module, "wants_documents", False) for module in self.modules())
+        """Whether a router looks at the documents of the tokens."""
 
     @property
     def layers(self) -> list[TransformerLayer]:
@@ -129,13 +136,24 @@ class GPT(nn.Module):
         """The report of the whole model's MoE layers for no tokens, on the CPU."""
         return LayerState.start(torch.empty(0), widths=self.report_widths, rows=self.moe_rows).report
 
-    def update_balance(self, expert_load_XE: Tensor) -> None:
-        """After a step, changes the biases that balance the load of the routers. `expert_load_XE`: the load of the whole step, over all processes."""
+    def update_balance(self, expert_load_XE: Tensor, scores_XC: Tensor | None = None) -> None:
+        """After a step, changes the biases and thresholds that balance the load of the routers.
+
+        `expert_load_XE`, `scores_XC`: those of the whole step, over all processes. None: no router counts its scores.
+        """
         moe_layers = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoELayer)]
-        own_XE = expert_load_XE[self.moe_rows_before : self.moe_rows_before + len(moe_layers)]
-        for moe, load_E in zip(moe_layers, own_XE, strict=True):
-            if (balance := getattr(moe.router, "balance", None)) is not None:
-                balance.update(load_E[: moe.context.num_experts])
+        for row, moe in enumerate(moe_layers, self.moe_rows_before):
+            balance: Any = getattr(moe.router, "balance", None)
+            if moe.scores_width and scores_XC is not None:
+                balance.update_from_scores(scores_XC[row, : moe.scores_width])
+            elif balance is not None and not moe.scores_width:
+                balance.update(expert_load_XE[row, : moe.context.num_experts])
+
+    def grow(self, done: float) -> None:
+        """Sets what grows in training for the forwards that follow: the number of experts per token. `done`: the part of the steps that is done."""
+        for layer in self.layers:
+            if (growth := getattr(getattr(layer.mlp, "router", None), "growth", None)) is not None:
+                growth.update(done)
 
     def weigh_losses(self, coefficients: Sequence[float]) -> None:
         """Sets the coefficients of the auxiliary losses, in the order of `moe_losses`, for the forwards that follow."""
@@ -172,8 +190,8 @@ class GPT(nn.Module):
         """
         self._check(tokens_BS, {"labels": labels_BS, "loss mask": None if loss_mask is None else loss_mask.mask_BS, "documents": document_BS}, cache)
         places = self._places(document_BS, cache)
-        state = self._run_layers(self._begin(tokens_BS, places, earlier_load_XE), places, cache)
-        return self._end(state, labels_BS, loss_mask)
+        state = self._begin(tokens_BS, places, earlier_load_XE)._replace(documents=self._documents(tokens_BS, document_BS))
+        return self._end(self._run_layers(state, places, cache), labels_BS, loss_mask)
 
     def last_logits(self, tokens_BS: Tensor, *, cache: Sequence[LayerCache]) -> Tensor:
         """logits_BV of the position after the tokens, which continue those in the cache and are added to it. No other position's logits are computed,
@@ -207,7 +225,8 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, tuple[Decision, ...] | None]:
         self._check(tokens_BS, {}, cache)
         places = self._places(None, cache)
-        state = self._run_layers(self._begin(tokens_BS, places, None)._replace(decisions=decisions), places, cache)
+        state = self._begin(tokens_BS, places, None)._replace(decisions=decisions, documents=self._documents(tokens_BS, None))
+        state = self._run_layers(state, places, cache)
         return self._head(state.hidden_BSD[:, -1:], None)[0][:, 0], state.decisions
 
     def _begin(self, tokens_BS: Tensor, places: Places, earlier_load_XE: Tensor | None) -> LayerState:
@@ -220,7 +239,7 @@ class GPT(nn.Module):
         loss = lm_loss
         for coefficient, aux_loss in zip(self.coefficients, state.report.aux_losses_XA.sum(0).unbind(), strict=True):
             loss = loss + coefficient * aux_loss
-        return GPTOutput(loss, lm_loss, None, state.report, token_loss_BS)
+        return GPTOutput(loss, lm_loss, None, state.report, token_loss_BS, state.scores_XC)
 
     def _head(self, hidden_BSD: Tensor, targets: Targets | None) -> tuple[Tensor, ...]:
         key = str(self.num_layers + 4)
@@ -229,10 +248,13 @@ class GPT(nn.Module):
         embedding = cast(Embedding, self.sequential["0"])
         return project(hidden_BSD, embedding.word_embeddings.weight, targets, embedding.share)
 
+    def _documents(self, tokens_BS: Tensor, document_BS: Tensor | None) -> Documents | None:
+        return documents_of(tokens_BS, document_BS) if self.wants_documents else None
+
     def _places(self, document_BS: Tensor | None, cache: Sequence[LayerCache] | None) -> Places:
         if document_BS is None:
             return Places(0 if not cache else cache[0].length)
-        if cache is not None or not (self.separate_attention or self.separate_positions):
+        if cache is not None or not (self.separate_attention or self.separate_positions or self.wants_documents):
             reason = "a cache holds one text" if cache is not None else "this model does not separate them (reset_attention_mask, reset_position_ids)"
             raise InputError(f"documents were given, but {reason}")
         position_BS = positions_in_documents(document_BS) if self.separate_positions else None
@@ -292,8 +314,15 @@ def draw_parts(model: ModelConfig, moe: MoEConfig, padded_vocab_size: int, init:
     sections = moe.for_layers(model.num_layers)
     yield 0, build_embedding(model, padded_vocab_size, init)
     rpe = _build_relative_positions(model, init)
+    first: Any = None
     for i in range(model.num_layers):
-        yield FIRST_LAYER + i, build_layer(model, sections.get(i), i, init, rpe)
+        layer = build_layer(model, sections.get(i), i, init, rpe)
+        router: Any = getattr(layer.mlp, "router", None)
+        if first is not None and router is not None:
+            router.follow(first)
+        elif hasattr(router, "follow"):
+            first = router
+        yield FIRST_LAYER + i, layer
     yield model.num_layers + 3, FinalNorm(model)
     if model.no_weight_tying:
         yield model.num_layers + 4, FinalLinear(model, padded_vocab_size, init)

@@ -44,10 +44,10 @@ class TransformerLayer(nn.Module):
         """The state after this layer. With a cache, the hidden states continue the tokens that the cache holds."""
         hidden_BSD = state.hidden_BSD
         hidden_BSD = hidden_BSD + self.dropout(self.attention(self.input_layernorm(hidden_BSD), places, cache))
-        change_BSD, state = self._feed_forward(self.post_attention_layernorm(hidden_BSD), state)
+        change_BSD, state = self._feed_forward(self.post_attention_layernorm(hidden_BSD), state, cache)
         return state._replace(hidden_BSD=hidden_BSD + self.mlp_dropout(change_BSD))
 
-    def _feed_forward(self, x_BSD: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+    def _feed_forward(self, x_BSD: Tensor, state: LayerState, cache: LayerCache | None) -> tuple[Tensor, LayerState]:
         """(what the feed-forward part gives, before dropout; the state with its report)."""
         return self.mlp(x_BSD), state
 
@@ -59,7 +59,7 @@ class ParallelResidualLayer(TransformerLayer):
         """The state after this layer."""
         attention_BSD, mlp_BSD = self._normed(state.hidden_BSD)
         attended_BSD = self.dropout(self.attention(attention_BSD, places, cache))
-        change_BSD, state = self._feed_forward(mlp_BSD, state)
+        change_BSD, state = self._feed_forward(mlp_BSD, state, cache)
         return state._replace(hidden_BSD=state.hidden_BSD + attended_BSD + self.mlp_dropout(change_BSD))
 
     def _normed(self, hidden_BSD: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ class ReorderedNormLayer(TransformerLayer):
         """The state after this layer."""
         hidden_BSD = state.hidden_BSD
         hidden_BSD = hidden_BSD + self.dropout(self.input_layernorm(self.attention(hidden_BSD, places, cache)))
-        change_BSD, state = self._feed_forward(hidden_BSD, state)
+        change_BSD, state = self._feed_forward(hidden_BSD, state, cache)
         return state._replace(hidden_BSD=hidden_BSD + self.mlp_dropout(self.post_attention_layernorm(change_BSD)))
 
 
@@ -93,10 +93,14 @@ class _WithExperts(TransformerLayer):
 
     mlp: MoELayer
 
-    def _feed_forward(self, x_BSD: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        y_BSD, *report, usage_2E, decision = self.mlp(x_BSD, state.earlier_rows_E(self.mlp.context.num_experts), state.usage_2E)
+    def _feed_forward(self, x_BSD: Tensor, state: LayerState, cache: LayerCache | None) -> tuple[Tensor, LayerState]:
+        y_BSD, *report, usage_2E, scores_C, decision = self.mlp(
+            x_BSD, state.earlier_rows_E(self.mlp.context.num_experts), state.usage_2E, state.around(cache)
+        )
+        memory_TP = decision.routing.memory_TP
         decisions = None if state.decisions is None else (*state.decisions, decision)
-        return y_BSD, state._replace(report=state.report.then(*report), usage_2E=usage_2E, decisions=decisions)
+        state = state._replace(report=state.report.then(*report), usage_2E=usage_2E, memory_TP=memory_TP, decisions=decisions)
+        return y_BSD, state.scored(scores_C)
 
 
 class MoETransformerLayer(_WithExperts, TransformerLayer):

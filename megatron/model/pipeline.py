@@ -1,6 +1,7 @@
 """A pipeline stage: some of the model's layers on one process. It receives the state after the layers before it and sends on what it makes of it.
 
-Shapes: B batch; S sequence; D model width; V padded vocabulary; X MoE layers before a stage; A auxiliary losses; E experts; G LoREs; I statistics.
+Shapes: B batch; S sequence; D model width; V padded vocabulary; X MoE layers before a stage; A auxiliary losses; E experts; G LoREs; I statistics;
+C counts of scores.
 
 What travels between two stages is a `LayerState`: forward the hidden states in one message and everything else in a second one, backward their
 gradients in the same way. Losses and counts are values of the state here too, so the last stage has the report of the whole model.
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from megatron.config.parallel import matches, part_names
 from megatron.kernels.backends import check_names
@@ -99,6 +101,7 @@ class Stage(GPT):
             state = self._begin(tokens_BS, places, earlier_load_XE)
         else:
             state = received._replace(earlier_load_XE=earlier_load_XE)
+        state = state._replace(documents=self._documents(tokens_BS, document_BS))
         state = self._advance(state, places, cache, tokens_BS.shape[1])
         return self._end(state, labels_BS, loss_mask) if self.is_last else state
 
@@ -108,6 +111,7 @@ class Stage(GPT):
             self._check(tokens_BS, {}, cache)
             places = self._places(None, cache)
             state = self._begin(tokens_BS, places, None) if self.is_first else self.receive(tuple(tokens_BS.shape))
+            state = state._replace(documents=self._documents(tokens_BS, None))
             state = self._advance(state, places, cache, tokens_BS.shape[1])
             if not self.is_last:
                 self.send(state)
@@ -169,8 +173,15 @@ class Stage(GPT):
         shapes = [(rows, width) for width in self.report_widths]
         sizes = [(shapes[1], torch.int64), (shapes[2], torch.int64), (shapes[0], torch.float32), (shapes[3], torch.float32)]
         sizes += [((2, self.report_widths[1]), torch.float32)] if self.wants_usage and rows else []
-        loads, lores, losses, statistics, *usage = self._receive_packed(sizes, device)
-        state = LayerState(hidden_BSD, RouterReport(losses, loads, lores, statistics), usage_2E=usage[0] if usage else None)
+        scored = [((rows, self.scores_width), torch.int64)] if self.scores_width and rows else []
+        received = self._receive_packed(scored + sizes, device)
+        loads, lores, losses, statistics, *usage = received[len(scored) :]
+        state = LayerState(
+            hidden_BSD,
+            RouterReport(losses, loads, lores, statistics),
+            usage_2E=usage[0] if usage else None,
+            scores_XC=received[0] if scored else None,
+        )
         for tensor in carriers(state) if torch.is_grad_enabled() else ():
             tensor.requires_grad_()
         return state
@@ -181,6 +192,8 @@ class Stage(GPT):
         self._send(state.hidden_BSD.detach(), self.group.rank + 1)
         packed = [report.expert_load_XE, report.lore_load_XG, report.aux_losses_XA, report.statistics_XI]
         packed += [] if state.usage_2E is None else [state.usage_2E]
+        if state.scores_XC is not None:
+            packed = [pad(state.scores_XC, (0, self.scores_width - state.scores_XC.shape[1])), *packed]
         self._send_packed(packed, self.group.rank + 1)
 
     def send_gradients(self, received: LayerState) -> None:

@@ -26,6 +26,7 @@ def router_values(report: RouterReport, moe: MoEConfig, num_layers: int) -> dict
     dead_experts, dead_lores   how many got no token
     router_entropy             in nats, at most log E
     expert_replacement         ExRep: experts that the token before did not use, in percent (CoSMoEs, equations 4 and 5)
+    zero_computation           choices of zero, copy and constant experts, in percent; only where there are such experts
     experts_per_token          differs from K where a router chooses the number
     process_overload           with expert parallelism: the most rows that a process received over the mean; 1 is even
     overload_seconds           the time that this costs for each micro-batch (on CPUs)
@@ -34,7 +35,8 @@ def router_values(report: RouterReport, moe: MoEConfig, num_layers: int) -> dict
     """
     if not len(report.expert_load_XE):
         return {}
-    counts = [section.num_experts for section in moe.for_layers(num_layers).values()]
+    sections = list(moe.for_layers(num_layers).values())
+    counts = [section.num_choices for section in sections]
     loads = [load_E[:count] for load_E, count in zip(report.expert_load_XE, counts, strict=True)]
     columns: dict[str, list[float]] = {
         "load_imbalance": [imbalance(load_E) for load_E in loads],
@@ -50,8 +52,11 @@ def router_values(report: RouterReport, moe: MoEConfig, num_layers: int) -> dict
     values |= {f"moe/{name}": sum(column) / len(column) for name, column in columns.items() if not name.endswith("_by_layer")}
     values |= {f"moe/{name if name.endswith('_by_layer') else name + '_by_layer'}": column for name, column in columns.items()}
     values |= dead("experts", loads)
+    if moe.num_zero_computation:
+        shares = [float(load_E[own.num_experts :].sum() / load_E.sum().clamp(min=1)) for load_E, own in zip(loads, sections, strict=True)]
+        values |= {"moe/zero_computation": 100 * sum(shares) / len(shares), "moe/zero_computation_by_layer": [100 * share for share in shares]}
     if report.lore_load_XG.numel():
-        lores = [load_G[: count * moe.moe_num_lores] for load_G, count in zip(report.lore_load_XG, counts, strict=True)]
+        lores = [load_G[: own.num_experts * moe.moe_num_lores] for load_G, own in zip(report.lore_load_XG, sections, strict=True)]
         values |= {"moe/lore_load": [load_G.tolist() for load_G in lores], **dead("lores", lores)}
     return values
 

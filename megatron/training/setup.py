@@ -39,7 +39,9 @@ def build_trainer(config: NeoXConfig, topology: Topology) -> Trainer:
     samples = plan_samples(config.training, batch)
     seq_length, seed, vocab_size = config.model.seq_length, config.training.seed, tokenizer.vocab_size
     datasets = after_the_first(
-        lambda: build_data(config.data, seq_length=seq_length, plan=samples, seed=seed, vocab_size=vocab_size),
+        lambda: build_data(
+            config.data, seq_length=seq_length, plan=samples, seed=seed, vocab_size=vocab_size, number_documents=config.moe.asks_for_documents
+        ),
         topology,
         shared=config.data.use_shared_fs,
     )

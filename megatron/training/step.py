@@ -65,17 +65,28 @@ class Tally:
         self._nothing = nothing
         self._losses: list[Tensor] = []
         self._reports: list[RouterReport] = []
+        self._scores: list[Tensor] = []
 
     def add(self, output: GPTOutput | LayerState) -> None:
         lm_loss = output.lm_loss if isinstance(output, GPTOutput) else output.report.statistics_XI.new_zeros(())
         assert lm_loss is not None
         self._losses.append(lm_loss.detach().float())
         self._reports.append(RouterReport(*(part.detach() for part in output.report)))
+        if output.scores_XC is not None:
+            self._scores.append(output.scores_XC)
 
     @property
     def load_XE(self) -> Tensor:
         """int64: the expert load so far, over all processes, on the device."""
         return sum_over_data_parallel(torch.stack([report.expert_load_XE for report in self._reports]).sum(0))
+
+    def scores_XC(self, moe_layers: int, width: int) -> Tensor | None:
+        """int64: the counts of scores of the step, over all processes, on the CPU. None: no router counts (`width` is 0)."""
+        if not width:
+            return None
+        if self._nothing is None:
+            return sum_over_replicas_and_stages(torch.stack(self._scores).sum(0)).cpu()
+        return sum_over_replicas_and_stages(torch.zeros(moe_layers, width, dtype=torch.int64, device=self._losses[0].device)).cpu()
 
     def totals(self) -> tuple[float, RouterReport]:
         """(mean loss of the language model, report), over micro-batches and processes."""
@@ -121,9 +132,10 @@ def take_step(
     else:
         take_micro_batches(engine, feed, steps=steps, phases=phases, before_update=before_update)
     lm_loss, router = feed.tally.totals()
+    scores_XC = feed.tally.scores_XC(engine.module.moe_rows, engine.module.scores_width)
     applied = bool(engine.was_step_applied())
     if applied:
-        engine.module.update_balance(router.expert_load_XE)
+        engine.module.update_balance(router.expert_load_XE, scores_XC)
     return StepMetrics(
         lm_loss=lm_loss,
         aux_losses=tuple(router.aux_losses_XA.sum(0).tolist()),

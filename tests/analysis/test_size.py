@@ -52,10 +52,29 @@ def test_8_experts_with_8_lores_of_rank_128_match_13_experts_exactly(given: dict
     assert found(nested, plain)[key] == (value, 59 * 1024, 0)
 
 
+def test_latent_experts_match_experts_with_lores() -> None:
+    """Two layers. 4 experts of width 256 with 8 LoREs of rank 16, and 16 experts that read and write Z numbers, with two projections."""
+    nested, latent = sized(**TINY, moe_num_experts=4, **NESTED), sized(**TINY, moe_num_experts=16, moe_latent_size=16)
+    value, difference, without_routers = found(latent, nested)["moe_latent_size"]
+    of_layer = 4 * (2 * 64 * 256 + 8 * 16 * (64 + 256))
+    assert value == min(range(1, 65), key=lambda z: abs(2 * ((16 * 2 * 256 + 2 * 64) * z + 16 * 64) - 2 * (of_layer + 4 * 64 + 4 * 8 * 64)))
+    assert without_routers == 2 * ((16 * 2 * 256 + 2 * 64) * value - of_layer)
+    assert difference == without_routers + 2 * (16 * 64 - 4 * 64 - 4 * 8 * 64)
+
+
 @pytest.mark.parametrize("how", [{}, {"active": True}])
 @pytest.mark.parametrize(
     "given",
-    [NESTED, {**NESTED, "moe_lore_routed": False}, {"moe_expert_type": "decomposed"}, {}, {"moe_num_experts": 6, "moe_num_shared_experts": 1}],
+    [
+        NESTED,
+        {**NESTED, "moe_lore_routed": False},
+        {"moe_expert_type": "decomposed"},
+        {},
+        {"moe_num_experts": 6, "moe_num_shared_experts": 1},
+        {"moe_latent_size": 48},
+        {**NESTED, "moe_latent_size": 48, "moe_constant_experts": 2},
+        {"moe_router_type": "smoe_dropout"},
+    ],
 )
 def test_no_neighbour_of_a_match_is_nearer(given: dict[str, Any], how: dict[str, bool]) -> None:
     keys = {"moe_num_experts": 6, "moe_top_k": 2, **given}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron.config import config_from_dict
+from megatron.config.components import ROUTERS
 from megatron.config.model import QK_NORM_KEYS, Activation, ModelConfig, Norm
 from megatron.config.neox import NeoXConfig
 from megatron.config.size import count_parameters, flops_per_token, forward_flops, padded_vocab_size, training_memory
@@ -175,7 +176,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         for bias in (True, False)
         for keys in ({"use_qk_layernorm": True}, {"qk_norm_per_head": True, "num_kv_heads": 2}, {"qk_norm_all_heads": True, "num_kv_heads": 2})
     ],
-    "router": [{"moe_num_experts": 4, "moe_top_k": 2, "moe_router_type": name} for name in ("topk", "sigmoid", "top_p", "expert_choice")],
+    "router": [{"moe_num_experts": 4, "moe_top_k": 2, "moe_router_type": name} for name in ROUTERS],
+    "recurrent routers": [
+        {"moe_router_type": "recurrent", "moe_router_rnn_hidden_size": 24, **keys}
+        for keys in ({"moe_num_experts": 4, "moe_layers": [1]}, {"moe_num_experts_by_layer": [2, 4]})
+    ],
     "experts": [
         {"moe_num_experts": 4, "moe_expert_type": "decomposed", **keys}
         for keys in ({}, {"moe_decomposition_rank": 24, "activation": "swiglu"}, {"moe_decomposition_fraction": 0.3, "moe_ffn_hidden_size": 96})

@@ -24,6 +24,7 @@ FILES = {path.relative_to(CONFIGS).as_posix(): path.read_text(encoding="utf-8") 
 MODELS = [name for name, text in FILES.items() if "num_layers" in text]
 SETUPS = [name for name in FILES if name not in MODELS]
 OWN_MODELS = {"quickstart.yml", "cosmoes/local_experts.yml", "cosmoes/local_experts_baseline.yml"}  # published nowhere else
+OWN_MODELS |= {name for name in FILES if name.startswith(("routers/", "moe/quickstart-"))}  # the quickstart with other routers and experts
 PARAMETERS = re.compile(
     r"^# Parameters: ([\d,]+)(?: \(([\d,]+) active\))? with a vocabulary of ([\d,]+) \((.+)'s ([\d,]+) tokens(?:, padded)?\)$", re.M
 )

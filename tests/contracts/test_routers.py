@@ -16,6 +16,8 @@ from megatron.model.moe.dispatch.local import LocalDispatcher
 from tests.model.tiny_model import model_section, moe_section
 
 EXPERTS, TOKENS = 6, 14
+OPTIONS: dict[str, dict[str, Any]] = {"smoe_dropout": {"moe_router_start_k": 2}}
+"""What a router needs so that its weights say something: those of one expert alone would be 1."""
 
 
 def hidden(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -23,7 +25,9 @@ def hidden(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def build(name: str, **moe: Any) -> nn.Module:
-    section = moe_section(**{"moe_num_experts": EXPERTS, "moe_top_k": 2, "moe_router_type": name, "moe_expert_type": "grouped", **moe})
+    section = moe_section(
+        **{"moe_num_experts": EXPERTS, "moe_top_k": 2, "moe_router_type": name, "moe_expert_type": "grouped", **OPTIONS.get(name, {}), **moe}
+    )
     return resolve_component(ROUTERS, name)(model_section(), section, build_initializer(model_section(), 2))
 
 
@@ -64,9 +68,11 @@ def test_no_expert_twice_and_empty_places_weigh_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_the_choice_carries_no_gradient_and_the_weights_do(name: str) -> None:
-    router = build(name)
-    routing = router(hidden())
+    router, x_TD = build(name), hidden().requires_grad_()
+    routing = router(x_TD)
     routing.weight_TK.square().sum().backward()
+    assert x_TD.grad is not None
+    assert x_TD.grad.any()
     for parameter_name, parameter in router.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert torch.isfinite(parameter.grad).all()

@@ -97,6 +97,40 @@ ROUTERS: dict[str, Changes] = {
     "top_p": {**MOE, "moe_router_type": "top_p", "moe_router_top_p": 0.6},
     "top_p normalized": {**MOE, "moe_router_type": "top_p", "moe_normalize_top_k": True},
     "expert choice": {**MOE, "moe_router_type": "expert_choice"},
+    "quantile balancing": {**MOE, "moe_router_type": "quantile_balancing"},
+    "quantile balancing normalized": {**GATED_MOE, "moe_router_type": "quantile_balancing", "moe_normalize_top_k": True},
+    "expert threshold": {**MOE, "moe_router_type": "expert_threshold"},
+    "document pool": {**MOE, "moe_router_type": "document_pool", "moe_router_topk_scaling_factor": 2.5},
+    "recurrent": {**MOE, "moe_router_type": "recurrent", "moe_router_rnn_hidden_size": 24, "num_layers": 3},
+    "recurrent behind a dense layer": {
+        **GATED_MOE,
+        "moe_router_type": "recurrent",
+        "moe_router_rnn_hidden_size": 40,
+        "num_layers": 4,
+        "moe_layers": [1, 3],
+        "reordered_norm": True,
+    },
+    "smoe_dropout": {**MOE, "moe_router_type": "smoe_dropout", "moe_top_k": 3, "moe_router_start_k": 2},
+    "smoe_dropout of another number": {**MOE, "moe_router_type": "smoe_dropout", "moe_top_k": 4, "moe_router_eval_k": 3},
+}
+ZERO_COMPUTATION: Changes = {"moe_zero_experts": 1, "moe_copy_experts": 1, "moe_constant_experts": 2}
+AROUND: dict[str, Changes] = {
+    "latent": {**MOE, "moe_latent_size": 12},
+    "latent structmoe": {**GATED_STRUCTMOE, "moe_latent_size": 24, "moe_lore_projection": "both", "moe_num_shared_experts": 1},
+    "latent decomposed": {**MOE, "moe_expert_type": "decomposed", "moe_latent_size": 16, "moe_expert_bias": True},
+    "latent standalone": {**STRUCTMOE, "moe_lore_interaction": "standalone", "moe_latent_size": 16},
+    "zero computation": {**MOE, **ZERO_COMPUTATION, "moe_losses": {"heterogeneous_load_balance": 0.01}, "moe_zero_computation_balance": 0.5},
+    "zero computation structmoe": {**STRUCTMOE, **ZERO_COMPUTATION, "moe_normalize_top_k": True},
+    "copy experts": {**SIGMOID, "moe_copy_experts": 2},
+    "zero experts, top_p": {**MOE, "moe_router_type": "top_p", "moe_zero_experts": 2},
+    "smoe_dropout, constant experts and latent": {
+        **MOE,
+        "moe_router_type": "smoe_dropout",
+        "moe_router_start_k": 2,
+        "moe_constant_experts": 2,
+        "moe_latent_size": 16,
+    },
+    "constant experts and latent": {**GATED_MOE, "moe_constant_experts": 1, "moe_latent_size": 16, "moe_use_residual": True},
 }
 EXPERTS: dict[str, Changes] = {
     **{f"experts {name}": {**MOE, "activation": name} for name in ("relu", "mish", "geglu", "glu", "bilinear")},
@@ -151,6 +185,7 @@ GROUPS: dict[str, dict[str, Changes]] = {
     "blocks": BLOCKS,
     "routers": ROUTERS,
     "experts": EXPERTS,
+    "around": AROUND,
     "places": PLACES,
     "odd sizes": ODD,
 }

@@ -74,10 +74,27 @@ def test_the_same_in_float64(name: str) -> None:
         torch.testing.assert_close(model(tokens()).logits, gpt(tokens()).logits_BSV, rtol=1e-12, atol=1e-12)
 
 
-def test_only_the_bias_that_balances_sigmoid_routers_is_kept_exact() -> None:
-    source = Source(tiny_config(**{**ROOMY, **CASES["sigmoid"]}), VOCAB)
+@pytest.mark.parametrize(
+    ("name", "buffers"),
+    [
+        ("topk", []),
+        ("sigmoid", ["e_score_correction_bias"]),
+        ("quantile balancing", ["e_score_correction_bias"]),
+        ("expert threshold", ["e_score_threshold", "threshold_steps"]),
+    ],
+)
+def test_only_what_balances_routers_is_kept_exact(name: str, buffers: list[str]) -> None:
+    source = Source(tiny_config(**{**ROOMY, **CASES[name]}), VOCAB)
     exact = [entry.theirs for entry in StructMoE().table(source) if entry.exact]
-    assert exact == [(f"model.layers.{layer}.mlp.gate.e_score_correction_bias",) for layer in range(2)]
+    assert exact == [(f"model.layers.{layer}.mlp.gate.{buffer}",) for layer in range(2) for buffer in buffers]
+
+
+def test_pools_outside_training_are_an_obstacle() -> None:
+    """They follow the text, and a cache of transformers has no place for them."""
+    changes = {**MOE, "moe_router_type": "document_pool"}
+    assert not list(StructMoE().obstacles(Source(tiny_config(**changes, moe_eval_document_expert_pool=4), VOCAB)))
+    (sentence,) = StructMoE().obstacles(Source(tiny_config(**changes, moe_eval_document_expert_pool=3), VOCAB))
+    assert sentence.startswith("moe_eval_document_expert_pool: 3 (transformers' caches have no place for a pool that follows the text")
 
 
 # ---------------------------------------------------------------- what cannot be done
@@ -93,7 +110,8 @@ def test_everything_built_in_can_be_exported() -> None:
     [
         (
             "moe_router_type",
-            "moe_router_type: toy (StructMoEForCausalLM has topk, sinkhorn, sigmoid, top_p, expert_choice; what a plugin adds cannot be exported)",
+            "moe_router_type: toy (StructMoEForCausalLM has topk, sinkhorn, sigmoid, top_p, expert_choice, quantile_balancing, expert_threshold, "
+            "document_pool, recurrent, smoe_dropout; what a plugin adds cannot be exported)",
         ),
         (
             "moe_expert_type",

@@ -37,6 +37,10 @@ GENERATING = [
     "structmoe swiglu both",
     "sigmoid groups",
     "top_p",
+    "quantile balancing",
+    "expert threshold",
+    "document pool",
+    "recurrent behind a dense layer",
     "residual and shared",
     "parallel experts",
     "wide heads qk per head",
@@ -310,8 +314,9 @@ def test_products_follow_automatic_casts() -> None:
         assert experts_structmoe.grouped_mm(x, weight, ends).dtype == torch.bfloat16
 
 
-def test_the_bias_of_sigmoid_routers_is_loaded_in_float32_whatever_is_asked_for() -> None:
-    assert model_of("sigmoid")._get_dtype_plan(torch.bfloat16) == {"e_score_correction_bias": torch.float32}
+def test_what_balances_routers_is_loaded_in_float32_whatever_is_asked_for() -> None:
+    exact = ("e_score_correction_bias", "e_score_threshold", "threshold_steps")
+    assert model_of("sigmoid")._get_dtype_plan(torch.bfloat16) == dict.fromkeys(exact, torch.float32)
 
 
 def test_what_the_attention_interface_is_given() -> None:

@@ -27,6 +27,7 @@ EXPORTED = {
     "tied": "tied head",
     "rpe": "window rpe gqa",
     "odd": "odd experts",
+    "around": "smoe_dropout, constant experts and latent",
 }
 
 ALONE = """
@@ -64,7 +65,7 @@ for name in sys.argv[2:]:
     assert torch.equal(model.lm_head(bare(inputs).last_hidden_state), model(inputs).logits)
     half = load(folder, dtype=torch.bfloat16)
     assert {key for key, tensor in half.state_dict().items() if tensor.dtype != torch.bfloat16} == {
-        key for key in model.state_dict() if key.endswith("e_score_correction_bias")
+        key for key in model.state_dict() if key.endswith(("e_score_correction_bias", "experts_per_token"))
     }
     assert torch.equal(model.generate(inputs[:, :5], max_new_tokens=6, do_sample=False, pad_token_id=0)[:, :5], inputs[:, :5])
 
@@ -129,7 +130,7 @@ def test_an_export_lives_without_this_package(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", CODE, ids=lambda path: path.name)
 def test_the_code_of_an_export_names_nothing_of_this_package(path: Path) -> None:
     imports = [line for line in path.read_text().splitlines() if line.lstrip().startswith(("import ", "from "))]
-    allowed = ("__future__", "collections.abc", "dataclasses", "functools", "math", "torch", "transformers", "typing", ".")
+    allowed = ("__future__", "collections.abc", "copy", "dataclasses", "functools", "math", "torch", "transformers", "typing", ".")
     assert all(line.split()[1].startswith(allowed) for line in imports), imports
 
 

@@ -16,6 +16,7 @@ import transformers
 from megatron.checkpoint.weights import load_model_weights
 from megatron.config import load_config
 from megatron.convert.to_huggingface import Exported
+from megatron.convert.upcycle import CHOOSING_K
 from megatron.inference.model import load_ready_model
 from tests.convert.models import VOCABULARY
 from tests.training.runs import train_losses
@@ -40,6 +41,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "sigmoid": {"moe_router_type": "sigmoid"},
     "top_p": {"moe_router_type": "top_p", "moe_top_k": 1},
     "segments": {"moe_expert_segments": 3},
+    "quantile balancing": {"moe_router_type": "quantile_balancing", "moe_expert_segments": 2},
+    "document pool": {"moe_router_type": "document_pool"},
+    "recurrent": {"moe_router_type": "recurrent", "moe_router_rnn_hidden_size": 8, "moe_layers": [1, 2]},
+    "expert threshold beside the whole": {"moe_router_type": "expert_threshold", "moe_shared_expert_intermediate_size": F},
     "segments sigmoid groups": {"moe_router_type": "sigmoid", "moe_expert_segments": 2, "moe_router_num_groups": 2, "moe_router_group_topk": 2},
     "shared part": {"moe_shared_expert_intermediate_size": 16, "moe_ffn_hidden_size": 32},
     "shared part behind a gate": {"moe_shared_expert_intermediate_size": 16, "moe_shared_expert_gate": True, "moe_ffn_hidden_size": 32},
@@ -85,7 +90,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def keys_of(changes: dict[str, Any], tmp_path: Path) -> Path:
     keys = {key: value for key, value in {**TOPK, **changes}.items() if key != "moe_num_experts" or value != 1}
-    for key, routers in {"moe_normalize_top_k": ("topk", "sigmoid", "top_p"), "moe_top_k": ("topk", "sigmoid", "sinkhorn")}.items():
+    readers = {"moe_normalize_top_k": (*CHOOSING_K, "top_p"), "moe_top_k": (*CHOOSING_K, "sinkhorn", "expert_threshold")}
+    for key, routers in readers.items():
         if keys["moe_router_type"] not in routers:
             del keys[key]
     (tmp_path / "moe.yml").write_text(json.dumps(keys))
@@ -144,7 +150,11 @@ def test_the_difference_is_said_where_there_is_one(
         ),
         ({"moe_num_shared_experts": 3, "moe_expert_segments": 4}, "48 cannot be divided into 7 equal parts"),
         ({"moe_shared_expert_intermediate_size": 64}, "give it at most the 48 hidden units of the MLP, or moe_shared_expert_intermediate_size to 48"),
+        ({"moe_latent_size": 8}, "moe_latent_size: experts are narrower than the hidden state, and an MLP is not"),
+        ({"moe_copy_experts": 1}, "moe_zero_experts, moe_copy_experts, moe_constant_experts: some tokens would not meet their MLP"),
+        ({"moe_router_type": "smoe_dropout"}, "moe_router_type smoe_dropout: its experts have to differ, because it does not learn"),
         ({"moe_router_type": "expert_choice"}, "moe_router_type expert_choice: some tokens would have no expert"),
+        ({"moe_router_type": "expert_threshold"}, "moe_router_type expert_threshold: some tokens would have no expert"),
     ],
 )
 def test_shapes_that_cannot_be_are_a_sentence(

@@ -61,6 +61,9 @@ SERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sinkhorn": ({}, MOE | {"moe_router_type": "sinkhorn"}),
     "sinkhorn, one expert": ({}, MOE | {"moe_router_type": "sinkhorn", "moe_top_k": 1}),
     "sigmoid": ({}, MOE | {"moe_router_type": "sigmoid"}),
+    "document pools": ({}, MOE | {"moe_router_type": "document_pool", "moe_max_document_expert_pool": 3}),
+    "smoe_dropout": ({}, MOE | {"moe_router_type": "smoe_dropout", "moe_top_k": 3, "moe_router_start_k": 2}),
+    "smoe_dropout, fewer": ({}, MOE | {"moe_router_type": "smoe_dropout", "moe_top_k": 4, "moe_router_eval_k": 3}),
     "shared expert": ({}, MOE | {"moe_num_shared_experts": 1}),
     "gated shared expert": ({}, MOE | {"moe_num_shared_experts": 1, "moe_shared_expert_gate": True}),
     "decomposed": ({}, MOE | {"moe_expert_type": "decomposed"}),
@@ -79,6 +82,10 @@ PARTLY: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "the choice of a SigmoidRouter",
     ),
     "top p": ({}, MOE | {"moe_router_type": "top_p"}, "the choice of a TopPRouter"),
+    "quantile balancing": ({}, MOE | {"moe_router_type": "quantile_balancing"}, "the choice of a QuantileBalancingRouter"),
+    "expert threshold": ({}, MOE | {"moe_router_type": "expert_threshold"}, "the choice of a ExpertThresholdRouter"),
+    "latent experts": ({}, LORES | {"moe_latent_size": 16}, "a latent projection around the experts"),
+    "constant experts": ({}, LORES | {"moe_copy_experts": 1, "moe_constant_experts": 2}, "zero, copy and constant experts"),
     "a residual MLP": ({}, MOE | {"moe_use_residual": True}, "a ResidualMLP beside the experts"),
     "LoREs beside the expert": ({}, LORES | {"moe_lore_interaction": "standalone"}, "experts of the kind StandaloneExperts"),
     "LoREs as a gate": ({}, LORES | {"moe_lore_interaction": "gated"}, "experts of the kind LoreGatedExperts"),
@@ -227,6 +234,10 @@ def test_models_that_are_not_served_say_why() -> None:
     expert_choice = ready_model({}, MOE | {"moe_router_type": "expert_choice"}, decoding=Decoding())
     assert "experts that choose among the tokens of a call" in str(reason_against(expert_choice))
     assert type(build_runner(expert_choice)) is ModuleRunner
+    for keys in ({"moe_router_type": "recurrent"}, {"moe_router_type": "document_pool", "moe_eval_document_expert_pool": 3}):
+        looking = ready_model({}, MOE | keys, decoding=Decoding())
+        assert "routers that look at other layers or at the text before the token" in str(reason_against(looking))
+        assert type(build_runner(looking)) is ModuleRunner
     scaled = ready_model({"norm": "scalenorm"}, {}, decoding=Decoding())
     assert "a norm of the kind ScaleNorm" in str(reason_against(scaled))
     half = ready_model({}, {}, torch.float16, decoding=Decoding())

@@ -35,6 +35,12 @@ CASES: Mapping[str, tuple[Mapping[str, Any], Variant]] = {
     ),
     "three stages, the first without experts": ({"moe_first_k_dense_layers": 3}, pipeline(3, num_layers=5, pipe_partition_method="uniform")),
     "routers with biases that balance them": ({"moe_router_type": "sigmoid", "moe_router_bias_update_rate": 0.01}, pipeline()),
+    "routers that count scores, the first stage without experts": (
+        {"moe_router_type": "quantile_balancing", "moe_first_k_dense_layers": 2},
+        pipeline(gradient_accumulation_steps=2),
+    ),
+    "routers with thresholds": ({"moe_router_type": "expert_threshold", "moe_losses": {"z_loss": 0.01}}, pipeline(4)),
+    "pools of documents": ({"moe_router_type": "document_pool", "moe_losses": {"global_load_balance": 0.1}}, pipeline()),
     "SGD with clipping": ({"optimizer": {"type": "SGD", "params": {"lr": 0.01}}, "gradient_clipping": 0.01}, pipeline()),
     "no clipping": ({"gradient_clipping": 0.0}, pipeline()),
 }

@@ -28,18 +28,19 @@ def routing_of(logit_TE: Tensor, top_k: int, expert_TK: Tensor | None = None) ->
 
 
 def loss(name: str, routing: Routing, **context: Any) -> Tensor:
-    return resolve_component(LOSSES, name)(routing, LossContext(E, routing.expert_TK.shape[1], **context))
+    cheap: dict[str, Any] = {"num_zero_computation": 2, "zero_computation_balance": 0.3} if name == "heterogeneous_load_balance" else {}
+    return resolve_component(LOSSES, name)(routing, LossContext(E, routing.expert_TK.shape[1], **cheap, **context))
 
 
 def p_of(z: np.ndarray) -> np.ndarray:
     return np.exp(z) / np.exp(z).sum(-1, keepdims=True)
 
 
-def load_balance(z: np.ndarray, chosen: list[list[int]], tokens: range) -> float:
+def load_balance(z: np.ndarray, chosen: list[list[int]], tokens: range, eta: tuple[float, ...] = (1.0,) * E) -> float:
     total = 0.0
     for e in range(E):
         f = sum(e in chosen[t] for t in tokens) / sum(len(chosen[t]) for t in tokens)
-        total += E * f * sum(p_of(z[t])[e] for t in tokens) / len(tokens)
+        total += E * eta[e] * f * sum(p_of(z[t])[e] for t in tokens) / len(tokens)
     return total
 
 
@@ -69,6 +70,7 @@ DEFINITIONS: dict[str, Callable[[np.ndarray, list[list[int]], int], float]] = {
     "load_balance": lambda z, chosen, k: load_balance(z, chosen, range(T)),
     "sequence_load_balance": lambda z, chosen, k: sum(load_balance(z, chosen, range(b * S, (b + 1) * S)) for b in range(B)) / B,
     "global_load_balance": lambda z, chosen, k: load_balance(z, chosen, range(T)),
+    "heterogeneous_load_balance": lambda z, chosen, k: load_balance(z, chosen, range(T), eta=(1.0, 1.0, 0.3, 0.3)),
     "joint_load_balance": lambda z, chosen, k: sum(map(len, chosen)) / T * load_balance(z, chosen, range(T)),
     "block_wise_selection": lambda z, chosen, k: block_wise(z, chosen, 1.0, k),
     "neighbour_selection": lambda z, chosen, k: neighbours(z, chosen),
@@ -157,7 +159,7 @@ def test_the_global_loss_counts_earlier_micro_batches_and_other_processes() -> N
     assert got.item() == pytest.approx(E * float((share * routing.probability_TE.mean(0)).sum()))
 
 
-@pytest.mark.parametrize("name", ["load_balance", "sequence_load_balance", "global_load_balance", "joint_load_balance"])
+@pytest.mark.parametrize("name", ["load_balance", "sequence_load_balance", "global_load_balance", "joint_load_balance", "heterogeneous_load_balance"])
 def test_scores_that_do_not_sum_to_one_are_divided_by_their_sum(name: str) -> None:
     logit_TE = draw(T, E)
     routing = routing_of(logit_TE, 2)

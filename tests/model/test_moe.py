@@ -144,8 +144,8 @@ def test_moe_layer_is_the_sum_over_experts() -> None:
 
 
 def without_waiting() -> list[tuple[str, str, bool]]:
-    """Routers, experts, and whether LoREs are routed; `top_p` and `expert_choice` have to know on the host how many rows there are."""
-    routers = [name for name in ROUTERS if name not in ("top_p", "expert_choice")]
+    """Routers, experts, and whether LoREs are routed. Other routers have to know on the host how many rows there are."""
+    routers = [name for name in ROUTERS if name not in ("top_p", "expert_choice", "expert_threshold", "smoe_dropout")]
     return [*((router, experts, True) for router in routers for experts in EXPERTS), ("topk", "structmoe", False)]
 
 

@@ -47,7 +47,7 @@ def test_recomputed_activations_change_nothing(corpus: Path, tmp_path: Path, rou
     assert train_losses({**values, "checkpoint_activations": True, "metrics_file": str(tmp_path / "again.jsonl")}) == expected
 
 
-@pytest.mark.parametrize("router", ["topk", "sigmoid", "top_p"])
+@pytest.mark.parametrize("router", ["topk", "sigmoid", "top_p", "quantile_balancing", "expert_threshold", "document_pool", "recurrent"])
 def test_accumulation_changes_nothing(corpus: Path, tmp_path: Path, router: str) -> None:
     """Of the routers that look at each token alone; sinkhorn and expert_choice look at the whole micro-batch."""
     values = moe_values(corpus, None, router, train_batch_size=4, train_iters=4)
@@ -56,11 +56,13 @@ def test_accumulation_changes_nothing(corpus: Path, tmp_path: Path, router: str)
     assert parts == pytest.approx(whole, abs=1e-4)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_the_balance_bias_goes_on_bit_for_bit(corpus: Path, tmp_path: Path, stage: int) -> None:
-    """A rate at which a bias that starts at 0 again chooses other experts."""
-    bias = {"moe_router_bias_update_rate": 0.1, "zero_optimization": {"stage": stage}}
-    values = moe_values(corpus, tmp_path / "a", "sigmoid", **bias)
+@pytest.mark.parametrize(
+    ("router", "stage"), [("sigmoid", 0), ("sigmoid", 3), ("quantile_balancing", 0), ("expert_threshold", 0), ("document_pool", 0), ("recurrent", 3)]
+)
+def test_what_routers_keep_goes_on_bit_for_bit(corpus: Path, tmp_path: Path, router: str, stage: int) -> None:
+    """Rates at which what starts at 0 again chooses other experts."""
+    rates = {"sigmoid": {"moe_router_bias_update_rate": 0.1}, "quantile_balancing": {"moe_router_quantile_balancing_ema": 0.5}}
+    values = moe_values(corpus, tmp_path / "a", router, **rates.get(router, {}), zero_optimization={"stage": stage})
     expected = train_losses(values)
     halves = {**values, "save": str(tmp_path / "b"), "resume_if_exists": True}
     assert train_losses({**halves, "exit_interval": 5}) == expected[:5]

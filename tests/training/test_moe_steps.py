@@ -211,7 +211,7 @@ def check(values: Mapping[str, Any], taken: list[Taken], metrics: Path) -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("router", ["topk", "sinkhorn", "sigmoid", "top_p", "expert_choice"])
+@pytest.mark.parametrize("router", ["topk", "sinkhorn", "sigmoid", "top_p", "expert_choice", "quantile_balancing", "expert_threshold", "recurrent"])
 def test_a_step_of_three_micro_batches(router: str, recompute: bool, corpus: Path, tmp_path: Path) -> None:
     values = {**step_values(corpus, tmp_path / "m.jsonl", router, 3), "checkpoint_activations": recompute}
     check(values, [take_a_step(values)], tmp_path / "m.jsonl")

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final
 
 from megatron.config.moe import MoEConfig
+from megatron.config.zero_computation import KEYS as ZERO_COMPUTATION_KEYS
 from megatron.convert.architecture import Source
 
 ANY: Final = None
@@ -38,6 +39,8 @@ EXPERTS: Allowed = {
     "moe_use_residual": {False},
     "moe_expert_bias": {False},
     "moe_num_experts_by_layer": {None},
+    "moe_latent_size": {None},
+    **{key: {0} for key in ZERO_COMPUTATION_KEYS},
     "shared expert": {"none"},
     "dense layers": {"none"},
 }

@@ -59,8 +59,13 @@ MOE_NAMES = {
     "moe_router_type": "router_type",
     "moe_shared_expert_gate": "shared_expert_gate",
     "moe_use_residual": "residual_mlp",
+    "moe_latent_size": "latent_size",
+    "moe_zero_experts": "zero_experts",
+    "moe_copy_experts": "copy_experts",
+    "moe_constant_experts": "constant_experts",
     "moe_losses": "moe_losses",
     "moe_block_wise_temperature": "moe_block_wise_temperature",
+    "moe_zero_computation_balance": "zero_computation_balance",
 }
 NORMALIZED = {"moe_normalize_top_k": "norm_topk_prob"}
 SCALED = {**NORMALIZED, "moe_router_topk_scaling_factor": "routed_scaling_factor"}
@@ -70,6 +75,11 @@ ROUTER_NAMES: dict[str, dict[str, str]] = {
     "sigmoid": {**SCALED, "moe_router_num_groups": "n_group", "moe_router_group_topk": "topk_group"},
     "top_p": {**NORMALIZED, "moe_router_top_p": "router_top_p"},
     "expert_choice": {},
+    "quantile_balancing": SCALED,
+    "expert_threshold": {},
+    "document_pool": SCALED,
+    "recurrent": {**SCALED, "moe_router_rnn_hidden_size": "router_rnn_hidden_size"},
+    "smoe_dropout": {"moe_router_eval_k": "num_experts_in_evaluation"},
 }
 EXPERT_NAMES: dict[str, dict[str, str]] = {
     "grouped": {},
@@ -97,6 +107,9 @@ class StructMoE:
         for key, known in (("moe_router_type", ROUTER_NAMES), ("moe_expert_type", EXPERT_NAMES)):
             if moe.has_experts and getattr(moe, key) not in known:
                 yield f"{key}: {getattr(moe, key)} ({self.class_name} has {', '.join(known)}; what a plugin adds cannot be exported)"
+        if moe.has_experts and moe.moe_router_type == "document_pool" and moe.moe_eval_document_expert_pool not in (None, *moe.expert_counts):
+            given = f"moe_eval_document_expert_pool: {moe.moe_eval_document_expert_pool}"
+            yield f"{given} (transformers' caches have no place for a pool that follows the text; with all experts the model can be exported)"
 
     def settings(self, source: Source) -> dict[str, Any]:
         model = source.config.model
@@ -153,6 +166,7 @@ class StructMoE:
         model = source.config.model
         sections = source.config.moe.for_layers(model.num_layers)
         bias_table = OneForAllLayers()
+        first_recurrent = min(sections, default=None) if source.config.moe.moe_router_type == "recurrent" else None
         yield Entry("sequential.0.word_embeddings.weight", ("model.embed_tokens.weight",))
         if model.pos_emb == "learned":
             yield Entry("sequential.0.position_embeddings.weight", ("model.embed_positions.weight",))
@@ -166,6 +180,7 @@ class StructMoE:
                 yield bias_table.entry(f"{ours}.attention.rpe.weight", "model.position_bias.weight", layer)
             if layer in sections:
                 yield from _experts_layer(model, sections[layer], f"{ours}.mlp", f"{theirs}.mlp")
+                yield from _router_cell(f"{ours}.mlp.router.cell", f"{theirs}.mlp.gate.cell") if layer == first_recurrent else ()
             else:
                 yield from _mlp(model, f"{ours}.mlp", f"{theirs}.mlp", model.mlp_width)
         yield from _norm(model, f"sequential.{model.num_layers + 3}.norm", "model.norm")
@@ -191,7 +206,7 @@ def _moe_settings(source: Source) -> dict[str, Any]:
     if moe.moe_router_type == "topk":
         settings["norm_topk_prob"] = moe.moe_normalize_top_k or not moe.moe_router_pre_softmax
     if moe.moe_expert_type == "decomposed":
-        settings["decomposition_rank"] = moe.decomposition_rank(model.hidden_size)
+        settings["decomposition_rank"] = moe.decomposition_rank(moe.expert_model(model).hidden_size)
     return settings
 
 
@@ -217,6 +232,8 @@ def _moe_keys(config: Any) -> dict[str, Any]:
         keys |= {"moe_num_experts": None, "moe_num_experts_by_layer": counts}
     if keys["moe_losses"].keys().isdisjoint(TEMPERED_LOSSES):
         del keys["moe_block_wise_temperature"]
+    if "heterogeneous_load_balance" not in keys["moe_losses"]:
+        del keys["moe_zero_computation_balance"]
     return {key: value for key, value in keys.items() if value is not None}
 
 
@@ -313,9 +330,13 @@ def _mlp(model: ModelConfig, ours: str, theirs: str, width: int) -> Iterator[Ent
 
 
 def _experts_layer(model: ModelConfig, moe: MoEConfig, ours: str, theirs: str) -> Iterator[Entry]:
-    yield Entry(f"{ours}.router.layer.weight", (f"{theirs}.gate.weight",))
-    if moe.moe_router_type == "sigmoid":
-        yield Entry(f"{ours}.router.balance.bias", (f"{theirs}.gate.e_score_correction_bias",), exact=True)
+    yield from _router(moe, f"{ours}.router", f"{theirs}.gate")
+    if moe.moe_latent_size is not None:
+        for part in ("down", "up"):
+            yield Entry(f"{ours}.latent.{part}.weight", (f"{theirs}.latent.{part}.weight",))
+    if moe.moe_constant_experts:
+        for part in ("vector", "mixture.weight"):
+            yield Entry(f"{ours}.zero_computation.{part}", (f"{theirs}.zero_computation.{part}",))
     for name, their_name, count in _expert_weights(model, moe):
         yield _stacked(f"{ours}.experts.{name}", f"{theirs}.experts.{their_name}", count)
     for name in _matrices(model) if moe.moe_expert_bias else ():
@@ -333,6 +354,24 @@ def _experts_layer(model: ModelConfig, moe: MoEConfig, ours: str, theirs: str) -
             yield Entry(f"{ours}.beside.{beside}.coefficient.{part}", (f"{theirs}.beside.residual_mlp.coefficient.{part}",))
 
 
+def _router(moe: MoEConfig, ours: str, theirs: str) -> Iterator[Entry]:
+    yield Entry(f"{ours}.layer.weight", (f"{theirs}.weight",))
+    if moe.moe_router_type in ("sigmoid", "quantile_balancing"):
+        yield Entry(f"{ours}.balance.bias", (f"{theirs}.e_score_correction_bias",), exact=True)
+    if moe.moe_router_type == "expert_threshold":
+        yield Entry(f"{ours}.balance.threshold", (f"{theirs}.e_score_threshold",), exact=True)
+        yield Entry(f"{ours}.balance.steps", (f"{theirs}.threshold_steps",), exact=True)
+    if moe.moe_router_type == "smoe_dropout":
+        yield Entry(f"{ours}.growth.k", (f"{theirs}.experts_per_token",), exact=True)
+    if moe.moe_router_type == "recurrent":
+        yield Entry(f"{ours}.into.weight", (f"{theirs}.into.weight",))
+
+
+def _router_cell(ours: str, theirs: str) -> Iterator[Entry]:
+    for name in ("input_weight", "memory_weight", "input_bias", "memory_bias", "start"):
+        yield Entry(f"{ours}.{name}", (f"{theirs}.{name}",))
+
+
 def _matrices(model: ModelConfig) -> tuple[str, ...]:
     """Those of an expert, by name."""
     return ("w1", "w2", "w3") if model.is_gated else ("w1", "w2")
@@ -340,7 +379,7 @@ def _matrices(model: ModelConfig) -> tuple[str, ...]:
 
 def _expert_weights(model: ModelConfig, moe: MoEConfig) -> Iterator[tuple[str, str, tuple[int, int, int]]]:
     """(our name, their name, (matrices, rows, columns)) of everything that the experts have."""
-    experts, width, expert_width = moe.num_experts, model.hidden_size, moe.expert_width(model)
+    experts, width, expert_width = moe.num_experts, moe.expert_model(model).hidden_size, moe.expert_width(model)
     matrices = _matrices(model)
     if moe.moe_expert_type == "decomposed":
         rank = moe.decomposition_rank(width)

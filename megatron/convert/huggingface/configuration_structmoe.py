@@ -13,7 +13,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "position_type": ("rotary", "learned", "sinusoidal", "alibi", "rpe", "none"),
     "residual_type": ("sequential", "parallel", "tied", "reordered"),
     "hidden_act": ("gelu", "gelu_tanh", "relu", "softsign", "swish", "mish", "silu", "geglu", "reglu", "swiglu", "glu", "bilinear"),
-    "router_type": ("topk", "sinkhorn", "sigmoid", "top_p", "expert_choice"),
+    "router_type": (
+        "topk",
+        "sinkhorn",
+        "sigmoid",
+        "top_p",
+        "expert_choice",
+        "quantile_balancing",
+        "expert_threshold",
+        "document_pool",
+        "recurrent",
+        "smoe_dropout",
+    ),
     "expert_type": ("grouped", "structmoe", "decomposed"),
     "lore_interaction": ("entangled", "standalone", "gated"),
     "lore_projection": ("up", "gate", "both"),
@@ -88,7 +99,7 @@ class StructMoEConfig(PreTrainedConfig):
     """Biases on the projections of routed experts."""
     router_type: str = "topk"
     num_experts_per_tok: int = 1
-    """With expert_choice the mean; top_p chooses the number by itself."""
+    """With expert_choice and expert_threshold the mean; top_p chooses the number by itself."""
     norm_topk_prob: bool = False
     """Divide the weights of the chosen experts by their sum."""
     routed_scaling_factor: float = 1.0
@@ -100,6 +111,18 @@ class StructMoEConfig(PreTrainedConfig):
     """sigmoid: groups that a token may choose from. None: no groups."""
     router_top_p: float = 0.4
     """top_p: the chosen experts' probabilities sum to at least this."""
+    router_rnn_hidden_size: int = 256
+    """recurrent: width of what a router remembers of a token from layer to layer."""
+    num_experts_in_evaluation: int | None = None
+    """smoe_dropout: experts per token where the model does not train, at most num_experts_per_tok. None: the number that the weights hold."""
+    latent_size: int | None = None
+    """Width that experts read and write, between two projections around all experts of a layer. None: hidden_size."""
+    zero_experts: int = 0
+    """Experts that the router may choose and that give 0. `num_experts_by_layer` does not count them, nor the next two kinds."""
+    copy_experts: int = 0
+    """Experts that give their input."""
+    constant_experts: int = 0
+    """Experts that give a mixture of their input and a vector."""
     shared_expert_intermediate_size: int = 0
     """Width of the expert that every token uses; 0: none."""
     shared_expert_gate: bool = False
@@ -128,6 +151,8 @@ class StructMoEConfig(PreTrainedConfig):
     """Auxiliary losses and their coefficients; `LOSSES` and `JOINT` in moe_structmoe.py say which are computed."""
     moe_block_wise_temperature: float = 1.0
     """Of the loss block_wise_selection."""
+    zero_computation_balance: float = 0.75
+    """Of the loss heterogeneous_load_balance: the weight of zero, copy and constant experts."""
     router_aux_loss_coef: float | None = None
     """What `aux_loss` is multiplied by when it is added to the loss. None: `loss_unit`, so that each loss has its coefficient of `moe_losses`."""
 

@@ -31,7 +31,7 @@ from .attention_structmoe import (
 )
 from .configuration_structmoe import StructMoEConfig
 from .experts_structmoe import EXPERT_BIASES, StructMoEMLP, build_mlp
-from .moe_structmoe import StructMoERouter, StructMoESparseMoeBlock, auxiliary_loss
+from .moe_structmoe import CELL_BIASES, RecurrentRouter, StructMoERouter, StructMoESparseMoeBlock, auxiliary_loss
 
 # ---------------------------------------------------------------- layers
 
@@ -49,28 +49,30 @@ class StructMoEDecoderLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.mlp_dropout = nn.Dropout(0.0 if experts or not config.mlp_bias else config.hidden_dropout)
 
-    def forward(self, hidden_BSD: Tensor, *attention_inputs: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
-        """(hidden_BSD, attention weights or None), and of a layer with experts logit_TE behind them."""
+    def forward(self, hidden_BSD: Tensor, memory_TP: Tensor | None, *attention_inputs: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
+        """(hidden_BSD, attention weights or None), and of a layer with experts logit_TE and its router's memory (or None) behind them.
+
+        `memory_TP`: what the router of the last layer with experts remembers. None: it remembers nothing.
+        """
         attended_BSD, weights = self.self_attn(self.input_layernorm(hidden_BSD), *attention_inputs, **kwargs)
         hidden_BSD = hidden_BSD + self.dropout(attended_BSD)
-        change_BSD, *logits = self.feed_forward(self.post_attention_layernorm(hidden_BSD))
-        return hidden_BSD + self.mlp_dropout(change_BSD), weights, *logits
+        change_BSD, *routed = self.feed_forward(self.post_attention_layernorm(hidden_BSD), memory_TP)
+        return hidden_BSD + self.mlp_dropout(change_BSD), weights, *routed
 
-    def feed_forward(self, x_BSD: Tensor) -> tuple[Tensor, ...]:
-        """(what the MLP or the experts give, before dropout), and logit_TE of experts."""
-        y, *logits = self.mlp(x_BSD) if isinstance(self.mlp, StructMoESparseMoeBlock) else (self.mlp(x_BSD),)
-        return y, *logits
+    def feed_forward(self, x_BSD: Tensor, memory_TP: Tensor | None) -> tuple[Any, ...]:
+        """(what the MLP or the experts give, before dropout), and logit_TE and memory of experts."""
+        return self.mlp(x_BSD, memory_TP) if isinstance(self.mlp, StructMoESparseMoeBlock) else (self.mlp(x_BSD),)
 
 
 class StructMoEParallelLayer(StructMoEDecoderLayer):
     """x + attention(norm(x)) + mlp(norm'(x))."""
 
-    def forward(self, hidden_BSD: Tensor, *attention_inputs: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
+    def forward(self, hidden_BSD: Tensor, memory_TP: Tensor | None, *attention_inputs: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
         """As the sequential layer."""
         attention_BSD, mlp_BSD = self.normed(hidden_BSD)
         attended_BSD, weights = self.self_attn(attention_BSD, *attention_inputs, **kwargs)
-        change_BSD, *logits = self.feed_forward(mlp_BSD)
-        return hidden_BSD + self.dropout(attended_BSD) + self.mlp_dropout(change_BSD), weights, *logits
+        change_BSD, *routed = self.feed_forward(mlp_BSD, memory_TP)
+        return hidden_BSD + self.dropout(attended_BSD) + self.mlp_dropout(change_BSD), weights, *routed
 
     def normed(self, hidden_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """What attention and the feed-forward part read."""
@@ -89,12 +91,12 @@ class StructMoETiedLayer(StructMoEParallelLayer):
 class StructMoEReorderedLayer(StructMoEDecoderLayer):
     """x + norm(attention(x)), then x + norm(mlp(x))."""
 
-    def forward(self, hidden_BSD: Tensor, *attention_inputs: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
+    def forward(self, hidden_BSD: Tensor, memory_TP: Tensor | None, *attention_inputs: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
         """As the sequential layer."""
         attended_BSD, weights = self.self_attn(hidden_BSD, *attention_inputs, **kwargs)
         hidden_BSD = hidden_BSD + self.dropout(self.input_layernorm(attended_BSD))
-        change_BSD, *logits = self.feed_forward(hidden_BSD)
-        return hidden_BSD + self.mlp_dropout(self.post_attention_layernorm(change_BSD)), weights, *logits
+        change_BSD, *routed = self.feed_forward(hidden_BSD, memory_TP)
+        return hidden_BSD + self.mlp_dropout(self.post_attention_layernorm(change_BSD)), weights, *routed
 
 
 LAYERS = {
@@ -117,7 +119,7 @@ class StructMoEPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = [layer.__name__ for layer in LAYERS.values()]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "e_score_threshold", "threshold_steps"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -129,12 +131,17 @@ class StructMoEPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
         elif type(module).__module__ in (StructMoEMLP.__module__, StructMoERouter.__module__):
             for name, weight in module.named_parameters(recurse=False):
-                if name in EXPERT_BIASES:
+                if name in EXPERT_BIASES + CELL_BIASES:
                     init.zeros_(weight)
                 else:
                     init.normal_(weight, mean=0.0, std=self.config.initializer_range)
-            for bias in module.buffers(recurse=False):
-                init.zeros_(bias)
+            for name, buffer in module.named_buffers(recurse=False):
+                if name == "experts_per_token":
+                    init.constant_(buffer, self.config.num_experts_per_tok)
+                elif name == "weight":
+                    init.normal_(buffer, mean=0.0, std=self.config.initializer_range)
+                else:
+                    init.zeros_(buffer)
 
 
 class StructMoEModel(StructMoEPreTrainedModel):
@@ -149,6 +156,7 @@ class StructMoEModel(StructMoEPreTrainedModel):
         self.position_bias = biases[config.position_type](config) if config.position_type in biases else None
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(LAYERS[config.residual_type](config, layer) for layer in range(config.num_hidden_layers))
+        share_router_cell([layer.mlp.gate for layer in self.layers if isinstance(layer.mlp, StructMoESparseMoeBlock)])
         self.norm = build_norm(config, config.hidden_size)
         self.gradient_checkpointing = False
         self.post_init()
@@ -182,13 +190,15 @@ class StructMoEModel(StructMoEPreTrainedModel):
             hidden_BSD = hidden_BSD + self.embed_positions(position_ids).to(hidden_BSD.dtype)
         states, weights, router_logits = [self.dropout(hidden_BSD)], [], []
         wanted = {name: kwargs.pop(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")}
+        memory_TP = None
         for layer, scale in zip(self.layers, self.config.position_bias_scale, strict=True):
-            hidden_BSD, weight, *logits = layer(
-                states[-1], masks[scale], angles, past_key_values=past_key_values, position_ids=position_ids, **kwargs
+            hidden_BSD, weight, *routed = layer(
+                states[-1], memory_TP, masks[scale], angles, past_key_values=past_key_values, position_ids=position_ids, **kwargs
             )
             states = [*states, hidden_BSD] if wanted["output_hidden_states"] else [hidden_BSD]
             weights.append(weight)
-            router_logits += logits
+            router_logits += routed[:1]
+            memory_TP = routed[1] if routed else memory_TP
         states[-1] = self.norm(states[-1])
         return MoeModelOutputWithPast(
             last_hidden_state=states[-1],
@@ -221,6 +231,13 @@ class StructMoEModel(StructMoEPreTrainedModel):
         bias_1HSP = self.position_bias(distance_SP)[None]
         mask = distance_SP >= 0 if mask is None else mask
         return {scale: with_bias(mask, (scale * bias_1HSP).to(hidden_BSD.dtype)) for scale in scales}
+
+
+def share_router_cell(routers: list[StructMoERouter]) -> None:
+    """Lets recurrent routers use the GRU of the first one."""
+    for router in routers[1:]:
+        if isinstance(router, RecurrentRouter) and isinstance(routers[0], RecurrentRouter):
+            router.follow(routers[0])
 
 
 def with_bias(mask: Tensor, bias_1HSP: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from megatron.kernels.decode import compiled
 from megatron.kernels.decode.interface import AS_IT_IS, Choice, Input, Linear, Matrix
 from megatron.model import GPT
 from megatron.model.layer import ParallelResidualLayer, ReorderedNormLayer, TiedParallelResidualLayer, TransformerLayer
+from megatron.model.moe.latent import LatentProjection
 from megatron.model.moe.layer import MoELayer
 from megatron.model.moe.routers.expert_choice import ExpertChoiceRouter
 from megatron.model.moe.shared import GatedSharedExpert, SharedExpert
@@ -73,6 +74,8 @@ def check_served(gpt: GPT) -> None:
         raise NotServed(f"weights in {str(weight.dtype).removeprefix('torch.')} on {weight.device.type}")
     if any(isinstance(module, ExpertChoiceRouter) for module in gpt.modules()):
         raise NotServed("experts that choose among the tokens of a call: other texts in the same call would change the choice")
+    if any(not getattr(module, "decodes_alone", True) for module in gpt.modules()):
+        raise NotServed("routers that look at other layers or at the text before the token")
     parts: Any = gpt.sequential
     for norm in (parts[str(gpt.num_layers + 3)].norm, *(n for layer in gpt.layers if isinstance(layer, ReorderedNormLayer) for n in _norms(layer))):
         norm_part(norm)
@@ -127,6 +130,10 @@ class _Builder:
         return CompiledMLP(*(compiled.Linear(part) for part in mlp_parts(mlp, self.model, self.store, given)))
 
     def _experts(self, layer: MoELayer, given: Input) -> CompiledExperts:
+        if isinstance(layer.latent, LatentProjection):
+            raise NotServed("a latent projection around the experts")
+        if layer.zero_computation.count:
+            raise NotServed("zero, copy and constant experts")
         for beside in layer.beside:
             if type(beside) not in (SharedExpert, GatedSharedExpert):
                 raise NotServed(f"a {type(beside).__name__} beside the experts")

@@ -21,8 +21,10 @@ from megatron.model.mlp import MLP, GatedMLP
 from megatron.model.moe.experts.decomposed import DecomposedExperts, GatedDecomposedMLP
 from megatron.model.moe.experts.grouped import GatedExpertMLP, GroupedExperts
 from megatron.model.moe.experts.structmoe import BothEntangledGatedExperts, GateEntangledGatedExperts, LoREs, StructMoEExperts, UnroutedLoREs
+from megatron.model.moe.routers.document_pool import DocumentPoolRouter
 from megatron.model.moe.routers.sigmoid import SigmoidRouter
 from megatron.model.moe.routers.sinkhorn import SinkhornRouter
+from megatron.model.moe.routers.smoe_dropout import SMoEDropoutRouter
 from megatron.model.moe.routers.topk import TopKRouter
 from megatron.model.norms import LayerNorm, RMSNorm
 from megatron.model.positions.rotary import rotary_table
@@ -85,6 +87,10 @@ def choice_part(router: nn.Module) -> Choice:
         return Choice(len(router.layer.weight), router.top_k, sigmoid=router.top_k == 1)
     if isinstance(router, SigmoidRouter) and router.groups is None:
         return Choice(len(router.layer.weight), router.top_k, True, router.normalize, router.scale, router.balance.bias)
+    if isinstance(router, DocumentPoolRouter):  # of all experts: `decodes_alone`
+        return Choice(len(router.layer.weight), router.top_k, False, router.normalize, router.scale)
+    if isinstance(router, SMoEDropoutRouter):
+        return Choice(len(router.layer.weight), int(router.chosen), normalize=True)
     raise NotServed(f"the choice of a {type(router).__name__}")
 
 

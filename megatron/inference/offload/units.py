@@ -94,7 +94,7 @@ def build_for(model: ModelConfig, moe: MoEConfig, count: int, *, dtype: torch.dt
     """The layer's experts module for `count` experts in place of its own number, its memory not touched. `moe`: the layer's own section."""
     sizes = {"moe_num_experts": count, "moe_num_experts_by_layer": None, "moe_expert_segments": 1, "moe_ffn_hidden_size": moe.expert_width(model)}
     with torch.device("meta"):
-        experts: nn.Module = resolve_component(EXPERTS, moe.moe_expert_type)(model, moe.model_copy(update=sizes), EMPTY)
+        experts: nn.Module = resolve_component(EXPERTS, moe.moe_expert_type)(moe.expert_model(model), moe.model_copy(update=sizes), EMPTY)
     experts = experts.to(dtype).to_empty(device=device)
     return experts.eval().requires_grad_(False)
 

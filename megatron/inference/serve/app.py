@@ -51,12 +51,10 @@ class Service:
     def description(self) -> dict[str, Any]:
         """The entry of /v1/models: OpenAI's fields, and what the page needs."""
         experts = [
-            {"layer": number, "experts": layer.mlp.context.num_experts, "lores": getattr(layer.mlp.experts, "num_lores", 0)}
+            {"layer": number, "experts": layer.mlp.context.num_experts, "lores": lores_of_an_expert(layer.mlp.experts)}
             for number, layer in zip(self.ready.gpt.layer_numbers, self.ready.gpt.layers, strict=True)
             if isinstance(layer.mlp, MoELayer)
         ]
-        for entry in experts:
-            entry["lores"] //= entry["experts"]
         own = {"context_length": self.ready.context_length, "chat": self.template is not None, "moe_layers": experts}
         return {"id": self.name, "object": "model", "created": int(self.started), "owned_by": "structmoe-neox", **own}
 
@@ -156,3 +154,9 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def broken(http: HttpRequest, error: Exception) -> Response:
         return JSONResponse(ApiError(500, BROKEN).body(), 500)
+
+
+def lores_of_an_expert(experts: Any) -> int:
+    """How many LoREs an expert of a layer has; 0 where they have none."""
+    lores: int = getattr(experts, "num_lores", 0)
+    return lores // experts.num_experts

@@ -1,6 +1,6 @@
 """Keys and values of the tokens seen so far, one cache a layer: allocated once per request and passed as an argument, never kept on a layer.
 
-Shapes: B batch; H key/value heads; P positions that fit; d head dimension; S tokens of this call.
+Shapes: B batch; H key/value heads; P positions that fit; d head dimension; S tokens of this call; E experts.
 """
 
 from __future__ import annotations
@@ -27,6 +27,19 @@ class LayerCache:
     values_BHPd: Tensor
     length: int = 0
     """Positions filled."""
+    sum_BPE: Tensor | None = None
+    """int64: the running sums of a router that looks at a whole text (`routers/document_pool.py`). None: the layer has no such router."""
+
+    def sums_before(self, like_BSE: Tensor) -> Tensor:
+        """sum_BE before the S tokens that `append` stored last; zeros at the beginning of the text."""
+        before = self.length - like_BSE.shape[1]
+        return torch.zeros_like(like_BSE[:, 0]) if self.sum_BPE is None or not before else self.sum_BPE[:, before - 1]
+
+    def keep_sums(self, sum_BSE: Tensor) -> None:
+        """Keeps the running sums of the S tokens that `append` stored last."""
+        if self.sum_BPE is None:
+            self.sum_BPE = sum_BSE.new_zeros(len(sum_BSE), self.keys_BHPd.shape[2], sum_BSE.shape[2])
+        self.sum_BPE[:, self.length - sum_BSE.shape[1] : self.length] = sum_BSE
 
     def append(self, keys_BHSd: Tensor, values_BHSd: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new tokens and return all keys and values so far, as views. Raises CacheError where they do not fit."""

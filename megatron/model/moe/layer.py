@@ -1,6 +1,7 @@
 """The MoE layer: route, dispatch, compute, combine. Losses, counts and statistics are return values.
 
-Shapes: B batch; S sequence; T = B*S tokens; R routed rows; E experts; G LoREs of all experts; D model width; A auxiliary losses.
+Shapes: B batch; S sequence; T = B*S tokens; R routed rows; E experts; G LoREs of all experts; D model width; A auxiliary losses; C counts of
+scores; Z width that the experts see, D unless `moe_latent_size` is given.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from megatron.config.components import DISPATCHERS, EXPERTS, LOSSES, ROUTERS, re
 from megatron.kernels.route import choice_statistics
 from megatron.model.initialization import Initializer
 from megatron.model.moe.dispatch.interface import Dispatcher, run_beside
+from megatron.model.moe.latent import build_latent
 from megatron.model.moe.losses.block_wise_selection import sequences
 from megatron.model.moe.losses.entropy import token_entropy
 from megatron.model.moe.losses.load_balance import expert_usage
 from megatron.model.moe.routing import AuxLoss, Decision, LossContext, Routing
 from megatron.model.moe.shared import build_beside
+from megatron.model.moe.surroundings import NOTHING_AROUND, Surroundings
+from megatron.model.moe.zero_computation import build_zero_computation
 from megatron.mpu.collectives import sum_over_data_parallel
 from megatron.mpu.regions import WHOLE, Region
 
@@ -41,6 +45,8 @@ class MoEOutput(NamedTuple):
     """float32, detached, in the order of STATISTICS."""
     usage_2E: Tensor | None
     """`expert_usage` summed over the layers up to this one; None where no loss asks for it."""
+    scores_C: Tensor | None
+    """int64: `Routing.scores_C`, zeros outside training. None: the router does not count scores."""
     decision: Decision
     """What the routers decided for each token."""
 
@@ -56,9 +62,14 @@ class MoELayer(nn.Module):
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, init: Initializer) -> None:
         super().__init__()
-        self.router = resolve_component(ROUTERS, moe.moe_router_type)(model, moe, init)
-        self.experts = resolve_component(EXPERTS, moe.moe_expert_type)(model, moe, init)
+        self.router = resolve_component(ROUTERS, moe.moe_router_type)(model, moe.for_router(), init)
+        self.looks_around = getattr(self.router, "looks_around", False)
+        self.scores_width = getattr(self.router, "scores_width", 0)
+        """Counts of scores that the router makes in training, C."""
+        self.experts = resolve_component(EXPERTS, moe.moe_expert_type)(moe.expert_model(model), moe, init)
         self.beside = build_beside(model, moe, init)
+        self.latent = build_latent(model.hidden_size, moe.moe_latent_size, init)
+        self.zero_computation = build_zero_computation(model, moe, init)
         self.dispatcher: Dispatcher = resolve_component(DISPATCHERS, moe.dispatcher)(moe)
         self.region: Region = WHOLE
         self.sends = False
@@ -66,32 +77,42 @@ class MoELayer(nn.Module):
         self.losses: list[AuxLoss] = [resolve_component(LOSSES, name) for name in moe.moe_losses]
         self.wants_usage = "joint_load_balance" in moe.moe_losses
         self.context = LossContext(
-            moe.num_experts,
+            moe.num_choices,
             moe.top_k,
             sum_over_processes=sum_over_data_parallel,
             temperature=moe.moe_block_wise_temperature,
             num_layers=len(moe.moe_layer_numbers(model.num_layers)),
+            num_zero_computation=moe.num_zero_computation,
+            zero_computation_balance=moe.moe_zero_computation_balance,
         )
 
-    def forward(self, x_BSD: Tensor, earlier_rows_E: Tensor | None = None, earlier_usage_2E: Tensor | None = None) -> MoEOutput:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        earlier_rows_E: Tensor | None = None,
+        earlier_usage_2E: Tensor | None = None,
+        around: Surroundings = NOTHING_AROUND,
+    ) -> MoEOutput:
         """Output, losses, loads, statistics.
 
         `earlier_rows_E` is the load of the step's earlier micro-batches, for losses over the global batch. `earlier_usage_2E` is the `usage_2E`
-        of the MoE layer before this one, for losses over all layers.
+        of the MoE layer before this one, for losses over all layers. `around` is for routers that look around.
         """
         x_BSD = self.region.whole(x_BSD)
         x_TD = x_BSD.flatten(0, 1)
-        routing = self.router(x_TD)._replace(batch_shape=tuple(x_BSD.shape[:2]))
-        shared_TD, weight_TK = self.region.copied(x_TD), self.region.copied(routing.weight_TK)
+        routed = self.router(x_TD, around) if self.looks_around else self.router(x_TD)
+        routing = routed._replace(batch_shape=tuple(x_BSD.shape[:2]))
+        shared_TD, divided = self.region.copied(x_TD), routing._replace(weight_TK=self.region.copied(routing.weight_TK))
         beside: list[Any] = list(self.beside)
         branches: list[Tensor] = []
-        y_TD, rows_E, lores, overload_2 = run_beside(
+        y_TZ, rows_E, lores, overload_2 = run_beside(
             self.dispatcher,
-            shared_TD,
-            routing._replace(weight_TK=weight_TK),
+            self.latent.enter(shared_TD),
+            self.zero_computation.dispatched(divided),
             self.experts,
             meanwhile=lambda: branches.extend(part.branch(shared_TD) for part in beside),
         )
+        y_TD = self.zero_computation.add(self.latent.leave(y_TZ), shared_TD, divided, counts=self.region.group.rank == 0)
         for part, branch in zip(beside, branches, strict=True):
             y_TD = part(shared_TD, y_TD, branch)
         context = self.context._replace(rows_E=rows_E, lores=lores, earlier_rows_E=earlier_rows_E, earlier_usage_2E=earlier_usage_2E)
@@ -99,12 +120,16 @@ class MoELayer(nn.Module):
         return MoEOutput(
             self.region.leave(y_TD.view(x_BSD.shape)),
             self._auxiliary_losses(routing, context),
-            rows_E,
+            self.zero_computation.loads(routing, rows_E),
             lore_load_G,
             statistics(routing, context, overload_2),
             self._usage(routing, earlier_usage_2E) if self.wants_usage else None,
+            self._scores(routing) if self.scores_width else None,
             Decision(routing, lores, self.context.num_experts),
         )
+
+    def _scores(self, routing: Routing) -> Tensor:
+        return routing.expert_TK.new_zeros(self.scores_width) if routing.scores_C is None else routing.scores_C
 
     def _usage(self, routing: Routing, earlier_2E: Tensor | None) -> Tensor:
         own_2E = expert_usage(routing, self.context.num_experts)

@@ -1,6 +1,7 @@
 """The decisions of routers about which expert each token goes to. Routers return these values; dispatch, losses and analysis read them.
 
-Shapes: B batch; S sequence; T = B*S tokens; E experts; K experts per token; R routed rows, sorted by expert; M LoREs per expert; L LoREs per row.
+Shapes: B batch; S sequence; T = B*S tokens; E experts; K experts per token; R routed rows, sorted by expert; M LoREs per expert; L LoREs per row;
+C counts of scores; P width of a router's memory.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ class Routing(NamedTuple):
     """Whether tokens may use fewer than K experts: their other places hold expert number E, which does not exist, and weight 0."""
     softmax: Softmax | None = None
     """None: the router does not use the op `route`. Whoever replaces the choices, probabilities or logits has to set it to None."""
+    scores_C: Tensor | None = None
+    """int64: how many tokens have a score in each bin, for the router's `balance` (`routers.histogram`). None: it does not ask for them, or this is
+    no training."""
+    memory_TP: Tensor | None = None
+    """What the router of the next layer gets (`Surroundings.memory_TP`). None: this router remembers nothing."""
 
     def rows_E(self, num_experts: int) -> Tensor:
         """int64: how many tokens use each expert, without waiting for the device."""
@@ -84,7 +90,8 @@ class Decision(NamedTuple):
         if self.lores is not None:
             order = sort_by_group(expert_TK, self.num_experts, padded=self.routing.padded)
             empty_1L = self.lores.lore_RL.new_full((1, self.lores.lore_RL.shape[1]), -1)  # the place of an empty choice is one beyond the last row
-            lore_TKL = torch.cat([self.lores.lore_RL, empty_1L])[order.inverse_TK].cpu()
+            last = len(self.lores.lore_RL)  # rows after it are of experts without LoREs
+            lore_TKL = torch.cat([self.lores.lore_RL, empty_1L])[order.inverse_TK.clamp(max=last)].cpu()
         return Chosen(expert_TK.where(expert_TK < self.num_experts, -1).cpu(), self.routing.weight_TK.detach().float().cpu(), lore_TKL)
 
 
@@ -107,9 +114,10 @@ class LossContext(NamedTuple):
     """What an auxiliary loss may use besides the routing."""
 
     num_experts: int
+    """Experts that the router chooses from."""
     top_k: int
     rows_E: Tensor | None = None
-    """int64: rows that each expert got. None: only a routing is known."""
+    """int64: rows that each expert with weights got. None: only a routing is known."""
     lores: LoreRouting | None = None
     """The experts' second routing; None without LoREs."""
     earlier_rows_E: Tensor | None = None
@@ -122,6 +130,10 @@ class LossContext(NamedTuple):
     """Layers of the model that have experts."""
     earlier_usage_2E: Tensor | None = None
     """`expert_usage` summed over the layers before this one, for losses over all layers together; None in the first."""
+    num_zero_computation: int = 0
+    """How many of the experts need no matrix product; they are the last ones."""
+    zero_computation_balance: float = 1.0
+    """tau of `heterogeneous_load_balance`."""
 
 
 AuxLoss = Callable[[Routing, LossContext], Tensor]

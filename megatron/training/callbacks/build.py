@@ -24,6 +24,7 @@ from megatron.training.callbacks.base import Callback
 from megatron.training.callbacks.checkpoint import CheckpointCallback, KeepGoodCallback
 from megatron.training.callbacks.communication import CommunicationCallback
 from megatron.training.callbacks.evaluate import EvaluateCallback
+from megatron.training.callbacks.growth import GrowthCallback
 from megatron.training.callbacks.labels import LabelsCallback
 from megatron.training.callbacks.log import FlopsPerToken, LogCallback
 from megatron.training.callbacks.loss_ramp import LossRampCallback
@@ -55,6 +56,8 @@ def build_callbacks(
     flops = FlopsPerToken(flops_per_token(*given), again)
     metrics_file, picture = metrics_path(config.logging, config.checkpoint.save), plot_path(config.logging, config.checkpoint.save)
     callbacks: list[Callback] = []
+    if config.moe.moe_router_type == "smoe_dropout":
+        callbacks.append(GrowthCallback())
     if config.moe.moe_loss_ramp:
         callbacks.append(LossRampCallback(config.moe))
     if metrics_file is not None and picture is not None:

@@ -37,6 +37,10 @@ KINDS: dict[str, Mapping[str, Any]] = {
     "segments": {**MIXTRAL_LIKE, "moe_num_experts": 4, "moe_expert_segments": 2, "moe_top_k": 1, "moe_num_shared_experts": 1},
     "by layer": {**MIXTRAL_LIKE, "moe_num_experts": 1, "moe_num_experts_by_layer": [4, 8, 6]},
     "sigmoid": {**MIXTRAL_LIKE, "moe_router_type": "sigmoid"},
+    "latent": {**MIXTRAL_LIKE, "moe_latent_size": 16},
+    "latent structmoe": {**STRUCTMOE, "moe_latent_size": 16},
+    "zero computation": {**MIXTRAL_LIKE, "moe_top_k": 2, "moe_zero_experts": 1, "moe_copy_experts": 1, "moe_constant_experts": 1},
+    "smoe_dropout": {**MIXTRAL_LIKE, "moe_router_type": "smoe_dropout", "moe_top_k": 3, "moe_router_start_k": 2},
     "top p": {**MIXTRAL_LIKE, "moe_router_type": "top_p", "moe_top_k": None},
 }
 PROMPT = list(range(1, 18))

@@ -6,7 +6,7 @@ Shapes: T tokens; D model width; E experts; K experts per token.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,13 @@ class RouterLinear(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """logit_TE."""
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        return nn.functional.linear(x_TD.to(dtype), self.weight.to(dtype))
+        return logits(x_TD, self.weight)
+
+
+def logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """logit_TE = x W^T, in float32 (float64 for float64)."""
+    dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    return nn.functional.linear(x_TD.to(dtype), weight_ED.to(dtype))
 
 
 class Jitter(nn.Module):
@@ -42,11 +47,22 @@ class Jitter(nn.Module):
         return x_TD * torch.empty_like(x_TD).uniform_(1 - self.eps, 1 + self.eps)
 
 
-class BalanceBias(nn.Module):
+class ExactBuffers(nn.Module):
+    """Its buffers stay in float32, whatever the model is cast to: small steps would be lost in bf16."""
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
+        exact = {name: buffer.float() for name, buffer in self.named_buffers(recurse=False)}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
+class BalanceBias(ExactBuffers):
     """A bias on each expert's score that only steers the choice, and follows the load instead of a gradient (Wang et al., 2024; DeepSeek-V3).
 
     After a step, `update` raises the bias of experts that got fewer tokens than the mean by `rate` and lowers that of the others. It is a buffer,
-    saved with the model, and stays in float32 whatever the model is cast to: in bf16 steps of 0.001 would be lost.
+    saved with the model.
     """
 
     def __init__(self, num_experts: int, rate: float) -> None:
@@ -65,9 +81,3 @@ class BalanceBias(nn.Module):
         """b_e += rate * sign(mean rows - rows_e), with the rows of a whole step over all processes."""
         rows_E = rows_E.to(self.bias.device).double()
         self.bias += self.rate * torch.sign(rows_E.mean() - rows_E).to(torch.float32)
-
-    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> BalanceBias:
-        exact = self.bias.float()
-        super()._apply(fn, recurse)
-        self.bias = exact.to(self.bias.device)
-        return self
