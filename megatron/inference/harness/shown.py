@@ -12,6 +12,7 @@ from rich.table import Table
 
 from megatron.config.neox import NeoXConfig
 from megatron.monitor.comet import CometSink
+from megatron.monitor.curves import Curves
 from megatron.monitor.guarded import GuardedSink
 from megatron.monitor.jsonl import JsonlSink
 from megatron.monitor.sink import Sink
@@ -63,7 +64,8 @@ def log_results(config: NeoXConfig, iteration: int, values: Mapping[str, float])
     if metrics is not None and metrics.is_file():
         sinks.append((JsonlSink(metrics, resume_from=None), metrics))
     if logging_.tensorboard_dir is not None:
-        sinks.append((TensorboardSink(logging_.tensorboard_dir, resume_from=0), Path(logging_.tensorboard_dir)))
+        curves = Curves("TensorBoard", detail=logging_.curves, most=logging_.max_curves)
+        sinks.append((TensorboardSink(logging_.tensorboard_dir, curves, resume_from=0), Path(logging_.tensorboard_dir)))
     if logging_.use_wandb:
         sinks.append((WandbSink(logging_, config.flat(), rank=0), Path(os.environ.get("WANDB_DIR", "wandb"))))
     if logging_.use_comet:
