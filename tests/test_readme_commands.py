@@ -22,7 +22,24 @@ DOCUMENTS = ["README.md", "CONTRIBUTING.md", "configs/README.md", *sorted(f"docs
 SHELL_BLOCK = re.compile(r"^ *```(?:bash|sh|console|shell)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(?:#[^)]*)?\)")
 # Programs whose arguments say nothing about this repository.
-FREE_PROGRAMS = {"git", "cd", "ls", "cat", "less", "open", "source", "tensorboard", "kill", "watch", "tail", "export", "mkdir", "pre-commit", "curl"}
+FREE_PROGRAMS = {
+    "lm_eval",
+    "git",
+    "cd",
+    "ls",
+    "cat",
+    "less",
+    "open",
+    "source",
+    "tensorboard",
+    "kill",
+    "watch",
+    "tail",
+    "export",
+    "mkdir",
+    "pre-commit",
+    "curl",
+}
 # Flags of the command lines that are followed by a value.
 VALUE_FLAGS = {"-d", "--conf-dir", "--conf_dir", "-o"}
 

@@ -94,9 +94,9 @@ def test_when_everything_is_there_nothing_is_done(checkout: Path) -> None:
 def pins_of(path: Path) -> dict[str, str]:
     lines = [line for line in path.read_text().splitlines() if line and not line.startswith(("#", "-"))]
     pins = [line.split(";")[0] for line in lines]  # without the systems that a package is for
-    unpinned = [pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.]+", pin)]
+    unpinned = [pin for pin in pins if not re.fullmatch(r"[\w.-]+(\[[\w,-]+\])?==[\w.]+", pin)]
     assert not unpinned, f"{path.name}: not an exact version: {unpinned}"
-    return {normal(pin.split("==")[0]): pin.split("==")[1] for pin in pins}
+    return {normal(pin.split("==")[0].split("[")[0]): pin.split("==")[1] for pin in pins}
 
 
 def normal(name: str) -> str:

@@ -16,7 +16,18 @@ from megatron.config.training import resolve_batch
 GUIDE = Path(__file__).resolve().parent.parent.parent / "docs" / "migrating.md"
 MODEL = {"num-layers": 2, "hidden-size": 64, "num-attention-heads": 4, "seq-length": 32, "max-position-embeddings": 32}
 # Words with an underscore that are no keys: names of other things.
-OTHER_WORDS = {"weights_only", "flash_attn", "load_balance", "expert_choice", "top_p", "dense_h_to_4h", "lr_decay_iters"}
+OTHER_WORDS = {
+    "weights_only",
+    "flash_attn",
+    "load_balance",
+    "expert_choice",
+    "top_p",
+    "document_pool",
+    "expert_threshold",
+    "quantile_balancing",
+    "dense_h_to_4h",
+    "lr_decay_iters",
+}
 
 
 def load(folder: Path, *texts: str) -> LoadedConfig:

@@ -15,8 +15,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from megatron.convert.huggingface import experts_structmoe
 from megatron.convert.huggingface.attention_structmoe import rotary_frequencies
 from megatron.convert.huggingface.configuration_structmoe import StructMoEConfig
+from megatron.convert.huggingface.losses_structmoe import JOINT, LOSSES
 from megatron.convert.huggingface.modeling_structmoe import StructMoEForCausalLM, StructMoEModel
-from megatron.convert.huggingface.moe_structmoe import JOINT, LOSSES
 from tests.convert.structmoe_cases import CASES, MOE, SIGMOID
 from tests.convert.structmoe_model import VOCAB, pair, tokens
 
@@ -164,6 +164,7 @@ ALL_LOSSES = {
     "load_balance": 0.3,
     "sequence_load_balance": 0.5,
     "global_load_balance": 0.1,
+    "heterogeneous_load_balance": 0.4,
     "joint_load_balance": 0.7,
     "z_loss": 0.01,
     "entropy": 0.2,

@@ -65,7 +65,8 @@ def test_eval_measures_a_file(run: Any, checkpoint: dict[str, Any], yaml_file: W
     score = json.loads(path.read_text())["results"]["text.txt"]
     assert f"{score['bits_per_byte']:.4f}" in finished.stdout
     assert f"Results written to {path.name}." in finished.stdout
-    assert f"{checkpoint['load']}/global_step2, step 2, float32 on cpu, windows of 32 tokens that move by 16." in finished.stdout
+    assert f"{checkpoint['load']}/global_step2, step 2, float32 on cpu." in finished.stdout
+    assert "Windows of 32 tokens that move by 16." in finished.stdout
     assert "the first token is predicted from the end-of-document token" in finished.stdout
 
 

@@ -165,6 +165,7 @@ def losses_by_definition(routing: Routing, lores: tuple[Tensor, LoreRouting], ba
     by_sequence = zip(chosen_TE.chunk(batch), probability_TE.chunk(batch), strict=True)
     return {
         "load_balance": switch(chosen_TE, probability_TE),
+        "heterogeneous_load_balance": switch(chosen_TE, probability_TE),  # without zero, copy or constant experts it is the same
         "sequence_load_balance": torch.stack([switch(*one) for one in by_sequence]).mean(),
         "global_load_balance": switch(chosen_TE, probability_TE, count_E),
         "block_wise_selection": block_wise(*(part.unflatten(0, (batch, -1)) for part in (chosen_TE, routing.logit_TE))),

@@ -148,7 +148,7 @@ class StructMoEConfig(PreTrainedConfig):
 
     output_router_logits: bool = False
     moe_losses: dict[str, float] = field(default_factory=dict)
-    """Auxiliary losses and their coefficients; `LOSSES` and `JOINT` in moe_structmoe.py say which are computed."""
+    """Auxiliary losses and their coefficients; `LOSSES` and `JOINT` in losses_structmoe.py say which are computed."""
     moe_block_wise_temperature: float = 1.0
     """Of the loss block_wise_selection."""
     zero_computation_balance: float = 0.75

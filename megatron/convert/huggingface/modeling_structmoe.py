@@ -31,7 +31,8 @@ from .attention_structmoe import (
 )
 from .configuration_structmoe import StructMoEConfig
 from .experts_structmoe import EXPERT_BIASES, StructMoEMLP, build_mlp
-from .moe_structmoe import CELL_BIASES, RecurrentRouter, StructMoERouter, StructMoESparseMoeBlock, auxiliary_loss
+from .losses_structmoe import auxiliary_loss
+from .moe_structmoe import CELL_BIASES, RecurrentRouter, StructMoERouter, StructMoESparseMoeBlock
 
 # ---------------------------------------------------------------- layers
 
