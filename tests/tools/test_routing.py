@@ -72,6 +72,7 @@ def test_two_checkpoints_side_by_side(run: Path, tmp_path: Path, main: Callable[
     assert 0 < found.saturation.share_SL[0].mean() < 1
 
 
+@pytest.mark.slow
 def test_where_the_report_goes_without_an_option(run: Path, main: Callable[..., int]) -> None:
     assert main(run, "--text", "math", "--tokens", 50, "--context", 10) == 0
     content = json.loads((run / "routing_report" / "routing.json").read_text())

@@ -91,6 +91,7 @@ def test_no_text_of_a_model_is_code(browser: Browser, tmp_path: Path) -> None:
     assert browser.left() == browser.errors == []
 
 
+@pytest.mark.slow  # 15 s; test_the_report_opens_without_a_network draws the same charts in the page
 def test_every_figure_has_its_picture(tmp_path: Path) -> None:
     heard: list[str] = []
     written = write_report(one_model(200, layers=1), tmp_path / "report", progress=heard.append)
