@@ -32,15 +32,19 @@ def measure_exported(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     return found
 
 
+TWO_STEPS = 2.4e-7
+"""Of float32, as a part of the number."""
+
+
 def check_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Every answer is the same; sums over long texts to the rounding of their backend, which adds in float32."""
+    """Every answer is the same; sums to the rounding of their backend, which adds in float32: at 825 nats its numbers are 6e-5 apart."""
     assert ours["results"].keys() == theirs["results"].keys()
     for task, documents in ours["samples"].items():
         for own, other in zip(documents, theirs["samples"][task], strict=True):
             assert own["arguments"] == other["arguments"]
             for [answer], [expected] in zip(own["resps"], other["resps"], strict=True):
                 if isinstance(answer, tuple):
-                    assert answer[0] == pytest.approx(expected[0], abs=1e-4), task
+                    assert answer[0] == pytest.approx(expected[0], abs=1e-4, rel=TWO_STEPS), task
                     assert answer[1] == expected[1], task
                 else:
                     assert answer == (pytest.approx(expected, rel=1e-6, abs=1e-4) if isinstance(answer, float) else expected), task
