@@ -58,13 +58,15 @@ class Routers:
     """What the model has. Layers are those with experts, first layer first."""
 
     experts: tuple[int, ...]
-    """Experts of each layer."""
+    """Experts of each layer that a token can choose."""
     top_k: tuple[int | None, ...]
     """Experts of a token in each layer. None: the router chooses the number."""
     lores: int
     """LoREs of one expert; 0: there are none."""
     processes: int
     """Expert-parallel processes."""
+    zero_computation: int = 0
+    """The last of each layer's experts, which have no LoREs."""
 
 
 class RouterStep(NamedTuple):
@@ -96,7 +98,7 @@ class RouterWatch:
         self._idle_X = np.array([(1 - BUSY_SHARE) * count / (count - k) if k is not None and count >= k + 2 else 0.0 for count, k in pairs])
         """If the K busiest experts get nearly all rows, one of the others gets less than this part of an even load."""
         self._experts = LoadWindow(self._count_X, steps=steps, rows=ROWS)
-        self._lores = LoadWindow(self._count_X * routers.lores, steps=LORE_BLOCKS, rows=ROWS) if routers.lores else None
+        self._lores = LoadWindow((self._count_X - routers.zero_computation) * routers.lores, steps=LORE_BLOCKS, rows=ROWS) if routers.lores else None
         self._block: list[Counts] = []
         """The LoREs' loads of the last steps, up to ten, which become one entry of the window."""
         self._entropy_SX: Numbers = np.zeros((0, len(routers.experts)))
@@ -147,7 +149,7 @@ class RouterWatch:
                 suspect_X |= least_X < np.maximum(self.limits.dead_share, self._idle_X)
             if self._lores is not None and load_XE is not None and self._lores.load_XE is not None:
                 lores = self.routers.lores
-                lore_XEM = self._lores.load_XE[:, : load_XE.shape[1] * lores].reshape(*load_XE.shape, lores)
+                lore_XEM = self._lores.load_XE.reshape(len(load_XE), -1, lores)
                 dead_X = (lore_XEM * lores < self.limits.dead_share * lore_XEM.sum(2, keepdims=True)).sum((1, 2))
                 suspect_X |= (dead_X > 0) & (dead_X >= self.limits.dead_lores * lores)
         return [int(layer) for layer in np.flatnonzero(suspect_X)]
@@ -200,8 +202,9 @@ class RouterWatch:
     def _dead_lores(self, step: int, layer: int, load_E: Counts | None) -> Alert | None:
         if self._lores is None or self._lores.load_XE is None or load_E is None:
             return None
-        alive_E = load_E * len(load_E) >= self.limits.dead_share * load_E.sum()
-        load_EM = self._lores.load_XE[layer, : len(load_E) * self.routers.lores].reshape(len(load_E), -1)[alive_E]
+        own = len(load_E) - self.routers.zero_computation
+        alive_E = load_E[:own] * len(load_E) >= self.limits.dead_share * load_E.sum()
+        load_EM = self._lores.load_XE[layer, : own * self.routers.lores].reshape(own, -1)[alive_E]
         dead = int((load_EM * self.routers.lores < self.limits.dead_share * load_EM.sum(1, keepdims=True)).sum())
         share = dead / max(1, load_EM.size)
         if not dead or share < self.limits.dead_lores:

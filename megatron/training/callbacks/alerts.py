@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron.config.logging import LoggingConfig
 from megatron.config.neox import NeoXConfig
+from megatron.config.routers import VARYING
 from megatron.model.moe.layer import STATISTICS
 from megatron.monitor.alerts.alert import Alert
 from megatron.monitor.alerts.losses import MEMORY, LossSpikes, NonfiniteSteps
@@ -87,13 +88,14 @@ def limits_of(config: LoggingConfig) -> Limits:
 def routers_of(config: NeoXConfig, processes: int) -> Routers:
     """The layers with experts. `processes`: expert-parallel ones."""
     sections = config.moe.for_layers(config.model.num_layers).values()
-    varies = config.moe.moe_router_type in ("top_p", "expert_choice")
+    varies = config.moe.moe_router_type in VARYING
     lores = config.moe.moe_num_lores if config.moe.moe_expert_type == "structmoe" and config.moe.moe_lore_routed else 0
     return Routers(
-        experts=tuple(section.num_experts for section in sections),
+        experts=tuple(section.num_choices for section in sections),
         top_k=tuple(None if varies else section.top_k for section in sections),
         lores=lores,
         processes=processes,
+        zero_computation=config.moe.num_zero_computation,
     )
 
 

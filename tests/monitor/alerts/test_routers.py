@@ -159,3 +159,14 @@ def test_an_alert_as_a_sentence_and_as_a_record() -> None:
         "ALERT at step 7: dead experts in MoE layer 2. Expert 3 got nothing. What to try: Raise the coefficient of load_b"
     )
     assert alert.record() == {"kind": "dead_experts", "step": 7, "layer": 2, "value": None, "limit": 0.01, "seen": alert.seen, "try": alert.advice}
+
+
+def test_zero_copy_and_constant_experts_have_no_lores() -> None:
+    """Their loads are judged, and the LoREs of the others."""
+    limits = watch().limits
+    routers = Routers(experts=(6,), top_k=(2,), lores=4, processes=1, zero_computation=2)
+    rule = RouterWatch(routers, limits, log_interval=1, settled=0)
+    even = RouterStep(np.full((1, 6), 100), np.full((1, 16), 25), np.full(1, 1.5), np.full(1, math.nan))
+    assert judged(rule, [even] * 110) == []
+    dead = even._replace(lore_load_XG=np.array([[100, 0, 0, 0] * 4]))
+    assert {alert.kind for alert in judged(rule, [dead] * 110)} == {"dead_lores"}
