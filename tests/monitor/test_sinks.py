@@ -162,6 +162,7 @@ def test_wandb_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     wandb.teardown()  # it remembers the folder of an earlier run in this process
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")  # otherwise its service tries to reach the network first
     keys = {
         "wandb_run_name": "fox",
         "wandb_group": "animals",
@@ -177,6 +178,7 @@ def test_wandb_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert run.settings.base_url == "https://wandb.example"
     assert run.config["num_layers"] == 2
     sink.close()
+    wandb.teardown()  # its service may write the file's end after a run's `finish`
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     assert ALERT.seen.encode() in file.read_bytes()
 
