@@ -81,6 +81,7 @@ def _run(command: list[str], folder: Path, outputs: tuple[Path, Path], environme
     for stream, output in enumerate(outputs, start=1):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).parent))
     try:
         runpy.run_path(command[0], run_name="__main__")
     finally:
