@@ -7,7 +7,6 @@ import gc
 import importlib.util
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -79,13 +78,20 @@ def shared_dir() -> Path:
 
 @contextlib.contextmanager
 def mounted(folder: Path) -> Iterator[Path | None]:
-    """`folder` as a disk of one mebibyte; None where none can be mounted."""
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        yield None
-        return
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    """`folder` as a disk of one mebibyte; None where none can be mounted.
+
+    A process of its own takes the disk away: at a word from this one, or when this one is gone, however it was ended.
+    """
+    work = 'mount -t tmpfs -o "size=$1" tmpfs "$2" && echo mounted && { read -r _; umount --lazy "$2"; }'
+    command = ["sh", "-c", work, "sh", str(DISK_BYTES), str(folder)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+    assert holder.stdout is not None
+    there = holder.stdout.readline() != b""
+    try:
+        yield folder if there else None
+    finally:
+        holder.communicate(b"\n")
+        assert not there or holder.returncode == 0, f"{folder} is still mounted"
 
 
 @pytest.fixture

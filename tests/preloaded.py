@@ -6,6 +6,8 @@ one that has imported this, and threads are not copied.
 
 from __future__ import annotations
 
+import gc
+
 import matplotlib.pyplot  # noqa: F401
 import torch._dynamo  # noqa: F401
 
@@ -14,3 +16,4 @@ from megatron.training.process import decline_compiled_collectives, import_muon_
 
 decline_compiled_collectives()
 import_muon_without_compiling()
+gc.freeze()  # a collection in a copy would touch, and so really copy, every object that was imported

@@ -19,13 +19,22 @@ class ScriptProcess:
     """`python SCRIPT WORDS...` in a process of its own, with the methods of subprocess.Popen.
 
     It is a copy of a process that has imported everything (see tests/preloaded.py): a new interpreter needs seconds for that. It reads nothing; what
-    it writes goes to files in `folder`, where it also works. `interrupt` is what it finds as its reaction to Ctrl-C: a shell in the background would
-    have it ignored, in the tests too.
+    it writes goes to files in `outputs` (default: `folder`, where it works). `interrupt` is what it finds as its reaction to Ctrl-C: a shell in the
+    background would have it ignored, in the tests too.
     """
 
-    def __init__(self, script: str, *words: str, folder: Path, environment: Mapping[str, str], interrupt: signal.Handlers = signal.SIG_DFL) -> None:
+    def __init__(
+        self,
+        script: str,
+        *words: str,
+        folder: Path,
+        environment: Mapping[str, str],
+        interrupt: signal.Handlers = signal.SIG_DFL,
+        outputs: Path | None = None,
+    ) -> None:
         self.command = [str(REPOSITORY / script), *words]
-        self.outputs = (folder / f"{script}.stdout", folder / f"{script}.stderr")
+        stem = (outputs or folder) / Path(script).name
+        self.outputs = (Path(f"{stem}.stdout"), Path(f"{stem}.stderr"))
         work = (self.command, folder, self.outputs, dict(environment), interrupt)
         self.process = multiprocessing.get_context("forkserver").Process(target=_run, args=work)
         self.process.start()
@@ -53,9 +62,11 @@ class ScriptProcess:
         return self.outputs[0].read_text(), self.outputs[1].read_text()
 
 
-def run_script(script: str, *words: str, folder: Path, environment: Mapping[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
+def run_script(
+    script: str, *words: str, folder: Path, environment: Mapping[str, str], timeout: float, outputs: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """As subprocess.run, with a ScriptProcess."""
-    process = ScriptProcess(script, *words, folder=folder, environment=environment)
+    process = ScriptProcess(script, *words, folder=folder, environment=environment, outputs=outputs)
     output, error = process.communicate(timeout)
     assert process.returncode is not None
     return subprocess.CompletedProcess(process.command, process.returncode, output, error)
@@ -70,6 +81,7 @@ def _run(command: list[str], folder: Path, outputs: tuple[Path, Path], environme
     for stream, output in enumerate(outputs, start=1):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).parent))
     try:
         runpy.run_path(command[0], run_name="__main__")
     finally:

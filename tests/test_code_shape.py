@@ -10,7 +10,7 @@ import io
 import re
 import tokenize
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -75,12 +75,12 @@ def breaches(root: Path) -> Iterator[str]:
         source = path.read_text(encoding="utf-8")
         where = path.relative_to(root)
         in_library = where.parts[0] == PACKAGE
-        tree = ast.parse(source, str(path))
+        nodes = list(ast.walk(ast.parse(source, str(path))))
         calls_by_name = CALLED_BY_TRANSFORMERS in where.parents
-        found = [*length_problems(tree, source, unlimited="forward" if calls_by_name else None), *comment_problems(source)]
+        found = [*length_problems(nodes, source, unlimited="forward" if calls_by_name else None), *comment_problems(source)]
         if in_library:
-            found += [(node.lineno, problem) for node in ast.walk(tree) for problem in construct_problems(node)]
-            found += layer_problems(tree, where)
+            found += [(node.lineno, problem) for node in nodes for problem in construct_problems(node)]
+            found += layer_problems(nodes, where)
         yield from (f"{where}:{line}: {problem}" for line, problem in sorted(found))
         if EMPTY_NAMES.match(path.stem):
             yield f"{where}: the file name says nothing about what is inside"
@@ -97,12 +97,12 @@ def python_files(root: Path) -> list[Path]:
 # ---------------------------------------------------------------- lengths
 
 
-def length_problems(tree: ast.Module, source: str, unlimited: str | None = None) -> Iterator[tuple[int, str]]:
+def length_problems(nodes: Sequence[ast.AST], source: str, unlimited: str | None = None) -> Iterator[tuple[int, str]]:
     """`unlimited` names functions that may take any number of parameters; None: there are none."""
     lines = source.count("\n")
     if lines > MAX_FILE_LINES:
         yield 1, f"the file has {lines} lines (limit {MAX_FILE_LINES})"
-    for node in ast.walk(tree):
+    for node in nodes:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         length = (node.end_lineno or node.lineno) - node.lineno + 1
@@ -118,6 +118,8 @@ def length_problems(tree: ast.Module, source: str, unlimited: str | None = None)
 
 def comment_problems(source: str) -> Iterator[tuple[int, str]]:
     """In comments and texts, docstrings included."""
+    if not any(pattern.search(source) for pattern in (UNFINISHED, *OUTSIDE_REFERENCES)):
+        return  # where the file has none, none of its parts has one, and taking it apart is slow
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and (match := UNFINISHED.search(token.string)):
             yield token.start[0], f"{match.group()} in a comment: do it or file it"
@@ -166,16 +168,16 @@ def method_as_condition(test: ast.expr) -> str | None:
 # ---------------------------------------------------------------- layers
 
 
-def layer_problems(tree: ast.Module, where: Path) -> Iterator[tuple[int, str]]:
+def layer_problems(nodes: Sequence[ast.AST], where: Path) -> Iterator[tuple[int, str]]:
     if len(where.parts) < 2 or where.parts[1] == "__init__.py":
-        yield from ((line, f"{where} imports {module}: importing the package must cost nothing") for line, module in imported_modules(tree, where))
+        yield from ((line, f"{where} imports {module}: importing the package must cost nothing") for line, module in imported_modules(nodes, where))
         return
     layer = where.parts[1].removesuffix(".py")
     if layer not in RANK:
         yield 1, f"'{layer}' is in no layer: give it a place in LAYERS"
         return
     last_rank = LAST_RANK_SEEN_BY.get(layer, RANK[layer] - 1)
-    for line, module in imported_modules(tree, where):
+    for line, module in imported_modules(nodes, where):
         top, *rest = module.split(".")
         if top in FORBIDDEN_PACKAGES.get(layer, ()):
             yield line, f"layer '{layer}' imports {top}"
@@ -184,9 +186,9 @@ def layer_problems(tree: ast.Module, where: Path) -> Iterator[tuple[int, str]]:
             yield line, f"layer '{layer}' imports '{target}', which is not to its left"
 
 
-def imported_modules(tree: ast.Module, where: Path) -> Iterator[tuple[int, str]]:
+def imported_modules(nodes: Sequence[ast.AST], where: Path) -> Iterator[tuple[int, str]]:
     """Line and dotted name of everything imported, inside functions too; relative imports and `from megatron import x` are spelled out."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module != "__future__":

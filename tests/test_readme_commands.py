@@ -10,12 +10,13 @@ import itertools
 import os
 import re
 import shlex
-import subprocess
-import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.scripts import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "configs/README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -132,11 +133,13 @@ def check_problems(arguments: list[str], root: Path) -> Iterator[str]:
     if any(re.fullmatch(r"(a|b|my\w*|how|runs/.*)\.yml", word) for word in words) or not any(word.endswith(".yml") for word in words):
         return
     own = arguments[1:] if arguments[0] == "deepy.py" else arguments
-    command = [sys.executable, "deepy.py", *own, *([] if "--check" in own else ["--check"])]
+    words = [*own, *([] if "--check" in own else ["--check"])]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    finished = subprocess.run(command, cwd=root, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
+    with tempfile.TemporaryDirectory() as outputs:
+        deepy = str(root / "deepy.py")
+        finished = run_script(deepy, *words, folder=root, environment=environment, timeout=60, outputs=Path(outputs))
     if finished.returncode != 0:
-        yield f"`{shlex.join(command[1:])}` fails: {(finished.stderr or finished.stdout).strip()[-1500:]}"
+        yield f"`{shlex.join(['deepy.py', *words])}` fails: {(finished.stderr or finished.stdout).strip()[-1500:]}"
 
 
 def pytest_problems(arguments: list[str], root: Path) -> Iterator[str]:

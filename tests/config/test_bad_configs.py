@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.scripts import run_script
+
 BASE = {"hidden_size": 64, "max_position_embeddings": 32, "num_attention_heads": 4, "num_layers": 2, "seq_length": 32}
 CASES: list[dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("bad_configs.yml").read_text())
-AT_ONCE = 2  # processes
-
-Finished = subprocess.CompletedProcess[str]
 
 
-@pytest.fixture(scope="module")
-def checks(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterator[dict[str, Future[Finished]]]:
-    """Every case of the table on its way, by its name."""
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        folders = [tmp_path_factory.mktemp("case") for _ in CASES]
-        yield {case["what"]: pool.submit(check, case, folder, repository) for case, folder in zip(CASES, folders, strict=True)}
-        pool.shutdown(cancel_futures=True)
-
-
-def check(case: dict[str, Any], folder: Path, repository: Path) -> Finished:
+def check(case: dict[str, Any], folder: Path, repository: Path) -> subprocess.CompletedProcess[str]:
     """What deepy.py --check says in a folder with the case's files; `slim.yml` is the model without the keys that they have."""
     files: dict[str, str | bytes] = case.get("files", {})
     for name, text in files.items():
@@ -40,8 +27,8 @@ def check(case: dict[str, Any], folder: Path, repository: Path) -> Finished:
     (folder / "slim.yml").write_text(yaml.safe_dump({key: value for key, value in BASE.items() if key not in given}))
     environment = {**os.environ, "PYTHONPATH": str(repository), "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("DLTS_HOSTFILE", None)
-    command = [sys.executable, str(repository / "deepy.py"), str(repository / "train.py"), "--check", *case.get("words", ["base", "a"])]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    words = [str(repository / "train.py"), "--check", *case.get("words", ["base", "a"])]
+    return run_script("deepy.py", *words, folder=folder, environment=environment, timeout=120)
 
 
 def test_the_table_has_what_was_promised() -> None:
@@ -50,8 +37,8 @@ def test_the_table_has_what_was_promised() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["what"])
-def test_deepy_says_exactly_this(case: dict[str, Any], checks: dict[str, Future[Finished]]) -> None:
-    done = checks[case["what"]].result()
+def test_deepy_says_exactly_this(case: dict[str, Any], tmp_path: Path, repository: Path) -> None:
+    done = check(case, tmp_path, repository)
     problems = "".join(f"  {problem}\n" for problem in case["problems"])
     assert done.stderr == f"deepy.py: {len(case['problems'])} problem(s) in the configuration:\n{problems}"
     assert done.stdout == ""

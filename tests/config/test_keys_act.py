@@ -69,5 +69,6 @@ def test_a_key_is_read(key: str) -> None:
     definition = ROOT / (SECTION_CLASSES[OWNER[key]].__module__.replace(".", "/") + ".py")
     per_subset = re.fullmatch(r"(?:train|valid|test)_(data_paths|label_data_paths|data_weights)", key)
     name = re.escape(f"}}_{per_subset[1]}") if per_subset else rf"\b{THROUGH_THE_SECTION[key]}" if key in THROUGH_THE_SECTION else rf"\.{key}"
-    readers = [path for path, text in _readers().items() if path != definition and re.search(rf"{name}\b", text)]
+    literal = "" if key in THROUGH_THE_SECTION else per_subset[1] if per_subset else f".{key}"  # tried first: it is found much sooner than a pattern
+    readers = [path for path, text in _readers().items() if path != definition and literal in text and re.search(rf"{name}\b", text)]
     assert readers, f"nothing reads '{key}' of the section '{OWNER[key]}'"

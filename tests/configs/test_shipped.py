@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from megatron.config.section import ConfigError
 from megatron.config.size import ParameterCount, count_parameters, padded_vocab_size, training_memory
 from megatron.config.training import resolve_batch
 from tests.configs.published import FIGURES, VOCABULARIES, Published
+from tests.scripts import run_script
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 FILES = {path.relative_to(CONFIGS).as_posix(): path.read_text(encoding="utf-8") for path in sorted(CONFIGS.rglob("*.yml"))}
@@ -197,8 +197,8 @@ COMMANDS = sorted(set(re.findall(r"python (deepy\.py [^`\n]+)", HEADS)))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_commands_in_the_heads_pass_the_check(command: str, repository: Path) -> None:
-    arguments = [sys.executable, *shlex.split(command), "--check"]
-    done = subprocess.run(arguments, cwd=repository, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
+def test_the_commands_in_the_heads_pass_the_check(command: str, repository: Path, tmp_path: Path) -> None:
+    script, *words = shlex.split(command)
+    done = run_script(script, *words, "--check", folder=repository, environment=os.environ, timeout=60, outputs=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "cannot train yet" not in done.stdout

@@ -12,6 +12,7 @@ import pytest
 
 from megatron.config.aliases import TABLE, Refused
 from megatron.launcher.command_line import KEY_FLAGS, read_deepy_arguments
+from tests.scripts import run_script
 
 CONFIG = """num_layers: 2
 hidden_size: 64
@@ -50,10 +51,21 @@ def folder(tmp_path: Path, repository: Path) -> Path:
     return place
 
 
+def environment() -> dict[str, str]:
+    given = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
+    given.pop("DS_ACCELERATOR", None)
+    return given
+
+
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
-    environment.pop("DS_ACCELERATOR", None)
-    return subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    """With a new interpreter, as people do."""
+    return subprocess.run([sys.executable, *words], cwd=folder, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+
+
+def run_copy(folder: Path, script: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """With a copy of a process that has imported everything: for tests that do not ask what is imported."""
+    script = str(folder / script)
+    return run_script(script, *words, folder=folder, environment=environment(), timeout=60, outputs=folder)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +88,7 @@ def test_forms_of_the_command(folder: Path, words: tuple[str, ...]) -> None:
 
 def test_several_overrides_and_neox_s_flags(folder: Path) -> None:
     words = ("-o", "seed=7", "num_layers=3", "-o", "load=x", "--iteration", "20", "--wandb_group", "a b")
-    done = run(folder, "deepy.py", "worker.py", "-d", "configs", "small", *words)
+    done = run_copy(folder, "deepy.py", "worker.py", "-d", "configs", "small", *words)
     overrides = "('seed=7', 'num_layers=3', 'load=x', 'wandb_group=\"a b\"', 'iteration=20')"
     assert done.stdout.splitlines()[0] == f"3 7 ['small.yml'] {overrides} 20"
 
@@ -109,7 +121,7 @@ def test_one_process_without_a_gpu_gets_the_cpu_accelerator_and_passes_its_statu
     ],
 )
 def test_neox_s_flags_become_keys(folder: Path, words: tuple[str, ...], overrides: str) -> None:
-    done = run(folder, "deepy.py", *words)
+    done = run_copy(folder, "deepy.py", *words)
     assert done.stderr == ("deepy.py: 'hostfile' = 'hosts': no such file, so only this machine is used\n" if "-H" in words else "")
     assert overrides in done.stdout.splitlines()[0]
 
@@ -183,17 +195,17 @@ def test_neox_s_flags_become_keys(folder: Path, words: tuple[str, ...], override
     ],
 )  # fmt: skip
 def test_a_mistake_is_a_sentence_and_status_2(folder: Path, words: tuple[str, ...], message: str) -> None:
-    done = run(folder, *words)
+    done = run_copy(folder, *words)
     assert done.stderr == message
     assert done.stdout == ""
     assert done.returncode == 2
 
 
 def test_deepy_without_anything_says_how_to_call_it(folder: Path) -> None:
-    done = run(folder, "deepy.py")
+    done = run_copy(folder, "deepy.py")
     assert done.returncode == 2
     assert "give a script and its configuration files, such as: deepy.py train.py -d configs quickstart.yml" in done.stderr
-    assert run(folder, "deepy.py", "--help").returncode == 0
+    assert run_copy(folder, "deepy.py", "--help").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -246,46 +258,46 @@ def test_check_shows_what_will_happen_and_runs_nothing(folder: Path) -> None:
     assert any(line.startswith("grouped_gemm ") for line in shown)
 
     tokenizer.write_text('{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "c": 2}, "unk_token": "a"}}')
-    done = run(folder, *words, "-o", "train_iters=null")
+    done = run_copy(folder, *words, "-o", "train_iters=null")
     shown = {" ".join(line.split()) for line in done.stdout.splitlines()}
     assert "vocabulary 3, padded to 128" in shown
     assert "embedding 8,192 8,192" in shown
     length = "the number of training steps, or the number of passes through the data"
     assert f"cannot train yet: 'train_iters' or 'train_epochs' must be given: {length}" in " ".join(done.stdout.split())
     assert "fp16" not in done.stdout
-    assert "note: training in fp16 needs a GPU" in run(folder, *words, "-o", "precision=fp16").stdout
-    done = run(folder, *words, "-o", "train_iters=null", "-o", "train_epochs=3")
+    assert "note: training in fp16 needs a GPU" in run_copy(folder, *words, "-o", "precision=fp16").stdout
+    done = run_copy(folder, *words, "-o", "train_iters=null", "-o", "train_epochs=3")
     assert "3 passes through the training data; the number of steps is known when the data is read" in done.stdout
 
     tokenizer.write_text("{}")
-    assert "is not a tokenizer.json" in run(folder, *words).stdout
+    assert "is not a tokenizer.json" in run_copy(folder, *words).stdout
 
 
 def test_check_fails_for_batch_sizes_that_do_not_multiply_out(folder: Path) -> None:
     words = ("deepy.py", "train.py", "-d", "configs", "small", "--check", "-o", "train_batch_size=32", "gradient_accumulation_steps=8", "num_gpus=2")
-    done = run(folder, *words)
+    done = run_copy(folder, *words)
     product = "train_micro_batch_size_per_gpu (4) * gradient_accumulation_steps (8) * data-parallel processes (2)"
     assert done.returncode == 2
     assert done.stderr == f"deepy.py: 1 problem(s) in the configuration:\n  'train_batch_size' = 32: must equal {product}\n"
     assert "Given in small.yml, command line" in done.stdout, "what was asked for is shown all the same"
-    assert run(folder, *words[:-1], "num_gpus=1").returncode == 0
+    assert run_copy(folder, *words[:-1], "num_gpus=1").returncode == 0
 
 
 def test_a_hostfile_that_is_not_there_is_said(folder: Path) -> None:
     words = ("deepy.py", "worker.py", "-d", "configs", "small", "-o", "hostfile=/nowhere/hosts")
-    assert "note: 'hostfile' = '/nowhere/hosts': no such file, so only this machine is used\n" in run(folder, *words, "--check").stdout
-    done = run(folder, *words)
+    assert "note: 'hostfile' = '/nowhere/hosts': no such file, so only this machine is used\n" in run_copy(folder, *words, "--check").stdout
+    done = run_copy(folder, *words)
     assert (done.returncode, done.stderr) == (0, "deepy.py: 'hostfile' = '/nowhere/hosts': no such file, so only this machine is used\n")
 
 
 def test_scripts_and_configurations_are_found_from_elsewhere(tmp_path: Path, repository: Path) -> None:
-    done = run(tmp_path, str(repository / "deepy.py"), "train.py", "-d", "configs", "quickstart.yml", "-o", "seed=7", "--check")
+    done = run_copy(tmp_path, str(repository / "deepy.py"), "train.py", "-d", "configs", "quickstart.yml", "-o", "seed=7", "--check")
     assert done.stderr == ""
     assert "quickstart.yml" in done.stdout
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/small.yml").write_text(CONFIG)
     (tmp_path / "train.py").write_text(SCRIPT)
-    done = run(tmp_path, str(repository / "deepy.py"), "train.py", "-d", "configs", "small.yml")
+    done = run_copy(tmp_path, str(repository / "deepy.py"), "train.py", "-d", "configs", "small.yml")
     assert done.stdout.startswith("2 1234 ['small.yml']"), "what is here comes first"
 
 
@@ -296,9 +308,9 @@ def test_a_hostfile_is_checked_and_counted_before_anything_starts(folder: Path) 
         "write one line for each machine, such as `worker-1 slots=8`, each machine once\n"
     )
     for more in ((), ("--check",)):
-        done = run(folder, "deepy.py", "worker.py", "-d", "configs", "small", "-H", "hosts", *more)
+        done = run_copy(folder, "deepy.py", "worker.py", "-d", "configs", "small", "-H", "hosts", *more)
         assert (done.returncode, done.stderr) == (2, said)
     (folder / "hosts").write_text("node-a slots=2\nnode-b slots=3\n")
-    done = run(folder, "deepy.py", "worker.py", "-d", "configs", "small", "-H", "hosts", "--check")
+    done = run_copy(folder, "deepy.py", "worker.py", "-d", "configs", "small", "-H", "hosts", "--check")
     assert done.returncode == 0, done.stderr
     assert "20 = 4 x 1 accumulation x 5 processes" in done.stdout

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron.mpu.environment import LaunchError, complete_environment
+from tests.scripts import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -89,10 +88,9 @@ def test_half_an_environment_is_a_sentence(given: dict[str, str], message: str) 
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py", "generate.py"])
-def test_a_script_says_the_sentence(script: str) -> None:
+def test_a_script_says_the_sentence(script: str, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key not in NAMES} | {"RANK": "0"}
-    command = [sys.executable, script, "configs/quickstart.yml"]
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    process = run_script(script, "configs/quickstart.yml", folder=ROOT, environment=environment, timeout=60, outputs=tmp_path)
     assert (process.returncode, process.stderr) == (
         1,
         "RANK is '0' in the environment, but WORLD_SIZE is missing; set both, or neither of them for one process\n",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.scripts import run_script
 from tests.training.runs import outer_environment
 
 
@@ -23,11 +23,11 @@ def modules(repository: Path) -> Iterator[None]:
     sys.path.remove(str(repository / "tools/bench"))
 
 
-def report_of(repository: Path, *arguments: str) -> dict[str, Any]:
+def report_of(repository: Path, folder: Path, *arguments: str) -> dict[str, Any]:
     """What the script prints with --json."""
-    command = [sys.executable, str(repository / "tools/bench/moe_step.py"), "--tiny", "--rounds", "1", "--json", *arguments]
+    words = ("tools/bench/moe_step.py", "--tiny", "--rounds", "1", "--json", *arguments)
     environment = {**outer_environment(), "PYTHONPATH": str(repository), "DS_ACCELERATOR": "cpu"}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170, check=False)
+    finished = run_script(*words, folder=repository, environment=environment, timeout=170, outputs=folder)
     assert finished.returncode == 0, finished.stderr
     report: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
     return report
@@ -35,7 +35,7 @@ def report_of(repository: Path, *arguments: str) -> dict[str, Any]:
 
 def test_every_side_has_its_row(repository: Path, tmp_path: Path) -> None:
     given = ("--precision", "fp32", "--no-memory", "--quickstart-steps", "0", "--output", str(tmp_path / "new"))
-    report = report_of(repository, *given)
+    report = report_of(repository, tmp_path, *given)
     rows = {row["side"]: row for row in report["rows"]}
     ours = ["ours", "ours, StructMoE", "ours, plain with as many parameters"]
     theirs = ["Hugging Face grouped_mm", "Hugging Face eager"]
@@ -50,8 +50,8 @@ def test_every_side_has_its_row(repository: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_memory_bf16_and_the_quickstart(repository: Path) -> None:
-    report = report_of(repository, "--quickstart-steps", "3")
+def test_memory_bf16_and_the_quickstart(repository: Path, tmp_path: Path) -> None:
+    report = report_of(repository, tmp_path, "--quickstart-steps", "3")
     rows = {(row["side"], row["precision"]): row for row in report["rows"]}
     assert report["quickstart"]["steps"] == 3
     assert report["quickstart"]["ratio"] > 0

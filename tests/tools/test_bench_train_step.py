@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+from tests.scripts import run_script
 from tests.training.runs import outer_environment
 
 
-def test_one_round_of_one_step(repository: Path) -> None:
-    command = [sys.executable, str(repository / "tools/bench/train_step.py"), "--precision", "fp32", "--rounds", "1", "--steps", "1"]
+def test_one_round_of_one_step(repository: Path, tmp_path: Path) -> None:
+    words = ("tools/bench/train_step.py", "--precision", "fp32", "--rounds", "1", "--steps", "1")
     environment = {**outer_environment(), "PYTHONPATH": str(repository), "DS_ACCELERATOR": "cpu"}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    finished = run_script(*words, folder=repository, environment=environment, timeout=120, outputs=tmp_path)
     assert finished.returncode == 0, finished.stderr
     report = json.loads(finished.stdout.splitlines()[-1])
     assert (report["precision"], report["zero_stage"]) == ("fp32", 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import signal
 import subprocess
@@ -12,11 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.scripts import run_script
+
 SCRIPT = "tools/analysis/dashboard.py"
-
-
-def run_script(repository: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, repository / SCRIPT, *words], capture_output=True, text=True, timeout=150, check=False)
 
 
 @pytest.mark.parametrize(
@@ -38,12 +37,14 @@ def test_wrong_words_are_sentences(repository: Path, words: list[str], message: 
     assert message in capsys.readouterr().err
 
 
-def test_a_page_once_and_a_folder_that_is_not_there(repository: Path, tmp_path: Path) -> None:
+def test_a_page_once_and_a_folder_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 3, "train/lm_loss": 2.0}\n')
-    done = run_script(repository, str(tmp_path), "--output", str(tmp_path / "pages/a.html"), "--once")
+    done = run_script(
+        SCRIPT, str(tmp_path), "--output", str(tmp_path / "pages/a.html"), "--once", folder=tmp_path, environment=os.environ, timeout=150
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, f"Writing {tmp_path}/pages/a.html.\n", "")
     assert "<td>2.0000</td>" in (tmp_path / "pages/a.html").read_text()
-    wrong = run_script(repository, str(tmp_path / "none"), "--output", "a.html", "--once")
+    wrong = run_script(SCRIPT, str(tmp_path / "none"), "--output", "a.html", "--once", folder=tmp_path, environment=os.environ, timeout=150)
     assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
     assert "there is no such folder" in wrong.stderr
 

@@ -29,6 +29,12 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The PNGs of a report take matplotlib 10 s; tests that look at numbers leave them out."""
+    monkeypatch.setattr("megatron.analysis.routing.report.report.write_picture", lambda *_: None)
+
+
+@pytest.fixture
 def main(tool: Callable[[str], Any]) -> Callable[..., int]:
     """The command with texts and a report folder."""
 
@@ -39,6 +45,7 @@ def main(tool: Callable[[str], Any]) -> Callable[..., int]:
     return work
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_checkpoint_and_the_trace_of_it_give_the_same(
     run: Path, tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,6 +68,7 @@ def test_a_checkpoint_and_the_trace_of_it_give_the_same(
     assert one.samples[0].starts == [0, 32, 64, 96, 128, 160, 192, 224]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_two_checkpoints_side_by_side(run: Path, tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(run / "global_step4", run / "global_step2", run, "--text", "math", "--tokens", 200, "--out", tmp_path / "out") == 0
     assert "router saturation" in capsys.readouterr().out
@@ -86,6 +94,7 @@ def test_traces_of_other_programs(tmp_path: Path, main: Callable[..., int], caps
     found = read_findings(tmp_path / "out" / "routing.json")
     assert found.models[0].specialisation.tokens == []
     assert found.models[0].tokens_G.tolist() == [90]
+    assert len(list((tmp_path / "out").glob("*.png"))) > 5
 
 
 @pytest.mark.parametrize(

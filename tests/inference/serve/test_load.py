@@ -23,6 +23,8 @@ from tests.inference.conftest import argmax_without_cache
 from tests.inference.serve.conftest import Served, served, wait_until
 
 CLIENTS = 200
+SOON = 150
+"""Tokens: `slow` needs 3 seconds for them, or longer where others use the machine. Of the 240 that were asked for, a text must not get so many."""
 BODY_BYTES = 100 * 2**20
 
 
@@ -138,10 +140,9 @@ def test_a_client_that_leaves_a_stream_ends_its_text(slow: Served) -> None:
         lines = answer.iter_lines()
         first = [next(lines) for _ in range(4)]
     assert first[0].startswith("data: {")
-    started = time.monotonic()
     wait_until(lambda: slow.worker.admitted == 0)
     assert slow.post("/v1/completions", body("Next")).json()["choices"][0]["text"] == expected(slow, "Next")
-    assert time.monotonic() - started < 3  # the text of 240 tokens would have taken almost 5 seconds
+    assert slow.worker.counts["tokens_generated"] < SOON
     assert slow.worker.counts["requests_cancelled"] == 1
     assert slow.worker.counts["texts_ended_by_length"] == 1
 
@@ -149,24 +150,26 @@ def test_a_client_that_leaves_a_stream_ends_its_text(slow: Served) -> None:
 def test_a_client_that_stops_waiting_ends_its_texts(slow: Served) -> None:
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{slow.url}/v1/completions", json=body("Hello", max_tokens=240, n=3), timeout=0.5)
-    started = time.monotonic()
     wait_until(lambda: slow.worker.admitted == 0)
     assert slow.post("/v1/completions", body("Next")).json()["choices"][0]["text"] == expected(slow, "Next")
-    assert time.monotonic() - started < 3
+    assert slow.worker.counts["tokens_generated"] < SOON
     assert slow.worker.counts["requests_cancelled"] == 1
 
 
 def test_several_requests_are_decoded_together(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
+    begun: list[Served] = []
 
     class Watched(SlowRunner):
         def decode(self, states: Sequence[TextState], tokens: Sequence[int], trace: RoutingTrace | None = None) -> Tensor:
+            wait_until(lambda: begun[0].worker.counts["requests"] == 8)  # no text is over before the last one has come
             sizes.append(len(states))
             return super().decode(states, tokens, trace)
 
     monkeypatch.setattr(server_module, "build_runner", Watched)
     with served(max_running=4) as running:
-        all_at_once(running, [f"text {number}" for number in range(8)], tokens=12)  # longer than it takes to read the other prompts
+        begun.append(running)
+        all_at_once(running, [f"text {number}" for number in range(8)], tokens=12)
     assert max(sizes) == 4
 
 
@@ -220,8 +223,8 @@ def test_a_second_interrupt_does_not_wait(slow: Served) -> None:
     with slow.client() as client:
         stream = iter(client.completions.create(model="tiny", prompt="Hello", max_tokens=240, stream=True))
         next(stream)
-        started = time.monotonic()
         slow.server.handle_exit(signal.SIGINT, None)
         slow.server.handle_exit(signal.SIGINT, None)
-        slow.thread.join(10)
-        assert time.monotonic() - started < 3
+        slow.thread.join(60)
+        assert not slow.thread.is_alive()
+        assert slow.worker.counts["tokens_generated"] < SOON

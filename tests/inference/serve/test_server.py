@@ -34,13 +34,12 @@ def environment(repository: Path) -> dict[str, str]:
 def start(tmp_path: Path, checkpoint: dict[str, Any], yaml_file: Write, environment: dict[str, str]) -> Iterator[Start]:
     """Starts the server on a free port and gives its process and address."""
     begun: list[ScriptProcess] = []
-    (tmp_path / "tools").mkdir()
 
     def begin(*words: str, **keys: Any) -> tuple[ScriptProcess, str]:
         path = yaml_file({**checkpoint, "serve_port": 0, **keys})
         process = ScriptProcess("tools/serve.py", str(path), *words, folder=tmp_path, environment=environment)
         begun.append(process)
-        log = tmp_path / "tools" / "serve.py.stdout"
+        log = process.outputs[0]
         wait_until(lambda: process.returncode is not None or (log.exists() and "Serving" in log.read_text()), 120)
         address = re.search(r"Serving '\w+' on (http://\S+) ", log.read_text())
         assert address is not None, process.communicate(10)
