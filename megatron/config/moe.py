@@ -105,6 +105,11 @@ class MoEConfig(
         return [count * self.moe_expert_segments for count in self.moe_num_experts_by_layer or [self.moe_num_experts]]
 
     @property
+    def choice_counts(self) -> list[int]:
+        """`num_choices` of the layers, each number that occurs at least once."""
+        return [count + self.num_zero_computation for count in self.expert_counts]
+
+    @property
     def dispatcher(self) -> str:
         """Name of the dispatcher. A library may compute dispatch and experts together (`kernel_backends.experts`)."""
         return "local" if self.kernel_backends.get("experts", "auto") in ("auto", "reference") else "library"

@@ -36,8 +36,9 @@ def _dispatch_problems(parallel: ParallelConfig, model: ModelConfig, moe: MoECon
         yield Problem((key, "moe_expert_parallel_size"), f"{says} {instead}")
     if moe.kernel_backends["dispatch"] != "deep_ep":
         return
-    if model.hidden_size % DEEP_EP_WIDTH:
-        yield Problem((key, "hidden_size"), f"needs a hidden_size that {DEEP_EP_WIDTH} divides, and it is {model.hidden_size}; {instead}")
-    most, why = (max(moe.expert_counts), "moe_num_experts") if moe.moe_router_type in VARYING else (moe.top_k, "moe_top_k")
+    width, of = (model.hidden_size, "hidden_size") if moe.moe_latent_size is None else (moe.moe_latent_size, "moe_latent_size")
+    if width % DEEP_EP_WIDTH:
+        yield Problem((key, of), f"needs a {of} that {DEEP_EP_WIDTH} divides, and it is {width}; {instead}")
+    most, why = (max(moe.choice_counts), "moe_num_experts") if moe.moe_router_type in VARYING else (moe.top_k, "moe_top_k")
     if most > DEEP_EP_CHOICES:
         yield Problem((key, why), f"sends a token to {DEEP_EP_CHOICES} experts at most, and here it may have {most}; {instead}")

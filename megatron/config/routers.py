@@ -33,6 +33,11 @@ class RouterOptions(Section):
         return [self.num_experts]
 
     @property
+    def choice_counts(self) -> list[int]:
+        """Experts that the router of a layer chooses from, each number that occurs at least once."""
+        return self.expert_counts
+
+    @property
     def top_k(self) -> int:
         """Experts per token after segmentation."""
         return self.moe_top_k * self.moe_expert_segments
@@ -113,7 +118,7 @@ class QuantileBalancingOptions(ScaleOptions):
 
     def choice_problems(self) -> Iterator[Problem]:
         """The problems if this router is chosen."""
-        if self.top_k >= (smallest := min(self.expert_counts)):
+        if self.top_k >= (smallest := min(self.choice_counts)):
             says = f"must be less than the number of experts in a layer ({smallest}): a token that has all experts leaves no choice to balance"
             yield Problem(("moe_top_k", "moe_num_experts", "moe_num_experts_by_layer"), says)
 
@@ -145,7 +150,7 @@ class DocumentPoolOptions(ScaleOptions):
 
     def pool_problems(self) -> Iterator[Problem]:
         """The problems if this router is chosen."""
-        fewest = min(self.expert_counts)
+        fewest = min(self.choice_counts)
         for key in ("moe_min_document_expert_pool", "moe_max_document_expert_pool", "moe_eval_document_expert_pool"):
             given = getattr(self, key)
             if given is not None and not self.top_k <= given <= fewest:

@@ -344,7 +344,8 @@ def converted(table: list[Entry], stored: Arranged, shapes: Shapes, dtype: torch
     """Our weights, layer by layer. Raises ConversionError, also for other shapes than the configuration asks for and numbers that are not finite."""
     for named in to_ours(in_order(table), stored.read):
         tensor = checked(named.name, named.tensor, shapes)
-        yield named.name, finite(named.name, tensor, tensor.to(torch.float32 if named.exact else dtype))
+        kept = tensor if shapes[named.name].whole else tensor.to(torch.float32 if named.exact else dtype)
+        yield named.name, finite(named.name, tensor, kept)
 
 
 def _counted(weights: Iterator[tuple[str, Tensor]], progress: Stage) -> Iterator[tuple[str, Tensor]]:

@@ -42,6 +42,7 @@ from megatron.inference.model import ReadyModel, load_ready_model
 from megatron.inference.prompts import read_text
 from megatron.inference.runner import build_runner
 from megatron.inference.score import TextScore, score_text
+from megatron.monitor.sinks import check_sinks
 from megatron.mpu.groups import current_groups
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ def evaluate(config: NeoXConfig, console: Console, reporter: Reporter) -> Path |
     tasks = None
     if evaluation.eval_tasks:
         check_installed()
+        check_sinks(config.logging)
         tasks = load_tasks(evaluation, shown=current_rank() == 0)
     ready = load_ready_model(config)
     log.info("%s.", ready.description)
@@ -171,9 +173,9 @@ def write_all(config: NeoXConfig, ready: ReadyModel, content: dict[str, Any], co
     written = [] if not samples else write_samples(path, samples)
     if "context" in content or "passkey" in content:
         written += draw_context(path, content)
+    log.info("Results written to %s.", " and ".join(map(str, [path, *written])))
     if "n-samples" in content:
         log_results(config, ready.iteration or 0, tasks_scalars(content["results"]))
-    log.info("Results written to %s.", " and ".join(map(str, [path, *written])))
     return path
 
 

@@ -16,9 +16,10 @@ from megatron.config.neox import check_device, check_trainable, rounding_notice
 from megatron.config.size import count_parameters
 from megatron.monitor.console import ProgressDisplay, configure_logging
 from megatron.monitor.guarded import OutputFailed
+from megatron.monitor.sinks import check_sinks
 from megatron.monitor.tee import copied_streams
 from megatron.mpu.topology import ONE, Topology
-from megatron.training.callbacks.build import Measurements, build_callbacks, build_sinks, check_sinks
+from megatron.training.callbacks.build import Measurements, build_callbacks, build_sinks
 from megatron.training.callbacks.stop import FAILURE
 from megatron.training.health import TrainingDiverged, way_back
 from megatron.training.optimizer import choose_optimizer

@@ -14,6 +14,7 @@ from megatron.convert.architectures.structmoe import StructMoE
 from megatron.convert.huggingface.configuration_structmoe import StructMoEConfig
 from megatron.convert.huggingface.modeling_structmoe import StructMoEForCausalLM
 from megatron.convert.mapping import to_theirs
+from megatron.convert.shapes import checked_read, model_shapes
 from megatron.model import GPT, build_model
 from megatron.testing.tiny import tiny_config
 
@@ -54,7 +55,8 @@ def pair(*, attention: str = "sdpa", dtype: torch.dtype = torch.float32, **chang
     state = {name: tensor for name, tensor in gpt.state_dict().items() if not is_derived(name)}
     architecture = StructMoE()
     model = StructMoEForCausalLM(StructMoEConfig(**architecture.settings(source), attn_implementation=attention)).to(dtype).eval()
-    weights = {named.name: named.tensor for named in to_theirs(architecture.table(source), state.__getitem__)}
+    read = checked_read(state.__getitem__, model_shapes(source))
+    weights = {named.name: named.tensor for named in to_theirs(architecture.table(source), read)}
     if model.config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model.load_state_dict(weights, strict=True)

@@ -10,9 +10,11 @@ import torch
 
 from megatron.config import NeoXConfig, config_from_dict
 from megatron.convert.architecture import Source
+from megatron.convert.architectures import ARCHITECTURES
 from megatron.convert.architectures.structmoe import StructMoE
 from megatron.convert.errors import ConversionError
 from megatron.convert.mapping import check_complete, to_ours, to_theirs
+from megatron.convert.shapes import checked, model_shapes
 from megatron.testing.tiny import tiny_config
 from tests.convert.structmoe_cases import CASES, MOE, STRUCTMOE
 from tests.convert.structmoe_model import ROOMY, VOCAB, our_model, pair, tokens
@@ -31,7 +33,8 @@ def test_same_logits_and_every_weight_there_and_back(name: str) -> None:
 
     table = list(StructMoE().table(source))
     check_complete(table, state)
-    back = {named.name: named.tensor for named in to_ours(table, model.state_dict().__getitem__)}
+    shapes = model_shapes(source)
+    back = {named.name: checked(named.name, named.tensor, shapes) for named in to_ours(table, model.state_dict().__getitem__)}
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], state[key]) for key in state)
 
@@ -97,12 +100,26 @@ def test_pools_outside_training_are_an_obstacle() -> None:
     assert sentence.startswith("moe_eval_document_expert_pool: 3 (transformers' caches have no place for a pool that follows the text")
 
 
+@pytest.mark.parametrize(
+    ("changes", "whole"), [({"moe_num_experts": None, "moe_num_experts_by_layer": [4, 8]}, None), ({"moe_zero_experts": 2}, 6)], ids=str
+)
+def test_a_pool_is_an_obstacle_if_any_layer_has_more_experts_to_choose(changes: dict[str, Any], whole: int | None) -> None:
+    keys = {**MOE, "moe_router_type": "document_pool", **changes}
+    assert list(StructMoE().obstacles(Source(tiny_config(**keys, moe_eval_document_expert_pool=4), VOCAB)))
+    assert not list(StructMoE().obstacles(Source(tiny_config(**keys, moe_eval_document_expert_pool=whole), VOCAB)))
+
+
 # ---------------------------------------------------------------- what cannot be done
 
 
 def test_everything_built_in_can_be_exported() -> None:
     for changes in CASES.values():
         assert not list(StructMoE().obstacles(Source(tiny_config(**{**ROOMY, **changes}), VOCAB)))
+
+
+def test_no_class_takes_numbers_of_experts_by_layer_for_a_dense_model() -> None:
+    source = Source(tiny_config(**{**ROOMY, **CASES["experts by layer"]}), VOCAB)
+    assert [name for name, architecture in ARCHITECTURES.items() if not list(architecture.obstacles(source))] == ["structmoe"]
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ def loads_of(folder: Path, step: int, key: str = "moe/expert_load") -> list[list
 
 @pytest.mark.parametrize(
     "keys",
-    [{}, {"checkpoint_activations": True}, {"recompute_modules": ["moe"]}, {"moe_router_type": "top_p", "moe_top_k": None}],
-    ids=["plain", "recomputed layers", "recomputed experts", "top p"],
+    [{}, {"checkpoint_activations": True}, {"recompute_modules": ["moe"]}, {"moe_router_type": "top_p", "moe_top_k": None}, {"moe_zero_experts": 4}],
+    ids=["plain", "recomputed layers", "recomputed experts", "top p", "zero experts"],
 )
 def test_the_trace_of_a_step_is_what_the_layers_counted(corpus: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
     train_losses(traced(corpus, tmp_path, **keys))
@@ -41,7 +41,7 @@ def test_the_trace_of_a_step_is_what_the_layers_counted(corpus: Path, tmp_path: 
         trace = read_trace(tmp_path / "traces" / f"step_{step:08d}" / "data_000_stage_00.npz")
         assert trace.tokens == 2 * 2 * 16  # micro-batches, samples, tokens
         assert set(trace.step_T.tolist()) == {step}
-        experts = [np.bincount(layer[layer >= 0], minlength=4).tolist() for layer in trace.expert_TLK.transpose(1, 0, 2)]
+        experts = [np.bincount(layer[layer >= 0], minlength=trace.num_experts).tolist() for layer in trace.expert_TLK.transpose(1, 0, 2)]
         assert experts == loads_of(tmp_path, step)
         assert trace.lore_TLKM is not None
         unit_TLKM = np.where(trace.lore_TLKM < 0, -1, trace.expert_TLK[..., None] * 4 + trace.lore_TLKM)

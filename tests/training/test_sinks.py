@@ -10,7 +10,7 @@ import pytest
 
 from megatron.config.logging import LoggingConfig
 from megatron.monitor.sink import SinkUnavailable
-from megatron.training.callbacks.build import check_sinks
+from megatron.monitor.sinks import check_sinks
 from tests.training.runs import losses_of, run_values, train_losses
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,10 @@ FEW_COLUMNS, FEW_ROWS = 12, 24
 """A heat map with at most so many shows its numbers in the cells."""
 POINTS = 40
 """A line with at most so many points shows each."""
+TITLE_LETTERS = 42
+"""A longer title is broken into lines: a telephone cuts off what does not fit."""
+TITLE_LINE = 18
+"""Height of such a line in CSS pixels."""
 
 
 def page_part(figure: Figure) -> Captioned:
@@ -48,12 +53,16 @@ def plot(chart: Chart, *, legend: bool = True) -> Plot:
         data, layout, height = _lines(chart)
     series = () if isinstance(chart, HeatMap) else chart.series
     named = legend and sum(bool(one.name) for one in series) > 1
-    layout |= {"title": {"text": plotly_text(chart.title)}, "showlegend": named}
+    lines = textwrap.wrap(chart.title, TITLE_LETTERS)
+    layout |= {"title": {"text": "<br>".join(map(plotly_text, lines))}, "showlegend": named}
+    if len(lines) > 1:
+        layout["margin"] = {"l": 56, "r": 16, "t": 36 + TITLE_LINE * (len(lines) - 1), "b": 48}
+        height += TITLE_LINE * (len(lines) - 1)
     if not chart.title:
         layout["margin"] = {"l": 56, "r": 16, "t": 14, "b": 48}
         height -= 22
     if named:
-        layout["legend"] = {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top", "traceorder": "normal"}
+        layout["legend"] = {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom", "traceorder": "normal"}
         height += 20 * -(-len(series) // 3)
     label = f"{chart.title}: {chart.y_label} by {chart.x_label}".removeprefix(": ")
     return Plot({"data": data, "layout": layout}, label=label, height=height)
@@ -92,7 +101,7 @@ def _heat_map(chart: HeatMap) -> tuple[list[dict[str, Any]], dict[str, Any], int
         **({"xgap": 1, "ygap": 1} if max(len(chart.columns), len(chart.rows)) <= 64 else {}),
     }
     if len(chart.columns) <= FEW_COLUMNS and len(chart.rows) <= FEW_ROWS and chart.scale.colours != TWO_TONE:
-        trace |= {"text": _cell_texts(chart, shown), "texttemplate": "%{text}", "textfont": {"size": 11}}
+        trace |= {"text": _cell_texts(chart, shown), "texttemplate": "%{text}"}
     axis = {"type": "category", "showgrid": False}
     layout = {
         "xaxis": {**axis, "title": {"text": plotly_text(chart.x_label)}},

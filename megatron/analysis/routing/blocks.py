@@ -137,7 +137,7 @@ def divided(part: npt.NDArray[Any], whole: npt.NDArray[Any]) -> Floats:
 def evenness(share: Floats, places: npt.NDArray[Any]) -> Floats:
     """Entropy of the shares (last axis; NaN counts as 0) over log(places): 1 is even. NaN where no share is known or there is one place."""
     known = np.nan_to_num(share)
-    entropy = -(known * np.log(np.where(known > 0, known, 1))).sum(-1)
+    entropy = 0.0 - (known * np.log(np.where(known > 0, known, 1))).sum(-1)  # not -0.0
     found = divided(entropy, np.broadcast_to(np.log(np.maximum(places, 1)), entropy.shape))
     return np.where(known.sum(-1) > 0, found, np.nan)
 

@@ -56,7 +56,7 @@ def obstacles(source: Source, allowed: Allowed, *, class_name: str, own_head_dim
     """A sentence for each key whose value the class cannot represent. `own_head_dim`: its heads can be of another width than hidden_size / heads."""
     traits = traits_of(source)
     for key, values in allowed.items():
-        if values is not ANY and traits[key] not in values:
+        if values is not ANY and traits[key] not in tuple(values):  # a list has no place in a set
             can = " or ".join(sorted(map(str, values)))
             yield f"{key}: {traits[key]} ({class_name} has {can} only)"
     model = source.config.model
@@ -73,7 +73,7 @@ def traits_of(source: Source) -> dict[str, Any]:
     traits = {key: getattr(model, key) for key in DENSE if key in type(model).model_fields}
     traits |= {key: getattr(moe, key) for key in EXPERTS if key in type(moe).model_fields}
     return traits | {
-        "moe_num_experts": moe.num_experts if moe.has_experts else 1,
+        "moe_num_experts": max(moe.expert_counts) if moe.has_experts else 1,
         "activation": model.hidden_function,
         "moe_router_type": router_kind(moe),
         "shared expert": shared_kind(source),

@@ -107,8 +107,9 @@ class StructMoE:
         for key, known in (("moe_router_type", ROUTER_NAMES), ("moe_expert_type", EXPERT_NAMES)):
             if moe.has_experts and getattr(moe, key) not in known:
                 yield f"{key}: {getattr(moe, key)} ({self.class_name} has {', '.join(known)}; what a plugin adds cannot be exported)"
-        if moe.has_experts and moe.moe_router_type == "document_pool" and moe.moe_eval_document_expert_pool not in (None, *moe.expert_counts):
-            given = f"moe_eval_document_expert_pool: {moe.moe_eval_document_expert_pool}"
+        pool = moe.moe_eval_document_expert_pool if moe.has_experts and moe.moe_router_type == "document_pool" else None
+        if pool is not None and pool < max(moe.choice_counts):
+            given = f"moe_eval_document_expert_pool: {pool}"
             yield f"{given} (transformers' caches have no place for a pool that follows the text; with all experts the model can be exported)"
 
     def settings(self, source: Source) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from megatron.model import GPT
 from megatron.model.layer import ParallelResidualLayer, ReorderedNormLayer, TiedParallelResidualLayer, TransformerLayer
 from megatron.model.moe.latent import LatentProjection
 from megatron.model.moe.layer import MoELayer
-from megatron.model.moe.routers.expert_choice import ExpertChoiceRouter
+from megatron.model.moe.routing import looks_at_later_tokens
 from megatron.model.moe.shared import GatedSharedExpert, SharedExpert
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def check_served(gpt: GPT) -> None:
     weight = next(gpt.parameters())
     if weight.device.type != "cpu" or weight.dtype not in SERVED:
         raise NotServed(f"weights in {str(weight.dtype).removeprefix('torch.')} on {weight.device.type}")
-    if any(isinstance(module, ExpertChoiceRouter) for module in gpt.modules()):
+    if looks_at_later_tokens(gpt):
         raise NotServed("experts that choose among the tokens of a call: other texts in the same call would change the choice")
     if any(not getattr(module, "decodes_alone", True) for module in gpt.modules()):
         raise NotServed("routers that look at other layers or at the text before the token")

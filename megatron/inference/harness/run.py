@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +27,7 @@ from megatron.inference.model import AS_CHOSEN, ReadyModel
 from megatron.inference.runner import Runner
 from megatron.inference.score import BATCH_TOKENS
 from megatron.inference.serve.chat import find_template
+from megatron.model.moe.routing import looks_at_later_tokens
 
 if TYPE_CHECKING:
     from megatron.inference.harness.language_model import Means
@@ -37,8 +39,8 @@ DRAWS = 10_000
 """Resamplings for the standard errors that have no formula, as in GPT-NeoX."""
 BEGINNINGS = {"SPMTokenizer": "<s>", "TiktokenTokenizer": "<|begin_of_text|>"}
 """Tokenizer type -> the token that begins a text, where no file beside the tokenizer names it."""
-LOOKS_AT_OTHERS = ("expert_choice",)
-"""Routers for which a token's experts depend on other texts of the batch and on later tokens."""
+OF_THE_HARNESS = (__name__, "megatron.inference.harness.tasks")
+"""Modules of ours that the harness's own code runs in."""
 
 
 def check_installed() -> None:
@@ -100,24 +102,41 @@ def run_tasks(config: NeoXConfig, tasks: dict[str, Any], model: Model, reporter:
                 apply_chat_template=means.chat is not None,
                 fewshot_as_multiturn=means.chat is not None,
             )
-        except (AssertionError, TypeError, KeyError) as error:  # a mistake in a task's own code
-            raise InferenceError(f"eval_tasks: the harness cannot run these tasks: {type(error).__name__}: {error}") from error
+        except (AssertionError, TypeError, KeyError) as error:
+            if not is_of_a_task(error):
+                raise
+            raise InferenceError(
+                f"eval_tasks: the code of a task, or of the harness, fails: {type(error).__name__}: {error} ({place_of(error)}). "
+                "Leave this task out of eval_tasks."
+            ) from error
     assert found is not None
     return {**found, "config": described(config, model.ready), "lm_eval_version": metadata.version("lm_eval"), "date": started}
+
+
+def is_of_a_task(error: Exception) -> bool:
+    """Whether the code of a task or of the harness raised it, and not a bug of this package, whose traceback has to be seen."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return not any(name.startswith("megatron.") and name not in OF_THE_HARNESS for name in modules)
+
+
+def place_of(error: Exception) -> str:
+    """The file and line that raised it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{last.filename}, line {last.lineno}"
 
 
 def means_of(config: NeoXConfig, model: Model) -> Means:
     """What the harness's interface needs. Raises InferenceError where a chat template is asked for and there is none."""
     from megatron.inference.harness.language_model import NO_TEMPLATE, Means
 
-    ready, router = model.ready, config.moe.moe_router_type
+    ready = model.ready
     chat = find_template(folder_of(config.data)) if config.evaluation.eval_chat_template else None
     if config.evaluation.eval_chat_template and chat is None:
         raise InferenceError(NO_TEMPLATE)
-    alone = config.moe.has_experts and router in LOOKS_AT_OTHERS
+    alone = looks_at_later_tokens(ready.gpt)
     if alone:
         what = "chooses experts by later tokens too, so the model sees parts of the answers that it is asked for"
-        log.warning("moe_router_type: %s %s: the scores flatter it.", router, what)
+        log.warning("moe_router_type: %s %s: the scores flatter it.", config.moe.moe_router_type, what)
     batching = Batching(BATCH_TOKENS.get(ready.device.type, BATCH_TOKENS["cpu"]), alone=alone)
     engine = Engine(ready, model.runner, maximum_requests=REQUESTS_AT_ONCE)
     return Means(ready.tokenizer, prefix_token(config, ready), ready.context_length, batching, engine, chat)

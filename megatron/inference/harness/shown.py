@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from megatron.config.neox import NeoXConfig
-from megatron.monitor.comet import CometSink
-from megatron.monitor.curves import Curves
-from megatron.monitor.guarded import GuardedSink
-from megatron.monitor.jsonl import JsonlSink
-from megatron.monitor.sink import Sink
-from megatron.monitor.tensorboard import TensorboardSink
-from megatron.monitor.wandb import WandbSink
-
-log = logging.getLogger(__name__)
+from megatron.monitor.sinks import MetricsFile, metrics_path, open_sinks
 
 
 def tasks_scalars(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -55,21 +44,8 @@ def log_results(config: NeoXConfig, iteration: int, values: Mapping[str, float])
 
     Raises SinkUnavailable.
     """
-    from megatron.training.callbacks.build import check_sinks, metrics_path
-
-    logging_ = config.logging
-    check_sinks(logging_)
-    sinks: list[tuple[Sink, Path]] = []
-    metrics = metrics_path(logging_, config.checkpoint.save)
-    if metrics is not None and metrics.is_file():
-        sinks.append((JsonlSink(metrics, resume_from=None), metrics))
-    if logging_.tensorboard_dir is not None:
-        curves = Curves("TensorBoard", detail=logging_.curves, most=logging_.max_curves)
-        sinks.append((TensorboardSink(logging_.tensorboard_dir, curves, resume_from=0), Path(logging_.tensorboard_dir)))
-    if logging_.use_wandb:
-        sinks.append((WandbSink(logging_, config.flat(), rank=0), Path(os.environ.get("WANDB_DIR", "wandb"))))
-    if logging_.use_comet:
-        sinks.append((CometSink(logging_, config.flat()), Path(os.environ.get("COMET_OFFLINE_DIRECTORY", ".cometml-runs"))))
-    for sink in [GuardedSink(sink, place, []) for sink, place in sinks]:
+    path = metrics_path(config.logging, config.checkpoint.save)
+    metrics = MetricsFile(path, resume_from=None) if path is not None and path.is_file() else None
+    for sink in open_sinks(config, metrics, resume_from=0, failures=[]):
         sink.write(iteration, values)
         sink.close()

@@ -75,7 +75,7 @@ class SlottedExperts(nn.Module):
                 self.ahead(x_RD)
             results.append(self._compute(x_RD, rows, group, slots))
         self.slots.table.end()
-        return joined(x_RD, results, self.num_experts)
+        return joined(x_RD, results or [self._compute(x_RD, rows, (), ())], self.num_experts)
 
     def _compute(self, x_RD: Tensor, rows: Sequence[int], group: Sequence[int], slots: Sequence[int]) -> Result:
         by_slot = sorted(zip(slots, group, strict=True))
@@ -98,11 +98,11 @@ def places(rows: Sequence[int], experts: Sequence[int], device: torch.device) ->
 
 
 def joined(x_RD: Tensor, results: Sequence[Result], num_experts: int) -> tuple[Tensor, LoreRouting | None]:
-    """The groups' results in the order of the call's rows."""
+    """The groups' results in the order of the call's rows. There is at least one group; if it has no rows, it still says which LoREs there are."""
     y_RD = torch.empty_like(x_RD)
     for result in results:
         y_RD.index_copy_(0, result.place_R, result.y_RD)
-    if not results or results[0].lores is None:
+    if results[0].lores is None:
         return y_RD, None
     return y_RD, _joined_lores(results, len(x_RD), num_experts)
 

@@ -42,7 +42,7 @@ class InPlaceExperts(SlottedExperts):
         rows, table = rows_E.tolist(), self.slots.table
         needed = [expert for expert, count in enumerate(rows) if count]
         resident = count_in_place(table, needed)
-        results = [self._compute(x_RD, rows, resident, [table.slot_of[expert] for expert in resident])] if resident else []
+        results = [self._compute(x_RD, rows, resident, [table.slot_of[expert] for expert in resident])] if resident or not needed else []
         results += [self._compute_in_place(x_RD, rows, expert) for expert in needed if expert not in table.slot_of]
         return joined(x_RD, results, self.num_experts)
 

@@ -71,13 +71,11 @@ class SlottedLores(nn.Module):
             self.slots.fetch([unit for expert in chosen for unit in blocks[expert]])
             if number == 0 and len(x_RD) <= MOST_ROWS_AHEAD:
                 self.ahead(x_RD)
-            if len(groups) == 1:
-                y_RD = self.inner.compute(x_RD, rows_E, choice)
-                self.slots.table.end()
-                return y_RD, routing
-            results.append(self._compute(x_RD, rows, chosen))
+            if len(groups) > 1:
+                results.append(self._compute(x_RD, rows, chosen))
+        y_RD = None if results else self.inner.compute(x_RD, rows_E, choice)
         self.slots.table.end()
-        return joined(x_RD, results, self.num_experts)
+        return joined(x_RD, results, self.num_experts) if y_RD is None else (y_RD, routing)
 
     def _compute(self, x_RD: Tensor, rows: Sequence[int], chosen: Sequence[int]) -> Result:
         place_R = places(rows, chosen, x_RD.device)

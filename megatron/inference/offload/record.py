@@ -15,6 +15,7 @@ from megatron.inference.routing_trace import RoutingTrace
 from megatron.model.moe.layer import MoELayer
 from megatron.model.moe.routing import Chosen
 from megatron.monitor.routing_trace import Numbers, Trace
+from megatron.monitor.trace_layers import choices_of, joined
 
 
 class Recorder:
@@ -29,17 +30,18 @@ class Recorder:
 
     def add(self, layers: Sequence[Chosen]) -> None:
         """The tokens of one pass through the model: what each MoE layer chose for them."""
-        self._experts.append(_stacked([_with_weights(each, own) for each, own in zip(layers, self._counts, strict=True)]))
-        lores = [layer.lore_TKL.numpy() for layer in layers if layer.lore_TKL is not None]
-        if len(lores) == len(layers):
-            self._lores.append(np.stack(lores, 1))
+        routed = joined([choices_of(layer) for layer in layers])
+        resting_TLK = routed.expert_TLK < np.array(self._counts)[:, None]  # an expert without weights rests nowhere
+        self._experts.append(np.where(resting_TLK, routed.expert_TLK, -1).astype(np.int64))
+        if routed.lore_TLKU is not None:
+            self._lores.append(routed.lore_TLKU.astype(np.int64))
 
     def trace(self) -> Trace:
         """What was recorded: each call is a step. Raises OffloadError where nothing was."""
         if not self._experts:
             raise OffloadError("No token was generated, so there is no routing to record.")
         step_T = np.repeat(np.arange(len(self._experts), dtype=np.int64), [len(call) for call in self._experts])
-        trace = Trace(step_T, sorted(self._layers), np.concatenate(self._experts), max(self._counts))
+        trace = Trace(step_T, sorted(self._layers), np.concatenate(self._experts), max(self._counts), experts_L=self._counts)
         if not self._lores:
             return trace
         lores = [cast(int, self._layers[number].experts.num_lores) for number in sorted(self._layers)]
@@ -53,15 +55,3 @@ def trace_of_calls(calls: RoutingTrace, layers: Mapping[int, MoELayer]) -> Trace
     for call in calls.calls:
         recorder.add(call)
     return recorder.trace()
-
-
-def _with_weights(layer: Chosen, count: int) -> Numbers:
-    """expert_TK of a layer with `count` experts that have weights; -1 for the others, which rest nowhere."""
-    expert_TK: Numbers = layer.expert_TK.numpy()
-    return np.where(expert_TK < count, expert_TK, -1)
-
-
-def _stacked(by_layer: list[Numbers]) -> Numbers:
-    """expert_TLK, with -1 where a layer's router chooses fewer experts."""
-    width = max(each.shape[1] for each in by_layer)
-    return np.stack([np.pad(each, ((0, 0), (0, width - each.shape[1])), constant_values=-1) for each in by_layer], 1)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron.kernels.permute import Order, sort_by_group
 
@@ -138,3 +138,8 @@ class LossContext(NamedTuple):
 
 AuxLoss = Callable[[Routing, LossContext], Tensor]
 """A pure function: (routing, context) -> scalar."""
+
+
+def looks_at_later_tokens(model: nn.Module) -> bool:
+    """Whether a router of the model chooses a token's experts by later tokens and other texts too (`looks_at_later_tokens = True` in its class)."""
+    return any(getattr(module, "looks_at_later_tokens", False) for module in model.modules())

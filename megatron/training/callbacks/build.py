@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron.checkpoint.save import resolved_config_document
 from megatron.config.loader import LoadedConfig
 from megatron.config.logging import LoggingConfig
-from megatron.config.machine import is_installed
 from megatron.config.size import flops_per_token
-from megatron.monitor.comet import CometSink
 from megatron.monitor.console import ProgressDisplay
-from megatron.monitor.curves import Curves
-from megatron.monitor.guarded import GuardedSink
-from megatron.monitor.jsonl import JsonlSink
-from megatron.monitor.sink import Sink, SinkUnavailable
-from megatron.monitor.tensorboard import TensorboardSink
-from megatron.monitor.wandb import WandbSink
+from megatron.monitor.sink import Sink
+from megatron.monitor.sinks import MetricsFile, metrics_path, open_sinks
 from megatron.training.callbacks.alerts import AlertsCallback
 from megatron.training.callbacks.base import Callback
 from megatron.training.callbacks.checkpoint import CheckpointCallback, KeepGoodCallback
@@ -102,37 +95,11 @@ def optional_callbacks(trainer: Trainer, sinks: Sequence[Sink]) -> list[Callback
 
 
 def build_sinks(trainer: Trainer) -> list[Sink]:
-    """The sinks of this process. The first process writes to all sinks, the others to Weights & Biases if `wandb_init_all_ranks` is on.
-
-    Raises SinkUnavailable when Weights & Biases or Comet refuses the run.
-    """
-    config, iteration, first = trainer.config, trainer.state.iteration, trainer.topology.is_first
-    sinks: list[tuple[Sink, Path]] = []
-    if config.logging.use_wandb and (first or config.logging.wandb_init_all_ranks):
-        sinks.append((WandbSink(config.logging, config.flat(), rank=trainer.topology.rank), Path(os.environ.get("WANDB_DIR", "wandb"))))
-    if first and (path := metrics_path(config.logging, config.checkpoint.save)) is not None:
-        sinks.append((JsonlSink(path, resume_from=iteration, final_evaluation_follows=trainer.finished), path))
-    if first and (folder := config.logging.tensorboard_dir) is not None:
-        curves = Curves("TensorBoard", detail=config.logging.curves, most=config.logging.max_curves)
-        sinks.append((TensorboardSink(folder, curves, resume_from=iteration), Path(folder)))
-    if first and config.logging.use_comet:
-        sinks.append((CometSink(config.logging, config.flat()), Path(os.environ.get("COMET_OFFLINE_DIRECTORY", ".cometml-runs"))))
-    return [GuardedSink(sink, place, trainer.failures) for sink, place in sinks]
-
-
-def check_sinks(logging: LoggingConfig) -> None:
-    """Raises SinkUnavailable if a package that a sink needs is not installed. It is raised on every process, before any long work."""
-    wanted = {"wandb": logging.use_wandb, "comet_ml": logging.use_comet, "tensorboard": logging.tensorboard_dir is not None}
-    files = {"wandb": "wandb", "comet_ml": "comet", "tensorboard": "tensorboard"}
-    for package, key in (("wandb", "use_wandb: true"), ("comet_ml", "use_comet: true"), ("tensorboard", "tensorboard_dir")):
-        if wanted[package] and not is_installed(package):
-            pinned = f"the version: requirements/requirements-{files[package]}.txt"
-            raise SinkUnavailable(f"{key} needs the package '{package}': pip install {package}, or leave the key out ({pinned})")
-
-
-def metrics_path(logging: LoggingConfig, save: str | None) -> Path | None:
-    """The path of the metrics file. None: neither this path nor `save` is configured."""
-    return Path(logging.metrics_file) if logging.metrics_file is not None else Path(save) / "metrics.jsonl" if save is not None else None
+    """The sinks of this process. Raises SinkUnavailable when Weights & Biases or Comet refuses the run."""
+    config, iteration = trainer.config, trainer.state.iteration
+    path = metrics_path(config.logging, config.checkpoint.save)
+    metrics = None if path is None else MetricsFile(path, iteration, final_evaluation_follows=trainer.finished)
+    return open_sinks(config, metrics, resume_from=iteration, failures=trainer.failures, rank=trainer.topology.rank)
 
 
 def plot_path(logging: LoggingConfig, save: str | None) -> Path | None:

@@ -164,7 +164,8 @@ def _in_a_row(parts: Sequence[Routed]) -> Routed:
 
 
 def _lores_of(layer: MoELayer) -> int:
-    return int(getattr(layer.experts, "num_lores", 0)) // layer.context.num_experts
+    """LoREs of one expert. Zero, copy and constant experts have none."""
+    return int(getattr(layer.experts, "num_lores", 0)) // (layer.context.num_experts - layer.context.num_zero_computation)
 
 
 def _shortened(trace: Trace, most: int) -> Trace:

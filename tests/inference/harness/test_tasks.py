@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import torch
 
 from megatron.config.evaluation import EvaluationConfig
 from megatron.inference.errors import InferenceError
+from megatron.inference.harness.answers import question
+from megatron.inference.harness.run import is_of_a_task, place_of
 from megatron.inference.harness.tasks import GROUPS, every_task, find_tasks, harness_seeds, load_tasks, task_names
 
 
@@ -76,3 +79,17 @@ def test_random_numbers_go_on_as_before() -> None:
     with harness_seeds():
         torch.rand(5)
     assert torch.equal(torch.cat([first, torch.rand(1)]), expected)
+
+
+def test_a_mistake_of_a_task_is_told_from_a_bug_of_ours() -> None:
+    def document_to_text(document: dict[str, str]) -> str:
+        return document["question"]
+
+    with pytest.raises(KeyError) as of_a_task:
+        document_to_text({})
+    assert is_of_a_task(of_a_task.value)
+    assert place_of(of_a_task.value).startswith(f"{__file__}, line ")
+    nothing: Any = None
+    with pytest.raises(TypeError) as ours:
+        question(nothing, [], nothing)
+    assert not is_of_a_task(ours.value)

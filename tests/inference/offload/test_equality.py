@@ -77,3 +77,29 @@ def test_other_ways_to_read(changes: dict[str, Any], gated: dict[str, Any]) -> N
 def test_a_float32_checkpoint_runs_in_bf16(gated: dict[str, Any]) -> None:
     keys = {**gated, "precision": "bfloat16"}
     assert torch.equal(logits_of(load(keys, slots=2)), logits_of(load(keys)))
+
+
+NO_ROWS = {**KINDS["structmoe"], "moe_top_k": 1, "moe_zero_experts": 12, "moe_losses": {"lore_balance": 0.01}}
+"""Most tokens choose a zero expert: then a layer's experts get no row."""
+
+
+@pytest.mark.parametrize(
+    "changes", [{"slots": 2}, {"slots": 2, "policy": "static", "misses": "in_place"}, {"slots": 4, "granularity": "lore"}, {"slots": 6}], ids=str
+)
+def test_a_token_that_no_expert_with_weights_gets(changes: dict[str, Any], tmp_path: Path) -> None:
+    keys = write_model(tmp_path / "model", NO_ROWS)
+    assert (record_of(keys, tmp_path / "trace.npz", new=8).expert_TLK[-8:] < 0).any()
+    assert torch.equal(logits_of(load(keys, **changes)), logits_of(load(keys)))
+
+
+def test_a_record_of_layers_with_different_numbers_of_choices(tmp_path: Path) -> None:
+    """The router top_p has a place for every expert, so layers with more experts have more places."""
+    changes = {"moe_num_experts": None, "moe_num_experts_by_layer": [4, 6], "moe_router_type": "top_p", "moe_top_k": None}
+    keys = write_model(tmp_path / "model", {**KINDS["structmoe"], **changes})
+    trace = record_of(keys, tmp_path / "trace.npz", new=3)
+    assert trace.experts_by_layer == [4, 6]
+    assert trace.lore_TLKM is not None
+    assert trace.lore_TLKM.shape == (*trace.expert_TLK.shape, 2)
+    assert ((trace.lore_TLKM >= 0).all(-1) == (trace.expert_TLK >= 0)).all()
+    ready = load(keys, slots=6, policy="belady", trace=str(tmp_path / "trace.npz"))
+    assert torch.equal(logits_of(ready, new=3), logits_of(load(keys), new=3))

@@ -43,6 +43,8 @@ class Measure:
     """False: the number is of all tokens together."""
     reference: str = "random choices"
     """What the dashed line is called."""
+    compared: bool = True
+    """False: for all tokens together it says nothing."""
 
 
 def colour(place: int) -> str:
@@ -124,7 +126,7 @@ def by_layer(found: Findings, measures: Sequence[Measure], figure: Figure) -> Fi
         randoms = [measure.random_L(model) * measure.factor for model in found.models] if measure.random_L else []
         low, high = span_of(np.concatenate([np.ravel(value) for value in [*values, *randoms]]).tolist())
         y_range = (min(0.0, low), high + 0.08 * (high - min(0.0, low)) or 1.0)
-        if len(found.models) > 1:
+        if len(found.models) > 1 and measure.compared:
             charts.append(_compared(found, measure, y_range))
         charts.extend(_of_model(found, measure, model, y_range) for model in found.models)
     if not charts:

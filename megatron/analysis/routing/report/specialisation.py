@@ -34,7 +34,7 @@ def specialisation_figures(found: Findings) -> Iterator[Figure | None]:
     yield by_layer(
         found,
         [
-            Measure("distance from all text (%)", lambda model: model.specialisation.domain_distance_GL, title="domains"),
+            Measure("distance from all text (%)", lambda model: model.specialisation.domain_distance_GL, title="domains", compared=False),
             Measure(
                 "same expert (%)",
                 lambda model: np.broadcast_to(model.specialisation.vocabulary_L, (len(model.groups), len(model.layers))),

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 class ExpertChoiceRouter(nn.Module):
     """A token that no expert takes passes through the residual stream alone."""
 
+    looks_at_later_tokens = True
+
     def __init__(self, model: ModelConfig, moe: MoEConfig, init: Initializer) -> None:
         super().__init__()
         self.layer = RouterLinear(model.hidden_size, moe.num_experts, init.into)
