@@ -24,7 +24,7 @@ from megatron.data.input.contents import Format
 from megatron.data.input.reading import Document, Meter, read_documents
 from megatron.data.parts.record import InputFile, Record, digest_of, record_path, write_record
 from megatron.data.preprocessing.encode import Encoded, TextTask, batches
-from megatron.data.preprocessing.workers import SECONDS_TO_END, THREADS, WorkerError, obituary, portable
+from megatron.data.preprocessing.workers import SECONDS_TO_END, THREADS, WorkerError, obituary, portable, single_threaded
 from megatron.data.tokenizer.lost import Losses
 
 
@@ -125,7 +125,7 @@ class Done(NamedTuple):
 
 
 class Pool:
-    """Processes that make parts. `run` gives them jobs as they become free."""
+    """Processes that make parts; one worker is this process. `run` gives them jobs as they become free."""
 
     def __init__(self, task: PartTask, workers: int) -> None:
         self._task, self._workers = task, workers
@@ -138,6 +138,9 @@ class Pool:
 
         Raises what a job raised, and WorkerError when a process dies. The other processes are stopped then.
         """
+        if self._workers == 1:
+            yield from self._run_here(next_job, tell)
+            return
         while True:
             while len(self._busy) < self._workers and (job := next_job()) is not None:
                 connection = self._idle.pop() if self._idle else self._start()
@@ -156,6 +159,17 @@ class Pool:
                 if isinstance(answer, Exception):
                     raise answer
                 yield Done(job, answer)
+
+    def _run_here(self, next_job: Callable[[], Job | None], tell: Tell) -> Iterator[Done]:
+        with single_threaded():
+            encode = self._task.text.start()
+            while (job := next_job()) is not None:
+                try:
+                    yield Done(job, make_part(self._task, encode, job, tell))
+                except DatasetError as error:
+                    if not is_taken(error):
+                        raise
+                    yield Done(job, None)
 
     @property
     def is_busy(self) -> bool:
