@@ -56,15 +56,15 @@ class Handler(BaseHTTPRequestHandler):
         self.json([self.server.entry(path) for path in paths if path.is_file()])
 
     def answer(self, *, body: bool) -> None:
-        path = unquote(urlparse(self.path).path)
+        path = unquote(urlparse(self.path).path).removeprefix("/")
         self.server.requests.append((self.command, path, self.headers.get("Range")))
         repository = self.server.repository
-        if re.fullmatch(rf"/api/datasets/{repository}(/revision/\w+)?", path):
+        if re.fullmatch(rf"api.datasets.{repository}(/revision/\w+)?", path):
             self.json({"id": repository, "sha": REVISION, "siblings": [], "private": False, "tags": []})
-        elif (tree := re.fullmatch(rf"/api/datasets/{repository}/tree/\w+/?(.*)", path)) is not None:
+        elif (tree := re.fullmatch(rf"api.datasets.{repository}/tree/\w+/?(.*)", path)) is not None:
             folder = self.server.folder / tree[1]
             self.json([self.server.entry(file) for file in sorted(folder.rglob("*")) if file.is_file()], 200 if folder.is_dir() else 404)
-        elif (found := re.fullmatch(rf"/datasets/{repository}/resolve/\w+/(.+)", path)) is not None:
+        elif (found := re.fullmatch(rf"datasets/{repository}/resolve/\w+/(.+)", path)) is not None:
             self.file(self.server.folder / found[1], body=body)
         else:
             self.json({"error": "not here"}, 404)
