@@ -13,7 +13,6 @@ import difflib
 import hashlib
 import os
 import struct
-from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -24,6 +23,7 @@ from typing import IO, Any
 import numpy as np
 
 from megatron.data.locking import naming, open_locked
+from megatron.data.long_list import LongList
 
 MAGIC = b"MMIDIDX\x00\x00"
 CACHED_MAGIC = b"TNTIDX\x00\x00"
@@ -147,8 +147,9 @@ class IndexedDatasetWriter:
             raise DatasetError(f"{prefix}: tokens of type {dtype} cannot be stored; the format knows {', '.join(str(known) for known in CODES)}")
         self.prefix = Path(prefix)
         self.dtype = dtype
-        self._sizes = array("i")
-        self._boundaries = array("q", [0])
+        self._sizes = LongList(self.prefix.parent, np.dtype("<i4"))
+        self._boundaries = LongList(self.prefix.parent, np.dtype("<i8"))
+        self._boundaries.append(0)
         self._partial = {suffix: Path(f"{prefix}.{suffix}.partial") for suffix in ("bin", "idx")}
 
     def __enter__(self) -> IndexedDatasetWriter:
@@ -183,21 +184,22 @@ class IndexedDatasetWriter:
         """Ends a document, which has the items since the last end. Without items it is an empty document, as NeoX writes a text without tokens."""
         self._boundaries.append(len(self._sizes))
 
-    def add_column(self, tokens: np.ndarray, sizes: np.ndarray) -> None:
-        """Append several documents that lie end to end in `tokens`, which has the file's type."""
+    def add_column(self, tokens: np.ndarray, sizes: np.ndarray, *, ends: np.ndarray | None = None) -> None:
+        """Append several items that lie end to end in `tokens`, which has the file's type. `ends`: the number of these items up to the end of each
+        document; None: each item is a document."""
         assert tokens.dtype == self.dtype
         assert len(tokens) == sizes.sum()
         with naming(self.prefix.parent):
             self._file.write(tokens.data)
-        start = len(self._sizes) + 1
-        self._sizes.frombytes(sizes.astype(np.int32).tobytes())
-        self._boundaries.frombytes(np.arange(start, start + len(sizes)).tobytes())
+        start = len(self._sizes)
+        self._sizes.extend(sizes)
+        self._boundaries.extend(start + (np.arange(1, len(sizes) + 1) if ends is None else ends))
 
     def add_file(self, dataset: IndexedDataset) -> Iterator[int]:
         """Append every item of another pair of the same type, with its document boundaries. Yields the bytes of each piece after it is written."""
         start = len(self._sizes)
-        self._sizes.frombytes(dataset.sizes.astype(np.int32).tobytes())
-        self._boundaries.frombytes((dataset.document_ends + start).astype(np.int64).tobytes())
+        self._sizes.extend(dataset.sizes)
+        self._boundaries.extend(dataset.document_ends + start)
         with dataset.bin_path.open("rb") as file, naming(self.prefix.parent):
             while piece := file.read(PIECE_BYTES):
                 self._file.write(piece)
@@ -209,19 +211,25 @@ class IndexedDatasetWriter:
                 with naming(self.prefix.parent):
                     self._publish()
         finally:
+            self._sizes.close()
+            self._boundaries.close()
             for path in self._partial.values():
                 path.unlink(missing_ok=True)
             with suppress(OSError):  # what is still in memory and does not fit on the disk is not wanted any more
                 self._file.close()
 
     def _publish(self) -> None:
-        sizes_N = np.frombuffer(self._sizes, np.int32) if self._sizes else np.empty(0, np.int32)
-        offsets_N = np.zeros(len(sizes_N), "<i8")
-        np.cumsum(sizes_N[:-1].astype(np.int64) * self.dtype.itemsize, out=offsets_N[1:])
         with self._partial["idx"].open("wb") as file:
-            file.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(sizes_N), len(self._boundaries)))
-            for values in (sizes_N.astype("<i4"), offsets_N, np.frombuffer(self._boundaries, np.int64).astype("<i8")):
-                file.write(values.data)
+            file.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(self._sizes), len(self._boundaries)))
+            for sizes in self._sizes.pieces():
+                file.write(sizes.data)
+            start = 0
+            for sizes in self._sizes.pieces():
+                ends = start + np.cumsum(sizes, dtype="<i8") * self.dtype.itemsize
+                file.write(np.append(np.int64(start), ends[:-1]).astype("<i8").data)
+                start = int(ends[-1])
+            for boundaries in self._boundaries.pieces():
+                file.write(boundaries.data)
             sync(file)
         sync(self._file)
         Path(f"{self.prefix}.idx").unlink(missing_ok=True)  # never a new .bin beside an old .idx

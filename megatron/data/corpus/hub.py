@@ -120,20 +120,25 @@ def hub_errors(path: str) -> Iterator[None]:
         yield
     except DatasetError:
         raise
-    except ConnectionError as error:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in THE_MACHINE_S:
+            raise  # a full disk or a missing permission is no fault of the name
+        if not is_network(error):
+            raise DatasetError(
+                f"{path} could not be read ({type(error).__name__}: {first_line(error)}). Check the name and --subset. What was downloaded is kept: "
+                "the same command continues from there"
+            ) from error
         raise DatasetError(
             f"{path}: the Hugging Face hub cannot be reached ({first_line(error)}). Check the network, and that HF_HUB_OFFLINE is not set. "
             "What was downloaded is kept: the same command continues from there. "
             "Without a network, copy the corpus's files to this machine and give them as input: "
             "python prepare_data.py FOLDER --name NAME"
         ) from error
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in THE_MACHINE_S:
-            raise  # a full disk or a missing permission is no fault of the name
-        raise DatasetError(
-            f"{path} could not be read ({type(error).__name__}: {first_line(error)}). Check the name and --subset. What was downloaded is kept: the "
-            "same command continues from there"
-        ) from error
+
+
+def is_network(error: Exception) -> bool:
+    """Whether there is no connection, in the words of Python or of the package httpx."""
+    return isinstance(error, ConnectionError) or any(base.__name__ == "TransportError" for base in type(error).__mro__)
 
 
 def first_line(error: Exception) -> str:

@@ -112,6 +112,7 @@ def add_limit_options(parser: argparse.ArgumentParser) -> None:
     for what, example in (("documents", "10k"), ("bytes", "2GB"), ("tokens", "1B")):
         parser.add_argument(
             f"--max-{what}",
+            *(["--tokens"] if what == "tokens" else []),
             type=amount_of,
             metavar="N",
             help=f"take the first documents, at most this many {what} in all (for example {example}; all = no limit)",

@@ -41,7 +41,8 @@ WHOLE = 1_000_000  # what a progress bar counts to where bytes are not what is m
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
-    """The command line's options; see `prepare_data.py --help`. `workers` 0: chosen by the amount of text."""
+    """The command line's options; see `prepare_data.py --help`. `workers` 0: chosen by the amount of text. `by_file` None: chosen by the corpus and
+    the limit. `part`: (number, of how many machines); None: this machine does everything."""
 
     inputs: tuple[str, ...] = ()
     directory: str = "data"
@@ -63,6 +64,13 @@ class PrepareOptions:
     input_format: Format = "auto"
     force: bool = False
     force_redownload: bool = False
+    by_file: bool | None = None
+    part: tuple[int, int] | None = None
+    keep_parts: bool = False
+    verify: bool = False
+    plan: bool = False
+    json: bool = False
+    sample: tuple[str, ...] = ()
 
     @property
     def limits(self) -> Limits:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from megatron.data.corpus.corpora import CORPORA, TEST_FRACTION, VALID_FRACTION
 from megatron.data.corpus.limits import add_limit_options
 from megatron.data.input.bad_input import add_format_option, add_on_error_option
+from megatron.data.parts.files import BY_FILE
 from megatron.data.preprocessing.prepare import PrepareOptions
 from megatron.data.tokenizer import TYPES
 
@@ -18,6 +19,7 @@ EXAMPLES = """examples:
   python prepare_data.py -d ./data -t GPT2BPETokenizer -v vocab.json -m merges.txt enwik8
   python prepare_data.py fineweb-edu --max-tokens 1B -v 20B_tokenizer.json
   python prepare_data.py hf:roneneldan/TinyStories --max-bytes 100MB
+  python prepare_data.py fineweb --tokens 100B -v tokenizer.json --workers 64 --plan     what this would need; nothing starts
 """
 
 
@@ -57,7 +59,29 @@ def parse(arguments: Sequence[str]) -> PrepareOptions:
     add("--workers", type=int, default=defaults.workers, metavar="N", help="processes that tokenise (default: chosen by the amount of text)")
     add_format_option(parser)
     add_on_error_option(parser)
+    add_large_corpus_options(parser)
     add("--force", action="store_true", help="prepare again even if the folder exists")
     add("-f", "--force-redownload", action="store_true", help="download the corpus again, and prepare it again")
     values = vars(parser.parse_args(arguments))
-    return PrepareOptions(**{**values, "inputs": tuple(values["inputs"])})
+    return PrepareOptions(**{**values, "inputs": tuple(values["inputs"]), "sample": tuple(values["sample"])})
+
+
+def add_large_corpus_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("large corpora (docs/data.md)").add_argument
+    add("--plan", action="store_true", help="print download, disk, core-hours and tokens, estimated from a sample, and start nothing")
+    add("--json", action="store_true", help="print the plan as JSON")
+    sample = "estimate from these documents and not from the corpus's own (for a machine that cannot reach the hub)"
+    add("--sample", nargs="+", default=[], metavar="FILE", help=sample)
+    by_file = f"make a part of each input file, so that a killed run goes on from there (default: for {', '.join(BY_FILE)} from 1B tokens on)"
+    add("--by-file", action=argparse.BooleanOptionalAction, default=None, help=by_file)
+    add("--part", type=part_of, metavar="I/N", help="make only the parts of machine I of N (1/8 to 8/8), and no pair")
+    add("--keep-parts", action="store_true", help="keep the parts when the pair is complete")
+    add("--verify", action="store_true", help="compare the checksums of parts, or of the finished pair, with those that were written down")
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """'2/8' as (2, 8). For argparse: raises ArgumentTypeError."""
+    number, slash, count = text.partition("/")
+    if slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
+        return int(number), int(count)
+    raise argparse.ArgumentTypeError(f"{text!r}: give the number of this machine and of all, such as 2/8")
