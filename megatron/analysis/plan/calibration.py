@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron.analysis.plan.efficiency import STACKS
-from megatron.analysis.plan.estimate import Cluster, Estimate, Stage, estimate
+from megatron.analysis.plan.estimate import Cluster, Estimate, estimate
 from megatron.analysis.plan.machine import load_machine
 from megatron.config import config_from_dict
 
@@ -19,7 +19,7 @@ ROWS = Path(__file__).parent / "measured_rows.yml"
 
 @dataclass(frozen=True)
 class Row:
-    """A measured run. tokens: each second on one GPU. fit: whether the efficiencies were fitted on it. assumed: what its source does not say."""
+    """A measured run. tokens: each second on one GPU. used: `first`, `second` or `never`, for the efficiencies. assumed: what its source does not say."""
 
     name: str
     source: str
@@ -27,16 +27,20 @@ class Row:
     machine: str
     gpus: int
     stack: str
-    fit: bool
+    used: str
     tokens: float
     vocabulary: int
     keys: Mapping[str, Any]
     gpus_per_node: int | None = None
-    """None: as the machine's file says."""
+    network_gb_per_s: float | None = None
+    """Of one GPU. None for these two: as the machine's file says."""
 
     def cluster(self) -> Cluster:
         """Its machine and software, with even routing."""
-        return Cluster(load_machine(self.machine, self.gpus_per_node), self.gpus, 1.0, STACKS[self.stack])
+        machine = load_machine(self.machine, self.gpus_per_node)
+        if self.network_gb_per_s is not None:
+            machine = replace(machine, network_gb_per_s=self.network_gb_per_s)
+        return Cluster(machine, self.gpus, 1.0, STACKS[self.stack])
 
 
 def measured_rows() -> list[Row]:
@@ -55,5 +59,3 @@ def predictions(rows: Sequence[Row], done: Callable[[], None] = lambda: None) ->
 def error(row: Row, found: Estimate) -> float:
     """Predicted over measured, less 1."""
     return found.tokens_per_gpu / row.tokens - 1
-
-

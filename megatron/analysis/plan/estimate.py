@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from megatron.analysis.plan.efficiency import Efficiency
@@ -13,7 +13,6 @@ from megatron.analysis.plan.rank import Step, build_part, fake_process, prepare,
 from megatron.analysis.plan.timing import Seconds, Sums, micro_batch_seconds, step_seconds, sums_seconds, update_seconds
 from megatron.analysis.plan.trace import Message, Trace
 from megatron.config.neox import NeoXConfig, data_parallel_size
-from megatron.config.section import ConfigError
 from megatron.config.size import flops_per_token
 from megatron.config.training import Batch, resolve_batch
 from megatron.mpu.groups import Groups
@@ -70,13 +69,16 @@ class Estimate:
         return max(self.parts, key=lambda name: self.parts[name])
 
 
-def estimate(config: NeoXConfig, vocabulary: int, cluster: Cluster) -> Estimate:
-    """The layout that the configuration says, on all GPUs. Raises PlanError or ConfigError for one that does not work."""
+def estimate(config: NeoXConfig, vocabulary: int, cluster: Cluster, done: Callable[[], None] = lambda: None) -> Estimate:
+    """The layout that the configuration says, on all GPUs. `done` is called after each stage. Raises ConfigError for one that does not work."""
     batch = _batch(config, cluster)
     pipe = config.parallel.layout.pipe
     per_stage = cluster.gpus // pipe
-    stages = tuple(_stage(config, vocabulary, cluster, stage * per_stage) for stage in range(pipe))
-    return put_together(config, vocabulary, cluster, stages, batch)
+    stages = []
+    for number in range(pipe):
+        stages.append(_stage(config, vocabulary, cluster, number * per_stage))
+        done()
+    return put_together(config, vocabulary, cluster, tuple(stages), batch)
 
 
 def _batch(config: NeoXConfig, cluster: Cluster) -> Batch:
@@ -144,7 +146,8 @@ def ranks_of(groups: Groups) -> dict[str, tuple[int, ...]]:
 def put_together(config: NeoXConfig, vocabulary: int, cluster: Cluster, stages: tuple[Stage, ...], batch: Batch) -> Estimate:
     """The step of all stages."""
     machine, stack = cluster.machine, cluster.stack
-    micro = [micro_batch_seconds(stage.trace, machine, stack, stage.ranks) for stage in stages]
+    copies = config.moe.top_k if config.moe.kernel_backends.get("dispatch") == "deep_ep" else 1
+    micro = [micro_batch_seconds(stage.trace, machine, stack, stage.ranks, copies) for stage in stages]
     if len(stages) > 1:
         hop = _hop(config, batch, machine, stages)
         for seconds in micro:
@@ -189,10 +192,16 @@ def collectives(stage: Stage, batch: Batch) -> dict[str, tuple[int, float]]:
 
 
 def check_layout(config: NeoXConfig, cluster: Cluster) -> None:
-    """Raises PlanError with what does not fit."""
-    if cluster.skew < 1.0:
-        raise PlanError(f"--skew {cluster.skew}: must be 1.0 (even) or more: it is the rows of the fullest process over the mean")
-    try:
-        _batch(config, cluster)
-    except ConfigError as error:
-        raise PlanError(str(error)) from error
+    """Raises PlanError or ConfigError with what does not fit."""
+    most = max(1, config.parallel.layout.expert * config.parallel.layout.tensor)
+    if not 1.0 <= cluster.skew <= max(most, 64):
+        raise PlanError(f"--skew {cluster.skew:g}: must be from 1 (even) to 64; it is the rows of the fullest process over the mean")
+    if not config.moe.has_experts and cluster.skew != 1.0:
+        raise PlanError(f"--skew {cluster.skew:g}: this model has no experts, so nothing can be uneven; leave --skew out")
+    nodes, rest = divmod(cluster.gpus, cluster.machine.gpus_per_node)
+    if nodes and rest:
+        raise PlanError(
+            f"--gpus {cluster.gpus}: is not a whole number of nodes of {cluster.machine.gpus_per_node} GPUs; use {nodes * cluster.machine.gpus_per_node} "
+            f"or {(nodes + 1) * cluster.machine.gpus_per_node}, or say with --gpus-per-node how many a node has"
+        )
+    _batch(config, cluster)

@@ -37,11 +37,12 @@ class Machine:
         """Floating-point operations per second of a product in float32 (`wide`) or 16 bits."""
         return (self.fp32_tflops if wide else self.bf16_tflops) * 1e12
 
-    def seconds(self, collective: str, payload: float, ranks: Sequence[int]) -> float:
+    def seconds(self, collective: str, payload: float, ranks: Sequence[int], copies: int = 1) -> float:
         """Time of one collective among these processes (rank r is on node r // gpus_per_node).
 
         A ring moves 2 (n-1)/n of the payload for an all-reduce and half of that for a gather or a reduction by scattering. A ring over nodes uses the
-        ports of all its GPUs of a node. In an exchange each GPU sends through its own port what goes to other nodes.
+        ports of all its GPUs of a node. In an exchange each GPU sends through its own port what goes to other nodes; `copies` rows of one token go to a
+        node as one.
         """
         size = len(ranks)
         if size == 1 or not payload:
@@ -50,7 +51,8 @@ class Machine:
         inside, port = self.nvlink_gb_per_s * GIGA * LINK_SHARE, self.network_gb_per_s * GIGA * LINK_SHARE
         latency = LATENCY["inside" if here == size else "between"] * math.ceil(math.log2(size))
         if "alltoall" in collective:
-            away = payload * (1 - here / size) / port
+            nodes, share = size / here, here / size
+            away = payload / copies * (nodes - 1) * (1 - (1 - share) ** copies) / port
             return latency + max(away, payload * (here - 1) / size / inside)
         if collective in ("send", "recv_"):
             return latency + payload / (inside if here == size else port)

@@ -6,7 +6,7 @@ PyTorch's fake process group takes the part of the others. The model lies on the
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -57,21 +57,21 @@ def fake_process(topology: Topology) -> Iterator[Groups]:
     before = Process.groups
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=topology.rank, world_size=topology.world_size)
     try:
-        Process.groups = own_groups(topology)
+        Process.groups = own_groups(topology, lambda ranks: torch.distributed.new_group(list(ranks)))
         yield Process.groups
     finally:
         Process.groups = before
         torch.distributed.destroy_process_group()
 
 
-def own_groups(topology: Topology) -> Groups:
-    """The groups of one process; those of the others are not made."""
+def own_groups(topology: Topology, make: Callable[[tuple[int, ...]], Any] = lambda ranks: None) -> Groups:
+    """The groups of one process; those of the others are not made. `make` makes PyTorch's group; without it nothing can be sent, only built."""
     made: dict[tuple[int, ...], Any] = {}
     own = {}
     for kind in Groups._fields:
         ranks = next(tuple(ranks) for ranks in topology.group_ranks(kind) if topology.rank in ranks)
         if len(ranks) > 1 and ranks not in made:
-            made[ranks] = torch.distributed.new_group(list(ranks))
+            made[ranks] = make(ranks)
         own[kind] = Group(ranks, ranks.index(topology.rank), made.get(ranks))
     return Groups(**own)
 
@@ -160,14 +160,15 @@ def trace_step(config: NeoXConfig, model: GPT, groups: Groups, step: Step) -> Tr
         output = _forward(model, tokens_BS, received)
         recorder.trace.kept = kept()
         values = [poison_if_not_finite(output.loss)] if isinstance(output, GPTOutput) and output.loss is not None else carriers(output)  # type: ignore[arg-type]
-        for value in model.parameters():
-            value.register_hook(_forget)
+        for weight in model.parameters():
+            weight.register_post_accumulate_grad_hook(_forget)
         torch.autograd.backward([value for value in values if value.requires_grad], [torch.empty_like(v) for v in values if v.requires_grad])
     return recorder.trace
 
 
-def _forget(gradient: Tensor) -> None:
-    """Gradients of weights are counted from the weights."""
+def _forget(weight: Tensor) -> None:
+    """Gradients of weights are counted from the weights, not from the trace."""
+    weight.grad = None
 
 
 def _received(model: GPT, tokens_BS: Tensor) -> LayerState | None:

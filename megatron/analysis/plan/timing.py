@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from megatron.analysis.plan.efficiency import ATTENTION, MATMUL, MEMORY, ROWS_HALF, Efficiency
+from megatron.analysis.plan.efficiency import ATTENTION, HALF, HEAD_HALF, MATMUL, MEMORY, Efficiency
 from megatron.analysis.plan.machine import Machine
 from megatron.analysis.plan.trace import Trace
 from megatron.analysis.plan.work import Work
@@ -29,22 +29,27 @@ def kernel_seconds(work: Work, machine: Machine, stack: Efficiency) -> float:
     if work.kind == "memory":
         busy = work.moved * stack.traffic / (machine.memory_gb_per_s * 1e9 * MEMORY)
     else:
-        share = ATTENTION if work.kind == "attention" else MATMUL * work.rows / (work.rows + ROWS_HALF)
+        if work.kind == "attention":
+            share = ATTENTION * work.width / (work.width + HEAD_HALF)
+        else:
+            share = MATMUL * work.rows / (work.rows + HALF) * work.width / (work.width + HALF)
         share *= stack.compute * (stack.experts if work.kind == "grouped" else 1.0)
         moved = work.moved / (machine.memory_gb_per_s * 1e9 * MEMORY)
         busy = max(work.flops / (machine.peak(wide=work.wide) * share), moved)
     return max(busy, stack.host_us * 1e-6)
 
 
-def micro_batch_seconds(trace: Trace, machine: Machine, stack: Efficiency, groups: Mapping[str, Sequence[int]]) -> Seconds:
-    """By kind of kernel, and by group of processes for messages. `groups`: the ranks of each kind of group of this process."""
+def micro_batch_seconds(trace: Trace, machine: Machine, stack: Efficiency, groups: Mapping[str, Sequence[int]], copies: int = 1) -> Seconds:
+    """By kind of kernel, and by group of processes for messages. `groups`: the ranks of each kind of group of this process. `copies`: rows of a token
+    that travel between nodes as one (DeepEP).
+    """
     found: defaultdict[str, float] = defaultdict(float)
     host = stack.host_us * 1e-6
     for work, count in trace.work.items():
         seconds = kernel_seconds(work, machine, stack)
         found["host" if seconds <= host else NAMES[work.kind]] += seconds * count
     for message, count in trace.messages.items():
-        found[f"messages of the {message.group} group"] += machine.seconds(message.collective, message.payload, groups[message.group]) * count
+        found[f"messages of the {message.group} group"] += machine.seconds(message.collective, message.payload, groups[message.group], copies) * count
     return dict(found)
 
 
@@ -53,7 +58,7 @@ NAMES: Mapping[str, str] = {"matmul": "dense products", "grouped": "expert produ
 
 def sums_seconds(sums: Sequence[Sums], machine: Machine, stack: Efficiency) -> float:
     """Time of the exchanges of weights and gradients that computation does not hide."""
-    return sum(machine.seconds(each.collective, each.payload, each.ranks) * each.times for each in sums) * (1 - stack.overlap)
+    return sum(machine.seconds(each.collective, each.payload, each.ranks) * each.times for each in sums) * (1 - stack.hidden)
 
 
 def update_seconds(moved: float, machine: Machine) -> float:

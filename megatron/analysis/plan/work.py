@@ -26,6 +26,8 @@ class Work(NamedTuple):
     """Bytes read and written."""
     rows: int
     """Rows of the product that one weight meets; 0 for what is no product."""
+    width: int
+    """The smaller side of the weight; for attention that of a head."""
     wide: bool
     """Whether a product is in float32."""
 
@@ -47,9 +49,10 @@ def work_of(func: Any, args: tuple[Any, ...], out: Any) -> Work | None:
         return _own(name, args, out, moved)
     if func._overloadpacket in flop_registry:
         flops = float(flop_registry[func._overloadpacket](*args, out_val=out))
-        left = next(tensor for tensor in _tensors(args) if tensor.ndim >= 2)
-        return Work("matmul", flops, moved, left.shape[-2], left.dtype == torch.float32)
-    return Work("memory", 0.0, moved, 0, False)
+        left, right = [tensor for tensor in _tensors(args) if tensor.ndim >= 2][-2:]
+        rows, inner, outer = sorted((left.shape[-2], left.shape[-1], right.shape[-1]), reverse=True)
+        return Work("matmul", flops, moved, rows, min(inner, outer), left.dtype == torch.float32)
+    return Work("memory", 0.0, moved, 0, 0, False)
 
 
 def _tensors(values: Any) -> Iterable[Tensor]:
@@ -66,8 +69,8 @@ def _own(name: str, args: tuple[Any, ...], out: Any, moved: int) -> Work:
         x_RD, other = args[0], args[1]
         groups = args[2].shape[0]
         flops = 2.0 * x_RD.shape[0] * x_RD.shape[1] * out.shape[-1]
-        return Work("grouped", flops, moved, _per_group(x_RD.shape[0], groups), other.dtype == torch.float32)
-    return Work("memory", 0.0, moved, 0, False)
+        return Work("grouped", flops, moved, _per_group(x_RD.shape[0], groups), min(x_RD.shape[1], out.shape[-1]), other.dtype == torch.float32)
+    return Work("memory", 0.0, moved, 0, 0, False)
 
 
 def _attention(name: str, args: tuple[Any, ...], moved: int) -> Work:
@@ -77,7 +80,7 @@ def _attention(name: str, args: tuple[Any, ...], moved: int) -> Work:
     heads, _, dim = layout
     batch, length = (parts[0].shape[0], parts[0].shape[1]) if len(parts) == 1 else (parts[0].shape[0], parts[0].shape[2])
     flops = 4.0 * batch * heads * length * length * dim / 2 * (2.5 if backward else 1.0)
-    return Work("attention", flops, moved, length, parts[0].dtype == torch.float32)
+    return Work("attention", flops, moved, length, dim, parts[0].dtype == torch.float32)
 
 
 def _lore(name: str, args: tuple[Any, ...], moved: int) -> Work:
@@ -93,8 +96,9 @@ def _lore(name: str, args: tuple[Any, ...], moved: int) -> Work:
     for weight, a, b in (places[0:3], places[4:7]):
         flops += 0.0 if weight is None else 2.0 * rows * weight.shape[1] * weight.shape[2]
         flops += 0.0 if a is None else 2.0 * lore_rows * a.shape[1] * (a.shape[2] + b.shape[2])
+    width = min(side for part in parts if part.ndim == 3 for side in part.shape[1:]) if places[0] is places[4] is None else x_RD.shape[1]
     per_group = _per_group(rows, rows_E.shape[0])
-    return Work("grouped", flops * (2.0 if backward else 1.0), moved, per_group, x_RD.dtype == torch.float32)
+    return Work("grouped", flops * (2.0 if backward else 1.0), moved, per_group, width, x_RD.dtype == torch.float32)
 
 
 def _per_group(rows: int, groups: int) -> int:
