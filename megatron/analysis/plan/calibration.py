@@ -19,7 +19,9 @@ ROWS = Path(__file__).parent / "measured_rows.yml"
 
 @dataclass(frozen=True)
 class Row:
-    """A measured run. tokens: each second on one GPU. used: `first`, `second` or `never`, for the efficiencies. assumed: what its source does not say."""
+    """A measured run. tokens: each second on one GPU. used: when the efficiencies were fitted on it, `first`, `second` or `never`. assumed: what its
+    source does not say.
+    """
 
     name: str
     source: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron.analysis.plan.efficiency import Efficiency
@@ -158,12 +158,29 @@ def put_together(config: NeoXConfig, vocabulary: int, cluster: Cluster, stages: 
     parts: Seconds = {name: value * batch.accumulation for name, value in micro[slowest].items()}
     if len(stages) > 1:
         parts["waiting in the pipeline"] = waiting
+    if not stack.fused:
+        parts["adding up of gradients"] = max(adding_seconds(config, stage.parts, batch.accumulation, machine) for stage in stages)
     parts["sums of gradients and weights"] = max(sums_seconds(stage.sums, machine, stack) for stage in stages)
     parts["update of the weights"] = max(update_seconds(2.5 * stage.memory.optimizer, machine) for stage in stages)
-    seconds = all_of_it + parts["sums of gradients and weights"] + parts["update of the weights"]
-    tokens = batch.global_ * config.model.seq_length / seconds / cluster.gpus
+    total = all_of_it + sum(parts.get(name, 0.0) for name in AFTER)
+    tokens = batch.global_ * config.model.seq_length / total / cluster.gpus
     flops = flops_per_token(config.model, config.moe, vocabulary)
-    return Estimate(stages, batch, seconds, parts, tokens, tokens * flops / machine.peak(wide=config.precision == "fp32"))
+    return Estimate(stages, batch, total, parts, tokens, tokens * flops / machine.peak(wide=config.precision == "fp32"))
+
+
+AFTER = ("adding up of gradients", "sums of gradients and weights", "update of the weights")
+"""Parts of a step that are not in a micro-batch's trace."""
+
+
+def adding_seconds(config: NeoXConfig, parts: Sequence[Held], micro_batches: int, machine: Machine) -> float:
+    """Time of adding each micro-batch's gradients to the step's: the new ones are read, the sums are read and written. Where the formats are equal,
+    the first ones are the sums. With ZeRO 2 and 3 each process adds up its share.
+    """
+    divided = config.optimizer.zero_optimization.stage >= 2
+    numbers = sum(part.own / (part.copies if divided else 1) for part in parts)
+    own, sums = (4 if config.precision == "fp32" else 2), (4 if config.sums_in_fp32 else 2)
+    times = micro_batches if own != sums else micro_batches - 1
+    return update_seconds(numbers * (own + 2 * sums) * times, machine)
 
 
 def _hop(config: NeoXConfig, batch: Batch, machine: Machine, stages: tuple[Stage, ...]) -> float:
@@ -198,10 +215,11 @@ def check_layout(config: NeoXConfig, cluster: Cluster) -> None:
         raise PlanError(f"--skew {cluster.skew:g}: must be from 1 (even) to 64; it is the rows of the fullest process over the mean")
     if not config.moe.has_experts and cluster.skew != 1.0:
         raise PlanError(f"--skew {cluster.skew:g}: this model has no experts, so nothing can be uneven; leave --skew out")
-    nodes, rest = divmod(cluster.gpus, cluster.machine.gpus_per_node)
+    node = cluster.machine.gpus_per_node
+    nodes, rest = divmod(cluster.gpus, node)
     if nodes and rest:
         raise PlanError(
-            f"--gpus {cluster.gpus}: is not a whole number of nodes of {cluster.machine.gpus_per_node} GPUs; use {nodes * cluster.machine.gpus_per_node} "
-            f"or {(nodes + 1) * cluster.machine.gpus_per_node}, or say with --gpus-per-node how many a node has"
+            f"--gpus {cluster.gpus}: is not a whole number of nodes of {node} GPUs; use {nodes * node} or {(nodes + 1) * node}, "
+            "or say with --gpus-per-node how many a node has"
         )
     _batch(config, cluster)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from megatron.analysis.plan.estimate import Cluster, Estimate, Stage, in_flight, memory_of, put_together, ranks_of, sums_of
+from megatron.analysis.plan.machine import PlanError
 from megatron.analysis.plan.memory import held
 from megatron.analysis.plan.rank import Step, build_part, fake_process, own_groups, prepare, trace_step
 from megatron.analysis.plan.trace import Trace
@@ -70,7 +71,10 @@ class Search:
         self._parts: dict[tuple[Layout, int], tuple[GPT, Groups]] = {}
 
     def layouts(self) -> list[Layout]:
-        """Those that the numbers of GPUs, heads, layers and experts allow, whatever the rest."""
+        """Those that the numbers of GPUs, heads, layers and experts allow, whatever the rest. Raises PlanError if layers differ without a period."""
+        moe = self.config.moe
+        if named := next((key for key in ("moe_num_experts_by_layer", "moe_layers") if getattr(moe, key) is not None), None):
+            raise PlanError(f"{named} makes layers differ, and the search needs layers that repeat; use --layouts 0 to plan the given layout alone")
         choices = (Layout(t, p, e) for t in SIZES for p in SIZES for e in sorted({*SIZES, *self._divisors()}))
         return [layout for layout in choices if self._config(Choice(layout, 0, 1, "none")) is not None]
 

@@ -41,8 +41,8 @@ class Machine:
         """Time of one collective among these processes (rank r is on node r // gpus_per_node).
 
         A ring moves 2 (n-1)/n of the payload for an all-reduce and half of that for a gather or a reduction by scattering. A ring over nodes uses the
-        ports of all its GPUs of a node. In an exchange each GPU sends through its own port what goes to other nodes; `copies` rows of one token go to a
-        node as one.
+        ports of all its GPUs of a node. In an exchange each GPU sends through its own port what goes to other nodes; `copies` rows of one token go to
+        a node as one.
         """
         size = len(ranks)
         if size == 1 or not payload:

@@ -143,7 +143,7 @@ def as_values(config: NeoXConfig, vocabulary: int, found: Estimate, cluster: Clu
         "skew": cluster.skew,
         "layout": {**layout._asdict(), "zero": config.optimizer.zero_optimization.stage, "micro_batch": found.batch.micro},
         "flops_per_token": flops_per_token(config.model, config.moe, vocabulary),
-        "batch": found.batch._asdict() if hasattr(found.batch, "_asdict") else asdict(found.batch),
+        "batch": found.batch._asdict(),
         "step_seconds": found.seconds,
         "seconds_by_part": dict(found.parts),
         "tokens_per_second_per_gpu": found.tokens_per_gpu,

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops
-from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron.analysis.plan.work import Work, work_of
 
@@ -56,8 +56,8 @@ class Trace:
 
 
 class Recorder(TorchDispatchMode):
-    """Inside it every operator is recorded. `kinds`: the name of each process group -> its kind. `real`: the share of an expert layer's padded choices
-    that are real.
+    """Inside it every operator is recorded. `kinds`: the name of each process group -> its kind. `real`: the share of an expert layer's padded
+    choices that are real.
     """
 
     def __init__(self, kinds: Mapping[str, str], *, real: float) -> None:

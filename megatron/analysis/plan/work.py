@@ -47,8 +47,9 @@ def work_of(func: Any, args: tuple[Any, ...], out: Any) -> Work | None:
     moved = sum(tensor.nbytes for tensor in _tensors((args, out)))
     if namespace == "neox":
         return _own(name, args, out, moved)
-    if func._overloadpacket in flop_registry:
-        flops = float(flop_registry[func._overloadpacket](*args, out_val=out))
+    packet = getattr(torch.ops.aten, name.rstrip("_"), None)
+    if packet in flop_registry:
+        flops = float(flop_registry[packet](*args, out_val=out))
         left, right = [tensor for tensor in _tensors(args) if tensor.ndim >= 2][-2:]
         rows, inner, outer = sorted((left.shape[-2], left.shape[-1], right.shape[-1]), reverse=True)
         return Work("matmul", flops, moved, rows, min(inner, outer), left.dtype == torch.float32)
@@ -95,7 +96,7 @@ def _lore(name: str, args: tuple[Any, ...], moved: int) -> Work:
     flops = 0.0
     for weight, a, b in (places[0:3], places[4:7]):
         flops += 0.0 if weight is None else 2.0 * rows * weight.shape[1] * weight.shape[2]
-        flops += 0.0 if a is None else 2.0 * lore_rows * a.shape[1] * (a.shape[2] + b.shape[2])
+        flops += 0.0 if a is None or b is None else 2.0 * lore_rows * a.shape[1] * (a.shape[2] + b.shape[2])
     width = min(side for part in parts if part.ndim == 3 for side in part.shape[1:]) if places[0] is places[4] is None else x_RD.shape[1]
     per_group = _per_group(rows, rows_E.shape[0])
     return Work("grouped", flops * (2.0 if backward else 1.0), moved, per_group, width, x_RD.dtype == torch.float32)
