@@ -25,22 +25,23 @@ LOGGER = logging.getLogger(__name__)
 SDPA = "PyTorch's SDPA"
 
 
-def choose_attention(model: ModelConfig, gpt: GPT, backend: str = "auto") -> None:
+def choose_attention(model: ModelConfig, gpt: GPT, backend: str = "auto", device: torch.device | None = None) -> None:
     """`flash` layers use flash_attn if it can compute them; if not, the log says why. Other layers use the compiled op or PyTorch's SDPA.
 
-    `backend`: the implementation of the op `attention` (`kernel_backends`). Call it when the model is on its final device. A second call changes
-    nothing.
+    `backend`: the implementation of the op `attention` (`kernel_backends`). `device`: where the model will run; None: where its weights are. Call it
+    when that is settled. A second call changes nothing.
     """
     weight = next(gpt.parameters())
+    device = weight.device if device is None else device
     flash = [layer.attention for layer, i in zip(gpt.layers, gpt.layer_numbers, strict=True) if model.attention_types[i] == "flash"]
-    reason = reason_against_flash(model, weight.device, weight.dtype) if flash else None
+    reason = reason_against_flash(model, device, weight.dtype) if flash else None
     if reason is not None:
         LOGGER.info("attention_config: flash in %d of %d layers, computed as the others: %s.", len(flash), model.num_layers, reason)
     else:
         for attention in flash:
             if isinstance(attention.attend, CausalSdpa):
                 attention.attend = FlashAttention(attention.attend, attention.alibi_embed)
-    if reason_against_kernel(model, weight.device.type, weight.dtype, backend) is None:
+    if reason_against_kernel(model, device.type, weight.dtype, backend) is None:
         for layer in gpt.layers:
             _use_kernel(layer.attention, backend)
 

@@ -52,6 +52,10 @@ class AllToAllDispatcher:
         overload_2 = overload(counts.received_PN, rows=len(x_QD), seconds=torch.nan if x_TD.is_cuda else time.perf_counter() - started)
         return Computed(back(y_QD), rows_E, None if lores is None else self._returned(lores, counts.rows_PL), overload_2)
 
+    def use(self, transport: Transport) -> None:
+        """From now on rows travel in this way."""
+        self._transport = transport
+
     def transport(self, device: str) -> Transport:
         """How the rows travel; made when the first ones do."""
         if self._transport is None:

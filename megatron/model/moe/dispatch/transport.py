@@ -87,8 +87,7 @@ class ExchangeTransport:
         if order is None:
             order = sort_by_group(choices.expert_TK, choices.num_experts, padded=choices.padded, backend=self.backend)
         group = self.share.expert
-        splits = Splits(order.rows_G.view(group.size, self.share.here).sum(1).tolist(), counts.rows_PL.sum(1).tolist())
-        order_Q, inverse_Q = _by_expert(counts.rows_PL)
+        splits, order_Q, inverse_Q = self.route(order, counts)
         flight = Flight(splits, group)
         launched = flight.launch(permute(x_TD, order, backend=self.backend))
         meanwhile()
@@ -99,6 +98,11 @@ class ExchangeTransport:
             return combine(y_RD, order, choices.weight_TK, backend=self.backend)
 
         return x_QD, back
+
+    def route(self, order: Order, counts: Counts) -> tuple[Splits, Tensor, Tensor]:
+        """(how many rows go where; the order from (process, expert) to (expert, process), and its inverse)."""
+        splits = Splits(order.rows_G.view(self.share.expert.size, self.share.here).sum(1).tolist(), counts.rows_PL.sum(1).tolist())
+        return splits, *_by_expert(counts.rows_PL)
 
 
 def build_transport(name: str, device: str, *, share: ExpertShare, permute_backend: str) -> Transport:
