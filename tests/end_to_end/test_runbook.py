@@ -96,9 +96,10 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("megatron", "configs", "tools", "prepare_data.py", "deepy.py", "train.py", "eval.py", "generate.py"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
     (settings,) = re.findall(r"```yaml\n(.*?)```", RUNBOOK.read_text(), re.DOTALL)
-    (tmp_path / "fineweb.yml").write_text(json.dumps({**yaml.safe_load(settings), "num_gpus": 2, "routing_trace_interval": 5}))
-    model = {**yaml.safe_load((ROOT / MODEL).read_text()), **SIZES}
-    (tmp_path / MODEL).write_text(json.dumps(model))
+    (tmp_path / "configs/fineweb.yml").write_text(json.dumps({**yaml.safe_load(settings), "num_gpus": 2, "routing_trace_interval": 5}))
+    published = (ROOT / MODEL).read_text()
+    header = published[: published.index("{")]  # names the vocabulary
+    (tmp_path / MODEL).write_text(header + json.dumps({**yaml.safe_load(published), **SIZES}))
     (tmp_path / "hostfile").write_text("localhost slots=2\n")
     parquet(tmp_path)
     (programs := tmp_path / "programs").mkdir()
@@ -128,13 +129,13 @@ def parquet(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_every_command_runs(checkout: Path) -> None:
     said = {}
     for command in commands():
         if "cosmoes" in command and not (ROOT.parent / "shared/data/eval").is_dir():
             continue  # the tasks' data are not part of this repository
-        done = subprocess.run(toy(command), shell=True, cwd=checkout, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(toy(command), shell=True, cwd=checkout, capture_output=True, text=True, timeout=900, check=False)
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         said[command] = done.stdout + done.stderr
     check(checkout, said)
