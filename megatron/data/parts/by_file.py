@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from megatron.data.corpus.hold_out import NOTHING
 from megatron.data.folders import remove_folder
 from megatron.data.indexed import DatasetError, token_dtype
 from megatron.data.locking import naming
+from megatron.data.parts.fetch import AT_ONCE, Fetcher
 from megatron.data.parts.files import BY_FILE, download, folder_of_subset, hub_files, local_files, subset_for
 from megatron.data.parts.join import checksums, join
 from megatron.data.parts.record import SETTINGS, InputFile, Record, check_part, digest_of, read_record, why_not, write_json
@@ -33,7 +33,6 @@ from megatron.data.staging import LOCK, check_replaceable, followed, publish, st
 from megatron.data.tokenizer.keep import keep_tokenizer
 
 LISTING = "files.json"
-DOWNLOADS_AT_ONCE = 4
 MARGIN = 1.02
 """How much more than the limit is read where tokens are only estimated."""
 BY_ITSELF = 1_000_000_000
@@ -63,7 +62,7 @@ class Source:
 
 def is_by_file(options: PrepareOptions) -> bool:
     """Whether the options ask for it, or the corpus is so large that it should be."""
-    if options.by_file is not None or options.part is not None or options.verify:
+    if options.by_file is not None or options.part is not None or options.verify or options.keep_parts:
         return options.by_file is not False
     tokens = options.limits.tokens
     return len(options.inputs) == 1 and options.inputs[0] in BY_FILE and (tokens == "all" or (isinstance(tokens, int) and tokens >= BY_ITSELF))
@@ -78,6 +77,8 @@ def source_of(options: PrepareOptions) -> Source:
         wanted = options.limits.tokens
         subset = subset_for(first, wanted if isinstance(wanted, int) else None, options.subset)
         return Source(first, [first, subset], BY_FILE[first][0], folder_of_subset(first, subset))
+    if options.subset is not None:
+        raise DatasetError(f"--subset {options.subset}: only {', '.join(BY_FILE)} have subsets that are prepared by file")
     paths = [Path(text) for text in options.inputs]
     if not paths:
         raise DatasetError(f"--by-file needs files or folders, or one of the corpora {', '.join(BY_FILE)}")
@@ -103,7 +104,9 @@ def prepare_by_file(options: PrepareOptions, reporter: Reporter) -> Prepared | P
     check_options(options)
     work = ByFile(options, reporter)
     known = read_manifest(work.target)
-    if known is not None and not options.force:
+    if known is not None and not (options.force or options.force_redownload):
+        if options.verify and "sha256" not in known:
+            raise DatasetError(f"{work.target} was not prepared by file, so there are no checksums to compare; prepare it with --by-file")
         if known["settings"] != work.settings or not whole(work.target, known):
             raise DatasetError(f"{work.target} {difference(work.target, known, work.settings)}; --force replaces it, and another --name keeps both")
         if options.verify:
@@ -120,7 +123,7 @@ def prepare_by_file(options: PrepareOptions, reporter: Reporter) -> Prepared | P
 
 
 def verify_folder(target: Path, manifest: dict[str, Any], reporter: Reporter) -> None:
-    wanted: dict[str, str] = manifest.get("sha256", {})
+    wanted: dict[str, str] = manifest["sha256"]
     found = checksums([target / name for name in wanted], reporter)
     damaged = next((name for name in wanted if found[name] != wanted[name]), None)
     if damaged is not None:
@@ -162,6 +165,9 @@ class ByFile:
 
     def begin(self) -> None:
         """Finds the parts that are whole. Raises DatasetError if the folder of parts belongs to other settings."""
+        if self._options.force_redownload and self.source.repository is not None:
+            remove_folder(self._downloads)
+            remove_folder(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / SETTINGS
         wanted = json.loads(json.dumps({**self._of_parts, "source": self.source.identity}))
@@ -203,6 +209,14 @@ class ByFile:
             check_part(prefix, record)
         self.records[number] = record
 
+    def _made_elsewhere(self, number: int) -> bool:
+        """Whether another process has made the part since this one has looked."""
+        file = self.files[number]
+        record = read_record(file.prefix(self.folder))
+        if number not in self.records and record is not None and record.serves(self._limits) and why_not(record, file, self._digest) is None:
+            self.records[number] = record
+        return number in self.records
+
     def is_wanted(self, number: int) -> bool:
         """Whether a part is missing that the pair needs. Tokens of files without a part are estimated from the others."""
         if number in self.records:
@@ -233,7 +247,8 @@ class ByFile:
         total = self._total(waiting, machines)
         taken: list[InputFile] = []
         made = position = 0
-        with pool(task, workers) as processes, Fetcher(self) as fetcher, self._reporter.stage("tokenising", total) as stage:
+        fetcher = Fetcher(self.fetch)
+        with pool(task, workers) as processes, self._reporter.stage("tokenising", total) as stage:
 
             def tell(counts: Counts) -> None:
                 nonlocal position
@@ -242,11 +257,11 @@ class ByFile:
                 stage.advance(counts.bytes, counts.documents, counts.tokens, position=done)
 
             def next_job() -> Job | None:
-                while waiting and not self.is_wanted(waiting[0]):
+                while waiting and (self._made_elsewhere(waiting[0]) or not self.is_wanted(waiting[0])):
                     waiting.popleft()
                 if not waiting or (processes.is_busy and not fetcher.has(waiting[0])):
                     return None
-                fetcher.ahead([number for number in list(waiting)[: workers + DOWNLOADS_AT_ONCE] if self.is_wanted(number)])
+                fetcher.ahead([number for number in list(waiting)[: workers + AT_ONCE] if self.is_wanted(number)])
                 file = fetcher.file(waiting.popleft())
                 return Job(file, file.prefix(self.folder))
 
@@ -263,6 +278,12 @@ class ByFile:
                 "again when it has ended"
             )
         return made
+
+    def fetch(self, number: int) -> InputFile:
+        """The file, which is downloaded if it is on the hub and not here. Raises DatasetError."""
+        if self.source.repository is None:
+            return self.files[number]
+        return download(self.source.repository, self.revision, self.files[number], self._downloads)
 
     def _total(self, waiting: Sequence[int], machines: int) -> int | None:
         """What the progress bar counts to: the tokens that are missing, or the bytes of the files."""
@@ -306,36 +327,6 @@ class ByFile:
             for name, limit in self._limits.items()
             if name == "tokens" and len(self.records) == len(self.files) and sum(record.tokens for record in self.records.values()) < limit
         ]
-
-
-class Fetcher:
-    """Downloads files of the hub ahead of their use. Local files are there."""
-
-    def __init__(self, work: ByFile) -> None:
-        self._work = work
-        self._threads = ThreadPoolExecutor(DOWNLOADS_AT_ONCE, thread_name_prefix="download")
-        self._started: dict[int, Future[InputFile]] = {}
-
-    def __enter__(self) -> Fetcher:
-        return self
-
-    def ahead(self, numbers: Sequence[int]) -> None:
-        repository = self._work.source.repository
-        for number in numbers:
-            if repository is not None and number not in self._started:
-                file, folder = self._work.files[number], self._work._downloads
-                self._started[number] = self._threads.submit(download, repository, self._work.revision, file, folder)
-
-    def has(self, number: int) -> bool:
-        """Whether the file is there, or nothing has been done yet to get it."""
-        return number not in self._started or self._started[number].done()
-
-    def file(self, number: int) -> InputFile:
-        """Waits for the file. Raises DatasetError."""
-        return self._started.pop(number).result() if number in self._started else self._work.files[number]
-
-    def __exit__(self, *_: object) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
 
 
 def describe_parts(report: PartsReport) -> str:

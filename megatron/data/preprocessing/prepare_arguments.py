@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from megatron.data.corpus.corpora import CORPORA, TEST_FRACTION, VALID_FRACTION
 from megatron.data.corpus.limits import add_limit_options
@@ -63,6 +64,7 @@ def parse(arguments: Sequence[str]) -> PrepareOptions:
     add("--force", action="store_true", help="prepare again even if the folder exists")
     add("-f", "--force-redownload", action="store_true", help="download the corpus again, and prepare it again")
     values = vars(parser.parse_args(arguments))
+    check_together(parser, values)
     return PrepareOptions(**{**values, "inputs": tuple(values["inputs"]), "sample": tuple(values["sample"])})
 
 
@@ -77,6 +79,17 @@ def add_large_corpus_options(parser: argparse.ArgumentParser) -> None:
     add("--part", type=part_of, metavar="I/N", help="make only the parts of machine I of N (1/8 to 8/8), and no pair")
     add("--keep-parts", action="store_true", help="keep the parts when the pair is complete")
     add("--verify", action="store_true", help="compare the checksums of parts, or of the finished pair, with those that were written down")
+
+
+def check_together(parser: argparse.ArgumentParser, values: dict[str, Any]) -> None:
+    """Options that would do nothing end the command."""
+    for flag in ("json", "sample"):
+        if values[flag] and not values["plan"]:
+            parser.error(f"--{flag} belongs to --plan; give both or neither")
+    if values["by_file"] is False:
+        for flag in ("part", "keep_parts", "verify"):
+            if values[flag]:
+                parser.error(f"--{flag.replace('_', '-')} and --no-by-file exclude each other")
 
 
 def part_of(text: str) -> tuple[int, int]:

@@ -156,6 +156,11 @@ def test_what_cannot_be_done_by_file_is_refused(options: Callable[..., PrepareOp
         prepare_by_file(options(max_bytes=10**6), QUIET)
     with pytest.raises(DatasetError, match=r"--by-file holds nothing out"):
         prepare_by_file(options(valid_fraction=0.1), QUIET)
+    with pytest.raises(DatasetError, match=r"--subset x: only fineweb, fineweb-edu have subsets"):
+        prepare_by_file(options(subset="x"), QUIET)
+    plain(options())
+    with pytest.raises(DatasetError, match=r"plain was not prepared by file, so there are no checksums to compare"):
+        prepare_by_file(options(name="plain", verify=True), QUIET)
     with pytest.raises(DatasetError, match=r"--by-file needs files or folders"):
         prepare_by_file(options(inputs=()), QUIET)
 
@@ -175,6 +180,21 @@ def test_a_wrong_share_is_refused(text: str, capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         parse(["mine", f"--part={text}"])
     assert "give the number of this machine and of all, such as 2/8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mine", "--json"], "--json belongs to --plan; give both or neither"),
+        (["mine", "--sample", "a"], "--sample belongs to --plan"),
+        (["mine", "--no-by-file", "--part", "1/2"], "--part and --no-by-file exclude each other"),
+        (["mine", "--no-by-file", "--keep-parts"], "--keep-parts and --no-by-file exclude each other"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(arguments)
+    assert message in capsys.readouterr().err
 
 
 def command(repository: Path, corpus: Path, folder: Path, *more: str) -> list[str]:
