@@ -1,7 +1,7 @@
 """docs/runbook-64gpu.md, typed command by command on a toy: what stands there works, and in this order.
 
-The toy is small in every number and the same in every name. `TOY` says what is replaced in the commands. Slurm's programs are stand-ins: `srun` starts two real
-processes, which train together over gloo.
+The toy is small in every number and the same in every name. `TOY` says what is replaced in the commands. Slurm's programs are stand-ins: `srun`
+starts two real processes, which train together over gloo.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from tests.test_readme_commands import SHELL_BLOCK, commands_in
 
 ROOT = Path(__file__).resolve().parents[2]
