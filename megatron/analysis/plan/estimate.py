@@ -94,6 +94,7 @@ def _stage(config: NeoXConfig, vocabulary: int, cluster: Cluster, rank: int) -> 
         step = Step(batch.micro, cluster.skew)
         prepare(config, part, groups, step)
         trace = trace_step(config, part, groups, step)
+    add_sends(trace, config, batch.micro, topology.pipe_rank)
     parameters = sum(each.own for each in parts)
     memory = memory_of(config, parts, trace, in_flight(topology, batch))
     return Stage(rank, parameters, tuple(parts), trace, memory, sums_of(config, parts, groups, batch.accumulation), ranks_of(groups))
@@ -148,10 +149,6 @@ def put_together(config: NeoXConfig, vocabulary: int, cluster: Cluster, stages: 
     machine, stack = cluster.machine, cluster.stack
     copies = config.moe.top_k if config.moe.kernel_backends.get("dispatch") == "deep_ep" else 1
     micro = [micro_batch_seconds(stage.trace, machine, stack, stage.ranks, copies) for stage in stages]
-    if len(stages) > 1:
-        hop = _hop(config, batch, machine, stages)
-        for seconds in micro:
-            seconds["messages of the pipe group"] = seconds.get("messages of the pipe group", 0.0) + hop
     totals = [sum(seconds.values()) for seconds in micro]
     slowest = totals.index(max(totals))
     all_of_it, waiting = step_seconds(totals, batch.accumulation)
@@ -183,12 +180,15 @@ def adding_seconds(config: NeoXConfig, parts: Sequence[Held], micro_batches: int
     return update_seconds(numbers * (own + 2 * sums) * times, machine)
 
 
-def _hop(config: NeoXConfig, batch: Batch, machine: Machine, stages: tuple[Stage, ...]) -> float:
-    """A micro-batch's hidden states to the next stage, and their gradients back."""
+def add_sends(trace: Trace, config: NeoXConfig, micro_batch: int, stage: int) -> None:
+    """Adds what a stage sends to its neighbours for each micro-batch: hidden states to the next one, their gradients to the one before."""
+    stages = config.parallel.layout.pipe
     width = 4 if config.precision == "fp32" else 2
     shared = config.parallel.model_parallel_size if config.parallel.sequence_parallel else 1
-    payload = batch.micro * config.model.seq_length * config.model.hidden_size * width // shared
-    return 2 * machine.seconds("send", payload, [stages[0].rank, stages[1].rank])
+    neighbours = (stage > 0) + (stage < stages - 1)
+    if neighbours:
+        payload = micro_batch * config.model.seq_length * config.model.hidden_size * width // shared
+        trace.messages[Message("send", "pipe", payload)] += neighbours
 
 
 def collectives(stage: Stage, batch: Batch) -> dict[str, tuple[int, float]]:

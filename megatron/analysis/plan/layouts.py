@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from megatron.analysis.plan.estimate import Cluster, Estimate, Stage, in_flight, memory_of, put_together, ranks_of, sums_of
+from megatron.analysis.plan.estimate import Cluster, Estimate, Stage, add_sends, in_flight, memory_of, put_together, ranks_of, sums_of
 from megatron.analysis.plan.machine import PlanError
 from megatron.analysis.plan.memory import held
 from megatron.analysis.plan.rank import Step, build_part, fake_process, own_groups, prepare, trace_step
@@ -128,6 +128,7 @@ class Search:
         parts = held(part, config, groups)
         batch = resolve_batch(config.training, topology.data_parallel_size)
         trace = lengthened(*traces, periods=len(part.layer_numbers) / period(config), head=part.is_last)
+        add_sends(trace, config, batch.micro, stage)
         memory = memory_of(config, parts, trace, in_flight(topology, batch))
         sums = sums_of(config, parts, groups, batch.accumulation)
         return Stage(topology.rank, sum(each.own for each in parts), tuple(parts), trace, memory, sums, ranks_of(groups))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron.analysis.plan.efficiency import STACKS
-from megatron.analysis.plan.estimate import Cluster, check_layout, estimate
+from megatron.analysis.plan.estimate import Cluster, check_layout, collectives, estimate
 from megatron.analysis.plan.layouts import Choice, Search
 from megatron.analysis.plan.machine import PlanError, load_machine
 from megatron.config import config_from_dict
@@ -50,6 +50,9 @@ def test_a_layout_found_costs_what_the_whole_trace_says(search: Search, choice: 
     whole = estimate(config_from_dict({**VALUES, **choice.keys(), **zero}), 128, CLUSTER)
     short = next(each.estimate for each in search.run([choice.layout], lambda: None) if each.choice == choice)
     assert short.seconds == pytest.approx(whole.seconds, rel=0.01)
+    if choice.layout.pipe == 2:
+        sent = collectives(whole.stages[0], whole.batch)["send of pipe (2)"]
+        assert sent == (2, 2 * 2 * 64 * 64 * 4)  # hidden states of two micro-batches of two sequences
     for one, other in zip(short.stages, whole.stages, strict=True):
         assert one.memory.optimizer == other.memory.optimizer
         assert one.memory.total == pytest.approx(other.memory.total, rel=0.01)
