@@ -31,7 +31,13 @@ PLUGIN = "my_router"
 def fits(keys: dict[str, Any]) -> str | None:
     """None when a model, a mixture of experts or a StructMoE takes the keys, else why the last does not."""
     reason = ""
-    for base in (MODEL, {**MODEL, **EXPERTS}, {**MODEL, **EXPERTS, **SHARED}, {**MODEL, **EXPERTS, **LORES}):
+    for base in (
+        MODEL,
+        {**MODEL, **EXPERTS},
+        {**MODEL, **EXPERTS, **SHARED},
+        {**MODEL, **EXPERTS, **LORES},
+        {**MODEL, **EXPERTS, "checkpoint_factor": 1000},
+    ):
         try:
             config_from_dict({**base, **keys})
         except ConfigError as error:

@@ -26,6 +26,7 @@ LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(?:#[^)]*)?\)")
 FREE_PROGRAMS = {
     "lm_eval",
     "git",
+    "sbatch",
     "cd",
     "ls",
     "cat",

@@ -62,7 +62,8 @@ SLURM_JOB_ID=17 SLURM_JOB_NODELIST="gpu[1-2]" exec bash "$@" -o exit_interval=3
 SRUN = """#!/bin/bash
 while [[ "$1" == --* ]]; do shift; done
 for task in 0 1; do
-    SLURM_PROCID=$task SLURM_LOCALID=0 SLURM_NODEID=$task SLURM_STEP_NUM_TASKS=2 SLURM_STEP_TASKS_PER_NODE="1(x2)" SLURM_STEP_NODELIST="gpu[1-2]" "$@" &
+    SLURM_PROCID=$task SLURM_LOCALID=0 SLURM_NODEID=$task SLURM_STEP_NUM_TASKS=2 \\
+        SLURM_STEP_TASKS_PER_NODE="1(x2)" SLURM_STEP_NODELIST="gpu[1-2]" "$@" &
     tasks+=($!)
 done
 for task in "${tasks[@]}"; do wait "$task" || exit 1; done
@@ -97,7 +98,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("megatron", "configs", "tools", "prepare_data.py", "deepy.py", "train.py", "eval.py", "generate.py"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
     (settings,) = re.findall(r"```yaml\n(.*?)```", RUNBOOK.read_text(), re.DOTALL)
-    (tmp_path / "configs/fineweb.yml").write_text(json.dumps({**yaml.safe_load(settings), "num_gpus": 2, "routing_trace_interval": 5}))
+    (tmp_path / "configs/my_cluster.yml").write_text(json.dumps({**yaml.safe_load(settings), "num_gpus": 2, "routing_trace_interval": 5}))
     published = (ROOT / MODEL).read_text()
     header = published[: published.index("{")]  # names the vocabulary
     (tmp_path / MODEL).write_text(header + json.dumps({**yaml.safe_load(published), **SIZES}))
