@@ -209,4 +209,4 @@ def test_neox_s_flags(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert parse(["c4", "--max-tokens", "1B", "--subset", "realnewslike"]).limits.numbers() == {"tokens": 10**9}
     with pytest.raises(SystemExit):
         parse(["c4", "--max-tokens", "many"])
-    assert "argument --max-tokens: 'many' is not an amount; give a number above 0" in capsys.readouterr().err
+    assert "argument --max-tokens/--tokens: 'many' is not an amount; give a number above 0" in capsys.readouterr().err
