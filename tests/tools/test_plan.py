@@ -28,14 +28,18 @@ def test_a_plan_with_its_json(repository: Path, tmp_path: Path) -> None:
     values = json.loads(output.read_text(encoding="utf-8"))
     assert values["gpus"] == 8
     assert values["machine"]["name"] == "a100-80gb"
-    assert values["stages"][0]["memory"]["optimizer"] > 0
+    memory = values["stages"][0]["memory"]
+    assert memory["optimizer"] > 0
+    assert sum(memory.values()) == 2 * memory["total"]
     assert sum(values["seconds_by_part"].values()) == pytest.approx(values["step_seconds"])
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "sentence"),
     [
-        ((QUICKSTART, "--gpus", "8", "--gpu", "b300"), 1, "--gpu b300: there is no such machine; known: a100-80gb, h100-80gb, h200-141gb"),
+        ((QUICKSTART, "--gpus", "8", "--gpu", "b300"), 2, "--gpu b300: there is no such machine; known: a100-80gb, h100-80gb, h200-141gb"),
+        ((QUICKSTART, "--gpus", "99999999", "--gpu", "h100-80gb"), 2, "must be a whole number, at most 1,048,576, not '99999999'"),
+        ((QUICKSTART, "--gpus", "8", "--gpu", "h100-80gb", "--json", "docs"), 2, "--json docs: this is a folder; give the name of a file"),
         ((QUICKSTART, "--gpus", "8"), 2, "give a CONFIG, --gpus and --gpu"),
         ((QUICKSTART, "--gpus", "8", "--gpu", "h100-80gb", "-o", "pipe_parallel_size=16"), 2, "'pipe_parallel_size' = 16"),
     ],

@@ -13,14 +13,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron.script import exit_status
+from megatron.script import CONFIGURATION_STATUS, exit_status
 
+MOST = 1 << 20
 PLAIN_WIDTH = 220  # of the tables when they go to a file or pipe
 
 
 def whole(text: str) -> int:
-    if not text.isdecimal() or not 0 <= int(text) <= 1 << 20:
-        raise argparse.ArgumentTypeError(f"must be a whole number, not '{text}'")
+    if not text.isdecimal() or not 0 <= int(text) <= MOST:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at most {MOST:,}, not '{text}'")
     return int(text)
 
 
@@ -57,17 +58,23 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     options = arguments(argv)
 
-    def work() -> None:
+    def work() -> int | None:
         from rich.console import Console
 
         from megatron.analysis.plan.command import Request, calibrate, plan
+        from megatron.analysis.plan.machine import PlanError
 
         console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, soft_wrap=True)
         values = vars(options)
-        if values.pop("calibration"):
-            calibrate(console)
-        else:
-            plan(Request(**values), console)
+        try:
+            if values.pop("calibration"):
+                calibrate(console)
+            else:
+                plan(Request(**values), console)
+        except PlanError as error:
+            print(error, file=sys.stderr)
+            return CONFIGURATION_STATUS
+        return None
 
     return exit_status(work)
 

@@ -50,6 +50,8 @@ def plan(request: Request, console: Console) -> None:
         raise PlanError(f"--stack {request.stack}: there is no such software; known: {', '.join(STACKS)}")
     if request.json is not None and not request.json.absolute().parent.is_dir():
         raise PlanError(f"--json {request.json}: the folder {request.json.absolute().parent} does not exist; make it first")
+    if request.json is not None and request.json.is_dir():
+        raise PlanError(f"--json {request.json}: this is a folder; give the name of a file")
     loaded = load_config(list(request.configs), list(request.overrides), request.conf_dir)
     words = padded_vocab_size(_vocabulary(loaded, request.vocab), loaded.config.model.make_vocab_size_divisible_by)
     cluster = Cluster(machine, request.gpus, request.skew, STACKS[request.stack])

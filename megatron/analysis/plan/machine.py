@@ -81,9 +81,12 @@ def load_machine(name: str, gpus_per_node: int | None = None) -> Machine:
 def _checked(path: Path, values: object) -> Machine:
     names = [field.name for field in fields(Machine)]
     if not isinstance(values, dict) or sorted(map(str, values)) != sorted(names):
-        raise PlanError(f"{path}: must have exactly the keys {', '.join(names)}")
+        given = {str(key) for key in values} if isinstance(values, dict) else set()
+        missing, unknown = [name for name in names if name not in given], sorted(given - set(names))
+        wrong = [f"{what}: {', '.join(keys)}" for what, keys in (("missing", missing), ("unknown", unknown)) if keys]
+        raise PlanError(f"{path}: must have exactly the keys {', '.join(names)} ({'; '.join(wrong)})")
     for key in names[1:]:
-        if isinstance(values[key], bool) or not isinstance(values[key], int | float) or not values[key] > 0:
+        if isinstance(values[key], bool) or not isinstance(values[key], int | float) or not 0 < values[key] < math.inf:
             raise PlanError(f"{path}: '{key}' = {values[key]!r}: must be a number above 0")
     if not isinstance(values["gpus_per_node"], int):
         raise PlanError(f"{path}: 'gpus_per_node' = {values['gpus_per_node']}: must be a whole number")

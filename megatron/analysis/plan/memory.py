@@ -46,10 +46,19 @@ class RankMemory:
     """In which messages are put together."""
 
     @property
+    def used(self) -> int:
+        """All of the above."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.working + self.buffers
+
+    @property
+    def reserved(self) -> int:
+        """What CUDA, NCCL and the allocator take besides."""
+        return self.total - self.used
+
+    @property
     def total(self) -> int:
-        """All of it, with what CUDA and the allocator take."""
-        used = self.weights + self.gradients + self.optimizer + self.activations + self.working + self.buffers
-        return int(used * FRAGMENTATION + RESERVED_GIB * 2**30)
+        """`used` and `reserved`."""
+        return int(self.used * FRAGMENTATION + RESERVED_GIB * 2**30)
 
 
 def held(model: nn.Module, config: NeoXConfig, groups: Groups) -> list[Held]:

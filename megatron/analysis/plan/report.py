@@ -15,7 +15,7 @@ from megatron.analysis.tables import bytes_text, plain_table
 from megatron.config.neox import NeoXConfig
 from megatron.config.size import flops_per_token
 
-MEMORY = ("weights", "gradients", "optimizer", "activations", "working", "buffers")
+MEMORY = ("weights", "gradients", "optimizer", "activations", "working", "buffers", "reserved")
 WITHIN = 0.25
 """The error that a prediction may have."""
 

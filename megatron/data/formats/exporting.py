@@ -16,7 +16,7 @@ import numpy as np
 from megatron.data.indexed import DatasetError, IndexedDataset, sync
 from megatron.data.optional import import_optional
 from megatron.data.progress import Reporter, Stage
-from megatron.data.staging import check_replaceable, publish, staging_folder
+from megatron.data.staging import publish, staging_folder
 
 COPY_TOKENS = 1 << 22
 CHUNK_BYTES = 1 << 26
@@ -29,7 +29,10 @@ def export_tokens(kind: str, prefix: str, folder: Path, reporter: Reporter) -> t
         raise DatasetError(
             f"{pair.bin_path} does not hold token ids but {'numbers' if pair.dtype.kind == 'f' else 'labels'}; only tokens are exported"
         )
-    check_replaceable(folder, ())
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DatasetError(
+            f"--output {folder}: this {'folder holds files already' if folder.is_dir() else 'is a file'}; give the name of a new folder"
+        )
     if not folder.parent.is_dir():
         raise DatasetError(f"--output {folder}: there is no folder {folder.parent}; make it or choose another one")
     with staging_folder(folder) as stage, reporter.stage("exporting", pair.num_tokens) as shown:
@@ -44,10 +47,20 @@ def write_raw(pair: IndexedDataset, path: Path, shown: Stage) -> None:
     with path.open("wb") as file:
         for start in range(0, pair.num_tokens, COPY_TOKENS):
             piece = pair.tokens[start : start + COPY_TOKENS]
+            check_fits(pair, piece, unsigned(pair))
             file.write(piece.astype(unsigned(pair)).data)
             done += len(piece)
             shown.advance(piece.nbytes, 0, len(piece), position=done)
         sync(file)
+
+
+def check_fits(pair: IndexedDataset, piece_T: np.ndarray, dtype: np.dtype[Any]) -> None:
+    """Raises DatasetError if the type cannot hold a number of the piece, which would become another token."""
+    low, high, most = int(piece_T.min()), int(piece_T.max()), np.iinfo(dtype).max
+    if low < 0 or high > most:
+        raise DatasetError(
+            f"{pair.bin_path} holds the number {low if low < 0 else high:,}; the format stores token ids from 0 to {most:,}. Nothing was written"
+        )
 
 
 def unsigned(pair: IndexedDataset) -> np.dtype[Any]:

@@ -80,10 +80,14 @@ def import_tokens(options: ImportOptions, reporter: Reporter) -> Imported:
     difference between the source and the pair.
     """
     prefix = Path(options.output_prefix)
-    if not prefix.parent.is_dir() or prefix.name in ("", ".."):
+    if prefix.name in ("", ".."):
+        raise DatasetError(f"--output-prefix {options.output_prefix!r} is not the name of a pair; give a path such as data/mine")
+    if not prefix.parent.is_dir():
         raise DatasetError(f"--output-prefix {options.output_prefix}: there is no folder {prefix.parent}; make it or choose another one")
     if options.append_eod and options.eod is None:
         raise DatasetError("--append-eod needs the id of the end-of-document token; give --eod ID or the tokenizer (-t, -v)")
+    if options.eod is not None and not 0 <= options.eod < options.vocab_size:
+        raise DatasetError(f"--eod {options.eod}: the vocabulary has {options.vocab_size:,} ids; give one of 0..{options.vocab_size - 1:,}")
     source = open_source(options)
     refuse_own_files(options, prefix)
     dtype = np.dtype("<i4") if source.has_loss else token_dtype(options.vocab_size)

@@ -23,7 +23,7 @@ from megatron.data.locking import naming
 from megatron.data.parts.fetch import AT_ONCE, Fetcher
 from megatron.data.parts.files import BY_FILE, download, folder_of_subset, hub_files, local_files, subset_for
 from megatron.data.parts.join import checksums, join
-from megatron.data.parts.record import SETTINGS, InputFile, Record, check_part, digest_of, read_record, why_not, write_json
+from megatron.data.parts.record import SETTINGS, InputFile, Record, check_part, digest_of, read_record, record_path, why_not, write_json
 from megatron.data.parts.work import Counts, Job, PartTask, pool
 from megatron.data.preprocessing.encode import TextTask
 from megatron.data.preprocessing.prepare import FORMAT, INDEX_MAPS, PrepareOptions
@@ -37,17 +37,20 @@ MARGIN = 1.02
 """How much more than the limit is read where tokens are only estimated."""
 BY_ITSELF = 1_000_000_000
 """From so many tokens on, corpora whose files are known are prepared by file."""
+VERIFIED = "All checksums are those that were written down"
 NEEDS_TOKENIZER = "--by-file tokenises each file for itself, so it needs a tokenizer that exists already. Give -v FILE (and -t TYPE)"
 
 
 class PartsReport(NamedTuple):
-    """What `--part` has done. `left`: files of all machines without a part."""
+    """What `--part` or `--verify` has done. `left`: files of all machines without a part. `verified`: checksums were
+    compared and nothing was made."""
 
     folder: Path
     made: int
     whole: int
     left: int
     tokens: int
+    verified: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,16 @@ def prepare_by_file(options: PrepareOptions, reporter: Reporter) -> Prepared | P
             raise DatasetError(f"{work.target} {difference(work.target, known, work.settings)}; --force replaces it, and another --name keeps both")
         if options.verify:
             verify_folder(work.target, known, reporter)
-        return Prepared(work.target, True, known)
+        return Prepared(work.target, True, known, (VERIFIED,) if options.verify else ())
+    if options.verify and not any(work.folder.glob("*.json")):
+        raise DatasetError(
+            f"--verify: neither {work.target} nor {work.folder} is there, so there is nothing to check; give the command without --verify"
+        )
     work.begin()
-    made = work.make_parts()
-    if options.part is not None:
+    made = 0 if options.verify else work.make_parts()
+    if options.verify or options.part is not None:
         left = sum(work.is_wanted(number) for number in range(len(work.files)))
-        return PartsReport(work.folder, made, len(work.records), left, sum(record.tokens for record in work.records.values()))
+        return PartsReport(work.folder, made, len(work.records), left, sum(record.tokens for record in work.records.values()), options.verify)
     while any(work.is_wanted(number) for number in range(len(work.files))):
         work.make_parts()  # the estimate of the first round was too low
     return work.finish(known)
@@ -199,9 +206,15 @@ class ByFile:
     def _look_at(self, number: int, file: InputFile) -> None:
         prefix = file.prefix(self.folder)
         record = read_record(prefix)
+        if record is None and self._options.verify and record_path(prefix).is_file():
+            raise DatasetError(
+                f"{prefix} is damaged: a file of this part is missing or cut short. The command without --verify makes this part again"
+            )
         if record is None or not record.serves(self._limits):
             return
         changed = why_not(record, file, self._digest)
+        if changed is not None and self._options.verify:
+            raise DatasetError(f"{prefix} is no longer the part of {file.path}: {changed}. The command without --verify makes this part again")
         if changed is not None:
             self.notes.append(f"note: the part of {file.name} is made again, because {changed}")
             return
@@ -330,6 +343,11 @@ class ByFile:
 
 
 def describe_parts(report: PartsReport) -> str:
+    if report.verified:
+        lines = [f"{report.folder}: {report.whole:,} parts, {report.tokens:,} tokens. {VERIFIED}"]
+        if report.left:
+            lines.append(f"{report.left:,} more parts are not made yet; the command without --verify makes them")
+        return "\n".join(lines)
     lines = [f"{report.folder}: {report.made:,} parts made, {report.whole:,} whole in this folder, {report.tokens:,} tokens"]
     if report.left:
         lines.append(

@@ -78,7 +78,7 @@ def add_large_corpus_options(parser: argparse.ArgumentParser) -> None:
     add("--by-file", action=argparse.BooleanOptionalAction, default=None, help=by_file)
     add("--part", type=part_of, metavar="I/N", help="make only the parts of machine I of N (1/8 to 8/8), and no pair")
     add("--keep-parts", action="store_true", help="keep the parts when the pair is complete")
-    add("--verify", action="store_true", help="compare the checksums of parts, or of the finished pair, with those that were written down")
+    add("--verify", action="store_true", help="make nothing; compare the checksums of the parts, or of the finished pair, with those written down")
 
 
 def check_together(parser: argparse.ArgumentParser, values: dict[str, Any]) -> None:
@@ -86,6 +86,9 @@ def check_together(parser: argparse.ArgumentParser, values: dict[str, Any]) -> N
     for flag in ("json", "sample"):
         if values[flag] and not values["plan"]:
             parser.error(f"--{flag} belongs to --plan; give both or neither")
+    for flag in ("plan", "force", "force_redownload"):
+        if values["verify"] and values[flag]:
+            parser.error(f"--verify only compares checksums; leave --{flag.replace('_', '-')} out")
     if values["by_file"] is False:
         for flag in ("part", "keep_parts", "verify"):
             if values[flag]:

@@ -33,12 +33,15 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="known: a100-80gb, h100-80gb, h200-141gb"):
         load_machine("b300")
     own = tmp_path / "own.yml"
-    own.write_text("name: own\n", encoding="utf-8")
-    with pytest.raises(PlanError, match="must have exactly the keys name, bf16_tflops"):
+    own.write_text("name: own\n7: 1\n", encoding="utf-8")
+    with pytest.raises(PlanError, match=r"must have exactly the keys name, bf16_tflops, .* \(missing: bf16_tflops, .*gpus_per_node; unknown: 7\)"):
         load_machine(str(own))
     text = (MACHINES / "h100-80gb.yml").read_text(encoding="utf-8")
     own.write_text(text.replace("bf16_tflops: 989", "bf16_tflops: -1"), encoding="utf-8")
     with pytest.raises(PlanError, match="'bf16_tflops' = -1: must be a number above 0"):
+        load_machine(str(own))
+    own.write_text(text.replace("memory_gib: 79.1", "memory_gib: .inf"), encoding="utf-8")
+    with pytest.raises(PlanError, match="'memory_gib' = inf: must be a number above 0"):
         load_machine(str(own))
     own.write_text(text, encoding="utf-8")
     assert load_machine(str(own), 4).gpus_per_node == 4

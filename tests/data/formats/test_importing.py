@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron.data.formats import importing, source
+from megatron.data.formats import exporting, importing, source
 from megatron.data.formats.exporting import export_tokens
 from megatron.data.formats.importing import Imported, ImportOptions, import_tokens
 from megatron.data.indexed import DatasetError, IndexedDataset, IndexedDatasetWriter
@@ -228,8 +228,32 @@ def test_what_is_exported_comes_back(tmp_path: Path, kind: str) -> None:
     run(tmp_path, kind, tmp_path / "exported")
     assert read(tmp_path / "out") == read(tmp_path / "pair") == [*DOCUMENTS, []]
     (tmp_path / "exported" / "mine").write_text("")
-    with pytest.raises(DatasetError, match=r"exported holds .*, which"):
+    with pytest.raises(DatasetError, match=r"--output .*exported: this folder holds files already; give the name of a new folder"):
         export_tokens(kind, str(tmp_path / "pair"), tmp_path / "exported", QUIET)
+
+
+@pytest.mark.parametrize("tokens", [[1, 2, 5_000_000_000], [1, 2, -100]])
+def test_numbers_that_a_format_cannot_hold_are_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: list[int]) -> None:
+    monkeypatch.setattr(exporting, "COPY_TOKENS", 2)
+    with IndexedDatasetWriter(tmp_path / "pair", np.dtype("<i8")) as writer:
+        writer.add(tokens)
+    with pytest.raises(DatasetError, match=rf"holds the number {tokens[-1]:,}; the format stores token ids from 0 to 4,294,967,295"):
+        export_tokens("olmo", str(tmp_path / "pair"), tmp_path / "exported", QUIET)
+    assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize("eod", [-1, 300])
+@pytest.mark.parametrize("options", [{"append_eod": True}, {"borders": "eod"}])
+def test_an_end_of_document_token_outside_the_vocabulary_is_refused(tmp_path: Path, eod: int, options: dict[str, Any]) -> None:
+    with pytest.raises(DatasetError, match=rf"--eod {eod}: the vocabulary has 300 ids; give one of 0\.\.299"):
+        run(tmp_path, "datatrove", datatrove(tmp_path), eod=eod, **options)
+    assert not (tmp_path / "out.bin").exists()
+
+
+@pytest.mark.parametrize("prefix", ["", ".", "in/.."])
+def test_a_prefix_needs_a_name(tmp_path: Path, prefix: str) -> None:
+    with pytest.raises(DatasetError, match=r"is not the name of a pair; give a path such as data/mine"):
+        run(tmp_path, "datatrove", datatrove(tmp_path), output_prefix=prefix)
 
 
 def test_the_commands(tmp_path: Path, repository: Path) -> None:

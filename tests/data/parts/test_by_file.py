@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron.data.indexed import DatasetError, IndexedDataset
-from megatron.data.parts.by_file import PartsReport, is_by_file, prepare_by_file
+from megatron.data.parts.by_file import PartsReport, describe_parts, is_by_file, prepare_by_file
 from megatron.data.preprocessing.bpe import train_bpe
 from megatron.data.preprocessing.prepare import PrepareOptions, prepare
 from megatron.data.preprocessing.prepare_arguments import parse
@@ -119,13 +120,43 @@ def test_what_has_changed_is_noticed(options: Callable[..., PrepareOptions], cor
     made.folder.rmdir()
     with pytest.raises(DatasetError, match=r"c\.parts holds parts made with other settings \(tokenizer\)\. --force makes them again"):
         prepare_by_file(options(**mine, tokenizer_file=str(tmp_path / "other.json")), QUIET)
+    report = prepare_by_file(options(**mine, verify=True), QUIET)
+    assert isinstance(report, PartsReport)
+    assert (report.made, report.left) == (0, 0)
+    assert "All checksums are those that were written down" in describe_parts(report)
     part = tmp_path / "c.parts" / "2.txt.bin"
     part.write_bytes(b"\x07" + part.read_bytes()[1:])
     with pytest.raises(DatasetError, match=r"2\.txt\.bin is damaged: its checksum is not the one that was written down\. Remove .*2\.txt\.json"):
         prepare_by_file(options(**mine, verify=True), QUIET)
+    part.write_bytes(part.read_bytes()[:-2])
+    with pytest.raises(DatasetError, match=r"2\.txt is damaged: a file of this part is missing or cut short"):
+        prepare_by_file(options(**mine, verify=True), QUIET)
     made = prepare_by_file(options(**mine, tokenizer_file=str(tmp_path / "other.json"), force=True), QUIET)
     assert isinstance(made, Prepared)
     assert made.manifest["vocab_size"] == 300
+
+
+def test_verify_makes_nothing(options: Callable[..., PrepareOptions], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(2):
+        (texts / f"{number}.txt").write_text(TEXTS[number])
+    mine = options(inputs=(str(texts),))
+    verify = replace(mine, verify=True)
+    with pytest.raises(DatasetError, match=r"--verify: neither .*c nor .*c\.parts is there, so there is nothing to check"):
+        prepare_by_file(verify, QUIET)
+    assert not (tmp_path / "c.parts").exists()
+    prepare_by_file(replace(mine, part=(1, 2)), QUIET)
+    report = prepare_by_file(verify, QUIET)
+    assert isinstance(report, PartsReport)
+    assert (report.made, report.whole, report.left) == (0, 1, 1)
+    assert "1 more parts are not made yet" in describe_parts(report)
+    (texts / "0.txt").write_text("other text")
+    with pytest.raises(DatasetError, match=r"0\.txt is no longer the part of .*0\.txt: the input file ha"):
+        prepare_by_file(verify, QUIET)
+    with pytest.raises(SystemExit):
+        parse(["x.txt", "--verify", "--plan"])
+    assert "--verify only compares checksums; leave --plan out" in capsys.readouterr().err
 
 
 def test_a_damaged_pair_is_found(options: Callable[..., PrepareOptions]) -> None:
