@@ -13,7 +13,7 @@ from rich.console import Console
 from megatron.analysis.reproduce.document import write_document
 from megatron.analysis.reproduce.pool import Pool
 from megatron.analysis.reproduce.protocol import Protocol, ProtocolError, load_protocol
-from megatron.analysis.reproduce.reporting import RunReporter, work
+from megatron.analysis.reproduce.reporting import RunReporter, work, work_of
 from megatron.analysis.reproduce.results import collect, known_rates
 from megatron.analysis.reproduce.runs import Place, Run, of_another_protocol, record_of
 from megatron.analysis.reproduce.workflow import Workflow, default_place, texts
@@ -69,9 +69,9 @@ def run_tier(workflow: Workflow, command: Command, console: Console) -> list[str
     if old := of_another_protocol(known, workflow.place):
         console.print(f"The protocol has changed: {len(old)} finished run(s) are run again, such as {old[0].name}.", soft_wrap=True)
     left = [run for run in known if record_of(run, workflow.place) is None]
-    total, done = max(workflow.expected(), len(known)), len(known) - len(left)
-    guessed = sum(work(workflow.protocol, run) for run in left)
-    guessed *= max(1.0, (total - done) / max(1, len(left)))
+    total, done = max(sum(workflow.expected().values()), len(known)), len(known) - len(left)
+    whole = sum(count * work_of(workflow.protocol, arm, steps) for (arm, steps), count in workflow.expected().items())
+    guessed = whole - sum(work(workflow.protocol, run) for run in known if run not in left)
     reporter = RunReporter(console, workflow.protocol, workflow.place, total, done, guessed)
     pool = Pool(workflow.place, command.jobs, reporter)
     console.print(f"{total} runs, {done} of them done. Runs: {workflow.place.runs}", soft_wrap=True, highlight=False)

@@ -20,7 +20,11 @@ ACTIVE = {1: "active-1", 2: "moe", 4: "active-4", 8: "active-8"}
 TOTAL = {4: "total-4", 8: "moe", 16: "total-16"}
 FAMILIES = {
     "structmoe-differences": ("StructMoE and its variants", "moe-9", ["structmoe", "router-free", "standalone", "structmoe-balanced"]),
-    "cosmoes-differences": ("CoSMoEs' models", "moe", ["dense-flop", "dense-param", "moe-wd", "moe-bles", "moe-bles-weak"]),
+    "cosmoes-differences": (
+        "CoSMoEs' models",
+        "moe",
+        ["dense-flop", "dense-param", "moe-wd", "moe-bles", "moe-bles-weak", "moe-bles-late", "moe-bles-small"],
+    ),
     "beside": ("Fine-grained, shared and latent experts", "moe", ["fine-grained", "shared", "latent"]),
 }
 """Name of the picture -> title, the arm that others are compared with, the others."""
@@ -114,7 +118,11 @@ def routing(protocol: Protocol, results: Results) -> Figure | None:
     """CoSMoEs' Table 3 and Mixtral's Table 5."""
     charts: list[Chart] = []
     names = {"replacement": "expert replacement (%)", "delta_uniform": "delta uniform (%)"}
-    arms = [arm for arm in ("moe", "moe-bles", "moe-bles-weak") if arm in protocol.arms and domains_with(protocol, results, [arm])]
+    arms = [
+        arm
+        for arm in ("moe", "moe-bles", "moe-bles-weak", "moe-bles-late", "moe-bles-small")
+        if arm in protocol.arms and domains_with(protocol, results, [arm])
+    ]
     for name, label in names.items():
         series = [
             Series(domain, np.array([_mean(name, of_arm(results, arm, domain)) for arm in arms]), COLOURS[place])

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from multiprocessing import parent_process
 from pathlib import Path
@@ -21,7 +22,6 @@ from megatron.analysis.reproduce.runs import CONFIG, LOG, MAIN, RECORD, Run, wri
 from megatron.config.loader import load_config
 from megatron.monitor.jsonl import read_jsonl
 from megatron.monitor.sink import Sink
-from megatron.script import exit_status
 from megatron.training.callbacks.base import Callback
 from megatron.training.run import train
 from megatron.training.step import StepMetrics
@@ -40,7 +40,7 @@ class FollowParent(Callback):
 
 
 def in_a_process(run: Run, folder: Path) -> None:
-    """The target of a new process. What it prints goes to the run's log; the exit status is that of `train.py`."""
+    """The target of a new process. What it prints goes to the run's log. It has succeeded if there is a record."""
     os.setpgid(0, 0)  # Ctrl-C reaches the program that started this one, which passes it on once
     signal.signal(signal.SIGINT, signal.default_int_handler)
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,11 +48,19 @@ def in_a_process(run: Run, folder: Path) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         torch.set_num_threads(1)
-        sys.exit(exit_status(lambda: make_record(run, folder)))
+        try:
+            make_record(run, folder)
+        except KeyboardInterrupt:
+            sys.stderr.write("Interrupted.\n")
+        except Exception as error:
+            if type(error).__module__.split(".")[0] != "megatron":  # ours explain themselves
+                traceback.print_exc()
+            sys.stderr.write(f"{error}\n" if str(error) else f"{type(error).__name__}\n")
+        sys.stderr.flush()
 
 
-def make_record(run: Run, folder: Path) -> int:
-    """Trains from the beginning or from the run's checkpoint, measures and writes the record. Returns the exit status of the training.
+def make_record(run: Run, folder: Path) -> None:
+    """Trains from the beginning or from the run's checkpoint, measures and writes the record. Without a record it was asked to stop.
 
     Raises what `train` raises.
     """
@@ -68,7 +76,7 @@ def make_record(run: Run, folder: Path) -> int:
 
     trainer = train(load_config([file]), callbacks)
     if trainer.exit_status or not trainer.finished:
-        return trainer.exit_status or 1
+        return
     trained = time.time()
     record = {"fingerprint": run.fingerprint, "arm": run.arm, "domain": run.domain, "purpose": run.purpose, "seed": run.seed, "rate": run.rate}
     record |= {"steps": steps, "tokens": steps * trainer.plan.tokens_per_step, **measured(run, trainer, folder)}
@@ -76,7 +84,6 @@ def make_record(run: Run, folder: Path) -> int:
     record |= {"cpu_seconds": round(time.process_time() - used, 1), "versions": versions()}
     write_record(folder / RECORD, record)
     shutil.rmtree(folder / "save", ignore_errors=True)  # the weights; config.yml makes them again
-    return 0
 
 
 def measured(run: Run, trainer: Trainer, folder: Path) -> dict[str, Any]:

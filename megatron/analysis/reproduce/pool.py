@@ -75,7 +75,7 @@ class Pool:
             self.reporter.done(run, time.monotonic() - started.at)
             return
         status = started.process.exitcode or 0
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        how = f"was killed by signal {-status}" if status < 0 else "did not finish"
         log = self.place.folder(run) / LOG
         self.failures.append(f"The run {run.name} {how}: {last_sentence(log)} Its log: {log}")
         self.reporter.failed(run, self.failures[-1])

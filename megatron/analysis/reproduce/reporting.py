@@ -74,5 +74,8 @@ class RunReporter:
 
 def work(protocol: Protocol, run: Run) -> float:
     """FLOPs of a run, roughly."""
-    tokens = run.steps * run.settings["train_micro_batch_size_per_gpu"] * run.settings["seq_length"]
-    return float(protocol.sizes[run.arm].flops * tokens)
+    return work_of(protocol, run.arm, run.steps)
+
+
+def work_of(protocol: Protocol, arm: str, steps: int) -> float:
+    return float(protocol.sizes[arm].flops * steps * protocol.common["train_micro_batch_size_per_gpu"] * protocol.common["seq_length"])

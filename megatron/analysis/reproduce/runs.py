@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron.analysis.reproduce.protocol import Measure, Protocol
 
@@ -61,8 +61,20 @@ class Place:
         return self.data / f"reproduce-{domain}"
 
 
-def make_run(protocol: Protocol, place: Place, arm: str, *, domain: str, seed: int, rate: float, steps: int, purpose: str = MAIN) -> Run:
+class Order(NamedTuple):
+    """What is asked for: an arm on a text, with a seed, a rate and a length."""
+
+    purpose: str
+    arm: str
+    domain: str
+    seed: int
+    rate: float
+    steps: int
+
+
+def make_run(protocol: Protocol, place: Place, order: Order) -> Run:
     """A run of the protocol. The same arguments always make the same run."""
+    purpose, arm, domain, seed, rate, steps = order
     text, measure, final = place.text(domain), protocol.measure, protocol.tuning.final
     settings = protocol.model_settings(arm)
     settings["optimizer"] = {**settings["optimizer"], "params": {**settings["optimizer"]["params"], "lr": rate}}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron.analysis.reproduce.pool import Pool
 from megatron.analysis.reproduce.protocol import Protocol, Tier, Tuning
-from megatron.analysis.reproduce.runs import MAIN, TUNING, Place, Run, make_run, record_of
+from megatron.analysis.reproduce.runs import MAIN, TUNING, Order, Place, Run, make_run, record_of
 
 Losses = Mapping[float, float]
 """Learning rate -> validation loss."""
@@ -31,16 +31,7 @@ class Workflow:
     def tuning_run(self, arm: str, rate: float) -> Run:
         assert self.tier.tuning_steps is not None
         tuning = self.protocol.tuning
-        return make_run(
-            self.protocol,
-            self.place,
-            arm,
-            domain=tuning.domain,
-            seed=tuning.seed,
-            rate=rate,
-            steps=self.tier.tuning_steps,
-            purpose=TUNING,
-        )
+        return make_run(self.protocol, self.place, Order(TUNING, arm, tuning.domain, tuning.seed, rate, self.tier.tuning_steps))
 
     def tuned(self, arm: str) -> Losses:
         """The rates that have been tried so far, in their order."""
@@ -72,18 +63,22 @@ class Workflow:
         """The runs of arms whose rate is known: one seed after the other, so that an interruption leaves whole comparisons."""
         rates = {arm: self.rate(arm) for arm in self.arms_of(group)}
         return [
-            make_run(self.protocol, self.place, arm, domain=domain, seed=seed, rate=rate, steps=self.tier.steps, purpose=MAIN)
+            make_run(self.protocol, self.place, Order(MAIN, arm, domain, seed, rate, self.tier.steps))
             for seed in self.tier.seeds
             for domain in self.tier.groups[group]
             for arm, rate in rates.items()
             if rate is not None
         ]
 
-    def expected(self) -> int:
-        """How many runs there are, if no rate beyond the first ones is tried."""
-        groups = self.tier.groups
-        main = sum(len(self.arms_of(group)) * len(domains) * len(self.tier.seeds) for group, domains in groups.items())
-        return main + (sum(len(self.arms_of(group)) for group in groups) * len(self.protocol.tuning.rates) if self.tier.tuning_steps else 0)
+    def expected(self) -> dict[tuple[str, int], int]:
+        """(arm, steps) -> how many runs there are, if no rate beyond the first ones is tried."""
+        found: dict[tuple[str, int], int] = {}
+        for group, domains in self.tier.groups.items():
+            for arm in self.arms_of(group):
+                found[arm, self.tier.steps] = len(domains) * len(self.tier.seeds)
+                if self.tier.tuning_steps is not None:
+                    found[arm, self.tier.tuning_steps] = found.get((arm, self.tier.tuning_steps), 0) + len(self.protocol.tuning.rates)
+        return found
 
     def finish(self, pool: Pool) -> None:
         """Runs everything that is not done. A run that fails twice in a row is left out."""
