@@ -28,12 +28,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Rerun the claims of the papers in miniature. Each run uses one core. What has been run is not run again."
     )
-    parser.add_argument("--tier", default="full", help="full (hours) or quick (under 15 minutes on two cores); default: %(default)s")
+    parser.add_argument(
+        "--tier",
+        default="full",
+        help="full (an hour or two), long (the core arms, three times as long) or quick (under 15 minutes on two cores); default: %(default)s",
+    )
     parser.add_argument("--jobs", type=at_least_one, default=2, metavar="N", help="runs side by side, one core each (default: %(default)s)")
     parser.add_argument("--protocol", type=Path, default=Path("docs/reproduction/protocol.yml"), metavar="FILE", help="default: %(default)s")
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), metavar="FOLDER", help="where runs go (default: %(default)s)")
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="FOLDER", help="where prepared texts go (default: %(default)s)")
-    out = "where the document goes (default: docs for the full tier, else the folder of the runs)"
+    out = "where the document goes (default: docs for the tiers full and long, else the folder of the runs)"
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=out)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--report", action="store_true", help="train nothing; write the document from the runs that exist")

@@ -18,6 +18,8 @@ from megatron.analysis.reproduce.results import collect, known_rates
 from megatron.analysis.reproduce.runs import Place, Run, of_another_protocol, record_of
 from megatron.analysis.reproduce.workflow import Workflow, default_place, texts
 
+DOCUMENTED = ("full", "long")
+"""Tiers whose results are in docs."""
 COMPARED = ("validation_loss", "test_loss", "curve", "routing")
 
 
@@ -31,7 +33,7 @@ class Command:
     runs: Path
     data: Path
     out: Path | None
-    """None: `docs` for the full tier, else the folder of the tier's runs."""
+    """None: `docs` for the tiers full and long, else the folder of the tier's runs."""
     report: bool
     list: bool
     again: str | None
@@ -54,7 +56,7 @@ def reproduce(command: Command) -> int:
     if command.again is not None:
         return repeat(workflow, command.again, console)
     failures = [] if command.report else run_tier(workflow, command, console)
-    out = command.out or (Path("docs") if command.tier == "full" else place.runs)
+    out = command.out or (Path("docs") if command.tier in DOCUMENTED else place.runs)
     written = write_document(collect(workflow, command.tier), protocol, command.protocol, out)
     console.print(f"Document: {written}", soft_wrap=True, highlight=False)
     if failures:
@@ -93,15 +95,13 @@ def all_runs(workflow: Workflow) -> list[Run]:
 
 
 def prepare_texts(protocol: Protocol, place: Place, domains: list[str]) -> None:
-    """Prepares what is not there. A folder that was made from the same input and settings stays as it is."""
+    """Prepares what is not there. A folder that was made from the same input and settings stays as it is; another one raises DatasetError."""
     from megatron.data.preprocessing.prepare import prepare
     from megatron.data.preprocessing.prepare_arguments import parse
     from megatron.data.progress import build_reporter
 
     for domain in domains:
         text, folder = protocol.domains[domain], place.text(domain)
-        if (folder / "prepared.json").is_file():
-            continue
         prepare(parse([text.corpus, "-d", str(place.data), "--name", folder.name, "--vocab-size", str(text.vocabulary)]), build_reporter())
 
 
@@ -116,7 +116,8 @@ def show(workflow: Workflow, console: Console) -> int:
 
 def repeat(workflow: Workflow, name: str, console: Console) -> int:
     """Trains one finished run from the beginning in a folder of its own and compares every number."""
-    run = next((run for run in all_runs(workflow) if run.name == name.strip("/")), None)
+    wanted = name.removeprefix(f"{workflow.place.runs}/").strip("/")
+    run = next((run for run in all_runs(workflow) if run.name == wanted), None)
     before = None if run is None else record_of(run, workflow.place)
     if run is None or before is None:
         raise ProtocolError(f"--again {name}: there is no such finished run. --list shows all runs.")

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from megatron.analysis.reproduce.protocol import Protocol, Tier
 from megatron.analysis.reproduce.statistics import NOT_RUN, NOT_SHOWN, REVERSED, SHOWN, WITHIN_NOISE
 
 DOCUMENT, FOLDER, RESULTS, REMARKS = "reproduction.md", "reproduction", "results.json", "remarks.md"
-PROTOCOL_NAME = "protocol.yml"
+LONG, PROTOCOL_NAME = "long.json", "protocol.yml"
 ORDER = (SHOWN, NOT_SHOWN, REVERSED, WITHIN_NOISE, NOT_RUN)
 INTRODUCTION = """\
 <!-- Made by tools/reproduce.py from {folder}/{results}, {folder}/protocol.yml and {folder}/{remarks}. Change those and run `{again}`. -->
@@ -46,22 +47,34 @@ again, unless its settings have changed. `runs/reproduce/TIER/TEXT/ARM/RUN/confi
 
 
 def write_document(results: Mapping[str, Any], protocol: Protocol, file: Path, out: Path) -> Path:
-    """Writes `out/reproduction.md`, `out/reproduction/results.json` and the pictures, with a copy of the protocol's `file` beside them.
+    """Writes `out/reproduction.md`, the results in `out/reproduction` and the pictures, with a copy of the protocol's `file` beside them.
 
-    Returns the document's path. Raises OSError.
+    The page has the results of both tiers that lie there: results.json, and long.json of the tier `long`. Returns its path. Raises OSError.
     """
     from megatron.analysis.charts.picture import write_picture
 
     folder = out / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULTS).write_text(as_json(results), encoding="utf-8")
+    (folder / (LONG if results["tier"] == "long" else RESULTS)).write_text(as_json(results), encoding="utf-8")
     if not (folder / file.name).exists() or not file.samefile(folder / file.name):
         shutil.copyfile(file, folder / PROTOCOL_NAME)
-    for figure in figures_of(protocol, results):
+    main, longer = stored(folder / RESULTS) or results, stored(folder / LONG)
+    for figure in [*figures_of(protocol, main), *long_figures(protocol, longer)]:
         write_picture(figure, folder / f"{figure.name}.png")
     remarks = folder / REMARKS
-    (out / DOCUMENT).write_text(document(results, protocol, remarks.read_text(encoding="utf-8") if remarks.is_file() else ""), encoding="utf-8")
+    text = document(main, protocol, remarks.read_text(encoding="utf-8") if remarks.is_file() else "", longer)
+    (out / DOCUMENT).write_text(text, encoding="utf-8")
     return out / DOCUMENT
+
+
+def stored(path: Path) -> dict[str, Any] | None:
+    """Results from a file. None: there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def long_figures(protocol: Protocol, longer: Mapping[str, Any] | None) -> list[Figure]:
+    """The pictures of the long tier, with names of their own."""
+    return [] if longer is None else [replace(figure, name=f"long-{figure.name}") for figure in figures_of(protocol, longer)]
 
 
 def as_json(results: Mapping[str, Any]) -> str:
@@ -73,13 +86,14 @@ def as_json(results: Mapping[str, Any]) -> str:
     return f'{head},\n "tuning": {{\n{tuning}\n }},\n "runs": [\n{runs}\n ]\n}}\n'
 
 
-def document(results: Mapping[str, Any], protocol: Protocol, remarks: str = "") -> str:
-    """The page. `remarks`: the hand-written part; empty: there is none."""
+def document(results: Mapping[str, Any], protocol: Protocol, remarks: str = "", longer: Mapping[str, Any] | None = None) -> str:
+    """The page. `remarks`: the hand-written part; empty: there is none. `longer`: the results of the long tier; None: it has not been run."""
     tier = protocol.tiers[results["tier"]]
     outcomes = [outcome(name, protocol, results) for name in protocol.claims]
     sections = [
         introduction(results, protocol, tier),
         verdicts(outcomes, protocol),
+        *([long_section(longer, results, protocol)] if longer is not None else []),
         *([f"## What the results say\n\n{remarks.strip()}\n"] if remarks.strip() else []),
         *([parts.missing_runs(results)] if results["missing"] else []),
         HOW.format(example=parts.example_of(results)),
@@ -143,6 +157,24 @@ def _by_text(one: Outcome, protocol: Protocol) -> str:
     cells = [f"{parts.number(claim, one.by_domain[domain])}: {one.by_domain_verdict[domain]}" for domain in one.by_domain_verdict]
     note = " (**the texts differ**)" if one.texts_differ else ""
     return f"| {claim.title}{note} | " + " | ".join(cells) + " |"
+
+
+def long_section(longer: Mapping[str, Any], results: Mapping[str, Any], protocol: Protocol) -> str:
+    """Verdicts, losses and pictures of the long tier."""
+    tier, short = protocol.tiers[longer["tier"]], protocol.tiers[results["tier"]]
+    outcomes = [outcome(name, protocol, longer) for name in protocol.claims]
+    table = verdicts(outcomes, protocol).removeprefix("## Verdicts\n\n").split("\n\nThis tier does not")[0].rstrip("\n")
+    texts = ", ".join(f"`{domain}`" for domain in dict.fromkeys(domain for domains in tier.groups.values() for domain in domains))
+    losses = parts.losses_table(longer, protocol).removeprefix("## Losses\n\n")
+    begin = (
+        f"## {tier.steps / short.steps:g} times as long\n\n"
+        f"The same arms, learning rates and seeds with {tier.steps:,} steps in place of {short.steps:,}, on {texts} (`--tier {longer['tier']}`).\n"
+        f"Do the verdicts come from a short training? {parts.time_of(longer)}\n"
+    )
+    missing = [parts.missing_runs(longer).replace("## Runs that are missing\n\n", "")] if longer["missing"] else []
+    shown = pictures([figure for figure in long_figures(protocol, longer) if "differences" in figure.name]).removeprefix("## Pictures\n\n")
+    curves = ", ".join(f"[{figure.title}]({FOLDER}/{figure.name}.png)" for figure in long_figures(protocol, longer))
+    return "\n".join([begin, table, "", *missing, losses, shown, f"All pictures of this tier: {curves}.\n"])
 
 
 def pictures(figures: Sequence[Figure]) -> str:

@@ -79,16 +79,21 @@ def missing_runs(results: Results) -> str:
 
 
 def times(results: Results) -> str:
+    """How long the runs took, and with which packages."""
+    software = ", ".join(f"{name} {version}" for name, version in (results["versions"] or {}).items())
+    return f"{time_of(results)}\nSoftware: {software}.\n"
+
+
+def time_of(results: Results) -> str:
     """How long the runs took."""
     runs = results["runs"]
     seconds = sum(run["seconds"] + run["seconds_measuring"] for run in runs) + results["tuning_seconds"]
     processor = sum(run["cpu_seconds"] for run in runs) + results["tuning_cpu_seconds"]
     tried = sum(len(one["tried"]) for one in results["tuning"].values())
-    versions = results["versions"] or {}
-    software = ", ".join(f"{name} {version}" for name, version in versions.items())
+    for_rates = f" and {tried} short ones for the learning rates" if tried else ""
     return (
-        f"Time: {len(runs)} runs and {tried} runs for the learning rates took {processor / 60:.0f} minutes of one core.\n"
-        f"One after the other they took {seconds / 60:.0f} minutes on the clock, on a machine that did other work as well. Software: {software}.\n"
+        f"{len(runs)} runs{for_rates} took {processor / 60:.0f} minutes of one core;\n"
+        f"one after the other they took {seconds / 60:.0f} minutes on the clock, on a machine that did other work as well."
     )
 
 

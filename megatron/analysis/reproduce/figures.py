@@ -20,11 +20,8 @@ ACTIVE = {1: "active-1", 2: "moe", 4: "active-4", 8: "active-8"}
 TOTAL = {4: "total-4", 8: "moe", 16: "total-16"}
 FAMILIES = {
     "structmoe-differences": ("StructMoE and its variants", "moe-9", ["structmoe", "router-free", "standalone", "structmoe-balanced"]),
-    "cosmoes-differences": (
-        "CoSMoEs' models",
-        "moe",
-        ["dense-flop", "dense-param", "moe-wd", "moe-bles", "moe-bles-weak", "moe-bles-late", "moe-bles-small"],
-    ),
+    "cosmoes-differences": ("CoSMoEs' models", "moe", ["dense-flop", "dense-param", "moe-wd"]),
+    "bles-differences": ("Block-wise expert selection", "moe", ["moe-bles", "moe-bles-weak", "moe-bles-late", "moe-bles-small"]),
     "beside": ("Fine-grained, shared and latent experts", "moe", ["fine-grained", "shared", "latent"]),
 }
 """Name of the picture -> title, the arm that others are compared with, the others."""
@@ -55,7 +52,7 @@ def curves(picture: Picture, protocol: Protocol, results: Results) -> Figure | N
         lines, x = [], []
         for place, arm in enumerate(picture.arms):
             runs = of_arm(results, arm, domain)
-            x = [step * runs[0]["tokens"] / runs[0]["steps"] / 1000 for step, _ in runs[0]["curve"]]
+            x = [round(step * runs[0]["tokens"] / runs[0]["steps"] / 1000) for step, _ in runs[0]["curve"]]
             points = [interval_of([run["curve"][at][1] for run in runs], protocol.measure.confidence) for at in range(len(x))]
             middle, error = np.array([one.mean for one in points]), np.nan_to_num([one.error for one in points])
             lines.append(Series(protocol.arms[arm].title, middle, COLOURS[place], low=middle - error, high=middle + error))
@@ -137,8 +134,8 @@ def routing(protocol: Protocol, results: Results) -> Figure | None:
     if lines:
         even = 100 / float(protocol.model_settings("moe")["moe_num_experts"])
         charts.append(Lines("MoE, 2 of 8", [f"layer {at}" for at in range(len(lines[0].y))], lines, "", "repeated first choices (%)", even=even))
-    caption = "Left: CoSMoEs' Table 3. Right: Mixtral's Table 5; the dashed line is chance, the bands reach from the lowest to the highest seed."
-    return Figure("routing", "Expert replacement, balance and repetition", [View("", charts)], caption) if charts else None
+    caption = "Top: CoSMoEs' Table 3. Bottom: Mixtral's Table 5; the dashed line is chance, the bands reach from the lowest to the highest seed."
+    return Figure("routing", "Expert replacement, balance and repetition", [View("", charts, 700)], caption) if charts else None
 
 
 def _mean(name: str, runs: Sequence[Run]) -> float:

@@ -184,6 +184,14 @@ class Protocol(Entry):
         if self.tuning.domain not in self.domains:
             yield f"tuning.domain: there is no text {self.tuning.domain!r}; there is {_names(self.domains)}"
 
+    def bad_settings(self) -> Iterator[str]:
+        """What the configuration refuses."""
+        for name in self.arms:
+            try:
+                self._size(name)
+            except ConfigError as error:
+                yield from (f"arms.{name}: {problem}" for problem in error.problems)
+
     def mismatches(self) -> Iterator[str]:
         """Arms that are not as large as they should be."""
         for name, arm in self.arms.items():
@@ -215,12 +223,7 @@ def load_protocol(path: Path = PROTOCOL) -> Protocol:
         problems = [f"{'.'.join(map(str, one['loc'])) or 'the file'}: {one['msg'][0].lower()}{one['msg'][1:]}" for one in error.errors()]
         raise ProtocolError(_listed(path, problems)) from None
     problems = list(found.problems())
-    if not problems:
-        try:
-            problems = list(found.mismatches())
-        except ConfigError as error:
-            problems = error.problems
-    if problems:
+    if problems := problems or list(found.bad_settings()) or list(found.mismatches()):
         raise ProtocolError(_listed(path, problems))
     return found
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 SHOWN, NOT_SHOWN, REVERSED, WITHIN_NOISE = "shown", "not shown", "reversed", "within noise"
-NOT_RUN = "not run"
+NOT_RUN = "too few runs"
 """Fewer than two pairs were run."""
 
 

@@ -34,8 +34,10 @@ class Workflow:
         return make_run(self.protocol, self.place, Order(TUNING, arm, tuning.domain, tuning.seed, rate, self.tier.tuning_steps))
 
     def tuned(self, arm: str) -> Losses:
-        """The rates that have been tried so far, in their order."""
+        """The rates that have been tried so far, in their order. None in a tier that does not tune."""
         found: dict[float, float] = {}
+        if self.tier.tuning_steps is None:
+            return found
         for rate in ladder(self.protocol.tuning):
             record = record_of(self.tuning_run(arm, rate), self.place)
             if record is not None:
