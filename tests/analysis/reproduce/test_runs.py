@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 
 from megatron.analysis.reproduce.command import COMPARED, prepare_texts
+from megatron.analysis.reproduce.measure import loss_on, windows
 from megatron.analysis.reproduce.pool import Pool
 from megatron.analysis.reproduce.protocol import Protocol
 from megatron.analysis.reproduce.runs import CONFIG, MAIN, Order, Place, Run, make_run, record_of
 from megatron.config.loader import load_config
+from megatron.training.run import train
 
 
 @dataclass
@@ -61,7 +63,9 @@ def test_runs_are_done_once_and_give_the_same_again(protocol: Protocol, place: P
     first = numbers(run, place)
     assert [step for step, _ in first["curve"]] == [2, 4, 6, 8]
     assert {"replacement", "first_repeats", "lore_entropy"} <= set(first["routing"])
-    assert load_config([place.folder(run) / CONFIG]).config.training.train_iters == 8, "the run's configuration is one that train.py takes"
+    trainer = train(load_config([place.folder(run) / CONFIG], [f"save={tmp_path / 'plain'}", "threads_per_process=1"]))
+    text_NS = windows(run.measure["test"], length=16, tokens=128)
+    assert loss_on(trainer.engine, text_NS) == pytest.approx(first["test_loss"], rel=1e-6), "train.py with the run's configuration gives this model"
 
     pool.finish([run])
     assert told.finished == ["structmoe"], "what has been run is not run again"
@@ -98,3 +102,12 @@ def test_a_stopped_run_goes_on_and_gives_the_same_numbers(protocol: Protocol, pl
     assert (place.folder(run) / "save" / "latest").is_file(), "it saved a checkpoint"
     Pool(place, 1, told).finish([run])
     assert numbers(run, place) == numbers(run, elsewhere)
+
+
+def test_windows_are_spread_over_the_whole_text(place: Place) -> None:
+    prefix = place.text("toy") / "train_text_document"
+    every, few = windows(prefix, length=16, tokens=10**9), windows(prefix, length=16, tokens=80)
+    assert every[:-1, -1].tolist() == every[1:, 0].tolist(), "neighbours share one token"
+    assert len(few) == 5
+    assert few[0].tolist() == every[0].tolist()
+    assert few[-1].tolist() == every[-1].tolist()
