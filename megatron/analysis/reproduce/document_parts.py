@@ -90,7 +90,7 @@ def time_of(results: Results) -> str:
     seconds = sum(run["seconds"] + run["seconds_measuring"] for run in runs) + results["tuning_seconds"]
     processor = sum(run["cpu_seconds"] for run in runs) + results["tuning_cpu_seconds"]
     tried = sum(len(one["tried"]) for one in results["tuning"].values())
-    for_rates = f" and {tried} short ones for the learning rates" if tried else ""
+    for_rates = f" and {tried} runs for the learning rates" if tried else ""
     return (
         f"{len(runs)} runs{for_rates} took {processor / 60:.0f} minutes of one core;\n"
         f"one after the other they took {seconds / 60:.0f} minutes on the clock, on a machine that did other work as well."
@@ -173,7 +173,7 @@ def rates_table(results: Results, protocol: Protocol) -> str:
         return f"## Learning rates\n\nFrom the full tier: {found}.\n"
     lines = [
         "## Learning rates\n",
-        "Validation loss (nats) of the short runs that choose each arm's rate. Bold: the chosen one.\n",
+        "Validation loss (nats) of the runs that choose each arm's rate. Bold: the chosen one.\n",
         "| arm | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
         "|---|" + "---|" * len(rates),
     ]
