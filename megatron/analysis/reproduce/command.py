@@ -49,7 +49,7 @@ def reproduce(command: Command) -> int:
     place = default_place(command.tier, command.runs, command.data)
     results = command.protocol.with_name("results.json")
     tier = protocol.tiers[command.tier]
-    rates = known_rates(results) if tier.tuning_steps is None else {}
+    rates = {} if tier.tuning else known_rates(results)
     workflow = Workflow(protocol, place, tier, rates)
     if command.list:
         return show(workflow, console)
@@ -84,12 +84,12 @@ def run_tier(workflow: Workflow, command: Command, console: Console) -> list[str
 
 def all_runs(workflow: Workflow) -> list[Run]:
     """The runs that are known now: which rates are tried beyond the first ones shows on the way."""
-    protocol, tier = workflow.protocol, workflow.tier
+    tier = workflow.tier
     tuning = [
         workflow.tuning_run(arm, rate)
         for group in tier.groups
         for arm in workflow.arms_of(group)
-        for rate in ({*protocol.tuning.rates, *workflow.tuned(arm)} if tier.tuning_steps is not None else ())
+        for rate in ({*workflow.search(arm).rates, *workflow.tuned(arm)} if tier.tuning else ())
     ]
     return [*tuning, *(run for group in tier.groups for run in workflow.main_runs(group))]
 

@@ -12,7 +12,6 @@ from megatron.analysis.reproduce.figures import of_arm
 from megatron.analysis.reproduce.protocol import Claim, Protocol, Tier
 from megatron.analysis.reproduce.runs import MAIN
 from megatron.analysis.reproduce.statistics import Interval, interval_of
-from megatron.analysis.reproduce.workflow import ladder
 
 Results = Mapping[str, Any]
 RULES = """\
@@ -167,20 +166,21 @@ def _term(factor: float, arm: str) -> str:
 
 def rates_table(results: Results, protocol: Protocol) -> str:
     """The validation loss at each rate that was tried; the chosen one is bold."""
-    rates = [rate for rate in ladder(protocol.tuning) if any(rate == tried for one in results["tuning"].values() for tried, _ in one["tried"])]
+    rates = sorted({rate for one in results["tuning"].values() for rate, _ in one["tried"]})
     if not rates:
         found = ", ".join(f"{arm} {one['rate']:g}" for arm, one in results["tuning"].items() if one["rate"] is not None)
         return f"## Learning rates\n\nFrom the full tier: {found}.\n"
     lines = [
         "## Learning rates\n",
         "Validation loss (nats) of the runs that choose each arm's rate. Bold: the chosen one.\n",
-        "| arm | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
-        "|---|" + "---|" * len(rates),
+        "| arm | steps | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
+        "|---|---|" + "---|" * len(rates),
     ]
     for arm, one in results["tuning"].items():
         tried = dict(one["tried"])
         cells = ["" if rate not in tried else f"**{tried[rate]:.3f}**" if rate == one["rate"] else f"{tried[rate]:.3f}" for rate in rates]
-        lines.append(f"| `{arm}` | " + " | ".join(cells) + " |")
+        steps = protocol.tiers[results["tier"]].tuning[protocol.arms[arm].group].steps
+        lines.append(f"| `{arm}` | {steps} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -68,22 +68,28 @@ class Text(Entry):
     vocabulary: int = Field(ge=257)
 
 
+class Search(Entry):
+    """The runs that find the learning rate of each arm of a group: how long they are, and the rates that are tried first."""
+
+    steps: int = Field(ge=1)
+    rates: list[float] = Field(min_length=1)
+
+
 class Tier(Entry):
     """How long and how often the arms of each group are trained, and on which texts."""
 
     steps: int = Field(ge=4)
-    tuning_steps: int | None
-    """None: the learning rates of results.json are used."""
     seeds: list[int] = Field(min_length=1)
     groups: dict[str, list[str]]
+    tuning: dict[str, Search]
+    """The groups whose rates are searched. Empty: the learning rates of results.json are used."""
 
 
 class Tuning(Entry):
-    """The search for each arm's learning rate: `rates` first, then doubled or halved beyond the best one while it is at the edge."""
+    """The search for each arm's learning rate: the first rates, then doubled or halved beyond the best one while it is at the edge."""
 
     domain: str
     seed: int
-    rates: list[float] = Field(min_length=1)
     lowest: float
     highest: float
     final: float = Field(ge=0, le=1)
@@ -180,6 +186,8 @@ class Protocol(Entry):
             yield from (f"figures: {picture.name}: there is no arm {arm!r}" for arm in picture.arms if arm not in self.arms)
         for name, tier in self.tiers.items():
             unknown = [domain for domains in tier.groups.values() for domain in domains if domain not in self.domains]
+            if tier.tuning and set(tier.tuning) != set(tier.groups):
+                yield f"tiers.{name}.tuning: must name the groups {_names(tier.groups)}, or none; it names {_names(tier.tuning)}"
             yield from (f"tiers.{name}.groups: there is no text {domain!r}; there is {_names(self.domains)}" for domain in unknown)
         if self.tuning.domain not in self.domains:
             yield f"tuning.domain: there is no text {self.tuning.domain!r}; there is {_names(self.domains)}"

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from megatron.analysis.reproduce.pool import Pool
-from megatron.analysis.reproduce.protocol import Protocol, Tier, Tuning
+from megatron.analysis.reproduce.protocol import Protocol, Search, Tier, Tuning
 from megatron.analysis.reproduce.runs import MAIN, TUNING, Order, Place, Run, make_run, record_of
 
 Losses = Mapping[float, float]
@@ -29,16 +29,19 @@ class Workflow:
         return [name for name, arm in self.protocol.arms.items() if arm.group == group]
 
     def tuning_run(self, arm: str, rate: float) -> Run:
-        assert self.tier.tuning_steps is not None
         tuning = self.protocol.tuning
-        return make_run(self.protocol, self.place, Order(TUNING, arm, tuning.domain, tuning.seed, rate, self.tier.tuning_steps))
+        return make_run(self.protocol, self.place, Order(TUNING, arm, tuning.domain, tuning.seed, rate, self.search(arm).steps))
+
+    def search(self, arm: str) -> Search:
+        """How the rate of this arm is found, in a tier that tunes."""
+        return self.tier.tuning[self.protocol.arms[arm].group]
 
     def tuned(self, arm: str) -> Losses:
         """The rates that have been tried so far, in their order. None in a tier that does not tune."""
         found: dict[float, float] = {}
-        if self.tier.tuning_steps is None:
+        if not self.tier.tuning:
             return found
-        for rate in ladder(self.protocol.tuning):
+        for rate in ladder(self.search(arm).rates, self.protocol.tuning):
             record = record_of(self.tuning_run(arm, rate), self.place)
             if record is not None:
                 found[rate] = record["validation_loss"]
@@ -50,13 +53,13 @@ class Workflow:
         return [run for run in wanted if record_of(run, self.place) is None]
 
     def _next_rates(self, arm: str) -> Sequence[float]:
-        tried, tuning = self.tuned(arm), self.protocol.tuning
-        missing = [rate for rate in tuning.rates if rate not in tried]
-        return missing or beyond(tried, tuning)
+        tried, rates = self.tuned(arm), self.search(arm).rates
+        missing = [rate for rate in rates if rate not in tried]
+        return missing or beyond(tried, ladder(rates, self.protocol.tuning))
 
     def rate(self, arm: str) -> float | None:
         """The arm's learning rate. None: it is not known yet."""
-        if self.tier.tuning_steps is None:
+        if not self.tier.tuning:
             return self.known_rates.get(arm)
         tried = self.tuned(arm)
         return best(tried) if tried and not self._next_rates(arm) else None
@@ -78,14 +81,15 @@ class Workflow:
         for group, domains in self.tier.groups.items():
             for arm in self.arms_of(group):
                 found[arm, self.tier.steps] = len(domains) * len(self.tier.seeds)
-                if self.tier.tuning_steps is not None:
-                    found[arm, self.tier.tuning_steps] = found.get((arm, self.tier.tuning_steps), 0) + len(self.protocol.tuning.rates)
+                if self.tier.tuning:
+                    steps = self.search(arm).steps
+                    found[arm, steps] = found.get((arm, steps), 0) + len(self.search(arm).rates)
         return found
 
     def finish(self, pool: Pool) -> None:
         """Runs everything that is not done. A run that fails twice in a row is left out."""
         for group in self.tier.groups:
-            if self.tier.tuning_steps is not None:
+            if self.tier.tuning:
                 given_up: set[str] = set()
                 while wanted := [run for run in self.open_tuning(group) if run.name not in given_up]:
                     pool.finish(wanted)
@@ -93,9 +97,9 @@ class Workflow:
             pool.finish(self.main_runs(group))
 
 
-def ladder(tuning: Tuning) -> list[float]:
-    """Every rate that may be tried, lowest first: the given ones, and their halves and doubles within the limits."""
-    rates = sorted(tuning.rates)
+def ladder(first: Sequence[float], tuning: Tuning) -> list[float]:
+    """Every rate that may be tried, lowest first: the first ones, and their halves and doubles within the limits."""
+    rates = sorted(first)
     while rates[0] / 2 >= tuning.lowest * 0.999:
         rates.insert(0, rates[0] / 2)
     while rates[-1] * 2 <= tuning.highest * 1.001:
@@ -108,9 +112,9 @@ def best(tried: Losses) -> float:
     return min(sorted(tried), key=lambda rate: tried[rate])
 
 
-def beyond(tried: Losses, tuning: Tuning) -> list[float]:
-    """The next rate past the best one, if the best one is the first or the last that was tried and the limits allow another. Else none."""
-    steps = {**dict(pairwise(ladder(tuning)))}
+def beyond(tried: Losses, rungs: Sequence[float]) -> list[float]:
+    """The next rate past the best one, if the best one is the first or the last that was tried and `rungs` has another. Else none."""
+    steps = dict(pairwise(rungs))
     back = {after: before for before, after in steps.items()}
     top, edges = best(tried), (min(tried), max(tried))
     following = [steps.get(top)] if top == edges[1] else [back.get(top)] if top == edges[0] else []
@@ -119,7 +123,7 @@ def beyond(tried: Losses, tuning: Tuning) -> list[float]:
 
 def texts(protocol: Protocol, tier: Tier) -> list[str]:
     """The texts that a tier needs, in their order."""
-    wanted = {domain for domains in tier.groups.values() for domain in domains} | ({protocol.tuning.domain} if tier.tuning_steps else set())
+    wanted = {domain for domains in tier.groups.values() for domain in domains} | ({protocol.tuning.domain} if tier.tuning else set())
     return [domain for domain in protocol.domains if domain in wanted]
 
 

@@ -24,13 +24,13 @@ def toy(tmp_path: Path) -> dict[str, Any]:
     values["common"] |= {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "seq_length": 16, "max_position_embeddings": 16}
     values["common"]["train_micro_batch_size_per_gpu"] = 2
     values["domains"] = {"toy": {"corpus": str(text), "text": "sentences", "vocabulary": 280}}
-    values["tuning"] |= {"domain": "toy", "lowest": 0.006, "highest": 0.012, "rates": [0.006, 0.012]}
+    values["tuning"] |= {"domain": "toy", "lowest": 0.006, "highest": 0.012}
     values["measure"] |= {"test_tokens": 128, "validation_tokens": 64, "curve_tokens": 64, "curve_points": 4, "routing_tokens": 64}
     for name, arm in values["arms"].items():
         arm["group"] = "core" if name in ("structmoe", "moe-9") else "later"
         arm.pop("as_large_as", None)
-    tier = {"steps": 8, "tuning_steps": 2, "seeds": [1, 2], "groups": {"core": ["toy"]}}
-    values["tiers"] = {"full": tier, "quick": {**tier, "tuning_steps": None}}
+    tier = {"steps": 8, "seeds": [1, 2], "groups": {"core": ["toy"]}, "tuning": {"core": {"steps": 2, "rates": [0.006, 0.012]}}}
+    values["tiers"] = {"full": tier, "quick": {**tier, "tuning": {}}}
     return values
 
 

@@ -37,6 +37,10 @@ def test_an_arm_that_is_not_as_large_as_it_should_be_is_refused(toy: dict[str, A
         (lambda p: p["claims"]["wd-improves"].update(quantity="loss"), "claims.wd-improves.quantity: 'loss' is not measured; use one of test_loss"),
         (lambda p: p["claims"]["wd-improves"].update(quantity="speedup"), "the quantity speedup goes with the keys faster and slower"),
         (lambda p: p["arms"]["moe"].update(base="cosmos"), "arms.moe.base: there is no base 'cosmos'; there is structmoe, cosmoes"),
+        (
+            lambda p: p["tiers"]["full"].update(tuning={"more": {"steps": 2, "rates": [0.1]}}),
+            "full.tuning: must name the groups core, or none; it names more",
+        ),
         (lambda p: p["arms"]["moe"]["settings"].update(moe_top_k=9), "arms.moe: 'moe_top_k' = 9: must be at most moe_num_experts"),
         (lambda p: p["tiers"]["full"].update(steps="many"), "tiers.full.steps: input should be a valid integer"),
         (lambda p: p["tiers"]["full"].update(groups={"core": ["web"]}), "tiers.full.groups: there is no text 'web'; there is toy"),

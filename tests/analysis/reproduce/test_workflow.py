@@ -12,11 +12,12 @@ from megatron.analysis.reproduce.results import collect, known_rates
 from megatron.analysis.reproduce.runs import RECORD, Place, Run, of_another_protocol, record_of, write_record
 from megatron.analysis.reproduce.workflow import Workflow, best, beyond, ladder
 
-TUNING = Tuning(domain="toy", seed=1, rates=[0.006, 0.012, 0.024], lowest=0.003, highest=0.048, final=0.1)
+TUNING = Tuning(domain="toy", seed=1, lowest=0.003, highest=0.048, final=0.1)
+RATES = [0.006, 0.012, 0.024]
 
 
 def test_rates_are_doubled_and_halved_within_the_limits() -> None:
-    assert ladder(TUNING) == [0.003, 0.006, 0.012, 0.024, 0.048]
+    assert ladder(RATES, TUNING) == [0.003, 0.006, 0.012, 0.024, 0.048]
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ def test_rates_are_doubled_and_halved_within_the_limits() -> None:
     ],
 )
 def test_a_best_rate_at_the_edge_asks_for_the_next_one(tried: dict[float, float], following: list[float]) -> None:
-    assert beyond(tried, TUNING) == following
+    assert beyond(tried, ladder(RATES, TUNING)) == following
 
 
 def test_of_two_equal_rates_the_lower_is_taken() -> None:
