@@ -88,6 +88,17 @@ format: setup ## format the code and fix what the linter can fix
 bench: setup-run ## measure training speed on this machine
 	@$(python) tools/bench/train_step.py
 
+# Runs side by side in the two targets below, one core each
+JOBS ?= 2
+
+.PHONY: reproduce
+reproduce: setup-run ## rerun the papers' claims in miniature and write docs/reproduction.md (an hour or two)
+	@$(python) tools/reproduce.py --tier full --jobs $(JOBS)
+
+.PHONY: reproduce-quick
+reproduce-quick: setup-run ## the same with fewer steps and arms, in runs/reproduce/quick (under 15 minutes)
+	@$(python) tools/reproduce.py --tier quick --jobs $(JOBS)
+
 .PHONY: cuda
 cuda: ## compile the CUDA kernels for every architecture and print what each needs (needs nvcc)
 	@$(python) csrc/cuda_build.py

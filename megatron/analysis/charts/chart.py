@@ -63,7 +63,7 @@ class Series:
     dashed: bool = False
     """For what was not measured but is known, such as random choices."""
     low: Floats | None = None
-    """With `high`: a band around the line. None: there is none."""
+    """With `high`: a band around a line, or the ends of an error bar. None: there is none."""
     high: Floats | None = None
 
 

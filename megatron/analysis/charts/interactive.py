@@ -127,6 +127,7 @@ def _bars(chart: Bars) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
             "y": packed(one.y),
             "name": plotly_text(one.name),
             "marker": {"color": one.colour, "line": {"width": 0}},
+            **_error_bars(one),
         }
         for one in chart.series
     ]
@@ -134,6 +135,14 @@ def _bars(chart: Bars) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
     layout |= {"barmode": "group", "bargap": 0.25, "bargroupgap": 0.05}
     layout["xaxis"] |= {"type": "category", "showgrid": False}
     return [one | {"hovertemplate": _hover(chart)} for one in traces], layout, 330
+
+
+def _error_bars(one: Series) -> dict[str, Any]:
+    """From `low` to `high`, where the series has them."""
+    if one.low is None or one.high is None:
+        return {}
+    ends = {"array": packed(one.high - one.y), "arrayminus": packed(one.y - one.low)}
+    return {"error_y": {"type": "data", "symmetric": False, "thickness": 1.2, "width": 4, **ends}}
 
 
 def _lines(chart: Lines) -> tuple[list[dict[str, Any]], dict[str, Any], int]:

@@ -156,7 +156,11 @@ def _draw_bars(axis: Any, chart: Bars) -> None:
     width = 0.8 / max(1, len(chart.series))
     places = np.arange(len(chart.names))
     for number, one in enumerate(chart.series):
-        axis.bar(places + (number - (len(chart.series) - 1) / 2) * width, one.y, width * 0.95, color=one.colour, label=drawable(one.name))
+        at = places + (number - (len(chart.series) - 1) / 2) * width
+        axis.bar(at, one.y, width * 0.95, color=one.colour, label=drawable(one.name))
+        if one.low is not None and one.high is not None:
+            axis.errorbar(at, one.y, yerr=[one.y - one.low, one.high - one.y], fmt="none", ecolor="#333333", elinewidth=1.0, capsize=3)
+    axis.set_xlim(-0.5, len(chart.names) - 0.5)  # also where the last bars are NaN
     _name(axis.set_xticks, chart.names, 16)
 
 

@@ -117,3 +117,18 @@ def test_a_picture_has_the_colours_of_its_bars(tmp_path: Path) -> None:
     with Image.open(tmp_path / "a.png") as image:
         found = {colour for _, colour in image.convert("RGB").getcolors(1 << 24) or []}
     assert {(0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00)} <= found
+
+
+def test_bars_with_ends_have_error_bars_in_both_forms(tmp_path: Path) -> None:
+    plain = Series("one", np.array([1.0, 2.0]), "#0072b2")
+    ends = Series("one", np.array([1.0, 2.0]), "#0072b2", low=np.array([0.5, 1.75]), high=np.array([1.25, 2.5]))
+    without, with_ends = (Bars("bars", ["a", "b"], [series], "arm", "loss (nats)") for series in (plain, ends))
+    assert "error_y" not in plot(without).figure["data"][0]
+    bar = plot(with_ends).figure["data"][0]["error_y"]
+    assert bar["symmetric"] is False
+    np.testing.assert_allclose(unpacked(bar["array"]), [0.25, 0.5])
+    np.testing.assert_allclose(unpacked(bar["arrayminus"]), [0.5, 0.25])
+    for name, chart in (("without", without), ("with", with_ends)):
+        write_picture(Figure(name, "", [View("", [chart])], ""), tmp_path / f"{name}.png")
+    pictures = [Image.open(tmp_path / f"{name}.png").convert("RGB") for name in ("without", "with")]
+    assert pictures[0].tobytes() != pictures[1].tobytes()
