@@ -94,7 +94,7 @@ def numbers_of_experts(protocol: Protocol, results: Results) -> Figure | None:
     """CoSMoEs' Figure 7: the loss over the experts of a token, and over the experts in all."""
     charts: list[Chart] = []
     for label, arms in (("experts for each token, of 8", ACTIVE), ("experts in all, 2 for each token", TOTAL)):
-        domains = domains_with(protocol, results, [arm for arm in arms.values() if arm in protocol.arms])
+        domains = domains_with(protocol, results, list(arms.values()))
         lines = []
         for place, domain in enumerate(domains):
             found = [interval_of([run["test_loss"] for run in of_arm(results, arm, domain)], protocol.measure.confidence) for arm in arms.values()]

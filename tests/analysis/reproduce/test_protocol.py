@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -22,6 +24,18 @@ def test_the_committed_protocol_holds_and_every_arm_is_used() -> None:
     assert all(match is None or match.within <= 0.04 for match in (arm.as_large_as for arm in protocol.arms.values()))
     assert protocol.sizes["structmoe"].total == 992_896
     assert protocol.sizes["dense-flop"].active < protocol.sizes["moe"].active < protocol.sizes["dense-param"].active
+
+
+def test_the_protocol_of_the_open_choices_holds_and_its_runs_are_those_of_the_page() -> None:
+    """docs/papers.md has the means of the runs in choices.json."""
+    protocol = load_protocol(ROOT / "docs/reproduction/choices.yml")
+    runs = json.loads((ROOT / "docs/reproduction/choices.json").read_text())["runs"]
+    losses = {arm: [run["test_loss"] for run in runs if run["arm"] == arm] for arm in protocol.arms}
+    assert {len(found) for found in losses.values()} == {3}
+    page = (ROOT / "docs/papers.md").read_text()
+    assert f"0 ({mean(losses['structmoe']):.3f})" in page
+    for arm in set(losses) - {"structmoe"}:
+        assert f"{mean(losses[arm]) - mean(losses['structmoe']):+.3f}" in page, arm
 
 
 def test_an_arm_that_is_not_as_large_as_it_should_be_is_refused(toy: dict[str, Any], stored: Store) -> None:
