@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ from megatron.analysis.charts.chart import Figure
 from megatron.analysis.reproduce import document_parts as parts
 from megatron.analysis.reproduce.claims import Outcome, outcome
 from megatron.analysis.reproduce.figures import figures_of
-from megatron.analysis.reproduce.protocol import Protocol, Tier
+from megatron.analysis.reproduce.protocol import Protocol, Tier, whole_text
 from megatron.analysis.reproduce.statistics import NOT_RUN, NOT_SHOWN, REVERSED, SHOWN, WITHIN_NOISE
 
 DOCUMENT, FOLDER, RESULTS, REMARKS = "reproduction.md", "reproduction", "results.json", "remarks.md"
@@ -57,7 +56,7 @@ def write_document(results: Mapping[str, Any], protocol: Protocol, file: Path, o
     folder.mkdir(parents=True, exist_ok=True)
     (folder / (LONG if results["tier"] == "long" else RESULTS)).write_text(as_json(results), encoding="utf-8")
     if not (folder / file.name).exists() or not file.samefile(folder / file.name):
-        shutil.copyfile(file, folder / PROTOCOL_NAME)
+        (folder / PROTOCOL_NAME).write_text(whole_text(file), encoding="utf-8")
     main, longer = stored(folder / RESULTS) or results, stored(folder / LONG)
     for figure in [*figures_of(protocol, main), *long_figures(protocol, longer)]:
         write_picture(figure, folder / f"{figure.name}.png")

@@ -224,7 +224,7 @@ class Size(Entry):
 def load_protocol(path: Path = PROTOCOL) -> Protocol:
     """Reads and checks a protocol. Raises ProtocolError with every problem, and OSError."""
     try:
-        found = Protocol.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        found = Protocol.model_validate(read_entries(path))
     except yaml.YAMLError as error:
         raise ProtocolError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
@@ -234,6 +234,21 @@ def load_protocol(path: Path = PROTOCOL) -> Protocol:
     if problems := problems or list(found.bad_settings()) or list(found.mismatches()):
         raise ProtocolError(_listed(path, problems))
     return found
+
+
+def read_entries(path: Path) -> Any:
+    """What the file says. With `rest_from: FILE` the entries that it does not give are those of FILE beside it. Raises YAMLError and OSError."""
+    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(entries, dict) or "rest_from" not in entries:
+        return entries
+    own = {key: value for key, value in entries.items() if key != "rest_from"}
+    return {**yaml.safe_load((path.parent / str(entries["rest_from"])).read_text(encoding="utf-8")), **own}
+
+
+def whole_text(path: Path) -> str:
+    """The protocol as one file that needs no other."""
+    text = path.read_text(encoding="utf-8")
+    return yaml.safe_dump(read_entries(path), sort_keys=False) if "rest_from" in yaml.safe_load(text) else text
 
 
 def _names(entries: Mapping[str, Any]) -> str:

@@ -36,14 +36,10 @@ def interval_of(values: Sequence[float], confidence: float) -> Interval:
 
 
 def student_t(confidence: float, freedom: int) -> float:
-    """The t within which Student's distribution with so many degrees of freedom has this share.
+    """The t within which Student's distribution with so many degrees of freedom has this share."""
+    from scipy.special import stdtrit
 
-    With t = sqrt(n) tan(a), the density of a is proportional to cos(a)^(n - 1).
-    """
-    angle = np.linspace(0, math.pi / 2, 200_001)
-    density = np.cos(angle) ** (freedom - 1)
-    share = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return math.sqrt(freedom) * math.tan(float(np.interp(confidence, share / share[-1], angle)))
+    return float(stdtrit(freedom, (1 + confidence) / 2))
 
 
 def verdict(found: Interval, *, shown_above: float, reversed_below: float) -> str:

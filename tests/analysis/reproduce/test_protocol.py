@@ -9,8 +9,9 @@ from statistics import mean
 from typing import Any
 
 import pytest
+import yaml
 
-from megatron.analysis.reproduce.protocol import PROTOCOL, ProtocolError, load_protocol
+from megatron.analysis.reproduce.protocol import PROTOCOL, ProtocolError, load_protocol, whole_text
 from tests.analysis.reproduce.conftest import ROOT
 
 Store = Callable[[dict[str, Any]], Path]
@@ -36,6 +37,20 @@ def test_the_protocol_of_the_open_choices_holds_and_its_runs_are_those_of_the_pa
     assert f"0 ({mean(losses['structmoe']):.3f})" in page
     for arm in set(losses) - {"structmoe"}:
         assert f"{mean(losses[arm]) - mean(losses['structmoe']):+.3f}" in page, arm
+
+
+def test_what_a_protocol_does_not_say_comes_from_another(toy: dict[str, Any], stored: Store) -> None:
+    whole = stored(toy)
+    other = whole.with_name("other.yml")
+    other.write_text(yaml.safe_dump({"rest_from": whole.name, "measure": {**toy["measure"], "test_tokens": 7}}))
+    found = load_protocol(other)
+    assert found.measure.test_tokens == 7
+    assert found.arms == load_protocol(whole).arms
+    alone = whole.parent / "elsewhere/protocol.yml"
+    alone.parent.mkdir()
+    alone.write_text(whole_text(other))
+    assert load_protocol(alone) == found, "a copy needs no other file"
+    assert whole_text(whole) == whole.read_text()
 
 
 def test_an_arm_that_is_not_as_large_as_it_should_be_is_refused(toy: dict[str, Any], stored: Store) -> None:
