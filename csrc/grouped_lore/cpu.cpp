@@ -50,8 +50,9 @@ class Forward {
   std::vector<RowTask> tasks;
   std::vector<RowTask> lore_tasks, grow_tasks;
   int64_t block = 0, width = 0;
+  int64_t stretch = 0;  // columns of B that are read in one go: memory is read faster in long stretches
 
-  static constexpr int64_t RUN = 2048 / sizeof(S);  // columns of B that are read in one go
+  static constexpr int64_t LONGEST_STRETCH = 16384 / sizeof(S);
 
   void prepare() {
     const S* x = static_cast<const S*>(op.x);
@@ -75,8 +76,10 @@ class Forward {
           for (int64_t n = from; n < to; n += TASK_ROWS) lore_tasks.push_back({g, n, std::min(to, n + TASK_ROWS), 0, 0});
         });
     if (by.several) return;
+    stretch = std::min(LONGEST_STRETCH, padded());
+    while (stretch > P::NR && int64_t(lore_tasks.size()) * ((layer.F + stretch - 1) / stretch) < 4 * layer.threads) stretch = round_up(stretch / 2, P::NR);
     for (const RowTask& lore : lore_tasks)
-      for (int64_t j = 0; j < layer.F; j += RUN) grow_tasks.push_back({lore.expert, lore.first, lore.last, j, std::min(layer.F, j + RUN)});
+      for (int64_t j = 0; j < layer.F; j += stretch) grow_tasks.push_back({lore.expert, lore.first, lore.last, j, std::min(layer.F, j + stretch)});
   }
   int64_t padded() const { return round_up(layer.F, P::NR); }
 
@@ -106,7 +109,7 @@ class Forward {
     Sum* to = y[p].get() + task.first * ldy + task.begin;
     if constexpr (P::THIN)
       if (m <= P::FEW_ROWS) return P::thin(left, rank[p], m, b, layer.F, Q, n, to, ldy);
-    Right* panel = scratch<Right, 18>(P::right_size(Q, RUN));
+    Right* panel = scratch<Right, 18>(P::right_size(Q, stretch));
     P::pack(panel, b, layer.F, Q, n);
     for (int64_t i = 0; i < m; i += ROW_BLOCK) P::product(left + i * rank[p], rank[p], std::min(ROW_BLOCK, m - i), panel, Q, n, to + i * ldy, ldy, true);
   }

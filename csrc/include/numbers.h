@@ -7,6 +7,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #ifndef NEOX_ISA
 #error "NEOX_ISA names the instruction set that this file is compiled for"
@@ -124,6 +127,34 @@ inline void copy(To* to, const From* from, int64_t n) {
 template <class T>
 inline void copy(T* to, const T* from, int64_t n) {
   std::memcpy(to, from, n * sizeof(T));
+}
+// As `copy`, past the caches, for rows of a result that is too large for them: a line that is not written whole by such an instruction is read first.
+// After the last row comes `streamed`.
+template <class To, class From>
+inline void stream(To* to, const From* from, int64_t n) {
+#if defined(__AVX2__)
+  constexpr int64_t LINE = 64 / sizeof(To);
+  if (reinterpret_cast<uintptr_t>(to) % 64 == 0 && n % LINE == 0) {
+    for (int64_t i = 0; i < n; i += LINE) {
+      alignas(64) To line[LINE];
+      copy(line, from + i, LINE);
+#if defined(__AVX512F__)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), *reinterpret_cast<const __m512i*>(line));
+#else
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), reinterpret_cast<const __m256i*>(line)[0]);
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i) + 1, reinterpret_cast<const __m256i*>(line)[1]);
+#endif
+    }
+    return;
+  }
+#endif
+  copy(to, from, n);
+}
+// Other threads see what was streamed.
+inline void streamed() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
 }
 template <class T>
 inline void clear(T* to, int64_t n) {

@@ -179,7 +179,7 @@ inline int64_t even_rows(int64_t m) {
   return std::max<int64_t>(1, (m + tiles - 1) / tiles);
 }
 
-constexpr int64_t THIN_DEPTH = 4;
+constexpr int64_t THIN_DEPTH = 8;
 // The tile of `thin`: K is at most THIN_DEPTH, row k of b lies at b + k * ldb, in any format.
 template <class T, int M, class From>
 inline void thin_tile(const T* a, int64_t lda, const From* b, int64_t ldb, int64_t K, T* c, int64_t ldc, bool fresh) {
@@ -317,7 +317,7 @@ struct Wide {
         }
     }
   }
-  // c = a b of few rows: b is not packed. Four of its rows at a time are read, and pass all columns; the next four are asked for meanwhile.
+  // c = a b of few rows: b is not packed. THIN_DEPTH of its rows at a time are read, and pass all columns; the next ones are asked for meanwhile.
   template <class From>
   static void thin(const Left* a, int64_t lda, int64_t m, const From* b, int64_t ldb, int64_t K, int64_t n, Sum* c, int64_t ldc) {
     const int64_t even = even_rows(m), whole = n / NR * NR;
@@ -325,7 +325,7 @@ struct Wide {
       const int64_t depth = std::min(THIN_DEPTH, K - k);
       const From* next = k + THIN_DEPTH < K ? b + (k + THIN_DEPTH) * ldb : b;
       for (int64_t j = 0; j < whole; j += NR) {
-        for (int64_t d = 0; d < depth; d++) __builtin_prefetch(next + d * ldb + j);
+        for (int64_t d = 0; d < depth; d++) ask_for(next + d * ldb + j, NR, 0, 1);
         for (int64_t i = 0; i < m; i += even)
           thin_tile_of<Sum>(std::min(even, m - i), a + i * lda + k, lda, b + k * ldb + j, ldb, depth, c + i * ldc + j, ldc, k == 0);
       }

@@ -8,8 +8,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from megatron.kernels import compiled
+from megatron.kernels.grouped_lore import HiddenLayer, LoreChoice, Projection, grouped_lore
+from megatron.kernels.permute import sort_by_group
 from megatron.kernels.registry import KernelUnavailable
 
 
@@ -52,6 +55,31 @@ def test_every_set_of_the_processor_agrees_with_generic(built: ModuleType) -> No
         built.difference("avx3")
     with pytest.raises(ValueError, match="nothing would be left"):
         built.refuse_instruction_set("generic")
+
+
+@pytest.mark.parametrize("width", [8256, 8200], ids=["whole cache lines", "parts of cache lines"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_that_are_written_past_the_caches(built: ModuleType, dtype: torch.dtype, width: int) -> None:
+    """Each of dW and dB has more than the 16 MiB of csrc's STREAM_BYTES. LoREs have no rows, few and many."""
+    draw = torch.Generator().manual_seed(1)
+    shapes = (30, 520), (2, width, 520), (8, 128, 520), (8, 128, width)
+    x, weight, a, b = ((torch.randn(shape, generator=draw) / shape[-1] ** 0.5).to(dtype) for shape in shapes)
+    assert min(weight.numel(), b.numel()) * weight.element_size() > 16 << 20
+    chosen = torch.tensor([0] * 18 + [1, 3] + [4] * 2 + [6] * 8)[:, None]
+    choice = LoreChoice(torch.rand(30, 1, generator=draw), sort_by_group(chosen, 8))
+    grad = torch.randn(30, width, generator=draw).to(dtype)
+
+    def gradients(backend: str) -> tuple[torch.Tensor, ...]:
+        given = [t.detach().requires_grad_() for t in (x, weight, a, b)]
+        layer = HiddenLayer(torch.tensor([20, 10]), "gelu", Projection(*given[1:]), None, choice)
+        return torch.autograd.grad(grouped_lore(given[0], layer, backend=backend), given, grad)
+
+    wanted = gradients("reference")
+    rtol, atol = (2e-2, 2e-2) if dtype == torch.bfloat16 else (1e-4, 1e-5)  # bf16: both round what they add up
+    for name in built.instruction_sets():
+        built.use_instruction_set(name)
+        for ours, right in zip(gradients("compiled"), wanted, strict=True):
+            torch.testing.assert_close(ours, right, rtol=rtol, atol=atol)
 
 
 class OtherProcessor:

@@ -63,6 +63,7 @@ def quickstart_markdown(result: Quickstart) -> str:
             f"| steps/s with `auto` | {number(result.auto_steps_per_second)} |",
             f"| auto / reference | {number(result.ratio)} |",
             f"| largest difference of the loss in {result.steps} steps | {result.largest_loss_difference:.1e} |",
+            f"| the same for `reference` with all threads and with one (rounding alone) | {result.largest_difference_by_rounding:.1e} |",
             f"| difference of the loss in the last step | {result.last_loss_difference:.1e} (loss {result.last_loss:.3f}) |",
         ]
     )

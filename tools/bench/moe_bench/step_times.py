@@ -121,8 +121,14 @@ def memory_of(arguments: list[str]) -> dict[str, int]:
 # ---------------------------------------------------------------- the quickstart
 
 
+ONE_THREAD = ", one thread"
+
+
 class Quickstart(NamedTuple):
-    """`kernel_backends` all `reference` against `auto`."""
+    """`kernel_backends` all `reference` against `auto`, and against itself with one thread.
+
+    The last one says what rounding alone does: another order of the same additions now and then turns a near tie of a router.
+    """
 
     reference_steps_per_second: float
     auto_steps_per_second: float
@@ -131,19 +137,23 @@ class Quickstart(NamedTuple):
     largest_loss_difference: float
     last_loss_difference: float
     last_loss: float
+    largest_difference_by_rounding: float
 
 
 def measure_quickstart(repository: Path, steps: int) -> Quickstart:
-    """Both train on the same text, step by step in turns."""
-    kinds = {name: quickstart_side(repository, name) for name in ("reference", "auto")}
+    """All train on the same text, step by step in turns."""
+    kinds = {name: quickstart_side(repository, name.removesuffix(ONE_THREAD)) for name in ("reference", "auto", f"reference{ONE_THREAD}")}
     sides = {name: side for name, (side, _, _) in kinds.items()}
     _, sequences, length = kinds["auto"]
+    threads = torch.get_num_threads()
     texts = speech_texts(steps + 1, sequences, length + 1)
     losses: dict[str, list[float]] = {name: [] for name in sides}
     position = [0]
 
     def step(name: str) -> None:
+        torch.set_num_threads(1 if name.endswith(ONE_THREAD) else threads)
         losses[name].append(sides[name].step(texts[position[0]]).lm_loss)
+        torch.set_num_threads(threads)
 
     def advance() -> None:
         position[0] += 1
@@ -151,10 +161,12 @@ def measure_quickstart(repository: Path, steps: int) -> Quickstart:
     for name in sides:
         step(name)
     times = in_turns({name: (partial(step, name), 1) for name in sides}, rounds=steps, device="cpu", each_round=advance)
-    differences = [abs(a - b) for a, b in zip(losses["reference"], losses["auto"], strict=True)]
+    differences, by_rounding = (
+        [abs(a - b) for a, b in zip(losses["reference"], losses[name], strict=True)] for name in ("auto", f"reference{ONE_THREAD}")
+    )
     per_second = [1 / (times[name].median or 1.0) for name in ("reference", "auto")]
     speedup = ratio(times["reference"], times["auto"]) or 0.0
-    return Quickstart(*per_second, speedup, steps, max(differences), differences[-1], losses["auto"][-1])
+    return Quickstart(*per_second, speedup, steps, max(differences), differences[-1], losses["auto"][-1], max(by_rounding))
 
 
 def speech_texts(count: int, sequences: int, length: int) -> list[Tensor]:
