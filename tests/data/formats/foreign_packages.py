@@ -1,6 +1,8 @@
-"""Writes one small corpus with the real packages of other projects. It runs in an interpreter that has one of them:
+"""Writes one small corpus with the real packages of other projects, or reads one with them. It runs in an interpreter that has one of them:
 
     python foreign_packages.py PACKAGE TEXTS.jsonl TOKENIZER.json FOLDER
+    python foreign_packages.py --read PACKAGE FOLDER FOUND.json
+    python foreign_packages.py --export FORMAT PREFIX FOLDER
 
 `make_fixtures.sh` beside it installs the packages and writes what is in `fixtures/`. Every document ends with <|endoftext|>.
 """
@@ -135,9 +137,77 @@ def megatron_core(texts: list[str], tokenizer: Path, folder: Path) -> None:
         builder.finalize(str(folder / f"{name}.idx"))
 
 
+def read_datatrove(folder: Path) -> list[list[int]]:
+    """One window, and where its index says that documents begin."""
+    from datatrove.utils.dataset import DatatroveFileDataset
+
+    (path,) = folder.glob("*.ds")
+    size = int(path.with_suffix(".ds.metadata").read_text().split("|")[1].split()[0])
+    row = DatatroveFileDataset(str(path), seq_len=path.stat().st_size // size - 1, token_size=size, return_positions=True)[0]
+    tokens, begins = row["input_ids"].tolist(), row["positions"].eq(0).nonzero().flatten().tolist()
+    return [tokens[start:end] for start, end in zip(begins, [*begins[1:], len(tokens)], strict=True)]
+
+
+def read_olmo(folder: Path) -> list[list[int]]:
+    stand_in("cached_path", "cached_path.schemes")
+    sys.modules["cached_path"].cached_path = lambda path, **_: Path(path)  # type: ignore[attr-defined]
+    from olmo_core.data.utils import iter_document_indices, load_array_slice
+
+    (path,) = folder.glob("*.npy")
+    dtype = np.uint16 if path.stat().st_size == 2 * max(end for _, end in iter_document_indices(path)) else np.uint32
+    return [load_array_slice(path, start, end, dtype).tolist() for start, end in iter_document_indices(path)]
+
+
+def read_streaming(folder: Path) -> list[list[int]]:
+    stand_in("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
+    from streaming import StreamingDataset
+
+    return [row["tokens"].tolist() for row in StreamingDataset(local=str(folder), shuffle=False, batch_size=1)]
+
+
+def read_litdata(folder: Path) -> list[list[int]]:
+    """One token at a time: its reader of tokens knows no documents."""
+    from litdata import StreamingDataset
+    from litdata.streaming.item_loader import TokensLoader
+
+    rows = StreamingDataset(str(folder), item_loader=TokensLoader(block_size=1), shuffle=False)
+    return [[int(rows[number][0]) for number in range(len(rows))]]
+
+
+def read_megatron_core(folder: Path) -> list[list[int]]:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    (path,) = folder.glob("*.idx")
+    return [row.tolist() for row in IndexedDataset(str(path.with_suffix("")))]
+
+
+def export(kind: str, prefix: str, folder: str) -> None:
+    """Our own export, which uses the package for some formats."""
+    stand_in("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
+    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+    from megatron.data.formats.exporting import export_tokens
+    from megatron.data.progress import build_reporter
+
+    export_tokens(kind, prefix, Path(folder), build_reporter(quiet=True))
+
+
 PACKAGES = {"datatrove": datatrove, "olmo_core": olmo, "streaming": streaming, "litdata": litdata, "megatron_core": megatron_core}
 
+READERS = {
+    "datatrove": read_datatrove,
+    "olmo_core": read_olmo,
+    "streaming": read_streaming,
+    "litdata": read_litdata,
+    "megatron_core": read_megatron_core,
+}
+
 if __name__ == "__main__":
+    if sys.argv[1] == "--export":
+        export(*sys.argv[2:])
+        sys.exit()
+    if sys.argv[1] == "--read":
+        Path(sys.argv[4]).write_text(json.dumps(READERS[sys.argv[2]](Path(sys.argv[3]))), encoding="utf-8")
+        sys.exit()
     package, texts, tokenizer, folder = sys.argv[1:]
     lines = Path(texts).read_text(encoding="utf-8").splitlines()
     PACKAGES[package]([json.loads(line)["text"] for line in lines], Path(tokenizer), Path(folder) / package)

@@ -1,7 +1,7 @@
 """Corpora that the real packages of other projects have written come out as our own preprocessing writes them, byte for byte.
 
-`fixtures/` holds what `make_fixtures.sh` wrote with the versions in foreign_packages.txt. The slow test installs these packages and writes a larger
-corpus.
+`fixtures/` holds what `make_fixtures.sh` wrote with the versions in foreign_packages.txt. The slow test installs these packages, writes a larger
+corpus, and lets them read what we export.
 """
 
 from __future__ import annotations
@@ -121,10 +121,14 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return texts, tokenizer
 
 
+EXPORTED = {"datatrove": "datatrove", "streaming": "mds", "litdata": "litdata", "olmo_core": "olmo", "megatron_core": None}
+"""Package -> the format that it reads. None: it reads our pairs."""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("package", ["datatrove", "streaming", "litdata", "megatron_core", "olmo_core"])
-def test_the_package_of_today_writes_what_we_read(package: str, large: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("package", EXPORTED)
+def test_the_package_of_today_writes_what_we_read_and_reads_what_we_write(package: str, large: tuple[Path, Path], tmp_path: Path) -> None:
     line = next(line for line in (HERE / "foreign_packages.txt").read_text().splitlines() if line.startswith(package))
     target = tmp_path / "packages"
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), *line.split()[1:]]
@@ -132,15 +136,28 @@ def test_the_package_of_today_writes_what_we_read(package: str, large: tuple[Pat
     if done.returncode:
         pytest.skip(f"pip cannot install {line.split()[1]} here: {done.stderr.strip().splitlines()[-1]}")
     environment = {**os.environ, "PYTHONPATH": str(target)}
-    command = [sys.executable, "-W", "ignore", str(HERE / "foreign_packages.py"), package, *map(str, large), str(tmp_path / "corpora")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    reference = files_of(ours(*large, tmp_path))
+
+    def foreign(*arguments: object) -> None:
+        command = [sys.executable, "-W", "ignore", str(HERE / "foreign_packages.py"), *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    foreign(package, *large, tmp_path / "corpora")
+    (tmp_path / "exported").mkdir()
+    prefix = ours(*large, tmp_path / "exported")
+    reference = files_of(prefix)
     corpora = {name: given for name, given in SAME.items() if name.split("/")[0] == package}
     assert corpora
     for name, (kind, options) in corpora.items():
-        prefix = imported(tmp_path / "corpora" / name, kind, large[1], tmp_path, **options)  # type: ignore[arg-type]
-        assert files_of(prefix) == reference, name
+        assert files_of(imported(tmp_path / "corpora" / name, kind, large[1], tmp_path, **options)) == reference, name  # type: ignore[arg-type]
+    folder = prefix.parent
+    if (exported := EXPORTED[package]) is not None:
+        folder = tmp_path / "written"
+        foreign("--export", exported, prefix, folder)
+    foreign("--read", package, folder, tmp_path / "found.json")
+    found, pair = json.loads((tmp_path / "found.json").read_text()), IndexedDataset(prefix)
+    documents = [pair.get(number).tolist() for number in range(len(pair))]
+    assert found == ([[token for row in documents for token in row]] if package == "litdata" else documents)
 
 
 def test_every_foreign_package_has_a_writer() -> None:
