@@ -94,6 +94,7 @@ JOBS ?= 2
 .PHONY: reproduce
 reproduce: setup-run ## rerun the papers' claims in miniature and write docs/reproduction.md (an hour or two)
 	@$(python) tools/reproduce.py --tier full --jobs $(JOBS)
+	@$(python) tools/reproduce.py --tier long --jobs $(JOBS)
 
 .PHONY: reproduce-quick
 reproduce-quick: setup-run ## the same with fewer steps and arms, in runs/reproduce/quick (under 15 minutes)

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from megatron.analysis.plan.trace import Recorder, Trace, kept_bytes
 from megatron.config.neox import NeoXConfig
-from megatron.kernels.linear_cross_entropy import OP as LOSS_OP
-from megatron.kernels.linear_cross_entropy.chunked import CHUNK_ELEMENTS, Chunked
+from megatron.kernels.linear_cross_entropy.chunked import meta_stands_for
 from megatron.kernels.permute import Order
 from megatron.model.attention.choice import choose_attention
 from megatron.model.attention.context import KernelAttend
@@ -108,8 +107,8 @@ def prepare(config: NeoXConfig, model: GPT, groups: Groups, step: Step) -> None:
         kept = KeptInputs(group=equal if training.divides_kept_inputs else ALONE, on_cpu=on_cpu)
         model.enable_activation_checkpointing(training.checkpoint_num_layers, AS_THEY_ARE if on_cpu else kept)
     model.recompute_modules(training.recompute_modules)
-    LOSS_OP._objects[model.loss_backend, "meta"] = Chunked()
-    CHUNK_ELEMENTS["meta"] = CHUNK_ELEMENTS["cuda" if step.device == "cuda" else "cpu"]
+    model.loss_backend = "auto"
+    meta_stands_for("cuda" if step.device == "cuda" else "cpu")
     if step.device == "cpu":
         quiet(choose_attention, config.model, model, config.moe.kernel_backends.get("attention", "auto"), torch.device("cpu"))
     for layer in model.layers:

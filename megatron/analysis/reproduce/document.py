@@ -33,7 +33,7 @@ HOW = """\
 
 ```bash
 make reproduce-quick                              # under 15 minutes on two cores: the core arms, fewer steps, one text, the learning rates below
-make reproduce                                    # the full tier: every number on this page
+make reproduce                                    # the tiers full and long: every number on this page
 python tools/reproduce.py --list                  # every run and its loss
 python tools/reproduce.py --report                # this page again, from the runs that exist
 python tools/reproduce.py --again {example}
@@ -165,15 +165,16 @@ def long_section(longer: Mapping[str, Any], results: Mapping[str, Any], protocol
     table = verdicts(outcomes, protocol).removeprefix("## Verdicts\n\n").split("\n\nThis tier does not")[0].rstrip("\n")
     texts = ", ".join(f"`{domain}`" for domain in dict.fromkeys(domain for domains in tier.groups.values() for domain in domains))
     losses = parts.losses_table(longer, protocol).removeprefix("## Losses\n\n")
+    rates = parts.rates_table(longer, protocol).removeprefix("## Learning rates\n\n")
     begin = (
         f"## {tier.steps / short.steps:g} times as long\n\n"
-        f"The same arms, learning rates and seeds with {tier.steps:,} steps in place of {short.steps:,}, on {texts} (`--tier {longer['tier']}`).\n"
+        f"The same arms and seeds with {tier.steps:,} steps in place of {short.steps:,}, on {texts} (`--tier {longer['tier']}`).\n"
         f"Do the verdicts come from a short training? {parts.time_of(longer)}\n"
     )
     missing = [parts.missing_runs(longer).replace("## Runs that are missing\n\n", "")] if longer["missing"] else []
     shown = pictures([figure for figure in long_figures(protocol, longer) if "differences" in figure.name]).removeprefix("## Pictures\n\n")
     curves = ", ".join(f"[{figure.title}]({FOLDER}/{figure.name}.png)" for figure in long_figures(protocol, longer))
-    return "\n".join([begin, table, "", *missing, losses, shown, f"All pictures of this tier: {curves}.\n"])
+    return "\n".join([begin, table, "", *missing, losses, rates, shown, f"All pictures of this tier: {curves}.\n"])
 
 
 def pictures(figures: Sequence[Figure]) -> str:

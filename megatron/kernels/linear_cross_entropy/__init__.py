@@ -28,7 +28,7 @@ class LinearCrossEntropy(Protocol):
 
 
 OP: Op[LinearCrossEntropy] = Op("linear_cross_entropy")
-OP.register(Implementation("chunked", frozenset({"cpu", "cuda"}), lambda: None, chunked.Chunked))
+OP.register(Implementation("chunked", frozenset({"cpu", "cuda", "meta"}), lambda: None, chunked.Chunked))
 # By name only: liger waits for the device to count the labels, and cce leaves out what 16-bit numbers hardly see.
 OP.register(Implementation("liger", frozenset({"cuda"}), liger.unavailable, liger.Liger))
 OP.register(Implementation("cce", frozenset({"cuda"}), cce.unavailable, cce.CutCrossEntropy))

@@ -40,6 +40,11 @@ def chunk_rows(tokens: int, vocabulary: int, device: str) -> int:
     return min(tokens, max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS.get(device, 2**22) // max(1, vocabulary)))
 
 
+def meta_stands_for(device: str) -> None:
+    """From now on, chunks on the meta device are as large as those on `device` ("cpu" or "cuda"): a plan counts what they hold."""
+    CHUNK_ELEMENTS["meta"] = CHUNK_ELEMENTS[device]
+
+
 def chunks(tokens: int, rows: int) -> Iterator[slice]:
     """The tokens, `rows` at a time."""
     return (slice(begin, begin + rows) for begin in range(0, tokens, rows or 1))
