@@ -8,58 +8,19 @@
 // No result depends on the number of threads.
 #include <algorithm>
 #include <cmath>
-#include <limits>
-
-#include "op.h"
 
 #include "../include/threads.h"
-#include "tiles.h"
+#include "heads.h"
+#ifdef NEOX_DOT
+#include "pairs.h"
+#endif
 
 namespace NEOX_ISA {
 namespace {
 
-using namespace ::attention;
-
 constexpr int64_t QUERIES = 48, KEYS = 96;  // of a tile; multiples of ROWS and PANEL
-constexpr int64_t AHEAD = 8;  // rows
 constexpr int64_t KEY_STRIDE = odd_lines(KEYS);
 static_assert(QUERIES % ROWS == 0 && KEYS % ROWS == 0 && KEYS % PANEL == 0);
-
-// Not std::fill: the linker could take the one of another instruction set.
-inline void fill(float* from, float* to, float x) {
-  for (; from < to; from++) *from = x;
-}
-
-// One query or key/value head of one text.
-template <class T>
-struct Head {
-  T* data;
-  int64_t row;
-  T* at(int64_t position) const { return data + position * row; }
-  // Rows of one head lie far apart: the processor does not see which comes next.
-  void prefetch(int64_t position, int64_t dim) const {
-    constexpr int64_t line = 64 / sizeof(T);
-    for (int64_t d = 0; d < dim; d += line) __builtin_prefetch(at(position) + d);
-  }
-};
-
-template <class T>
-Head<T> head_of(const Heads& heads, int64_t batch, int64_t head) {
-  return {static_cast<T*>(heads.data) + batch * heads.batch + head * heads.head, heads.row};
-}
-
-// (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin); `direction` -1 turns back.
-void turn(float* row, const Angles& angles, int64_t batch, int64_t position, float direction) {
-  if (angles.cosines == nullptr) return;
-  const int64_t pairs = angles.pairs, start = batch * angles.batch + position * pairs;
-  const float *cosines = angles.cosines + start, *sines = angles.sines + start;
-  float* second = row + pairs;
-  for (int64_t n = 0; n < pairs; n++) {
-    const float one = row[n], two = second[n], sine = direction * sines[n];
-    row[n] = one * cosines[n] - two * sine;
-    second[n] = two * cosines[n] + one * sine;
-  }
-}
 
 // A thread's memory for one key/value head and one tile of queries. It is not cleared: a number is read only where one was written, or its product
 // goes into columns that nobody reads.
@@ -166,30 +127,6 @@ int64_t columns_read(const Tile& tile, int64_t row) {
   const int64_t group = (tile.seen(row) + ROWS - 1) / ROWS * ROWS;
   const int64_t most = std::min(std::max(tile.seen_by_group(row), group), KEYS);
   return (most + WIDTH - 1) / WIDTH * WIDTH;
-}
-
-// scores -> exp(scores - base), 0 where the query does not see the key. Returns the sum.
-float exponentials(float* scores, int64_t seen, int64_t columns, float base) {
-  fill(scores + seen, scores + columns, -std::numeric_limits<float>::infinity());
-  Vec<float> sum = {};
-  for (int64_t c = 0; c < columns; c += WIDTH) {
-    const Vec<float> e = exponential(load(scores + c) - base);
-    store(scores + c, e);
-    sum += e;
-  }
-  return total_of(sum);
-}
-
-float largest(float* scores, int64_t seen) {
-  const float least = -std::numeric_limits<float>::infinity();
-  const int64_t columns = (seen + WIDTH - 1) / WIDTH * WIDTH;
-  fill(scores + seen, scores + columns, least);
-  Vec<float> most = least - Vec<float>{};
-  for (int64_t c = 0; c < columns; c += WIDTH) {
-    const Vec<float> s = load(scores + c);
-    most = s > most ? s : most;
-  }
-  return largest_of(most);
 }
 
 // One tile of keys joins the softmax of each query: what was summed before is brought to the new maximum.
@@ -299,12 +236,6 @@ void backward_head(const Problem& problem, const Gradients& grads, int64_t batch
   }
 }
 
-// A key/value head is cut into pieces of queries where there are fewer heads than threads: each piece loads the keys that it needs.
-int64_t pieces_of(const Problem& problem) {
-  const int64_t heads = std::max<int64_t>(1, problem.batch * problem.kv_heads), tiles = (problem.length + QUERIES - 1) / QUERIES;
-  return heads >= problem.threads ? 1 : std::min((2 * problem.threads + heads - 1) / heads, (tiles + 1) / 2);
-}
-
 template <class T>
 void forward_piece(const Problem& problem, int64_t unit, int64_t pieces, Buffers& own) {
   const int64_t piece = unit % pieces, kv_head = unit / pieces % problem.kv_heads, batch = unit / pieces / problem.kv_heads;
@@ -317,7 +248,7 @@ void forward_piece(const Problem& problem, int64_t unit, int64_t pieces, Buffers
 
 template <class T>
 void run_forward(const Problem& problem) {
-  const int64_t pieces = pieces_of(problem), units = problem.batch * problem.kv_heads * pieces;
+  const int64_t pieces = pieces_of(problem, QUERIES), units = problem.batch * problem.kv_heads * pieces;
 #pragma omp parallel num_threads(problem.threads) if (problem.threads > 1)
   {
     Buffers own(problem, false);
@@ -340,9 +271,17 @@ void run_backward(const Problem& problem, const Gradients& grads) {
 
 }  // namespace
 
-void attention_forward(const Problem& problem) { problem.is_bf16 ? run_forward<bf16>(problem) : run_forward<float>(problem); }
+void attention_forward(const Problem& problem) {
+#ifdef NEOX_DOT
+  if (problem.is_bf16) return run_pairs_forward(problem);
+#endif
+  problem.is_bf16 ? run_forward<bf16>(problem) : run_forward<float>(problem);
+}
 
 void attention_backward(const Problem& problem, const Gradients& grads) {
+#ifdef NEOX_DOT
+  if (problem.is_bf16) return run_pairs_backward(problem, grads);
+#endif
   problem.is_bf16 ? run_backward<bf16>(problem, grads) : run_backward<float>(problem, grads);
 }
 

@@ -68,7 +68,7 @@ inline Vec<float> exponential(Vec<float> x) {
   return x < least ? Vec<float>{} : scaled;
 }
 
-inline float total_of(Vec<float> x) {
+inline float sum_of(Vec<float> x) {
   float sum = 0;
   for (int i = 0; i < WIDTH; i++) sum += x[i];
   return sum;
@@ -86,7 +86,7 @@ inline float dot(const float* x, const float* y, int64_t count) {
   for (; i + WIDTH <= count; i += WIDTH) sum += load(x + i) * load(y + i);
   float rest = 0;
   for (; i < count; i++) rest += x[i] * y[i];
-  return total_of(sum) + rest;
+  return sum_of(sum) + rest;
 }
 
 template <class T>

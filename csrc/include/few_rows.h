@@ -24,7 +24,8 @@ struct Two {
 
 inline Two wide_step(const float* from) { return {load(from), load(from + LANES<float>)}; }
 inline Two wide_step(const bf16* from) {
-  const Words bits = *reinterpret_cast<const typename Vector<uint32_t>::unaligned*>(from);
+  typedef uint32_t Unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(2), may_alias));  // a row may begin at any number
+  const Words bits = *reinterpret_cast<const Unaligned*>(from);
   return {reinterpret_cast<Vec<float>>(bits << 16), reinterpret_cast<Vec<float>>(bits & 0xffff0000u)};
 }
 // GCC takes a conversion of bytes apart, number by number; the instruction has to be named.

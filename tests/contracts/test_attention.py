@@ -16,7 +16,7 @@ from tests.contracts.comparing import check, check_that_threads_change_no_bit, d
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 BACKENDS = [implementation.name for implementation in att.OP.implementations()]
-# batch, query heads, key/value heads, length, dim: lengths around the borders of tiles, which are 48 queries and 96 keys, and dims around vectors
+# batch, query heads, key/value heads, length, dim: lengths around the borders of tiles, which are 48 or 96 queries and 96 keys, and dims around vectors
 SHAPES = [(1, 1, 1, 1, 1), (2, 4, 2, 3, 20), (1, 2, 2, 48, 16), (1, 2, 1, 49, 7), (1, 3, 1, 97, 64), (2, 1, 1, 195, 33), (1, 1, 1, 100, 256)]
 EMPTY = [(0, 2, 2, 5, 4), (2, 2, 1, 0, 4)]
 
@@ -121,11 +121,12 @@ def test_a_nan_stays_after_its_place(backend: str) -> None:
     assert spoiled.tolist() == [s >= 101 for s in range(120)]
 
 
-def test_the_number_of_threads_changes_no_bit() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
     skip_unless_it_runs("attention", "compiled")
 
     def compute() -> list[Tensor]:
-        inputs = parts((1, 4, 2, 200, 24), torch.float32, "cpu")
+        inputs = parts((1, 4, 2, 200, 24), dtype, "cpu")
         y = att.attention(*inputs, angles(200, 12, None), backend="compiled")
         return [y, *torch.autograd.grad(y.square().sum(), inputs)]
 

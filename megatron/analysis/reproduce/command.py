@@ -133,7 +133,8 @@ def repeat(workflow: Workflow, name: str, console: Console) -> int:
     other = [key for key in COMPARED if before.get(key) != after.get(key)]
     for key in other:
         console.print(f"{key}: {_short(before.get(key))} before, {_short(after.get(key))} now", soft_wrap=True, highlight=False)
-    console.print("The numbers are not the same." if other else "Every number is the same.")
+    different = "The numbers are not the same. Another processor or another version of a package rounds otherwise, which turns near ties of a router."
+    console.print(different if other else "Every number is the same.", soft_wrap=True)
     return 1 if other else 0
 
 

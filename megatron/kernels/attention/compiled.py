@@ -13,7 +13,7 @@ from megatron.kernels.compiled import DTYPES, WIDENED, address, built, serves
 
 
 class Compiled:
-    """float32, and bfloat16 widened inside. Other formats are the reference's."""
+    """float32, and bfloat16: in 16-bit products where the processor has them, else widened inside. Other formats are the reference's."""
 
     def __init__(self) -> None:
         self.built = built()
