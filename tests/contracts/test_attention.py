@@ -16,7 +16,7 @@ from tests.contracts.comparing import check, check_that_threads_change_no_bit, d
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 BACKENDS = [implementation.name for implementation in att.OP.implementations()]
-# batch, query heads, key/value heads, length, dim: lengths around the borders of tiles, which are 48 or 96 queries and 96 keys, and dims around vectors
+# batch, query heads, key/value heads, length, dim: lengths around the borders of tiles (48 or 96 queries, 96 keys), dims around vectors
 SHAPES = [(1, 1, 1, 1, 1), (2, 4, 2, 3, 20), (1, 2, 2, 48, 16), (1, 2, 1, 49, 7), (1, 3, 1, 97, 64), (2, 1, 1, 195, 33), (1, 1, 1, 100, 256)]
 EMPTY = [(0, 2, 2, 5, 4), (2, 2, 1, 0, 4)]
 
