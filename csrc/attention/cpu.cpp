@@ -271,18 +271,16 @@ void run_backward(const Problem& problem, const Gradients& grads) {
 
 }  // namespace
 
-void attention_forward(const Problem& problem) {
-#ifdef NEOX_DOT
-  if (problem.is_bf16) return run_pairs_forward(problem);
-#endif
-  problem.is_bf16 ? run_forward<bf16>(problem) : run_forward<float>(problem);
-}
+#ifdef NEOX_DOT  // bf16 alone: the other formats are those of the set before
+void attention_forward(const Problem& problem) { run_pairs_forward(problem); }
+
+void attention_backward(const Problem& problem, const Gradients& grads) { run_pairs_backward(problem, grads); }
+#else
+void attention_forward(const Problem& problem) { problem.is_bf16 ? run_forward<bf16>(problem) : run_forward<float>(problem); }
 
 void attention_backward(const Problem& problem, const Gradients& grads) {
-#ifdef NEOX_DOT
-  if (problem.is_bf16) return run_pairs_backward(problem, grads);
-#endif
   problem.is_bf16 ? run_backward<bf16>(problem, grads) : run_backward<float>(problem, grads);
 }
+#endif
 
 }  // namespace NEOX_ISA

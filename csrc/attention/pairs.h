@@ -17,7 +17,7 @@ constexpr int64_t BLOCK = 96;   // queries and keys of a tile: a multiple of the
 constexpr int64_t STRIP = 32;   // rows, and columns, that are left out together where nothing is seen
 static_assert(BLOCK % STRIP == 0 && STRIP % Dot::K_ALIGN == 0 && STRIP % Dot::NR == 0);
 
-// Where a tile of queries and a tile of keys meet.
+// Where a tile of queries and a tile of keys meet. Both begin at multiples of BLOCK: a query sees at least its first key.
 struct Meeting {
   int64_t first_query, queries, first_key, keys;
 
@@ -47,9 +47,9 @@ struct PairBuffers {
     } else {
       value = take(all);
     }
-    float* sums = scratch<float, 12>(2 * square + 2 * all + tile + wide);
+    float* sums = scratch<float, 12>(2 * square + 2 * all + tile + 2 * wide);
     const auto some = [&](int64_t size) { return (sums += size) - size; };
-    scores = some(square), spare = some(wide);
+    scores = some(square), spare = some(2 * wide);
     if (backward) {
       grad_scores = some(square), grad_key = some(all), grad_value = some(all), grad_query = some(tile);
     } else {
@@ -58,8 +58,8 @@ struct PairBuffers {
   }
 };
 
-// Rows of a head as factors: turned, scaled, rounded. Zeros after the last one, and after the last dimension.
-inline void load_rows(const Problem& problem, const Head<bf16>& from, int64_t batch, int64_t first, int64_t count, bool turns, float scale, bf16* to,
+// Rows of a head as factors: turned, then rounded. Zeros after the last one, and after the last dimension.
+inline void load_rows(const Problem& problem, const Head<bf16>& from, int64_t batch, int64_t first, int64_t count, bool turns, bf16* to,
                       PairBuffers& own) {
   for (int64_t r = 0; r < count; r++) {
     bf16* row = to + r * own.wide;
@@ -67,7 +67,6 @@ inline void load_rows(const Problem& problem, const Head<bf16>& from, int64_t ba
     if (turns) {
       copy(own.spare, from.at(first + r), own.dim);
       turn(own.spare, problem.angles, batch, first + r, 1);
-      for (int64_t d = 0; d < own.dim; d++) own.spare[d] *= scale;
       copy(row, own.spare, own.dim);
     } else {
       copy(row, from.at(first + r), own.dim);
@@ -81,10 +80,10 @@ inline void load_pair_keys(const Problem& problem, int64_t batch, int64_t head, 
   const Head<bf16> keys = head_of<bf16>(problem.key, batch, head), values = head_of<bf16>(problem.value, batch, head);
   for (int64_t first = 0; first < length; first += BLOCK) {
     const int64_t count = std::min(BLOCK, length - first), at = first * own.wide;
-    load_rows(problem, keys, batch, first, count, true, 1, own.rows, own);
+    load_rows(problem, keys, batch, first, count, true, own.rows, own);
     Dot::pack_transposed(own.key_T + at, own.rows, own.wide, own.wide, BLOCK);
     if (backward) Dot::pack(own.key + at, own.rows, own.wide, BLOCK, own.wide);
-    load_rows(problem, values, batch, first, count, false, 1, own.rows, own);
+    load_rows(problem, values, batch, first, count, false, own.rows, own);
     if (backward) Dot::pack_transposed(own.value_T + at, own.rows, own.wide, own.wide, BLOCK);
     else Dot::pack(own.value + at, own.rows, own.wide, BLOCK, own.wide);
   }
@@ -94,16 +93,14 @@ inline void load_pair_keys(const Problem& problem, int64_t batch, int64_t head, 
 inline void products_of_rows(const Meeting& tile, const bf16* left, const bf16* right_T, float* out, int64_t wide) {
   for (int64_t c = 0; c < tile.keys; c += STRIP) {
     const int64_t from = tile.sees(c) / STRIP * STRIP;
-    if (from < tile.queries)
-      dot_product(left + from * wide, wide, tile.queries - from, right_T + c * wide, wide, wide, STRIP, out + from * BLOCK + c, BLOCK, true);
+    dot_product(left + from * wide, wide, tile.queries - from, right_T + c * wide, wide, wide, STRIP, out + from * BLOCK + c, BLOCK, true);
   }
 }
 
 // out[query] += weights[query, key] rows[key]
 inline void add_keys(const Meeting& tile, const bf16* weights, const bf16* rows, float* out, int64_t wide) {
   for (int64_t r = 0; r < tile.queries; r += STRIP)
-    if (const int64_t depth = tile.depth(r); depth > 0)
-      dot_product(weights + r * BLOCK, BLOCK, std::min(STRIP, tile.queries - r), rows, BLOCK, depth, wide, out + r * wide, wide, false);
+    dot_product(weights + r * BLOCK, BLOCK, std::min(STRIP, tile.queries - r), rows, BLOCK, tile.depth(r), wide, out + r * wide, wide, false);
 }
 
 // out[key] += weights[query, key] rows[query]. All of `weights` is there, with zeros where nothing is seen.
@@ -112,20 +109,21 @@ inline void add_queries(const Meeting& tile, const bf16* weights, const bf16* ro
   Dot::pack(own.panel, rows, own.wide, BLOCK, own.wide);
   for (int64_t k = 0; k < tile.keys; k += STRIP) {
     const int64_t from = tile.sees(k) / STRIP * STRIP;
-    if (from < tile.queries)
-      dot_product(own.turned + k * BLOCK + from, BLOCK, std::min(STRIP, tile.keys - k), own.panel + from * Dot::NR, BLOCK,
-                  round_up(tile.queries, STRIP) - from, own.wide, out + k * own.wide, own.wide, false);
+    dot_product(own.turned + k * BLOCK + from, BLOCK, std::min(STRIP, tile.keys - k), own.panel + from * Dot::NR, BLOCK,
+                round_up(tile.queries, STRIP) - from, own.wide, out + k * own.wide, own.wide, false);
   }
 }
 
-inline void softmax_pairs_step(const Meeting& tile, PairBuffers& own) {
+// The products of rounded rows become scores: not the rows, which would be rounded once more.
+inline void scale_scores(float* scores, int64_t seen, float scale) {
+  for (int64_t c = 0; c < round_up(seen, WIDTH); c += WIDTH) store(scores + c, load(scores + c) * scale);
+}
+
+inline void softmax_pairs_step(const Meeting& tile, float scale, PairBuffers& own) {
   for (int64_t r = 0; r < tile.queries; r++) {
     float* scores = own.scores + r * BLOCK;
     const int64_t seen = tile.seen(r), columns = tile.depth(r);
-    if (seen == 0) {
-      clear(own.weights + r * BLOCK, columns);
-      continue;
-    }
+    scale_scores(scores, seen, scale);
     const float before = own.maximum[r], now = std::max(before, largest(scores, seen));
     const float factor = std::exp(before - now);
     own.total[r] = own.total[r] * factor + exponentials(scores, seen, columns, now);
@@ -138,7 +136,7 @@ inline void softmax_pairs_step(const Meeting& tile, PairBuffers& own) {
 
 inline void forward_pairs(const Problem& problem, int64_t batch, int64_t head, int64_t first, PairBuffers& own) {
   Meeting tile{first, std::min(BLOCK, problem.length - first), 0, 0};
-  load_rows(problem, head_of<bf16>(problem.query, batch, head), batch, first, tile.queries, true, problem.scale, own.query, own);
+  load_rows(problem, head_of<bf16>(problem.query, batch, head), batch, first, tile.queries, true, own.query, own);
   clear(own.output, BLOCK * own.wide);
   fill(own.maximum, own.maximum + BLOCK, -std::numeric_limits<float>::infinity());
   fill(own.total, own.total + BLOCK, 0.0f);
@@ -146,7 +144,7 @@ inline void forward_pairs(const Problem& problem, int64_t batch, int64_t head, i
     tile.keys = std::min(BLOCK, problem.length - tile.first_key);
     const int64_t at = tile.first_key * own.wide;
     products_of_rows(tile, own.query, own.key_T + at, own.scores, own.wide);
-    softmax_pairs_step(tile, own);
+    softmax_pairs_step(tile, problem.scale, own);
     add_keys(tile, own.weights, own.value + at, own.output, own.wide);
   }
   const Head<bf16> out = head_of<bf16>(problem.output, batch, head);
@@ -158,10 +156,11 @@ inline void forward_pairs(const Problem& problem, int64_t batch, int64_t head, i
 }
 
 // scores -> P and their gradients -> D; all columns, and all rows of the last strip.
-inline void softmax_pairs_backward(const Meeting& tile, PairBuffers& own) {
+inline void softmax_pairs_backward(const Meeting& tile, float scale, PairBuffers& own) {
   for (int64_t r = 0; r < tile.queries; r++) {
     float *scores = own.scores + r * BLOCK, *grads = own.grad_scores + r * BLOCK;
     const int64_t seen = tile.seen(r);
+    scale_scores(scores, seen, scale);
     exponentials(scores, seen, BLOCK, own.log_sum[r]);
     const int64_t whole = round_up(seen, WIDTH);
     for (int64_t c = 0; c < whole; c += WIDTH) store(grads + c, load(scores + c) * (load(grads + c) - own.delta[r]));
@@ -176,12 +175,13 @@ inline void softmax_pairs_backward(const Meeting& tile, PairBuffers& own) {
 inline void backward_pairs(const Problem& problem, const Gradients& grads, int64_t batch, int64_t head, int64_t first, PairBuffers& own) {
   Meeting tile{first, std::min(BLOCK, problem.length - first), 0, 0};
   const Head<bf16> grad = head_of<bf16>(grads.output, batch, head), output = head_of<bf16>(problem.output, batch, head);
-  load_rows(problem, head_of<bf16>(problem.query, batch, head), batch, first, tile.queries, true, problem.scale, own.query, own);
-  load_rows(problem, grad, batch, first, tile.queries, false, 1, own.grad_output, own);
+  load_rows(problem, head_of<bf16>(problem.query, batch, head), batch, first, tile.queries, true, own.query, own);
+  load_rows(problem, grad, batch, first, tile.queries, false, own.grad_output, own);
   for (int64_t r = 0; r < tile.queries; r++) {
-    float sum = 0;
-    for (int64_t d = 0; d < own.dim; d++) sum += widen(grad.at(first + r)[d]) * widen(output.at(first + r)[d]);
-    own.delta[r] = sum;
+    if (first + r + AHEAD < problem.length) output.prefetch(first + r + AHEAD, own.dim);
+    copy(own.spare, grad.at(first + r), own.dim);
+    copy(own.spare + own.wide, output.at(first + r), own.dim);
+    own.delta[r] = dot(own.spare, own.spare + own.wide, own.dim);
     own.log_sum[r] = problem.log_sum[(batch * problem.heads + head) * problem.length + first + r];
   }
   clear(own.grad_query, BLOCK * own.wide);
@@ -190,7 +190,7 @@ inline void backward_pairs(const Problem& problem, const Gradients& grads, int64
     const int64_t at = tile.first_key * own.wide;
     products_of_rows(tile, own.query, own.key_T + at, own.scores, own.wide);
     products_of_rows(tile, own.grad_output, own.value_T + at, own.grad_scores, own.wide);
-    softmax_pairs_backward(tile, own);
+    softmax_pairs_backward(tile, problem.scale, own);
     add_queries(tile, own.weights, own.grad_output, own.grad_value + at, own);
     add_queries(tile, own.grads, own.query, own.grad_key + at, own);
     add_keys(tile, own.grads, own.key + at, own.grad_query, own.wide);
@@ -214,7 +214,7 @@ inline void backward_pairs_of_head(const Problem& problem, const Gradients& grad
   for (int64_t p = 0; p < problem.length; p++) {
     float* key = own.grad_key + p * own.wide;
     turn(key, problem.angles, batch, p, -1);
-    copy(keys.at(p), key, own.dim);
+    scale_into(keys.at(p), key, own.dim, problem.scale);
     copy(values.at(p), own.grad_value + p * own.wide, own.dim);
   }
 }

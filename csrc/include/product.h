@@ -217,7 +217,7 @@ inline void thin_tile_of(int64_t m, const T* a, int64_t lda, const From* b, int6
 template <class T>
 inline void ask_for(const T* from, int64_t n, int64_t i, int64_t parts) {
   constexpr int64_t LINE = 64 / sizeof(T);
-  const int64_t each = (n / LINE + parts - 1) / parts * LINE;
+  const int64_t each = ((n + LINE - 1) / LINE + parts - 1) / parts * LINE;
   for (int64_t k = i * each; k < std::min(n, (i + 1) * each); k += LINE) __builtin_prefetch(from + k, 0, 2);
 }
 

@@ -136,14 +136,14 @@ void route(const Pair& p, int64_t C, bool normalize) {
 }  // namespace
 
 // As the bindings call them: formats that a set does not serve are left out.
-void rows(const InstructionSet& right, const InstructionSet& ours, const Format& f, bool quick, Tally& tally) {
+void rows(const InstructionSet& right, const InstructionSet& ours, const Format& f, Tally& tally) {
   const Pair p{right, ours, f, tally};
   const bool serves = f.dtype == Dtype::bfloat16 || !has_pairs(ours.name);
   for (const int64_t wide : {33, 72}) combine(p, wide);
   if (f.dtype != Dtype::bfloat16)
     for (const int64_t candidates : {5, 37}) route(p, candidates, candidates == 5);
   if (f.dtype != Dtype::float64 && serves) {
-    attention(p, quick ? 70 : 131), attention(p, 3);
+    attention(p, 131), attention(p, 3);
     for (const int64_t dim : {20, 71, 128}) norm(p, dim);
     adam(p);
   }

@@ -14,7 +14,7 @@
 namespace self_check {
 
 void products(const InstructionSet& right, const InstructionSet& ours, const Format& f, bool quick, Tally& tally);
-void rows(const InstructionSet& right, const InstructionSet& ours, const Format& f, bool quick, Tally& tally);
+void rows(const InstructionSet& right, const InstructionSet& ours, const Format& f, Tally& tally);
 void decoding(const InstructionSet& right, const InstructionSet& ours, const Format& f, Tally& tally);
 
 void compare(const Array& right, const Array& ours, double bound, const std::string& what, Tally& tally) {
@@ -38,7 +38,7 @@ void compare(const Array& right, const Array& ours, double bound, const std::str
 Tally compare_sets(const InstructionSet& right, const InstructionSet& ours, const Format& format, bool quick) {
   Tally tally;
   if (format.dtype == Dtype::bfloat16 || !has_pairs(ours.name)) products(right, ours, format, quick, tally);
-  rows(right, ours, format, quick, tally);
+  rows(right, ours, format, tally);
   decoding(right, ours, format, tally);
   return tally;
 }

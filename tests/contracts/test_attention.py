@@ -111,6 +111,22 @@ def test_scores_of_any_size(backend: str) -> None:
         assert all(torch.isfinite(g).all() for g in torch.autograd.grad(got.sum(), inputs))
 
 
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
+def test_bf16_queries_and_keys_are_not_rounded_twice(backend: str) -> None:
+    """1/sqrt(128) is no bf16: scaled before a product, the queries would lose as much again. Large scores show it."""
+    skip_unless_it_runs("attention", backend)
+    query, key, value, grad = (t.detach() for t in (*parts((1, 2, 2, 300, 128), torch.bfloat16, "cpu"), draw(1, 2, 300, 128, dtype=torch.bfloat16)))
+    query, key = query * 4, key * 4
+
+    def results(dtype: torch.dtype, name: str) -> list[Tensor]:
+        inputs = [t.to(dtype).requires_grad_() for t in (query, key, value)]
+        y = att.attention(*inputs, backend=name)
+        return [y.detach(), *torch.autograd.grad(y, inputs, grad.to(dtype))]
+
+    for found, wanted in zip(results(torch.bfloat16, backend), results(torch.float64, "reference"), strict=True):
+        assert (found.double() - wanted).norm() < 1e-2 * wanted.norm()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_nan_stays_after_its_place(backend: str) -> None:
     """A key that is not a number spoils the queries that see it, and no other."""
