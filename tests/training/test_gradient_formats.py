@@ -96,7 +96,9 @@ def test_two_processes_sum_in_the_formats_that_were_asked_for(corpus: Path, zero
     for name, error in first.items():
         exact = name == "both in fp32" or (zero["stage"] == 0 and name == "by default and sent in fp32")
         assert error < EXACT if exact else error > ROUNDED, (name, first)
-    assert first["all in bf16"] > 1.5 * first["summed in fp32"]
+    # Both round what is sent; the first one rounds seven sums more. Measured with ZeRO 1: above 1.5 times on AVX2, 1.3 times on AVX512-bf16, where
+    # PyTorch's products round otherwise. If fp32 were ignored, it would be 1.
+    assert first["all in bf16"] > 1.15 * first["summed in fp32"]
 
 
 @slow
