@@ -92,7 +92,7 @@ bench: setup-run ## measure training speed on this machine
 JOBS ?= 2
 
 .PHONY: reproduce
-reproduce: setup-run ## rerun the papers' claims in miniature and write docs/reproduction.md (an hour or two)
+reproduce: setup-run ## rerun the papers' claims in miniature and write docs/reproduction.md (two hours)
 	@$(python) tools/reproduce.py --tier full --jobs $(JOBS)
 	@$(python) tools/reproduce.py --tier long --jobs $(JOBS)
 

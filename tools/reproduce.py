@@ -31,7 +31,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tier",
         default="full",
-        help="full (an hour or two), long (the core arms with three times the steps; as long again) or quick (under 15 minutes on two cores); "
+        help="full (an hour), long (the core arms with three times the steps; as long again) or quick (under 15 minutes on two cores); "
         "default: %(default)s",
     )
     parser.add_argument("--jobs", type=at_least_one, default=2, metavar="N", help="runs side by side, one core each (default: %(default)s)")
