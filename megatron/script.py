@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 
 CONFIGURATION_STATUS = 2
@@ -55,6 +56,14 @@ def exit_status(work: Callable[[], int | None]) -> int:
         if str(error):  # another process of the run, or another thread, has said it already
             sys.stderr.write(f"{_speaker()}{error}\n")
         return CONFIGURATION_STATUS if _is_about_configuration(error) else FAILURE_STATUS
+
+
+def at_least_one(text: str) -> int:
+    """The type of an option of a command line that counts something: 1,000 and 1_000 are 1000. Raises ArgumentTypeError."""
+    digits = text.replace(",", "").replace("_", "")
+    if not digits.isdecimal() or int(digits) < 1:
+        raise ArgumentTypeError(f"must be a whole number of 1 or more, not '{text}'")
+    return int(digits)
 
 
 def _is_about_configuration(error: Exception) -> bool:

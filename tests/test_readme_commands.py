@@ -234,6 +234,13 @@ def test_wrong_commands_are_found(little_repository: Path, command: str, problem
     assert problem is None or problem in found[0]
 
 
+def test_the_changelog_says_nothing_twice() -> None:
+    """Two branches that are merged may both bring an entry."""
+    for section in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("\n## "):
+        titles = re.findall(r"^- \*\*(.+?)\*\*", section, re.MULTILINE)
+        assert sorted(titles) == sorted(set(titles))
+
+
 def test_commands_are_taken_from_shell_blocks_only() -> None:
     text = """
 ```bash

@@ -15,13 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.script import INTERRUPTED_STATUS, exit_status
-
-
-def at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, not '{text}'")
-    return int(text)
+from megatron.script import INTERRUPTED_STATUS, at_least_one, exit_status
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

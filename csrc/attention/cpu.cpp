@@ -48,19 +48,6 @@ struct Buffers {
   const float* values_T(int64_t first) const { return value_T + first / KEYS * dim * KEY_STRIDE; }
 };
 
-// Where a tile of queries and a tile of keys meet.
-struct Tile {
-  int64_t first_query, queries, first_key, keys;
-
-  // How many of the tile's keys the queries up to `row` of the tile see.
-  int64_t seen(int64_t row) const {
-    return std::clamp<int64_t>(first_query + row - first_key + 1, 0, keys);
-  }
-  int64_t seen_by_group(int64_t row) const { return seen(std::min(row / ROWS * ROWS + ROWS, queries) - 1); }
-  // The first query that sees the key `column` of the tile.
-  int64_t sees(int64_t column) const { return std::max<int64_t>(0, first_key + column - first_query); }
-};
-
 void transpose_into(float* tiles, const float* row, int64_t position, int64_t dim) {
   float* column = tiles + position / KEYS * dim * KEY_STRIDE + position % KEYS;
   for (int64_t d = 0; d < dim; d++) column[d * KEY_STRIDE] = row[d];
@@ -97,7 +84,7 @@ void load_queries(const Problem& problem, int64_t batch, const Head<T>& from, co
 void visible_products(const Tile& tile, const float* left, const float* right_T, float* out, const Buffers& own) {
   for (int64_t c = 0; c < tile.keys; c += PANEL)
     for (int64_t r = 0; r < tile.queries; r += ROWS)
-      if (c < tile.seen_by_group(r))
+      if (c < tile.seen_by_group(r, ROWS))
         multiply<2, false>({left + r * own.stride, own.stride}, right_T + c, KEY_STRIDE, out + r * KEY_STRIDE + c, KEY_STRIDE, own.dim, false);
 }
 
@@ -106,7 +93,7 @@ void add_over_keys(const Tile& tile, const float* weights, const float* rows, fl
   for_each_panel(own.dim, [&](int64_t c, auto vectors) {
     for (int64_t r = 0; r < tile.queries; r += ROWS)
       multiply<vectors(), false>(
-        {weights + r * KEY_STRIDE, KEY_STRIDE}, rows + c, own.stride, out + r * own.stride + c, own.stride, tile.seen_by_group(r), true);
+        {weights + r * KEY_STRIDE, KEY_STRIDE}, rows + c, own.stride, out + r * own.stride + c, own.stride, tile.seen_by_group(r, ROWS), true);
   });
 }
 
@@ -125,7 +112,7 @@ void add_over_queries(const Tile& tile, const float* weights, const float* rows,
 // How many columns of a row later products read: beyond what the row sees itself, what its group sees, and a whole group of keys.
 int64_t columns_read(const Tile& tile, int64_t row) {
   const int64_t group = (tile.seen(row) + ROWS - 1) / ROWS * ROWS;
-  const int64_t most = std::min(std::max(tile.seen_by_group(row), group), KEYS);
+  const int64_t most = std::min(std::max(tile.seen_by_group(row, ROWS), group), KEYS);
   return (most + WIDTH - 1) / WIDTH * WIDTH;
 }
 
@@ -237,36 +224,18 @@ void backward_head(const Problem& problem, const Gradients& grads, int64_t batch
 }
 
 template <class T>
-void forward_piece(const Problem& problem, int64_t unit, int64_t pieces, Buffers& own) {
-  const int64_t piece = unit % pieces, kv_head = unit / pieces % problem.kv_heads, batch = unit / pieces / problem.kv_heads;
-  const int64_t tiles = (problem.length + QUERIES - 1) / QUERIES, shared = problem.heads / problem.kv_heads;
-  const int64_t first = tiles * piece / pieces * QUERIES, last = std::min(tiles * (piece + 1) / pieces * QUERIES, problem.length);
-  load_keys<T>(problem, batch, kv_head, last, false, own);
-  for (int64_t head = kv_head * shared; head < (kv_head + 1) * shared; ++head)
-    for (int64_t start = first; start < last; start += QUERIES) forward_tile<T>(problem, batch, head, start, own);
-}
-
-template <class T>
 void run_forward(const Problem& problem) {
-  const int64_t pieces = pieces_of(problem, QUERIES), units = problem.batch * problem.kv_heads * pieces;
-#pragma omp parallel num_threads(problem.threads) if (problem.threads > 1)
-  {
-    Buffers own(problem, false);
-#pragma omp for schedule(dynamic)
-    for (int64_t unit = 0; unit < units; ++unit) forward_piece<T>(problem, unit, pieces, own);
-  }
+  for_each_piece<Buffers>(problem, QUERIES, [&](int64_t batch, int64_t kv_head, int64_t first, int64_t last, Buffers& own) {
+    load_keys<T>(problem, batch, kv_head, last, false, own);
+    const int64_t shared = problem.heads / problem.kv_heads;
+    for (int64_t head = kv_head * shared; head < (kv_head + 1) * shared; ++head)
+      for (int64_t start = first; start < last; start += QUERIES) forward_tile<T>(problem, batch, head, start, own);
+  });
 }
 
 template <class T>
 void run_backward(const Problem& problem, const Gradients& grads) {
-  const int64_t units = problem.batch * problem.kv_heads;
-#pragma omp parallel num_threads(problem.threads) if (problem.threads > 1)
-  {
-    Buffers own(problem, true);
-#pragma omp for schedule(dynamic)
-    for (int64_t unit = 0; unit < units; ++unit)
-      backward_head<T>(problem, grads, unit / problem.kv_heads, unit % problem.kv_heads, own);
-  }
+  for_each_head<Buffers>(problem, [&](int64_t batch, int64_t kv_head, Buffers& own) { backward_head<T>(problem, grads, batch, kv_head, own); });
 }
 
 }  // namespace

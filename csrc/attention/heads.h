@@ -1,4 +1,4 @@
-// What both ways to compute attention share: rows of heads, angles, and the exponentials of a row of scores.
+// What both ways to compute attention share: rows of heads, angles, what a tile sees, the exponentials of a row of scores, and the work of the threads.
 #pragma once
 
 #include <algorithm>
@@ -50,6 +50,18 @@ inline void turn(float* row, const Angles& angles, int64_t batch, int64_t positi
   }
 }
 
+// Where a tile of queries and a tile of keys meet.
+struct Tile {
+  int64_t first_query, queries, first_key, keys;
+
+  // How many of the tile's keys the queries up to `row` of the tile see.
+  int64_t seen(int64_t row) const { return std::clamp<int64_t>(first_query + row - first_key + 1, 0, keys); }
+  // The same for the last query of its group of rows.
+  int64_t seen_by_group(int64_t row, int64_t group) const { return seen(std::min(row / group * group + group, queries) - 1); }
+  // The first query that sees the key `column` of the tile.
+  int64_t sees(int64_t column) const { return std::max<int64_t>(0, first_key + column - first_query); }
+};
+
 // scores -> exp(scores - base), 0 where the query does not see the key. Returns the sum.
 inline float exponentials(float* scores, int64_t seen, int64_t columns, float base) {
   fill(scores + seen, scores + columns, -std::numeric_limits<float>::infinity());
@@ -78,6 +90,33 @@ inline float largest(float* scores, int64_t seen) {
 inline int64_t pieces_of(const Problem& problem, int64_t tile) {
   const int64_t heads = std::max<int64_t>(1, problem.batch * problem.kv_heads), tiles = (problem.length + tile - 1) / tile;
   return heads >= problem.threads ? 1 : std::min((2 * problem.threads + heads - 1) / heads, (tiles + 1) / 2);
+}
+
+// Calls body(batch, key/value head, first query, last query, a thread's memory): whole heads, or their pieces.
+template <class Own, class Body>
+void for_each_piece(const Problem& problem, int64_t tile, Body body) {
+  const int64_t pieces = pieces_of(problem, tile), units = problem.batch * problem.kv_heads * pieces, tiles = (problem.length + tile - 1) / tile;
+#pragma omp parallel num_threads(problem.threads) if (problem.threads > 1)
+  {
+    Own own(problem, false);
+#pragma omp for schedule(dynamic)
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const int64_t piece = unit % pieces, kv_head = unit / pieces % problem.kv_heads, batch = unit / pieces / problem.kv_heads;
+      body(batch, kv_head, tiles * piece / pieces * tile, std::min(tiles * (piece + 1) / pieces * tile, problem.length), own);
+    }
+  }
+}
+
+// Calls body(batch, key/value head, a thread's memory) of a backward pass.
+template <class Own, class Body>
+void for_each_head(const Problem& problem, Body body) {
+  const int64_t units = problem.batch * problem.kv_heads;
+#pragma omp parallel num_threads(problem.threads) if (problem.threads > 1)
+  {
+    Own own(problem, true);
+#pragma omp for schedule(dynamic)
+    for (int64_t unit = 0; unit < units; ++unit) body(unit / problem.kv_heads, unit % problem.kv_heads, own);
+  }
 }
 
 }  // namespace

@@ -17,17 +17,8 @@ constexpr int64_t BLOCK = 96;   // queries and keys of a tile: a multiple of the
 constexpr int64_t STRIP = 32;   // rows, and columns, that are left out together where nothing is seen
 static_assert(BLOCK % STRIP == 0 && STRIP % Dot::K_ALIGN == 0 && STRIP % Dot::NR == 0);
 
-// Where a tile of queries and a tile of keys meet. Both begin at multiples of BLOCK: a query sees at least its first key.
-struct Meeting {
-  int64_t first_query, queries, first_key, keys;
-
-  // How many of the keys the query `row` sees.
-  int64_t seen(int64_t row) const { return std::clamp<int64_t>(first_query + row - first_key + 1, 0, keys); }
-  // The same, over a strip of queries, as a depth of a product.
-  int64_t depth(int64_t row) const { return round_up(seen(std::min(row / STRIP * STRIP + STRIP, queries) - 1), STRIP); }
-  // The first query that sees the key `column`, or a later one.
-  int64_t sees(int64_t column) const { return std::max<int64_t>(0, first_key + column - first_query); }
-};
+// What a strip of queries sees, as a depth of a product. Tiles begin at multiples of BLOCK: a query sees at least their first key.
+inline int64_t depth_of(const Tile& tile, int64_t row) { return round_up(tile.seen_by_group(row, STRIP), STRIP); }
 
 // A thread's memory for one key/value head and one tile of queries.
 struct PairBuffers {
@@ -90,7 +81,7 @@ inline void load_pair_keys(const Problem& problem, int64_t batch, int64_t head, 
 }
 
 // out[query, key] = left[query] . right[key], where a query of the strip sees a key of the strip.
-inline void products_of_rows(const Meeting& tile, const bf16* left, const bf16* right_T, float* out, int64_t wide) {
+inline void products_of_rows(const Tile& tile, const bf16* left, const bf16* right_T, float* out, int64_t wide) {
   for (int64_t c = 0; c < tile.keys; c += STRIP) {
     const int64_t from = tile.sees(c) / STRIP * STRIP;
     dot_product(left + from * wide, wide, tile.queries - from, right_T + c * wide, wide, wide, STRIP, out + from * BLOCK + c, BLOCK, true);
@@ -98,13 +89,13 @@ inline void products_of_rows(const Meeting& tile, const bf16* left, const bf16* 
 }
 
 // out[query] += weights[query, key] rows[key]
-inline void add_keys(const Meeting& tile, const bf16* weights, const bf16* rows, float* out, int64_t wide) {
+inline void add_keys(const Tile& tile, const bf16* weights, const bf16* rows, float* out, int64_t wide) {
   for (int64_t r = 0; r < tile.queries; r += STRIP)
-    dot_product(weights + r * BLOCK, BLOCK, std::min(STRIP, tile.queries - r), rows, BLOCK, tile.depth(r), wide, out + r * wide, wide, false);
+    dot_product(weights + r * BLOCK, BLOCK, std::min(STRIP, tile.queries - r), rows, BLOCK, depth_of(tile, r), wide, out + r * wide, wide, false);
 }
 
 // out[key] += weights[query, key] rows[query]. All of `weights` is there, with zeros where nothing is seen.
-inline void add_queries(const Meeting& tile, const bf16* weights, const bf16* rows, float* out, PairBuffers& own) {
+inline void add_queries(const Tile& tile, const bf16* weights, const bf16* rows, float* out, PairBuffers& own) {
   Dot::pack_turned(own.turned, weights, BLOCK, BLOCK, BLOCK);
   Dot::pack(own.panel, rows, own.wide, BLOCK, own.wide);
   for (int64_t k = 0; k < tile.keys; k += STRIP) {
@@ -119,10 +110,10 @@ inline void scale_scores(float* scores, int64_t seen, float scale) {
   for (int64_t c = 0; c < round_up(seen, WIDTH); c += WIDTH) store(scores + c, load(scores + c) * scale);
 }
 
-inline void softmax_pairs_step(const Meeting& tile, float scale, PairBuffers& own) {
+inline void softmax_pairs_step(const Tile& tile, float scale, PairBuffers& own) {
   for (int64_t r = 0; r < tile.queries; r++) {
     float* scores = own.scores + r * BLOCK;
-    const int64_t seen = tile.seen(r), columns = tile.depth(r);
+    const int64_t seen = tile.seen(r), columns = depth_of(tile, r);
     scale_scores(scores, seen, scale);
     const float before = own.maximum[r], now = std::max(before, largest(scores, seen));
     const float factor = std::exp(before - now);
@@ -135,7 +126,7 @@ inline void softmax_pairs_step(const Meeting& tile, float scale, PairBuffers& ow
 }
 
 inline void forward_pairs(const Problem& problem, int64_t batch, int64_t head, int64_t first, PairBuffers& own) {
-  Meeting tile{first, std::min(BLOCK, problem.length - first), 0, 0};
+  Tile tile{first, std::min(BLOCK, problem.length - first), 0, 0};
   load_rows(problem, head_of<bf16>(problem.query, batch, head), batch, first, tile.queries, true, own.query, own);
   clear(own.output, BLOCK * own.wide);
   fill(own.maximum, own.maximum + BLOCK, -std::numeric_limits<float>::infinity());
@@ -156,7 +147,7 @@ inline void forward_pairs(const Problem& problem, int64_t batch, int64_t head, i
 }
 
 // scores -> P and their gradients -> D; all columns, and all rows of the last strip.
-inline void softmax_pairs_backward(const Meeting& tile, float scale, PairBuffers& own) {
+inline void softmax_pairs_backward(const Tile& tile, float scale, PairBuffers& own) {
   for (int64_t r = 0; r < tile.queries; r++) {
     float *scores = own.scores + r * BLOCK, *grads = own.grad_scores + r * BLOCK;
     const int64_t seen = tile.seen(r);
@@ -173,7 +164,7 @@ inline void softmax_pairs_backward(const Meeting& tile, float scale, PairBuffers
 }
 
 inline void backward_pairs(const Problem& problem, const Gradients& grads, int64_t batch, int64_t head, int64_t first, PairBuffers& own) {
-  Meeting tile{first, std::min(BLOCK, problem.length - first), 0, 0};
+  Tile tile{first, std::min(BLOCK, problem.length - first), 0, 0};
   const Head<bf16> grad = head_of<bf16>(grads.output, batch, head), output = head_of<bf16>(problem.output, batch, head);
   load_rows(problem, head_of<bf16>(problem.query, batch, head), batch, first, tile.queries, true, own.query, own);
   load_rows(problem, grad, batch, first, tile.queries, false, own.grad_output, own);
@@ -220,30 +211,17 @@ inline void backward_pairs_of_head(const Problem& problem, const Gradients& grad
 }
 
 inline void run_pairs_forward(const Problem& problem) {
-  const int64_t pieces = pieces_of(problem, BLOCK), units = problem.batch * problem.kv_heads * pieces;
-  const int64_t tiles = (problem.length + BLOCK - 1) / BLOCK, shared = problem.heads / problem.kv_heads;
-#pragma omp parallel num_threads(problem.threads) if (problem.threads > 1)
-  {
-    PairBuffers own(problem, false);
-#pragma omp for schedule(dynamic)
-    for (int64_t unit = 0; unit < units; ++unit) {
-      const int64_t piece = unit % pieces, kv_head = unit / pieces % problem.kv_heads, batch = unit / pieces / problem.kv_heads;
-      const int64_t first = tiles * piece / pieces * BLOCK, last = std::min(tiles * (piece + 1) / pieces * BLOCK, problem.length);
-      load_pair_keys(problem, batch, kv_head, last, false, own);
-      for (int64_t head = kv_head * shared; head < (kv_head + 1) * shared; ++head)
-        for (int64_t start = first; start < last; start += BLOCK) forward_pairs(problem, batch, head, start, own);
-    }
-  }
+  for_each_piece<PairBuffers>(problem, BLOCK, [&](int64_t batch, int64_t kv_head, int64_t first, int64_t last, PairBuffers& own) {
+    load_pair_keys(problem, batch, kv_head, last, false, own);
+    const int64_t shared = problem.heads / problem.kv_heads;
+    for (int64_t head = kv_head * shared; head < (kv_head + 1) * shared; ++head)
+      for (int64_t start = first; start < last; start += BLOCK) forward_pairs(problem, batch, head, start, own);
+  });
 }
 
 inline void run_pairs_backward(const Problem& problem, const Gradients& grads) {
-  const int64_t units = problem.batch * problem.kv_heads;
-#pragma omp parallel num_threads(problem.threads) if (problem.threads > 1)
-  {
-    PairBuffers own(problem, true);
-#pragma omp for schedule(dynamic)
-    for (int64_t unit = 0; unit < units; ++unit) backward_pairs_of_head(problem, grads, unit / problem.kv_heads, unit % problem.kv_heads, own);
-  }
+  for_each_head<PairBuffers>(
+    problem, [&](int64_t batch, int64_t kv_head, PairBuffers& own) { backward_pairs_of_head(problem, grads, batch, kv_head, own); });
 }
 
 }  // namespace

@@ -211,14 +211,10 @@ class Backward {
       By::pack(panel, right + (first + k) * right_ld + task.begin, right_ld, depth, n);
       By::turned(turned, Q, panel, depth, 0, depth, n, sums, to_ld, k == 0);
     }
-    if (!direct) write(out, N, sums, wide, Q, n, far);
-  }
-
-  // The rows of a result; `far`: past the caches.
-  static void write(S* to, int64_t to_ld, const Sum* from, int64_t from_ld, int64_t rows, int64_t n, bool far) {
-    for (int64_t i = 0; i < rows; i++) {
-      if (far) stream(to + i * to_ld, from + i * from_ld, n);
-      else copy(to + i * to_ld, from + i * from_ld, n);
+    if (direct) return;
+    for (int64_t q = 0; q < Q; q++) {
+      if (far) stream(out + q * N, sums + q * wide, n);
+      else copy(out + q * N, sums + q * wide, n);
     }
     if (far) streamed();
   }
@@ -282,8 +278,7 @@ class Backward {
   void weight_gradient(int p, const Task& task) {
     const int64_t e = task.expert, m = task.end - task.begin, count = layer.rows[e], wide = round_up(layer.D, P::NR);
     S* out = static_cast<S*>(op.gradients[p].weight) + (e * layer.F + task.begin) * layer.D;
-    const bool far = layer.E * layer.F * layer.D * int64_t(sizeof(S)) > STREAM_BYTES;
-    const bool direct = std::is_same<S, Sum>::value && layer.D % P::NR == 0 && !far;
+    const bool direct = std::is_same<S, Sum>::value && layer.D % P::NR == 0;
     Left* turned = scratch<Left, 30>(P::turned_size(TURNED_DEPTH, ROW_BLOCK));
     Sum* sums = direct ? reinterpret_cast<Sum*>(out) : scratch<Sum, 31>(ROW_BLOCK * wide);
     if (!count) clear(sums, m * wide);
@@ -292,7 +287,8 @@ class Backward {
       P::pack_turned(turned, before[p].get() + (by.starts[e] + r) * ld + task.begin, ld, depth, m);
       P::turned(turned, m, packed.get() + panels[e], count, r, depth, layer.D, sums, wide, r == 0);
     }
-    if (!direct) write(out, layer.D, sums, wide, m, layer.D, far);
+    if (!direct)
+      for (int64_t i = 0; i < m; i++) copy(out + i * layer.D, sums + i * wide, layer.D);
   }
 };
 

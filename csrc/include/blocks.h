@@ -10,7 +10,7 @@ namespace NEOX_ISA {
 
 constexpr int64_t ROW_BLOCK = 96;             // rows whose sums stay in the cache; a multiple of every MR and of 32
 constexpr int64_t PANEL_BYTES = 256 * 1024;   // of packed weights: half of a second cache
-constexpr int64_t STREAM_BYTES = 16 << 20;    // a larger result is written past the caches: half of a third cache
+constexpr int64_t STREAM_BYTES = 16 << 20;    // larger gradients of the LoREs are written past the caches: half of a third cache
 
 // c = a w^T, where w[n, K] is a weight as it lies in memory. `panel` has room for right_size(DEPTH, n).
 constexpr int64_t DEPTH = 1024;
@@ -85,10 +85,5 @@ struct Rows {
     if (ld > K) clear(to + K, ld - K);
   }
 };
-
-template <class S, class T>
-inline void store_row(S* to, const T* from, int64_t n) {
-  copy(to, from, n);
-}
 
 }  // namespace NEOX_ISA

