@@ -75,7 +75,6 @@ class Backward {
   Buffer<Right> packed;
   int64_t block = 0, width = 0;
 
-  static constexpr int64_t FEW_FACTOR_ROWS = 16;  // of a LoRE: 16-bit products would fill them up with zeros
   static constexpr int64_t FACTOR_COLUMNS = 512, X_COLUMNS = 256, X_ROWS = 512, X_DEPTH = 256;
 
   void prepare() {
@@ -184,37 +183,29 @@ class Backward {
 
   // dB = z^T dprojection, or dA = dz^T x, of one LoRE, for a block of columns.
   void factor_gradient(int p, const RowTask& task) {
-    const int64_t count = by.lore_starts[task.expert + 1] - by.lore_starts[task.expert];
-    if (!std::is_same<P, Wide<S>>::value && count <= FEW_FACTOR_ROWS) factor_gradient<Wide<S>>(p, task, count);
-    else factor_gradient<P>(p, task, count);
-  }
-  template <class By>
-  void factor_gradient(int p, const RowTask& task, int64_t count) {
     const bool of_b = task.first == 1;
-    const int64_t g = task.expert, Q = layer.projections[p].Q, n = task.end - task.begin, wide = round_up(FACTOR_COLUMNS, By::NR);
-    const int64_t first = by.lore_starts[g], N = of_b ? layer.F : layer.D;
+    const int64_t g = task.expert, Q = layer.projections[p].Q, n = task.end - task.begin, wide = round_up(FACTOR_COLUMNS, P::NR);
+    const int64_t first = by.lore_starts[g], count = by.lore_starts[g + 1] - first, N = of_b ? layer.F : layer.D;
     S* out = static_cast<S*>(of_b ? op.gradients[p].b : op.gradients[p].a) + g * Q * N + task.begin;
-    const Left* left = (of_b ? z[p] : dz[p]).get();
-    const Left* right = of_b ? by_choice(p) : x_by_choice().at;
+    const Left* left = (of_b ? z[p] : dz[p]).get() + first * rank[p];
     const int64_t right_ld = of_b ? ld : x_by_choice().ld;
-    auto* turned = scratch<typename By::Left, 23>(By::turned_size(DEPTH, Q));
-    auto* panel = scratch<typename By::Right, 24>(By::right_size(DEPTH, FACTOR_COLUMNS));
+    const Left* right = (of_b ? by_choice(p) : x_by_choice().at) + first * right_ld + task.begin;
     const bool far = layer.G * Q * N * int64_t(sizeof(S)) > STREAM_BYTES;
-    const bool direct = std::is_same<S, Sum>::value && n % By::NR == 0 && !far;  // straight into the result
-    Sum* sums = direct ? reinterpret_cast<Sum*>(out) : scratch<Sum, 25>(Q * wide);
-    const int64_t to_ld = direct ? N : wide;
-    if (!count)
-      for (int64_t q = 0; q < Q; q++) clear(sums + q * to_ld, n);
-    for (int64_t k = 0; k < count; k += DEPTH) {
-      const int64_t depth = std::min(DEPTH, count - k);
-      By::pack_turned(turned, left + (first + k) * rank[p], rank[p], depth, Q);
-      By::pack(panel, right + (first + k) * right_ld + task.begin, right_ld, depth, n);
-      By::turned(turned, Q, panel, depth, 0, depth, n, sums, to_ld, k == 0);
-    }
-    if (direct) return;
-    for (int64_t q = 0; q < Q; q++) {
-      if (far) stream(out + q * N, sums + q * wide, n);
-      else copy(out + q * N, sums + q * wide, n);
+    Left* turned = scratch<Left, 23>(P::turned_size(DEPTH, Q));
+    Right* panel = scratch<Right, 24>(P::right_size(DEPTH, FACTOR_COLUMNS));
+    if (count <= P::ONCE) {
+      P::pack_turned(turned, left, rank[p], count, Q);
+      P::pack(panel, right, right_ld, count, n);
+      P::turned_once(turned, Q, panel, count, n, out, N, far);
+    } else {
+      Sum* sums = scratch<Sum, 25>(Q * wide);
+      for (int64_t k = 0; k < count; k += DEPTH) {
+        const int64_t depth = std::min(DEPTH, count - k);
+        P::pack_turned(turned, left + k * rank[p], rank[p], depth, Q);
+        P::pack(panel, right + k * right_ld, right_ld, depth, n);
+        P::turned(turned, Q, panel, depth, 0, depth, n, sums, wide, k == 0);
+      }
+      put_rows(out, N, sums, wide, Q, n, far);
     }
     if (far) streamed();
   }

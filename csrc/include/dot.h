@@ -47,6 +47,57 @@ inline void add_pairs_of(PairSums& sum, Pairs a, Pairs b) { sum = _mm512_dpbf16_
 inline float total_of(PairSums sum) { return _mm512_reduce_add_ps(sum); }
 #endif
 
+// ---- AVX512-bf16: tiles of sums in registers
+
+#ifdef NEOX_EMULATED
+constexpr int DOT_ROWS = 4, DOT_LANES = 16;
+struct Sums {
+  float at[DOT_LANES];
+};
+inline Sums load_sums(const float* from) {
+  Sums s;
+  std::memcpy(s.at, from, sizeof s.at);
+  return s;
+}
+inline void store_sums(float* to, const Sums& s) { std::memcpy(to, s.at, sizeof s.at); }
+// VDPBF16PS with one pair of a for all lanes.
+inline void add_pairs(Sums& sum, const bf16* a, const bf16* b) {
+  for (int n = 0; n < DOT_LANES; n++) sum.at[n] += widen(a[0]) * widen(b[2 * n]) + widen(a[1]) * widen(b[2 * n + 1]);
+}
+#else
+constexpr int DOT_ROWS = 12, DOT_LANES = 16;
+typedef __m512 Sums;
+inline Sums load_sums(const float* from) { return _mm512_loadu_ps(from); }
+inline void store_sums(float* to, Sums s) { _mm512_storeu_ps(to, s); }
+inline void add_pairs(Sums& sum, const bf16* a, const bf16* b) {
+  int32_t pair;
+  std::memcpy(&pair, a, 4);
+  sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(b));
+}
+#endif
+
+template <int M>
+inline void dot_tile(const bf16* a, int64_t lda, const bf16* b, int64_t K, float* c, int64_t ldc, bool fresh) {
+  Sums sum[M][2];
+  if (fresh) {
+    NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < 2; j++) sum[i][j] = Sums{};
+  } else {
+    NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < 2; j++) sum[i][j] = load_sums(c + i * ldc + j * DOT_LANES);
+  }
+  for (int64_t k = 0; k < K; k += 2, b += 2 * DOT_COLUMNS)
+    NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < 2; j++) add_pairs(sum[i][j], a + i * lda + k, b + j * 2 * DOT_LANES);
+  NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < 2; j++) store_sums(c + i * ldc + j * DOT_LANES, sum[i][j]);
+}
+template <int M = DOT_ROWS>
+inline void dot_tile_of(int64_t m, const bf16* a, int64_t lda, const bf16* b, int64_t K, float* c, int64_t ldc, bool fresh) {
+  if (m >= M) {
+    dot_tile<M>(a, lda, b, K, c, ldc, fresh);
+  } else if constexpr (M > 1) {
+    dot_tile_of<M - 1>(m, a, lda, b, K, c, ldc, fresh);
+  }
+}
+// ---- whole products
+
 #if NEOX_DOT == 2
 
 // Rows and bytes of the eight tiles, as LDTILECFG reads them (Intel's instruction set reference, "AMX").
@@ -218,53 +269,6 @@ inline void dot_product(const bf16* a, int64_t lda, int64_t m, const bf16* b, in
 
 #else  // AVX512-bf16
 
-#ifdef NEOX_EMULATED
-constexpr int DOT_ROWS = 4, DOT_LANES = 16;
-struct Sums {
-  float at[DOT_LANES];
-};
-inline Sums load_sums(const float* from) {
-  Sums s;
-  std::memcpy(s.at, from, sizeof s.at);
-  return s;
-}
-inline void store_sums(float* to, const Sums& s) { std::memcpy(to, s.at, sizeof s.at); }
-// VDPBF16PS with one pair of a for all lanes.
-inline void add_pairs(Sums& sum, const bf16* a, const bf16* b) {
-  for (int n = 0; n < DOT_LANES; n++) sum.at[n] += widen(a[0]) * widen(b[2 * n]) + widen(a[1]) * widen(b[2 * n + 1]);
-}
-#else
-constexpr int DOT_ROWS = 12, DOT_LANES = 16;
-typedef __m512 Sums;
-inline Sums load_sums(const float* from) { return _mm512_loadu_ps(from); }
-inline void store_sums(float* to, Sums s) { _mm512_storeu_ps(to, s); }
-inline void add_pairs(Sums& sum, const bf16* a, const bf16* b) {
-  int32_t pair;
-  std::memcpy(&pair, a, 4);
-  sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(b));
-}
-#endif
-
-template <int M>
-inline void dot_tile(const bf16* a, int64_t lda, const bf16* b, int64_t K, float* c, int64_t ldc, bool fresh) {
-  Sums sum[M][2];
-  if (fresh) {
-    NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < 2; j++) sum[i][j] = Sums{};
-  } else {
-    NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < 2; j++) sum[i][j] = load_sums(c + i * ldc + j * DOT_LANES);
-  }
-  for (int64_t k = 0; k < K; k += 2, b += 2 * DOT_COLUMNS)
-    NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < 2; j++) add_pairs(sum[i][j], a + i * lda + k, b + j * 2 * DOT_LANES);
-  NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < 2; j++) store_sums(c + i * ldc + j * DOT_LANES, sum[i][j]);
-}
-template <int M = DOT_ROWS>
-inline void dot_tile_of(int64_t m, const bf16* a, int64_t lda, const bf16* b, int64_t K, float* c, int64_t ldc, bool fresh) {
-  if (m >= M) {
-    dot_tile<M>(a, lda, b, K, c, ldc, fresh);
-  } else if constexpr (M > 1) {
-    dot_tile_of<M - 1>(m, a, lda, b, K, c, ldc, fresh);
-  }
-}
 // K is even. The panels of b are `deep` rows deep.
 inline void dot_product(const bf16* a, int64_t lda, int64_t m, const bf16* b, int64_t deep, int64_t K, int64_t n, float* c, int64_t ldc, bool fresh) {
   constexpr int64_t DEPTH = 512;

@@ -86,11 +86,16 @@ inline Vec<float> load_wide(const bf16* from) {
 inline void store_narrow(float* to, Vec<float> v) { store(to, v); }
 inline void store_narrow(double* to, Vec<double> v) { store(to, v); }
 inline void store_narrow(bf16* to, Vec<float> v) {
+#if defined(__AVX512BF16__)
+  const __m256bh rounded = _mm512_cvtneps_pbh(v);  // as `narrow`, but numbers below 2^-126 become 0, as in 16-bit products
+  std::memcpy(to, &rounded, sizeof rounded);
+#else
   const Words bits = reinterpret_cast<Words>(v);
   const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Words nan = (bits >> 16) | 0x40u;
   const Words is_nan = reinterpret_cast<Words>(v != v);
   *reinterpret_cast<HalvesUnaligned*>(to) = __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), Halves);
+#endif
 }
 
 template <class To>
@@ -149,6 +154,14 @@ inline void stream(To* to, const From* from, int64_t n) {
   }
 #endif
   copy(to, from, n);
+}
+// Some rows of a result, past the caches or through them.
+template <class To, class From>
+inline void put_rows(To* to, int64_t ldt, const From* from, int64_t ldf, int64_t rows, int64_t n, bool far) {
+  for (int64_t r = 0; r < rows; r++) {
+    if (far) stream(to + r * ldt, from + r * ldf, n);
+    else copy(to + r * ldt, from + r * ldf, n);
+  }
 }
 // Other threads see what was streamed.
 inline void streamed() {

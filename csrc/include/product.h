@@ -354,6 +354,16 @@ struct Wide {
         }
       }
   }
+  // out = a b in the storage format, where K is at most ONCE: every tile is finished in one pass. `far`: past the caches.
+  static constexpr int64_t ONCE = K_BLOCK;
+  static void turned_once(const Left* a, int64_t m, const Right* b, int64_t K, int64_t n, Storage* out, int64_t ldo, bool far) {
+    alignas(64) Sum sums[MR * NR];
+    for (int64_t j = 0; j < n; j += NR)
+      for (int64_t i = 0; i < m; i += MR) {
+        tile_of<Sum>(m - i, a + i * K, 1, MR, b + j * K, K, sums, NR, true);
+        put_rows(out + i * ldo + j, ldo, sums, NR, std::min<int64_t>(MR, m - i), std::min(NR, n - j), far);
+      }
+  }
 };
 
 #ifdef NEOX_DOT
@@ -365,7 +375,7 @@ struct Dot {
   using Left = bf16;
   using Right = bf16;
   static constexpr int64_t NR = 32;
-  static constexpr int64_t K_ALIGN = 32;
+  static constexpr int64_t K_ALIGN = NEOX_DOT == 2 ? 32 : 2;  // a tile of AMX, or a pair
   static constexpr int64_t FEW_ROWS = 12;
   static constexpr bool THIN = false;
   static int64_t right_size(int64_t K, int64_t n) { return round_up(n, NR) * round_up(K, K_ALIGN); }
@@ -470,6 +480,17 @@ struct Dot {
   static void turned(const Left* a, int64_t m, const Right* b, int64_t deep, int64_t k0, int64_t K, int64_t n, Sum* c, int64_t ldc, bool fresh) {
     const int64_t depth = round_up(K, K_ALIGN);
     dot_product(a, depth, m, b + k0 * NR, round_up(deep, K_ALIGN), depth, n, c, ldc, fresh);
+  }
+  // As Wide's. AMX would fill few rows up to 32.
+  static constexpr int64_t ONCE = NEOX_DOT == 2 ? 16 : 512;
+  static void turned_once(const Left* a, int64_t m, const Right* b, int64_t K, int64_t n, Storage* out, int64_t ldo, bool far) {
+    const int64_t deep = round_up(K, K_ALIGN), pairs = round_up(K, 2);
+    alignas(64) Sum sums[DOT_ROWS * NR];
+    for (int64_t j = 0; j < n; j += NR)
+      for (int64_t i = 0; i < m; i += DOT_ROWS) {
+        dot_tile_of(m - i, a + i * deep, deep, b + j * deep, pairs, sums, NR, true);
+        put_rows(out + i * ldo + j, ldo, sums, NR, std::min<int64_t>(DOT_ROWS, m - i), std::min(NR, n - j), far);
+      }
   }
 };
 #endif
