@@ -184,7 +184,7 @@ class Backward {
   // dB = z^T dprojection, or dA = dz^T x, of one LoRE, for a block of columns.
   void factor_gradient(int p, const RowTask& task) {
     const bool of_b = task.first == 1;
-    const int64_t g = task.expert, Q = layer.projections[p].Q, n = task.end - task.begin, wide = round_up(FACTOR_COLUMNS, P::NR);
+    const int64_t g = task.expert, Q = layer.projections[p].Q, n = task.end - task.begin;
     const int64_t first = by.lore_starts[g], count = by.lore_starts[g + 1] - first, N = of_b ? layer.F : layer.D;
     S* out = static_cast<S*>(of_b ? op.gradients[p].b : op.gradients[p].a) + g * Q * N + task.begin;
     const Left* left = (of_b ? z[p] : dz[p]).get() + first * rank[p];
@@ -198,6 +198,7 @@ class Backward {
       P::pack(panel, right, right_ld, count, n);
       P::turned_once(turned, Q, panel, count, n, out, N, far);
     } else {
+      const int64_t wide = round_up(FACTOR_COLUMNS, P::NR);
       Sum* sums = scratch<Sum, 25>(Q * wide);
       for (int64_t k = 0; k < count; k += DEPTH) {
         const int64_t depth = std::min(DEPTH, count - k);

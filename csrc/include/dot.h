@@ -96,6 +96,7 @@ inline void dot_tile_of(int64_t m, const bf16* a, int64_t lda, const bf16* b, in
     dot_tile_of<M - 1>(m, a, lda, b, K, c, ldc, fresh);
   }
 }
+
 // ---- whole products
 
 #if NEOX_DOT == 2

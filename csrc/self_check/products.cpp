@@ -154,6 +154,7 @@ void layers(const InstructionSet& right, const InstructionSet& ours, const Forma
     }
   layer(right, ours, f, {odd, 33, 65, 17, Lores::one_a_row, false, true, false, 4}, tally);
   layer(right, ours, f, {{1, 0, 18}, 544, 130, 40, Lores::two_a_row, true, true, true, 4}, tally);
+  layer(right, ours, f, {{1100, 16, 0, 257, 513}, 40, 70, 9, Lores::one_an_expert, false, false, false, 4}, tally);  // in one pass, and in several
   layer(right, ours, f, {{0, 0}, 16, 16, 4, Lores::one_a_row, true, true, true, 4}, tally);
 }
 
