@@ -264,6 +264,17 @@ void rms_norm_backward(const std::vector<uintptr_t>& a, const Sizes& sizes, int 
   set_for(Dtype(dtype)).rms_norm_backward({rms_norm(a, sizes, dtype, threads), at<void>(a.at(3)), out(a.at(4)), out(a.at(5))});
 }
 
+// Hidden states, weight, labels, scale; then losses and the gradients of hidden states and weight (0: not wanted). Sizes: T, D, V, tokens of a chunk.
+void linear_cross_entropy(const std::vector<uintptr_t>& a, const Sizes& sizes, int dtype, int threads) {
+  const LinearCrossEntropy op{at<void>(a.at(0)), at<void>(a.at(1)), at<int64_t>(a.at(2)), at<void>(a.at(3)), out(a.at(4)), out(a.at(5)), out(a.at(6)),
+                              sizes.at(0), sizes.at(1), sizes.at(2), sizes.at(3), Dtype(dtype), threads};
+  for (int64_t t = 0; t < op.T; t++)
+    if (op.labels[t] < 0 || op.labels[t] >= op.V)
+      throw std::invalid_argument("the label of token " + std::to_string(t) + " is " + std::to_string(op.labels[t]) + ", but the vocabulary has " +
+                                  std::to_string(op.V) + " tokens");
+  set_for(op.dtype).linear_cross_entropy(op);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(built, m) {
@@ -284,6 +295,7 @@ PYBIND11_MODULE(built, m) {
   m.def("adam_update", &adam_update, Free());
   m.def("rms_norm_forward", &rms_norm_forward, Free());
   m.def("rms_norm_backward", &rms_norm_backward, Free());
+  m.def("linear_cross_entropy", &linear_cross_entropy, Free());
   m.def("grouped_matmul", &matmul, Free());
   m.def("grouped_outer", &outer, Free());
   m.def("lore_forward", [](const Sizes& sizes, const std::vector<uintptr_t>& parts, const std::vector<uintptr_t>& choice, int activation, int dtype, int threads,

@@ -1,9 +1,9 @@
-// Small matrix products whose sums stay in registers, and e^x for a softmax.
+// Small matrix products whose sums stay in registers.
 #pragma once
 
 #include <type_traits>
 
-#include "../include/numbers.h"
+#include "../include/exponential.h"
 
 namespace NEOX_ISA {
 namespace {
@@ -49,35 +49,6 @@ inline void for_each_panel(int64_t columns, Body body) {
   int64_t c = 0;
   for (; c + WIDTH < columns; c += PANEL) body(c, std::integral_constant<int, 2>{});
   if (c < columns) body(c, std::integral_constant<int, 1>{});
-}
-
-// e^x for x up to 88: relative error below 3e-7; 0 below -87.3; NaN for NaN. Shorter than `exp_`, which also has to serve large x.
-inline Vec<float> exponential(Vec<float> x) {
-  constexpr float least = -87.3f, magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to a whole number, which stands in the low bits
-  const Vec<float> y = x < least ? least - Vec<float>{} : x;
-  const Vec<float> shifted = y * 1.44269504f + magic, n = shifted - magic;
-  const Vec<float> r = y - n * 0.693145752f - n * 1.42860677e-6f;  // ln 2 in two parts
-  Vec<float> p = r * 1.98412698e-4f + 1.38888889e-3f;
-  p = p * r + 8.33333333e-3f;
-  p = p * r + 4.16666667e-2f;
-  p = p * r + 1.66666667e-1f;
-  p = p * r + 0.5f;
-  p = p * r + 1.f;
-  p = p * r + 1.f;
-  const Vec<float> scaled = reinterpret_cast<Vec<float>>(reinterpret_cast<Ints>(p) + (reinterpret_cast<Ints>(shifted) << 23));
-  return x < least ? Vec<float>{} : scaled;
-}
-
-inline float sum_of(Vec<float> x) {
-  float sum = 0;
-  for (int i = 0; i < WIDTH; i++) sum += x[i];
-  return sum;
-}
-
-inline float largest_of(Vec<float> x) {
-  float most = x[0];
-  for (int i = 1; i < WIDTH; i++) most = x[i] > most ? x[i] : most;
-  return most;
 }
 
 inline float dot(const float* x, const float* y, int64_t count) {

@@ -1,53 +1,34 @@
 // Activations and their derivatives: float in whole vectors, double one number at a time. The names and order are those of activations.h.
 #pragma once
 
-#include "numbers.h"
+#include "exponential.h"
 
 namespace NEOX_ISA {
 
 // ---- elementary functions of float vectors
 
-// e^x: 2^n times a polynomial on [-ln2/2, ln2/2]. Relative error below 2e-7; 0 below -87.3, infinity above 88.7, NaN for NaN.
-inline Vec<float> exp_(Vec<float> x) {
-  const Vec<float> log2e = all(1.44269504088896341f), high = all(88.72283f), low = all(-87.33654f);
-  const Vec<float> clipped = x > high ? high : (x < low ? low : x);
-  const Vec<float> shift = all(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const Vec<float> n = (clipped * log2e + shift) - shift;
-  const Vec<float> r = (clipped - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec<float> p = all(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.f;
-  // Two factors of 2^(n/2): n = 128 does not fit into one exponent.
-  const Ints whole = __builtin_convertvector(n, Ints), half = whole >> 1;
-  const Vec<float> first = reinterpret_cast<Vec<float>>((half + 127) << 23), second = reinterpret_cast<Vec<float>>((whole - half + 127) << 23);
-  const Vec<float> y = p * first * second;
-  const Vec<float> infinite = all(__builtin_inff());
-  const Vec<float> bounded = x > high ? infinite : (x < low ? all(0.f) : y);
-  return x != x ? x : bounded;
-}
-
-// erf(x) = 1 - (a1 t + ... + a5 t^5) e^(-x^2), t = 1/(1 + p|x|) (Abramowitz and Stegun, 7.1.26): absolute error below 2e-7; a series near 0.
-inline Vec<float> erf_(Vec<float> x) {
-  const Vec<float> size = x < 0 ? -x : x;
-  const Vec<float> t = 1.f / (1.f + 0.3275911f * size);
-  Vec<float> p = all(1.061405429f);
-  p = p * t - 1.453152027f;
-  p = p * t + 1.421413741f;
-  p = p * t - 0.284496736f;
-  p = p * t + 0.254829592f;
-  const Vec<float> y = 1.f - p * t * exp_(-(size * size));
-  const Vec<float> far = x < 0 ? -y : y;
-  const Vec<float> s = x * x;
-  const Vec<float> near = x * (1.12837916709551f + s * (-0.376126389031838f + s * (0.112837916709551f - s * 0.0268661706451313f)));
-  return size < 0.25f ? near : far;
-}
-
+// e^x, and e^88 above 88: as good as infinity for everything below.
+inline Vec<float> exp_(Vec<float> x) { return exponential(x > 88.f ? all(88.f) : x); }
 inline double exp_(double x) { return std::exp(x); }
-inline double erf_(double x) { return std::erf(x); }
+
+// The normal distribution up to x, and e^(-x^2 / 2), its density but for a constant.
+template <class X>
+struct Normal {
+  X up_to, bell;
+};
+// erfc(z) = (a1 t + ... + a5 t^5) e^(-z^2), t = 1/(1 + p z) for z >= 0 (Abramowitz and Stegun, 7.1.26): absolute error below 2e-7. It is half of what
+// lies beyond z = |x| / sqrt(2) on both sides.
+inline Normal<Vec<float>> normal_(Vec<float> x) {
+  const Vec<float> size = x < 0 ? -x : x, bell = exponential(x * x * -0.5f);
+  const Vec<float> t = 1.f / (1.f + 0.2316418882f * size);
+  Vec<float> p = t * 0.5307027145f - 0.7265760135f;
+  p = p * t + 0.7107068705f;
+  p = p * t - 0.142248368f;
+  p = p * t + 0.127414796f;
+  const Vec<float> beyond = p * t * bell;
+  return {x < 0 ? beyond : 1.f - beyond, bell};
+}
+inline Normal<double> normal_(double x) { return {0.5 * (1 + std::erf(x * 0.70710678118654752440)), std::exp(-0.5 * x * x)}; }
 
 template <class X>
 inline X sigmoid_(X x) { return 1 / (1 + exp_(-x)); }
@@ -61,7 +42,7 @@ inline X abs_(X x) { return x < 0 ? -x : x; }
 
 template <class T>
 struct Constants {
-  static constexpr T sqrt_half = T(0.70710678118654752440), half_normal = T(0.39894228040143267794), tanh_scale = T(0.79788456080286535588),
+  static constexpr T half_normal = T(0.39894228040143267794), tanh_scale = T(0.79788456080286535588),
                      tanh_cube = T(0.044715);
 };
 
@@ -72,9 +53,10 @@ struct Identity {
 };
 template <class X, class T>
 struct Gelu {
-  static X value(X x) { return T(0.5) * x * (1 + erf_(x * Constants<T>::sqrt_half)); }
+  static X value(X x) { return x * normal_(x).up_to; }
   static X slope(X x) {
-    return T(0.5) * (1 + erf_(x * Constants<T>::sqrt_half)) + x * (Constants<T>::half_normal * exp_(T(-0.5) * x * x));
+    const Normal<X> normal = normal_(x);
+    return normal.up_to + x * (Constants<T>::half_normal * normal.bell);
   }
 };
 template <class X, class T>

@@ -8,6 +8,7 @@
 #include "../decode_linear/op.h"
 #include "../grouped_gemm/op.h"
 #include "../grouped_lore/op.h"
+#include "../linear_cross_entropy/op.h"
 #include "../permute/op.h"
 #include "../rms_norm/op.h"
 #include "../route/op.h"
@@ -29,6 +30,7 @@
   X(attention_backward, void, (const attention::Problem&, const attention::Gradients&))     \
   X(gradient_norm, double, (const adam::Gradients&, int))                                   \
   X(adam_update, void, (const adam::Update&, int))                                          \
+  X(linear_cross_entropy, void, (const LinearCrossEntropy&))                                \
   X(rms_norm_forward, void, (const RmsNormForward&))                                        \
   X(rms_norm_backward, void, (const RmsNormBackward&))                                      \
   X(decode_linear, void, (const DecodeLinear&))                                             \

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <type_traits>
 
 #include "../grouped_gemm/op.h"
 #include "numbers.h"
@@ -279,7 +280,8 @@ struct Wide {
           Left* row = to + i * K + k * MR;
           const From* source = from + k * ld + i;
           if (width == MR) {
-            NEOX_UNROLL for (int r = 0; r < MR; r++) row[r] = widen(source[r]);
+            if constexpr (std::is_same<From, Left>::value) std::memcpy(row, source, MR * sizeof(Left));
+            else NEOX_UNROLL for (int r = 0; r < MR; r++) row[r] = widen(source[r]);
           } else {
             for (int64_t r = 0; r < MR; r++) row[r] = r < width ? widen(source[r]) : Left(0);
           }

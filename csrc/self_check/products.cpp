@@ -1,4 +1,4 @@
-// Grouped products and the experts' hidden layer in one set and in another.
+// Grouped products, the experts' hidden layer and the loss in one set and in another.
 #include "arrays.h"
 
 namespace self_check {
@@ -158,11 +158,44 @@ void layers(const InstructionSet& right, const InstructionSet& ours, const Forma
   layer(right, ours, f, {{0, 0}, 16, 16, 4, Lores::one_a_row, true, true, true, 4}, tally);
 }
 
+// Tokens, width, vocabulary, tokens of a chunk; the last token's label is the last one.
+void loss(const InstructionSet& right, const InstructionSet& ours, const Format& f, int64_t T, int64_t D, int64_t V, int64_t rows, Tally& tally) {
+  const Dtype wide = f.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+  const Array hidden = Array::random(f.dtype, T * D, 1), weight = Array::random(f.dtype, V * D, 1), scale = Array::random(wide, T, 1);
+  Counts labels(T);
+  for (int64_t t = 0; t < T; t++) labels[t] = t + 1 == T ? V - 1 : random_bits() % V;
+  for (const bool gradients : {false, true}) {
+    const auto results = [&](const InstructionSet& set) {
+      std::vector<Array> out{Array(wide, T), Array(f.dtype, gradients * T * D), Array(f.dtype, gradients * V * D)};
+      set.linear_cross_entropy({hidden.at(), weight.at(), labels.data(), scale.at(), out[0].at(), gradients ? out[1].at() : nullptr,
+                                gradients ? out[2].at() : nullptr, T, D, V, rows, f.dtype, 1});
+      return out;
+    };
+    const std::vector<Array> wanted = results(right), found = results(ours);
+    const char* const names[] = {"loss", "gradient of hidden", "gradient of weight"};
+    for (int i = 0; i < 1 + 2 * gradients; i++)
+      compare(wanted[i], found[i], f.bound,
+              std::string("linear_cross_entropy ") + ours.name + " " + f.name + " T=" + std::to_string(T) + " D=" + std::to_string(D) + " V=" +
+                  std::to_string(V) + ": " + names[i],
+              tally);
+  }
+}
+
+void losses(const InstructionSet& right, const InstructionSet& ours, const Format& f, bool quick, Tally& tally) {
+  loss(right, ours, f, 131, 40, 409, 100, tally);
+  if (quick) return;
+  loss(right, ours, f, 1, 1, 1, 1, tally);
+  loss(right, ours, f, 97, 33, 17, 97, tally);
+  loss(right, ours, f, 30, 1055, 70, 25, tally);     // in two parts along D
+  loss(right, ours, f, 1100, 64, 3300, 1060, tally);  // blocks of full size, more rows than are turned at a time
+}
+
 }  // namespace
 
 void products(const InstructionSet& right, const InstructionSet& ours, const Format& f, bool quick, Tally& tally) {
   grouped(right, ours, f, tally);
   layers(right, ours, f, quick, tally);
+  losses(right, ours, f, quick, tally);
 }
 
 }  // namespace self_check

@@ -15,6 +15,7 @@ from megatron.kernels.decode.quantize import quantize_rows
 from megatron.kernels.grouped_gemm import grouped_gemm
 from megatron.kernels.grouped_lore import grouped_lore
 from megatron.kernels.grouped_lore.interface import HiddenLayer, LoreChoice, Projection
+from megatron.kernels.linear_cross_entropy import linear_cross_entropy
 from megatron.kernels.permute import combine, permute, sort_by_group
 from megatron.kernels.rms_norm import rms_norm
 from megatron.kernels.route import Selection, choice_statistics, route
@@ -29,7 +30,7 @@ def check(built: ModuleType, name: str) -> None:
         raise AssertionError(found)
     built.use_instruction_set(name)
     for dtype in TOLERANCE:
-        for op in (_gemm, _hidden, _rows, _routes, _attention, _norm, _update, _decode):
+        for op in (_gemm, _hidden, _rows, _routes, _attention, _norm, _loss, _update, _decode):
             ours, right = op(dtype, "compiled"), op(dtype, "reference")
             for place, (got, wanted) in enumerate(zip(ours, right, strict=True)):
                 scale = wanted.double().abs().max().item() or 1.0
@@ -100,6 +101,13 @@ def _norm(dtype: torch.dtype, backend: str) -> list[Tensor]:
     scale = weight[0, 0].detach().requires_grad_()
     y = rms_norm(x, scale, 1e-5, backend=backend)
     return [y.detach(), *torch.autograd.grad(y.float().pow(3).sum(), (x, scale))]
+
+
+def _loss(dtype: torch.dtype, backend: str) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 40, generator=generator).mul(0.5).to(dtype).requires_grad_() for n in (131, 409))
+    mean, loss = linear_cross_entropy(hidden, weight, torch.arange(131) * 3, torch.rand(131, generator=generator), backend=backend)
+    return [loss, *torch.autograd.grad(mean, (hidden, weight))]
 
 
 def _update(dtype: torch.dtype, backend: str) -> list[Tensor]:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron.kernels import compiled
 from megatron.kernels.linear_cross_entropy import cce, chunked, liger
 from megatron.kernels.linear_cross_entropy.reference import Reference, wide
 from megatron.kernels.registry import Implementation, Op
@@ -27,7 +28,14 @@ class LinearCrossEntropy(Protocol):
         ...
 
 
+def _compiled() -> LinearCrossEntropy:
+    from megatron.kernels.linear_cross_entropy.compiled import Compiled
+
+    return Compiled()
+
+
 OP: Op[LinearCrossEntropy] = Op("linear_cross_entropy")
+OP.register(compiled.implementation(_compiled))
 OP.register(Implementation("chunked", frozenset({"cpu", "cuda", "meta"}), lambda: None, chunked.Chunked))
 # By name only: liger waits for the device to count the labels, and cce leaves out what 16-bit numbers hardly see.
 OP.register(Implementation("liger", frozenset({"cuda"}), liger.unavailable, liger.Liger))

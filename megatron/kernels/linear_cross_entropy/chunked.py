@@ -9,8 +9,8 @@ waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,13 +26,22 @@ CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 MIN_CHUNK_ROWS = 64
 
 
+class Losses(NamedTuple):
+    """What one pass over the chunks computes."""
+
+    loss_T: Tensor
+    grad_hidden: Tensor | None
+    """Of sum(loss * scale), as is the next. None: not wanted."""
+    grad_weight: Tensor | None
+
+
 class Chunked:
     """The loss, chunk by chunk."""
 
     def loss(self, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, scale_T: Tensor) -> tuple[Tensor, Tensor]:
         """(sum of loss * scale, loss_T)."""
         dtype = product_dtype(hidden_TD.dtype, hidden_TD.device)
-        return _LinearCrossEntropy.apply(hidden_TD.to(dtype), weight_VD.to(dtype), labels_T, scale_T)
+        return LossWithGradients.apply(_compute, hidden_TD.to(dtype), weight_VD.to(dtype), labels_T, scale_T)
 
 
 def chunk_rows(tokens: int, vocabulary: int, device: str) -> int:
@@ -50,39 +59,46 @@ def chunks(tokens: int, rows: int) -> Iterator[slice]:
     return (slice(begin, begin + rows) for begin in range(0, tokens, rows or 1))
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss and, where wanted, both gradients, computed in the forward chunk by chunk."""
+def _compute(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, scale_T: Tensor, *, wanted: tuple[bool, bool]) -> Losses:
+    loss_T = torch.empty_like(scale_T)
+    grad_hidden = torch.empty_like(hidden_TD) if wanted[0] else None
+    grad_weight = torch.zeros_like(weight_VD, dtype=wide(weight_VD.dtype)) if wanted[1] else None
+    rows = chunk_rows(len(scale_T), weight_VD.shape[0], hidden_TD.device.type)
+    logits_buffer = hidden_TD.new_empty(rows, weight_VD.shape[0])
+    softmax_buffer = torch.empty_like(logits_buffer, dtype=scale_T.dtype)
+    for chunk in chunks(len(scale_T), rows):
+        logits_CV = torch.mm(hidden_TD[chunk], weight_VD.t(), out=logits_buffer[: len(scale_T[chunk])])
+        softmax_CV = softmax_buffer[: len(logits_CV)]
+        _softmax_into(softmax_CV, loss_T[chunk], logits_CV, labels_T[chunk])
+        if grad_hidden is None and grad_weight is None:
+            continue
+        _subtract_labels(softmax_CV, labels_T[chunk])
+        error_CV = softmax_CV.to(hidden_TD.dtype)
+        scale_C1 = scale_T[chunk, None].to(hidden_TD.dtype)
+        if grad_hidden is not None:
+            torch.mm(error_CV, weight_VD, out=grad_hidden[chunk]).mul_(scale_C1)
+        if grad_weight is not None:
+            add_outer(grad_weight, error_CV, hidden_TD[chunk] * scale_C1)
+    return Losses(loss_T, grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
+
+
+class LossWithGradients(torch.autograd.Function):
+    """(sum of loss * scale, loss_T). `compute` makes the gradients that are wanted together with the losses; the backward only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, scale_T: Tensor) -> tuple[Tensor, Tensor]:
-        loss_T = torch.empty_like(scale_T)
-        grad_hidden = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=wide(weight_VD.dtype)) if ctx.needs_input_grad[1] else None
-        rows = chunk_rows(len(scale_T), weight_VD.shape[0], hidden_TD.device.type)
-        logits_buffer = hidden_TD.new_empty(rows, weight_VD.shape[0])
-        softmax_buffer = torch.empty_like(logits_buffer, dtype=scale_T.dtype)
-        for chunk in chunks(len(scale_T), rows):
-            logits_CV = torch.mm(hidden_TD[chunk], weight_VD.t(), out=logits_buffer[: len(scale_T[chunk])])
-            softmax_CV = softmax_buffer[: len(logits_CV)]
-            _softmax_into(softmax_CV, loss_T[chunk], logits_CV, labels_T[chunk])
-            if grad_hidden is None and grad_weight is None:
-                continue
-            _subtract_labels(softmax_CV, labels_T[chunk])
-            error_CV = softmax_CV.to(hidden_TD.dtype)
-            scale_C1 = scale_T[chunk, None].to(hidden_TD.dtype)
-            if grad_hidden is not None:
-                torch.mm(error_CV, weight_VD, out=grad_hidden[chunk]).mul_(scale_C1)
-            if grad_weight is not None:
-                add_outer(grad_weight, error_CV, hidden_TD[chunk] * scale_C1)
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
-        ctx.mark_non_differentiable(loss_T)
-        return torch.dot(loss_T, scale_T), loss_T
+    def forward(
+        ctx: Any, compute: Callable[..., Losses], hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, scale_T: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        found = compute(hidden_TD, weight_VD, labels_T, scale_T, wanted=ctx.needs_input_grad[1:3])
+        ctx.save_for_backward(found.grad_hidden, found.grad_weight)
+        ctx.mark_non_differentiable(found.loss_T)
+        return torch.dot(found.loss_T, scale_T), found.loss_T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _grad_tokens: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = (None if saved is None else scaled(saved, grad) for saved in ctx.saved_tensors)
-        return grad_hidden, grad_weight, None, None
+        return None, grad_hidden, grad_weight, None, None
 
 
 def _softmax_into(softmax_CV: Tensor, loss_C: Tensor, logits_CV: Tensor, labels_C: Tensor) -> None:
