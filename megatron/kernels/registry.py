@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
-
-import torch
+from typing import Generic, TypeVar
 
 P = TypeVar("P")
 """The protocol of an op: what its implementations supply."""
@@ -89,18 +87,3 @@ class Op(Generic[P]):
         if key not in self._objects:
             self._objects[key] = self._known[self.choose(requested, device)].make()
         return self._objects[key]
-
-
-def torch_operator(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Make a function the torch operator `name` ("neox::op") and return the operator; its annotations are its schema, it changes no argument.
-
-    As `torch.library.custom_op`, which would also import torch's compiler at the first call: two seconds of every start.
-    """
-
-    def register(function: Callable[..., Any]) -> Any:
-        torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
-        torch.library.impl(name, "CompositeExplicitAutograd", function)
-        namespace, operator = name.split("::")
-        return getattr(getattr(torch.ops, namespace), operator).default
-
-    return register

@@ -157,8 +157,8 @@ def test_gradcheck() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_op_keeps_pytorch_rules(backend: str) -> None:
     skip_unless_it_runs("attention", backend)
-    torch.library.opcheck(att._attention, (list(parts((1, 2, 1, 5, 8), torch.float32, "cpu")), [2, 1, 8], [], backend))
-    torch.library.opcheck(att._attention, ([draw(1, 5, 32)], [2, 1, 8], list(angles(5, 4, None)), backend))
+    torch.library.opcheck(att._attention.overload, (list(parts((1, 2, 1, 5, 8), torch.float32, "cpu")), [2, 1, 8], [], backend))
+    torch.library.opcheck(att._attention.overload, ([draw(1, 5, 32)], [2, 1, 8], list(angles(5, 4, None)), backend))
 
 
 Q, KV = torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 5, 8)

@@ -289,15 +289,15 @@ def test_the_ops_keep_pytorch_rules() -> None:
     draw, (order, _), counts = Draw(torch.float64, "cpu"), lore_case([4, 0, 2], 2), torch.tensor([4, 0, 2])
     x, pi = draw(6, D), draw(6, 2)
     weights = [draw(3, F, D), draw(6, Q, D), draw(6, Q, F)]
-    torch.library.opcheck(gemm._grouped_gemm, (x, weights[0], counts, True, "reference"))
+    torch.library.opcheck(gemm._grouped_gemm.overload, (x, weights[0], counts, True, "reference"))
     for there, parts in (([True] * 3 + [False] * 5, weights), ([True] * 3 + [False, True] + [False] * 3, [*weights, draw(3, F, D)])):
-        torch.library.opcheck(lore._grouped_lore, (x, counts, parts, there, [pi, *order], "silu", True, "reference"))
+        torch.library.opcheck(lore._grouped_lore.overload, (x, counts, parts, there, [pi, *order], "silu", True, "reference"))
     for padded in (False, True):
-        torch.library.opcheck(perm._sort, (torch.tensor([[0, 1], [1, 0], [2, 0]]), 3, padded, "reference"))
+        torch.library.opcheck(perm._sort.overload, (torch.tensor([[0, 1], [1, 0], [2, 0]]), 3, padded, "reference"))
     order = perm.sort_by_group(torch.tensor([[0, 1], [1, 0], [2, 0]]), 3)
-    torch.library.opcheck(perm._permute, (draw(3, D), order.order_R, order.inverse_TK, "reference"))
-    torch.library.opcheck(perm._combine, (x, order.order_R, order.inverse_TK, "reference"))
-    torch.library.opcheck(perm._weighted_combine, (x, order.order_R, order.inverse_TK, draw(3, 2), "reference"))
+    torch.library.opcheck(perm._permute.overload, (draw(3, D), order.order_R, order.inverse_TK, "reference"))
+    torch.library.opcheck(perm._combine.overload, (x, order.order_R, order.inverse_TK, "reference"))
+    torch.library.opcheck(perm._weighted_combine.overload, (x, order.order_R, order.inverse_TK, draw(3, 2), "reference"))
 
 
 @pytest.mark.parametrize("choices", [1, 2])

@@ -250,8 +250,8 @@ def test_the_op_keeps_pytorch_rules(backend: str) -> None:
     skip_unless_it_runs("route", backend, "cpu")
     logit = logits(6, 4).requires_grad_()
     for rows_P in (None, torch.tensor([2, 4])):
-        torch.library.opcheck(op._route, (logit, rows_P, 2, True, 1.5, False, backend))
-    torch.library.opcheck(op._statistics, (torch.tensor([[0, 1], [2, 0]]), 3, 2, backend))
+        torch.library.opcheck(op._route.overload, (logit, rows_P, 2, True, 1.5, False, backend))
+    torch.library.opcheck(op._statistics.overload, (torch.tensor([[0, 1], [2, 0]]), 3, 2, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

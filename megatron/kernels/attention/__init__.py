@@ -21,7 +21,8 @@ from megatron.kernels import compiled
 from megatron.kernels.attention.interface import Attention, Given, HeadLayout, Rotation
 from megatron.kernels.attention.reference import Reference
 from megatron.kernels.attention.sdpa import Sdpa
-from megatron.kernels.registry import Implementation, Op, torch_operator
+from megatron.kernels.operator import torch_operator
+from megatron.kernels.registry import Implementation, Op
 
 __all__ = ["OP", "HeadLayout", "Rotation", "attention", "fused_attention"]
 
@@ -151,4 +152,4 @@ def _backward(ctx: Any, grad_BHSd: Tensor | None, _: Tensor | None) -> tuple[Any
     return gradients, None, [None] * len(rotation), None
 
 
-torch.library.register_autograd("neox::attention", _backward, setup_context=_save)
+_attention.differentiate(_save, _backward)

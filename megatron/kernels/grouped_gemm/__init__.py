@@ -19,7 +19,8 @@ from torch import Tensor
 from megatron.kernels import compiled, cuda_library, triton_kernels
 from megatron.kernels.grouped_gemm import pytorch
 from megatron.kernels.grouped_gemm.reference import Reference
-from megatron.kernels.registry import Implementation, Op, torch_operator
+from megatron.kernels.operator import torch_operator
+from megatron.kernels.registry import Implementation, Op
 
 
 class GroupedGemm(Protocol):
@@ -112,4 +113,4 @@ def _backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_weight, None, None, None
 
 
-torch.library.register_autograd("neox::grouped_gemm", _backward, setup_context=_save)
+_grouped_gemm.differentiate(_save, _backward)

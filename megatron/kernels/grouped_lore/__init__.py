@@ -26,8 +26,9 @@ from megatron.kernels.grouped_gemm.pytorch import unavailable
 from megatron.kernels.grouped_lore.interface import GroupedLore, HiddenLayer, LoreChoice, Projection, Saved, projection_width
 from megatron.kernels.grouped_lore.pytorch import LibraryCalls
 from megatron.kernels.grouped_lore.reference import Reference
+from megatron.kernels.operator import torch_operator
 from megatron.kernels.permute import Order
-from megatron.kernels.registry import Implementation, Op, torch_operator
+from megatron.kernels.registry import Implementation, Op
 
 
 def _compiled() -> GroupedLore:
@@ -187,4 +188,4 @@ def _backward(ctx: Any, grad_RF: Tensor | None, *_: None) -> tuple[Any, ...]:
     return grad_x, None, grad_parts, None, [*grad_pi, None, None, None] if choice else [], None, None, None
 
 
-torch.library.register_autograd("neox::grouped_lore", _backward, setup_context=_save)
+_grouped_lore.differentiate(_save, _backward)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from megatron.kernels import compiled, triton_kernels
+from megatron.kernels.operator import torch_operator
 from megatron.kernels.permute.reference import Reference
-from megatron.kernels.registry import Implementation, Op, torch_operator
+from megatron.kernels.registry import Implementation, Op
 
 
 class Order(NamedTuple):
@@ -194,6 +195,6 @@ def _weighted_backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
     return grad_rows, None, None, grad_weight, None
 
 
-torch.library.register_autograd("neox::permute", _permute_backward, setup_context=_save_order)
-torch.library.register_autograd("neox::combine", _combine_backward, setup_context=_save_order)
-torch.library.register_autograd("neox::weighted_combine", _weighted_backward, setup_context=_save_weighted)
+_permute.differentiate(_save_order, _permute_backward)
+_combine.differentiate(_save_order, _combine_backward)
+_weighted_combine.differentiate(_save_weighted, _weighted_backward)

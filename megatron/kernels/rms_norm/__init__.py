@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from megatron.kernels import compiled
-from megatron.kernels.registry import Implementation, Op, torch_operator
+from megatron.kernels.operator import torch_operator
+from megatron.kernels.registry import Implementation, Op
 from megatron.kernels.rms_norm import apex
 from megatron.kernels.rms_norm.reference import Reference
 
@@ -89,4 +90,4 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     return grad_x, grad_scale, None, None
 
 
-torch.library.register_autograd("neox::rms_norm", _backward, setup_context=_save)
+_rms_norm.differentiate(_save, _backward)

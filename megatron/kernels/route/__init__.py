@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from megatron.kernels import compiled, cuda_library, triton_kernels
+from megatron.kernels.operator import torch_operator
 from megatron.kernels.permute import Order
-from megatron.kernels.registry import Implementation, Op, torch_operator
+from megatron.kernels.registry import Implementation, Op
 from megatron.kernels.route.interface import Gradients, Route, Routed, Saved, Selection
 from megatron.kernels.route.reference import Reference
 
@@ -169,4 +170,4 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return grad_logit, None, None, None, None, None, None
 
 
-torch.library.register_autograd("neox::route", _backward, setup_context=_save)
+_route.differentiate(_save, _backward)
