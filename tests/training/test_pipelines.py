@@ -51,8 +51,7 @@ def test_every_number_in_the_metrics_is_that_of_one_process(corpus: Path, tmp_pa
         if isinstance(value, str):
             assert found[place] == value, place
         else:
-            # A bias of the keys adds the same to all scores of a query: the gradient of this third of the biases is 0 but for rounding, so whether a number
-            # of it is exactly 0 is chance.
+            # A bias of the keys adds the same to all scores of a query: the gradient of this third is 0 but for rounding, and an exact 0 is chance.
             chance = 100 / 3 if place[1].startswith("pct_grad_zeros/") and place[1].endswith("query_key_value.bias") else 0
             expected = np.array(value, dtype=float)
             np.testing.assert_allclose(np.array(found[place], dtype=float), expected, rtol=1e-3, atol=1e-5 + chance, err_msg=str(place))
