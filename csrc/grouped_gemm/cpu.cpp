@@ -22,6 +22,7 @@ void matmul(const GroupedMatmul& op) {
   Rows<P> left;
   left.prepare(x, op.R, op.K, nullptr);
   const int64_t copies = left.copied ? op.R : 0, width = round_up(block, P::NR);
+  const bool far = op.R * op.N * int64_t(sizeof(S)) > STREAM_BYTES;
 
 #pragma omp parallel num_threads(op.threads) if (op.threads > 1)
   {
@@ -43,8 +44,9 @@ void matmul(const GroupedMatmul& op) {
         const int64_t m = std::min(ROW_BLOCK, starts[e + 1] - r);
         if (op.K == 0) clear(sums, m * width);
         P::product(left.at + r * left.ld, left.ld, m, panel, op.K, end - begin, sums, width, true);
-        for (int64_t i = 0; i < m; i++) copy(y + (r + i) * op.N + begin, sums + i * width, end - begin);
+        put_rows(y + r * op.N + begin, op.N, sums, width, m, end - begin, far);
       }
+      if (far) streamed();
     }
   }
 }
@@ -64,6 +66,8 @@ void outer(const GroupedOuter& op) {
   const std::vector<Task> tasks = column_tasks(op.rows, op.E, op.M, block, true);
   const std::vector<Task> packs = column_tasks(op.rows, op.E, op.N, P::NR, false);
   const auto packed = allocate<typename P::Right>(panels[op.E]);
+  const bool far = op.E * op.M * op.N * int64_t(sizeof(S)) > STREAM_BYTES;
+  const bool direct = std::is_same<S, Sum>::value && op.N % P::NR == 0 && op.N > SUM_COLUMNS;
 
 #pragma omp parallel num_threads(op.threads) if (op.threads > 1)
   {
@@ -84,16 +88,15 @@ void outer(const GroupedOuter& op) {
         clear(to, (end - begin) * op.N);
         continue;
       }
-      const bool direct = std::is_same<S, Sum>::value && op.N % P::NR == 0;  // straight into the result
-      Sum* into = direct ? reinterpret_cast<Sum*>(to) : sums;
-      const int64_t ld = direct ? op.N : width;
+      Sum* into = direct ? reinterpret_cast<Sum*>(to) : sums;  // N is the width then
       for (int64_t r = 0; r < op.rows[e]; r += TURNED_DEPTH) {
         const int64_t depth = std::min(TURNED_DEPTH, op.rows[e] - r);
         P::pack_turned(turned, x + (starts[e] + r) * op.M + begin, op.M, depth, end - begin);
-        P::turned(turned, end - begin, packed.get() + panels[e], op.rows[e], r, depth, op.N, into, ld, r == 0);
+        P::turned(turned, end - begin, packed.get() + panels[e], op.rows[e], r, depth, op.N, into, width, r == 0);
       }
-      if (!direct)
-        for (int64_t i = 0; i < end - begin; i++) copy(to + i * op.N, sums + i * width, op.N);
+      if (direct) continue;
+      put_rows(to, op.N, sums, width, end - begin, op.N, far);
+      if (far) streamed();
     }
   }
 }

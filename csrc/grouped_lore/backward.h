@@ -82,6 +82,7 @@ class Backward {
     rows.prepare(x, layer.R, layer.D, by.place);
     if (by.several) lore_rows.prepare(x, by.choices, layer.D, layer.order);
     ld = round_up(layer.F, P::K_ALIGN);
+    if (ld * int64_t(sizeof(Left)) % 2048 == 0) ld += 64 / sizeof(Left);  // rows that lie 4096 bytes apart share eight places of the first cache
     for (int p = 0; p < 1 + layer.gated; p++) {
       const LoreProjection& projection = layer.projections[p];
       before[p] = allocate<Left>(layer.R * ld);
@@ -232,7 +233,9 @@ class Backward {
       }
       if (projection.a != nullptr) add_inner(p, task, sums);
     }
-    for (int64_t i = 0; i < m; i++) copy(static_cast<S*>(op.grad_x) + by.row_at(task.first + i) * layer.D + task.begin, sums + i * width, n);
+    const bool far = layer.R * layer.D * int64_t(sizeof(S)) > STREAM_BYTES;
+    for (int64_t i = 0; i < m; i++) put_row(static_cast<S*>(op.grad_x) + by.row_at(task.first + i) * layer.D + task.begin, sums + i * width, n, far);
+    if (far) streamed();
   }
 
   // sums += dz A
@@ -270,8 +273,9 @@ class Backward {
   void weight_gradient(int p, const Task& task) {
     const int64_t e = task.expert, m = task.end - task.begin, count = layer.rows[e], wide = round_up(layer.D, P::NR);
     S* out = static_cast<S*>(op.gradients[p].weight) + (e * layer.F + task.begin) * layer.D;
-    const bool direct = std::is_same<S, Sum>::value && layer.D % P::NR == 0;
+    const bool far = layer.E * layer.F * layer.D * int64_t(sizeof(S)) > STREAM_BYTES;
     Left* turned = scratch<Left, 30>(P::turned_size(TURNED_DEPTH, ROW_BLOCK));
+    const bool direct = std::is_same<S, Sum>::value && layer.D % P::NR == 0 && layer.D > SUM_COLUMNS;
     Sum* sums = direct ? reinterpret_cast<Sum*>(out) : scratch<Sum, 31>(ROW_BLOCK * wide);
     if (!count) clear(sums, m * wide);
     for (int64_t r = 0; r < count; r += TURNED_DEPTH) {
@@ -279,8 +283,9 @@ class Backward {
       P::pack_turned(turned, before[p].get() + (by.starts[e] + r) * ld + task.begin, ld, depth, m);
       P::turned(turned, m, packed.get() + panels[e], count, r, depth, layer.D, sums, wide, r == 0);
     }
-    if (!direct)
-      for (int64_t i = 0; i < m; i++) copy(out + i * layer.D, sums + i * wide, layer.D);
+    if (direct) return;
+    put_rows(out, layer.D, sums, wide, m, layer.D, far);
+    if (far) streamed();
   }
 };
 

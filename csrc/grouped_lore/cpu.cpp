@@ -50,6 +50,7 @@ class Forward {
   std::vector<RowTask> tasks;
   std::vector<RowTask> lore_tasks, grow_tasks;
   int64_t block = 0, width = 0;
+  bool far = false;     // results are written past the caches
   int64_t stretch = 0;  // columns of B that are read in one go: memory is read faster in long stretches
 
   static constexpr int64_t LONGEST_STRETCH = 16384 / sizeof(S);
@@ -69,6 +70,7 @@ class Forward {
     const int64_t depth = std::max(layer.D * weights, std::max(rank[0], rank[1]));
     block = column_block(depth * sizeof(Right), layer.F, P::NR, layer.threads, layer.E);
     width = round_up(block, P::NR);
+    far = layer.R * layer.F * int64_t(sizeof(S)) > STREAM_BYTES;
     tasks = row_tasks(by, layer.F, block, by.several ? TASK_ROWS : std::max<int64_t>(1, layer.R));
     if (by.has_lores)
       for (int64_t e = 0; e < layer.E; e++)
@@ -137,6 +139,7 @@ class Forward {
       }
       finish(task, r, m, sums);
     }
+    if (far) streamed();
   }
 
   // The sums start at the LoREs' products and the bias.
@@ -178,15 +181,17 @@ class Forward {
   // Activation and gate, and every row to its own place.
   void finish(const RowTask& task, int64_t r, int64_t m, Sum* const (&sums)[2]) {
     const int64_t n = task.end - task.begin;
+    alignas(64) S line[MAX_COLUMNS];
     with_activation<Sum>(layer.activation, [&](auto act) {
       for (int64_t i = 0; i < m; i++) {
         const int64_t at = by.row_at(r + i) * layer.F + task.begin;
         const Sum *up = sums[0] + i * width, *gate = sums[1] + i * width;
-        if (op.before[0] != nullptr) copy(static_cast<S*>(op.before[0]) + at, up, n);
-        if (op.before[1] != nullptr) copy(static_cast<S*>(op.before[1]) + at, gate, n);
-        S* to = static_cast<S*>(op.hidden) + at;
+        if (op.before[0] != nullptr) put_row(static_cast<S*>(op.before[0]) + at, up, n, far);
+        if (op.before[1] != nullptr) put_row(static_cast<S*>(op.before[1]) + at, gate, n, far);
+        S* to = far ? line : static_cast<S*>(op.hidden) + at;
         for (int64_t j = 0; j < n; j += Stride<Sum>::width)
           put(to + j, layer.gated ? act.value(take(gate + j, n - j)) * take(up + j, n - j) : act.value(take(up + j, n - j)), n - j);
+        if (far) stream(static_cast<S*>(op.hidden) + at, line, n);
       }
     });
   }

@@ -10,7 +10,9 @@ namespace NEOX_ISA {
 
 constexpr int64_t ROW_BLOCK = 96;             // rows whose sums stay in the cache; a multiple of every MR and of 32
 constexpr int64_t PANEL_BYTES = 256 * 1024;   // of packed weights: half of a second cache
-constexpr int64_t STREAM_BYTES = 16 << 20;    // larger gradients of the LoREs are written past the caches: half of a third cache
+constexpr int64_t MAX_COLUMNS = 256;          // of a task
+constexpr int64_t SUM_COLUMNS = 1024;         // of ROW_BLOCK rows of sums that stay in a second cache
+constexpr int64_t STREAM_BYTES = 1 << 20;     // larger results are written past the caches: their lines need not be read before, and push nothing out
 
 // c = a w^T, where w[n, K] is a weight as it lies in memory. `panel` has room for right_size(DEPTH, n).
 constexpr int64_t DEPTH = 1024;
@@ -34,7 +36,7 @@ struct Task {
 // Columns for one task: a packed panel of K rows fits into PANEL_BYTES, and there are enough tasks for the threads.
 inline int64_t column_block(int64_t right_bytes_per_column, int64_t N, int64_t NR, int64_t threads, int64_t experts) {
   int64_t block = std::max<int64_t>(1, PANEL_BYTES / std::max<int64_t>(1, right_bytes_per_column) / NR) * NR;
-  block = std::min<int64_t>(block, 256);
+  block = std::min(block, MAX_COLUMNS);
   while (block > NR && experts * ((N + block - 1) / block) < 4 * threads) block = round_up(block / 2, NR);
   return block;
 }

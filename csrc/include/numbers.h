@@ -155,13 +155,15 @@ inline void stream(To* to, const From* from, int64_t n) {
 #endif
   copy(to, from, n);
 }
-// Some rows of a result, past the caches or through them.
+// A row of a result, past the caches or through them.
+template <class To, class From>
+inline void put_row(To* to, const From* from, int64_t n, bool far) {
+  if (far) stream(to, from, n);
+  else copy(to, from, n);
+}
 template <class To, class From>
 inline void put_rows(To* to, int64_t ldt, const From* from, int64_t ldf, int64_t rows, int64_t n, bool far) {
-  for (int64_t r = 0; r < rows; r++) {
-    if (far) stream(to + r * ldt, from + r * ldf, n);
-    else copy(to + r * ldt, from + r * ldf, n);
-  }
+  for (int64_t r = 0; r < rows; r++) put_row(to + r * ldt, from + r * ldf, n, far);
 }
 // Other threads see what was streamed.
 inline void streamed() {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron.kernels import compiled
+from megatron.kernels.grouped_gemm import grouped_gemm
 from megatron.kernels.grouped_lore import HiddenLayer, LoreChoice, Projection, grouped_lore
 from megatron.kernels.permute import sort_by_group
 from megatron.kernels.registry import KernelUnavailable
@@ -57,29 +58,58 @@ def test_every_set_of_the_processor_agrees_with_generic(built: ModuleType) -> No
         built.refuse_instruction_set("generic")
 
 
-@pytest.mark.parametrize("width", [8256, 8200], ids=["whole cache lines", "parts of cache lines"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_that_are_written_past_the_caches(built: ModuleType, dtype: torch.dtype, width: int) -> None:
-    """dB has more than the 16 MiB of csrc's STREAM_BYTES, dA less. LoREs have no rows, few and many."""
-    draw = torch.Generator().manual_seed(1)
-    shapes = (30, 520), (2, width, 520), (8, 128, 520), (8, 128, width)
-    x, weight, a, b = ((torch.randn(shape, generator=draw) / shape[-1] ** 0.5).to(dtype) for shape in shapes)
-    assert a.nbytes < 16 << 20 < b.nbytes
-    chosen = torch.tensor([0] * 18 + [1, 3] + [4] * 2 + [6] * 8)[:, None]
-    choice = LoreChoice(torch.rand(30, 1, generator=draw), sort_by_group(chosen, 8))
-    grad = torch.randn(30, width, generator=draw).to(dtype)
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
 
-    def gradients(backend: str) -> tuple[torch.Tensor, ...]:
-        given = [t.detach().requires_grad_() for t in (x, weight, a, b)]
-        layer = HiddenLayer(torch.tensor([20, 10]), "gelu", Projection(*given[1:]), None, choice)
-        return torch.autograd.grad(grouped_lore(given[0], layer, backend=backend), given, grad)
 
-    wanted = gradients("reference")
+def check_every_set(built: ModuleType, dtype: torch.dtype, results: Callable[[str], Sequence[torch.Tensor]]) -> None:
+    """`results(backend)`: tensors, of which most have more than the 1 MiB of csrc's STREAM_BYTES."""
+    wanted = results("reference")
+    assert sum(t.nbytes > 1 << 20 for t in wanted) > len(wanted) / 2
     rtol, atol = (2e-2, 2e-2) if dtype == torch.bfloat16 else (1e-4, 1e-5)  # bf16: both round what they add up
     for name in built.instruction_sets():
         built.use_instruction_set(name)
-        for ours, right in zip(gradients("compiled"), wanted, strict=True):
+        for ours, right in zip(results("compiled"), wanted, strict=True):
             torch.testing.assert_close(ours, right, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width_in", "width", "gated"), [(70, 520, 8256, False), (70, 520, 8200, False), (600, 928, 1056, True), (600, 1056, 936, True)]
+)
+def test_hidden_layers_that_are_written_past_the_caches(
+    built: ModuleType, dtype: torch.dtype, rows: int, width_in: int, width: int, gated: bool
+) -> None:
+    """Whole cache lines and parts of them; sums that fit into a cache and sums in the result. LoREs have no rows, few and many."""
+    draw = torch.Generator().manual_seed(1)
+    shapes = (rows, width_in), (2, width, width_in), (8, 128, width_in), (8, 128, width), (2, width, width_in)
+    tensors = [(torch.randn(shape, generator=draw) / shape[-1] ** 0.5).to(dtype) for shape in shapes]
+    choice_of_rows = torch.tensor([0] * (rows - 12) + [1, 3] + [4] * 2 + [6] * 8)[:, None]
+    choice = LoreChoice(torch.rand(rows, 1, generator=draw), sort_by_group(choice_of_rows, 8))
+    grad = torch.randn(rows, width, generator=draw).to(dtype)
+
+    def results(backend: str) -> list[torch.Tensor]:
+        x, *parts, gate = (t.detach().requires_grad_() for t in tensors)
+        layer = HiddenLayer(torch.tensor([rows - 10, 10]), "gelu", Projection(*parts), Projection(gate) if gated else None, choice)
+        hidden = grouped_lore(x, layer, backend=backend)
+        return [hidden.detach(), *torch.autograd.grad(hidden, [x, *parts, *([gate] if gated else [])], grad)]
+
+    check_every_set(built, dtype, results)
+
+
+@pytest.mark.parametrize("width", [928, 1056, 2056])
+def test_products_that_are_written_past_the_caches(built: ModuleType, dtype: torch.dtype, width: int) -> None:
+    draw = torch.Generator().manual_seed(1)
+    rows = torch.tensor([500, 0, 100, 40, 1, 3])
+    x, weight = ((torch.randn(shape, generator=draw) / 10).to(dtype) for shape in ((644, 96), (6, 96, width)))
+    grad = torch.randn(644, width, generator=draw).to(dtype)
+
+    def results(backend: str) -> list[torch.Tensor]:
+        given = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        y = grouped_gemm(*given, rows, backend=backend)
+        return [y.detach(), *torch.autograd.grad(y, given, grad)]
+
+    check_every_set(built, dtype, results)
 
 
 class OtherProcessor:
