@@ -19,7 +19,7 @@ inline Vec<float> exponential(Vec<float> x) {
   p = p * r + 1.f;
   p = p * r + 1.f;
   const Vec<float> scaled = reinterpret_cast<Vec<float>>(reinterpret_cast<Ints>(p) + (reinterpret_cast<Ints>(shifted) << 23));
-  return x < least ? Vec<float>{} : scaled;
+  return x >= least ? scaled : (x < least ? Vec<float>{} : x);  // a NaN's bits would be taken for an exponent
 }
 inline Vec<double> exponential(Vec<double> x) {
   for (int i = 0; i < LANES<double>; i++) x[i] = std::exp(x[i]);

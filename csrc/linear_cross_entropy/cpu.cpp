@@ -47,7 +47,7 @@ class Loss {
   int64_t together = 0;                     // blocks whose part of W is packed at a time
   int64_t columns = 0;                      // of a task of dhidden
   Buffer<Left> error;                       // [blocks][rows][block]: exponentials, then the error
-  Buffer<Sum> most, total, factor, own;     // [blocks][rows]: maximum and sum of exponentials, and what makes them the error; [rows]: the label's logit
+  Buffer<Sum> most, total, own;             // [blocks][rows]: maximum, later what makes exponentials the error, and their sum; [rows]: the label's logit
   Buffer<Right> packed_hidden, packed_weight;
   Buffer<Sum> grad_hidden, grad_weight;     // sums: of a chunk [rows, wide], and of all chunks [V, wide] where they cannot stand in the result
 
@@ -66,7 +66,6 @@ class Loss {
     own = allocate<Sum>(op.rows);
     most = allocate<Sum>(blocks * op.rows), total = allocate<Sum>(blocks * op.rows);
     if (!with_gradients()) return;
-    factor = allocate<Sum>(blocks * op.rows);
     error = allocate<Left>(blocks * op.rows * block);
     together = blocks;
     if (op.grad_weight != nullptr) {
@@ -157,21 +156,21 @@ class Loss {
     Sum maximum = most[r], sum = 0;
     for (int64_t b = 1; b < blocks; b++) maximum = std::max(maximum, most[b * op.rows + r]);
     for (int64_t b = 0; b < blocks; b++) {
-      Sum& so_far = most[b * op.rows + r];
-      so_far = std::exp(so_far - maximum);
-      sum += so_far * total[b * op.rows + r];
+      Sum& factor = most[b * op.rows + r];
+      factor = std::exp(factor - maximum);
+      sum += factor * total[b * op.rows + r];
     }
     static_cast<Sum*>(op.loss)[first + r] = maximum - own[r] + std::log(sum);
     if (!with_gradients()) return;
     const Sum scale = static_cast<const Sum*>(op.scale)[first + r] / sum;
-    for (int64_t b = 0; b < blocks; b++) factor[b * op.rows + r] = most[b * op.rows + r] * scale;
+    for (int64_t b = 0; b < blocks; b++) most[b * op.rows + r] *= scale;
   }
 
   void to_error(int64_t b, int64_t first, int64_t m) {
     const int64_t n = width_of(b), width = round_up(n, P::NR);
     for (int64_t r = 0; r < m; r++) {
       Left* row = error_of(b) + r * block;
-      const Sum by = factor[b * op.rows + r];
+      const Sum by = most[b * op.rows + r];
       const int64_t label = op.labels[first + r] - b * block;
       const bool here = 0 <= label && label < n;
       const Sum at_label = here ? Sum(widen(row[label]) * by - static_cast<const Sum*>(op.scale)[first + r]) : Sum(0);

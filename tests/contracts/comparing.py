@@ -28,6 +28,14 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", s
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype).requires_grad_()
 
 
+NANS = [0x7FC00000, -1, 0x7FC00155]
+"""Bits of float32 numbers that are none: what processors make, what memory full of ones holds, and one with a message in its last bits."""
+
+
+def nan_of(bits: int) -> Tensor:
+    return torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+
+
 def check(
     ours: Callable[..., Tensor], definition: Callable[..., Tensor], inputs: tuple[Tensor, ...], tolerances: Mapping[torch.dtype, float]
 ) -> None:

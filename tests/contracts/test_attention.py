@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron.kernels import attention as att
 from megatron.kernels.attention import HeadLayout, Rotation
 from megatron.testing.devices import DEVICES
-from tests.contracts.comparing import check, check_that_threads_change_no_bit, draw, skip_unless_it_runs
+from tests.contracts.comparing import NANS, check, check_that_threads_change_no_bit, draw, nan_of, skip_unless_it_runs
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 BACKENDS = [implementation.name for implementation in att.OP.implementations()]
@@ -127,12 +127,13 @@ def test_bf16_queries_and_keys_are_not_rounded_twice(backend: str) -> None:
         assert (found.double() - wanted).norm() < 1e-2 * wanted.norm()
 
 
+@pytest.mark.parametrize("bits", NANS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_nan_stays_after_its_place(backend: str) -> None:
+def test_a_nan_stays_after_its_place(backend: str, bits: int) -> None:
     """A key that is not a number spoils the queries that see it, and no other."""
     skip_unless_it_runs("attention", backend)
     query, key, value = (t.detach().clone() for t in parts((1, 1, 1, 120, 16), torch.float32, "cpu"))
-    key[0, 0, 101, 3] = torch.nan
+    key[0, 0, 101, 3] = nan_of(bits)
     spoiled = att.attention(query, key, value, backend=backend)[0, 0].isnan().any(-1)
     assert spoiled.tolist() == [s >= 101 for s in range(120)]
 

@@ -15,7 +15,7 @@ from megatron.kernels import permute as perm
 from megatron.kernels.activations import ACTIVATIONS
 from megatron.kernels.grouped_lore.interface import HiddenLayer, LoreChoice, Projection
 from megatron.testing.devices import DEVICES
-from tests.contracts.comparing import check, implementations, skip_unless_it_runs
+from tests.contracts.comparing import NANS, check, implementations, nan_of, skip_unless_it_runs
 
 ROWS = {"even": [3, 3, 3], "empty_expert": [5, 0, 4], "all_on_one": [0, 9, 0], "single_row": [1, 0, 0], "no_rows": [0, 0, 0]}
 D, F, M, Q = 7, 5, 2, 3
@@ -176,6 +176,22 @@ def test_every_activation(backend: str, activation: str, dtype: torch.dtype, dev
     skip_unless_it_runs("grouped_lore", backend, device)
     for kind in ("plain", "entangled both"):
         check_lore(backend, ROWS["empty_expert"], kind, Draw(dtype, device, scale=0.5), choices=1, activation=activation)
+
+
+@pytest.mark.parametrize("bits", NANS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("backend", implementations("grouped_lore"))
+def test_a_nan_spoils_its_row_alone(backend: str, activation: str, bits: int) -> None:
+    """Hidden layer and the gradient that goes through the activation."""
+    skip_unless_it_runs("grouped_lore", backend)
+    x, weight = torch.ones(4, 16), torch.randn(1, 33, 16, generator=torch.Generator().manual_seed(0))
+    x[1, 3] = nan_of(bits)
+    x.requires_grad_()
+    hidden = lore.grouped_lore(x, HiddenLayer(torch.tensor([4]), activation, Projection(weight)), backend=backend)
+    assert hidden.isnan().all(1).tolist() == [False, True, False, False]
+    (grad,) = torch.autograd.grad(hidden.sum(), x)
+    if activation not in ("identity", "relu"):  # their slope is a number everywhere
+        assert grad.isnan().any(1).tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron.kernels.linear_cross_entropy import OP, cce, chunked, liger, linear_cross_entropy
 from megatron.kernels.linear_cross_entropy.compiled import MIN_CHUNK_ROWS, chunk_rows
 from megatron.kernels.registry import KernelUnavailable
-from tests.contracts.comparing import check_that_threads_change_no_bit, draw, skip_unless_it_runs
+from tests.contracts.comparing import NANS, check_that_threads_change_no_bit, draw, nan_of, skip_unless_it_runs
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 OURS = ["chunked", "compiled"]
@@ -105,8 +105,8 @@ def test_a_whole_part_of_the_vocabulary_may_be_excluded(backend: str, dtype: tor
     assert impossible.tolist() == [torch.inf, token_loss[1].item()]
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_not_a_number_shows_in_its_row_alone(backend: str, bad: float) -> None:
+@pytest.mark.parametrize("bad", [torch.tensor(torch.inf), *map(nan_of, NANS)], ids=["inf", *map(str, NANS)])
+def test_what_is_not_a_number_shows_in_its_row_alone(backend: str, bad: Tensor) -> None:
     hidden, weight, labels = case(5, torch.float32, vocabulary=300)
     with torch.no_grad():
         hidden[2, 3] = bad
