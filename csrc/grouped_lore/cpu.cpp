@@ -1,8 +1,8 @@
 // The hidden layer of the experts on a CPU, forward. The backward is in backward.h.
 //
 // A task is (expert, block of columns): the block's part of both projections is packed once. While the expert's rows pass over it, the sums start at the
-// bias and the LoREs' products, and activation and gate follow before the sums leave the cache. The LoREs' products are computed before, LoRE by LoRE: the
-// B of all LoREs together is larger than every cache and each is used by few rows, so its rows are read in long runs, once.
+// bias, the LoREs' products are added LoRE by LoRE, and activation and gate follow before the sums leave the cache. Where a LoRE has few rows, its B
+// is read for little work, so it must be read in long runs, once: then the LoREs' products are computed before, for all columns, and the sums start there.
 #include "backward.h"
 
 namespace NEOX_ISA {
@@ -31,6 +31,7 @@ class Forward {
         if (layer.projections[p].a == nullptr) continue;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t t = 0; t < int64_t(lore_tasks.size()); t++) shrink(p, lore_tasks[t]);
+        if (y[p] == nullptr) continue;
 #pragma omp for schedule(dynamic, 4)
         for (int64_t t = 0; t < int64_t(grow_tasks.size()); t++) grow(p, grow_tasks[t]);
       }
@@ -45,7 +46,8 @@ class Forward {
   const Arrangement by;
   Rows<P> rows, lore_rows;  // x by place, and by LoRE row
   Buffer<Left> z[2];        // pi x A by LoRE row
-  Buffer<Sum> y[2];         // z B by place, where a row has one LoRE
+  bool beside = false;      // z B is computed beside the product with W
+  Buffer<Sum> y[2];         // z B by place, where it is computed before
   int64_t rank[2] = {0, 0};
   std::vector<RowTask> tasks;
   std::vector<RowTask> lore_tasks, grow_tasks;
@@ -54,18 +56,20 @@ class Forward {
   int64_t stretch = 0;  // columns of B that are read in one go: memory is read faster in long stretches
 
   static constexpr int64_t LONGEST_STRETCH = 16384 / sizeof(S);
+  static constexpr int64_t BESIDE_ROWS = 16;  // of a LoRE, in the mean: for fewer, packing its B block by block costs more than y does
 
   void prepare() {
     const S* x = static_cast<const S*>(op.x);
     rows.prepare(x, layer.R, layer.D, by.place);
     if (by.several) lore_rows.prepare(x, by.choices, layer.D, layer.order);
+    beside = by.has_lores && !by.several && layer.R >= BESIDE_ROWS * layer.G;
     int weights = 0;
     for (int p = 0; p < 2; p++) {
       weights += layer.projections[p].weight != nullptr;
       if (layer.projections[p].a == nullptr) continue;
       rank[p] = round_up(layer.projections[p].Q, P::K_ALIGN);
       z[p] = allocate<Left>(by.choices * rank[p]);
-      if (!by.several) y[p] = allocate<Sum>(layer.R * padded());
+      if (!by.several && !beside) y[p] = allocate<Sum>(layer.R * padded());
     }
     const int64_t depth = std::max(layer.D * weights, std::max(rank[0], rank[1]));
     block = column_block(depth * sizeof(Right), layer.F, P::NR, layer.threads, layer.E);
@@ -109,11 +113,26 @@ class Forward {
     const S* b = static_cast<const S*>(layer.projections[p].b) + task.expert * Q * layer.F + task.begin;
     const Left* left = z[p].get() + task.first * rank[p];
     Sum* to = y[p].get() + task.first * ldy + task.begin;
-    if constexpr (P::THIN)
-      if (m <= P::FEW_ROWS) return P::thin(left, rank[p], m, b, layer.F, Q, n, to, ldy);
+    const bool past = layer.R * ldy * int64_t(sizeof(Sum)) > STREAM_BYTES;
+    if constexpr (P::THIN) {
+      if (m <= P::FEW_ROWS) {
+        Sum* sums = scratch<Sum, 18>(P::FEW_ROWS * stretch);
+        P::thin(left, rank[p], m, b, layer.F, Q, n, sums, stretch);
+        put_rows(to, ldy, sums, stretch, m, n, past);
+        if (past) streamed();
+        return;
+      }
+    }
     Right* panel = scratch<Right, 18>(P::right_size(Q, stretch));
+    Sum* sums = scratch<Sum, 19>(ROW_BLOCK * MAX_COLUMNS);
     P::pack(panel, b, layer.F, Q, n);
-    for (int64_t i = 0; i < m; i += ROW_BLOCK) P::product(left + i * rank[p], rank[p], std::min(ROW_BLOCK, m - i), panel, Q, n, to + i * ldy, ldy, true);
+    for (int64_t i = 0; i < m; i += ROW_BLOCK)
+      for (int64_t j = 0; j < n; j += MAX_COLUMNS) {
+        const int64_t rows = std::min(ROW_BLOCK, m - i), columns = std::min(MAX_COLUMNS, n - j);
+        P::product(left + i * rank[p], rank[p], rows, panel + P::right_size(Q, j), Q, columns, sums, MAX_COLUMNS, true);
+        put_rows(to + i * ldy + j, ldy, sums, MAX_COLUMNS, rows, columns, past);
+      }
+    if (past) streamed();
   }
 
   // The hidden layer of one expert's rows, for one block of columns.
@@ -122,6 +141,7 @@ class Forward {
     Right* panels[2] = {scratch<Right, 12>(P::right_size(layer.D, block)), scratch<Right, 13>(P::right_size(layer.D, block))};
     Sum* sums[2] = {scratch<Sum, 14>(ROW_BLOCK * width), scratch<Sum, 15>(ROW_BLOCK * width)};
     const Sum* added[2] = {nullptr, nullptr};
+    int64_t packed[2] = {-1, -1};  // the LoRE whose B is packed
     for (int p = 0; p < 1 + layer.gated; p++) {
       const LoreProjection& projection = layer.projections[p];
       if (projection.weight != nullptr)
@@ -135,6 +155,7 @@ class Forward {
         const bool fresh = weighted && layer.projections[p].bias == nullptr && y[p] == nullptr;
         if (!fresh) start(p, task, r, m, sums[p]);
         if (weighted) P::product(rows.at + r * rows.ld, rows.ld, m, panels[p], layer.D, n, sums[p], width, fresh);
+        if (beside && layer.projections[p].a != nullptr) add_lores(p, task, r, m, sums[p], packed[p]);
         if (added[p] != nullptr) add_choices(added[p], task, r, m, sums[p]);
       }
       finish(task, r, m, sums);
@@ -153,6 +174,17 @@ class Forward {
       const S* from = bias + task.expert * layer.F + task.begin;
       for (int64_t j = 0; j < n; j++) sums[j] += widen(from[j]);
     }
+  }
+
+  // sums += z B, LoRE by LoRE.
+  void add_lores(int p, const RowTask& task, int64_t r, int64_t m, Sum* sums, int64_t& packed) {
+    const int64_t Q = layer.projections[p].Q, n = task.end - task.begin;
+    Right* panel = p ? scratch<Right, 17>(P::right_size(Q, block)) : scratch<Right, 16>(P::right_size(Q, block));
+    by.strips(task.expert, r, r + m, [&](int64_t g, int64_t from, int64_t to) {
+      if (g != packed) P::pack(panel, static_cast<const S*>(layer.projections[p].b) + g * Q * layer.F + task.begin, layer.F, Q, n);
+      packed = g;
+      P::product(z[p].get() + from * rank[p], rank[p], to - from, panel, Q, n, sums + (from - r) * width, width, false);
+    });
   }
 
   // z B of all choices of the task's rows.

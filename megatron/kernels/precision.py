@@ -29,7 +29,16 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     """x[..., I] @ weight^T + bias as [..., O], in the dtype of `x`; without bias where it is None."""
     if product_dtype(x.dtype, x.device) == x.dtype or x.dtype != weight_OI.dtype:
         return functional.linear(x, weight_OI, bias_O)
-    y: Tensor = _WidenedLinear.apply(x, weight_OI, bias_O)
+    y: Tensor = _WidenedLinear.apply(x, weight_OI, bias_O, x.dtype)
+    return y
+
+
+def float32_linear(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """x[..., I] @ weight^T as [..., O], computed and returned in float32 (float64 for float64). A 16-bit `x` is kept for the backward as it is."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if x.dtype == dtype:
+        return functional.linear(x, weight_OI.to(dtype))
+    y: Tensor = _WidenedLinear.apply(x, weight_OI, None, dtype)
     return y
 
 
@@ -47,9 +56,9 @@ class _WidenedLinear(torch.autograd.Function):
     """The linear layer with 16-bit tensors kept for the backward, not their widened copies."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
-        return functional.linear(x.float(), weight_OI.float(), None if bias_O is None else bias_O.float()).to(x.dtype)
+        return functional.linear(x.float(), weight_OI.float(), None if bias_O is None else bias_O.float()).to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -62,4 +71,4 @@ class _WidenedLinear(torch.autograd.Function):
             grad_weight = (wide.flatten(0, -2).t() @ x.flatten(0, -2).float()).to(weight_OI.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = wide.flatten(0, -2).sum(0).to(grad.dtype)
-        return grad_x, grad_weight, grad_bias
+        return grad_x, grad_weight, grad_bias, None

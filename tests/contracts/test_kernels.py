@@ -56,6 +56,28 @@ def test_grouped_gemm(backend: str, rows: list[int], transposed: bool, dtype: to
     check(lambda x, w: gemm.grouped_gemm(x, w, counts, transposed=transposed, backend=backend), gemm_definition(rows, transposed), inputs, TOLERANCE)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("backend", implementations("grouped_gemm"))
+def test_grouped_gemm_of_narrow_rows(backend: str, transposed: bool) -> None:
+    """As in a bf16 model, whose routers compute in float32: the rows are not kept in float32, and their gradient is in bf16."""
+    skip_unless_it_runs("grouped_gemm", backend)
+    x, weight = Draw(torch.bfloat16, "cpu")(5, D), Draw(torch.float32, "cpu")(2, *((F, D) if transposed else (D, F)))
+    counts, kept = torch.tensor([2, 3]), list[torch.dtype]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):  # type: ignore[func-returns-value]
+        y = gemm.grouped_gemm(x, weight, counts, transposed=transposed, backend=backend)
+    wide = [t.detach().float().requires_grad_() for t in (x, weight)]
+    wanted = gemm.grouped_gemm(*wide, counts, transposed=transposed, backend=backend)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    grad_x, grad_weight = torch.autograd.grad(y, (x, weight), grad)
+    wide_x, wide_weight = torch.autograd.grad(wanted, wide, grad)
+    assert kept == [torch.bfloat16, torch.float32, torch.int64]
+    assert torch.equal(y, wanted)
+    assert torch.equal(grad_x, wide_x.bfloat16())
+    assert torch.equal(grad_weight, wide_weight)
+    with pytest.raises(ValueError, match="x may be narrower than the weight, not wider"):
+        gemm.grouped_gemm(wide[0], weight.bfloat16(), counts, transposed=transposed, backend=backend)
+
+
 def lore_case(rows: list[int], choices: int) -> tuple[perm.Order, list[list[int]]]:
     """Random LoREs of each row: the order by LoRE, and for each row the LoREs (numbered over all experts) that it uses."""
     generator = torch.Generator().manual_seed(2)
@@ -145,16 +167,19 @@ def test_grouped_lore(backend: str, rows: list[int], choices: int, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "width"), [([1100, 16, 17, 0, 256, 257, 512, 513, 1], 70), ([30, 0, 5, 0, 0, 0, 0, 0, 1], 300)], ids=["many", "few"]
+)
 @pytest.mark.parametrize("backend", implementations("grouped_lore"))
-def test_lores_of_many_rows(backend: str, dtype: torch.dtype) -> None:
-    """Against the reference in float64; counts around those where a kernel begins to compute in several passes."""
+def test_numbers_of_rows_where_a_kernel_goes_another_way(backend: str, rows: list[int], width: int, dtype: torch.dtype) -> None:
+    """Against the reference in float64: several passes, and LoREs that are many for so few rows."""
     skip_unless_it_runs("grouped_lore", backend)
-    rows, draw = [1100, 16, 17, 0, 256, 257, 512, 513, 1], Draw(dtype, "cpu", scale=0.25)
+    draw = Draw(dtype, "cpu", scale=0.25)
 
     def compute(x: Tensor, a: Tensor, b: Tensor, *, backend: str) -> Tensor:
         return lore.grouped_lore(x, HiddenLayer(torch.tensor(rows), "silu", Projection(None, a, b)), backend=backend)
 
-    inputs = draw(sum(rows), 12), draw(len(rows), 9, 12), draw(len(rows), 9, 70)
+    inputs = draw(sum(rows), 12), draw(len(rows), 9, 12), draw(len(rows), 9, width)
     check(partial(compute, backend=backend), partial(compute, backend="reference"), inputs, TOLERANCE)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron.kernels import precision
-from megatron.kernels.precision import linear, product_dtype
+from megatron.kernels.precision import float32_linear, linear, product_dtype
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -47,6 +47,21 @@ def test_no_gradient_is_computed_for_a_frozen_weight(emulated: bool) -> None:
     linear(x, weight).sum().backward()
     assert torch.equal(x.grad, torch.full((2, 4), 3, dtype=torch.bfloat16))  # type: ignore[arg-type]
     assert weight.grad is None
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32, torch.float64], ids=str)
+def test_a_float32_product_keeps_its_rows_as_they_are(dtype: torch.dtype) -> None:
+    generator, wide = torch.Generator().manual_seed(0), torch.promote_types(dtype, torch.float32)
+    inputs = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in ((2, 3, 8), (5, 8))]
+    exact = [t.detach().to(wide).requires_grad_() for t in inputs]
+    grad, kept = torch.randn(2, 3, 5, generator=generator).to(wide), list[torch.dtype]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):  # type: ignore[func-returns-value]
+        y = float32_linear(*inputs)
+    wanted = functional.linear(*exact)
+    assert set(kept) == {dtype}
+    assert torch.equal(y, wanted)
+    for got, want in zip(gradients(y, inputs, grad), gradients(wanted, exact, grad), strict=True):
+        torch.testing.assert_close(got, want.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
 
 
 def gradients(y: Tensor, inputs: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:

@@ -65,13 +65,17 @@ OP.register(Implementation("torch", frozenset({"cpu", "cuda"}), pytorch.unavaila
 def grouped_gemm(x_RD: Tensor, weight_EDF: Tensor, rows_E: Tensor, *, transposed: bool = False, backend: str = "auto") -> Tensor:
     """Multiply each expert's rows by its weight; rows are sorted by expert, `rows_E` says how many each has.
 
-    Raises ValueError on shapes that do not fit, KernelUnavailable where `backend` cannot run.
+    The result has the weight's dtype. A narrower `x` is widened to it for the product, and kept for the backward as it is.
+    Raises ValueError on shapes or dtypes that do not fit, KernelUnavailable where `backend` cannot run.
     """
     if x_RD.ndim != 2 or weight_EDF.ndim != 3 or x_RD.shape[1] != weight_EDF.shape[2 if transposed else 1]:
         layout = "[experts, out, in]" if transposed else "[experts, in, out]"
         raise ValueError(
             f"grouped_gemm: x {tuple(x_RD.shape)} must be [rows, in] and the weight {tuple(weight_EDF.shape)} {layout} with the same 'in'"
         )
+    if torch.promote_types(x_RD.dtype, weight_EDF.dtype) != weight_EDF.dtype:
+        weight, rows = (f"{t.dtype} on {t.device}" for t in (weight_EDF, x_RD))
+        raise ValueError(f"grouped_gemm: weight is {weight}, but x is {rows}; x may be narrower than the weight, not wider")
     if rows_E.shape != weight_EDF.shape[:1]:
         raise ValueError(f"grouped_gemm: row counts of shape {tuple(rows_E.shape)} for {weight_EDF.shape[0]} experts; give one count for each")
     return _grouped_gemm(x_RD, weight_EDF, rows_E, transposed, backend)
@@ -79,22 +83,28 @@ def grouped_gemm(x_RD: Tensor, weight_EDF: Tensor, rows_E: Tensor, *, transposed
 
 @torch_operator("neox::grouped_gemm")
 def _grouped_gemm(x_RD: Tensor, weight_EDF: Tensor, rows_E: Tensor, transposed: bool, backend: str) -> Tensor:
-    return OP.resolve(backend, x_RD.device.type).matmul(x_RD, weight_EDF, rows_E, transposed=transposed)
+    return OP.resolve(backend, x_RD.device.type).matmul(x_RD.to(weight_EDF.dtype), weight_EDF, rows_E, transposed=transposed)
 
 
 @torch_operator("neox::grouped_gemm_outer")
 def _outer(x_RD: Tensor, y_RF: Tensor, rows_E: Tensor, backend: str) -> Tensor:
-    return OP.resolve(backend, x_RD.device.type).outer(x_RD, y_RF, rows_E)
+    return OP.resolve(backend, x_RD.device.type).outer(*_of_one_dtype(x_RD, y_RF), rows_E)
+
+
+def _of_one_dtype(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return x.to(dtype), y.to(dtype)
 
 
 @torch.library.register_fake("neox::grouped_gemm")
 def _(x_RD: Tensor, weight_EDF: Tensor, rows_E: Tensor, transposed: bool, backend: str) -> Tensor:
-    return x_RD.new_empty(x_RD.shape[0], weight_EDF.shape[1 if transposed else 2])
+    return weight_EDF.new_empty(x_RD.shape[0], weight_EDF.shape[1 if transposed else 2])
 
 
 @torch.library.register_fake("neox::grouped_gemm_outer")
 def _(x_RD: Tensor, y_RF: Tensor, rows_E: Tensor, backend: str) -> Tensor:
-    return x_RD.new_empty(rows_E.shape[0], x_RD.shape[1], y_RF.shape[1])
+    dtype = torch.promote_types(x_RD.dtype, y_RF.dtype)
+    return x_RD.new_empty(rows_E.shape[0], x_RD.shape[1], y_RF.shape[1], dtype=dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -106,7 +116,7 @@ def _backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor | None, ...]:
     x_RD, weight_EDF, rows_E = ctx.saved_tensors
     grad_x = grad_weight = None
     if ctx.needs_input_grad[0]:
-        grad_x = _grouped_gemm(grad_RF, weight_EDF, rows_E, not ctx.transposed, ctx.backend)
+        grad_x = _grouped_gemm(grad_RF, weight_EDF, rows_E, not ctx.transposed, ctx.backend).to(x_RD.dtype)
     if ctx.needs_input_grad[1]:
         left, right = (grad_RF, x_RD) if ctx.transposed else (x_RD, grad_RF)
         grad_weight = _outer(left, right, rows_E, ctx.backend)

@@ -56,7 +56,7 @@ class LoREs(nn.Module):
         """The LoREs of every row. All experts' routers are one grouped product, in float32 (float64 for float64)."""
         dtype = torch.promote_types(x_RD.dtype, torch.float32)
         router_EMD = self.router.to(dtype).view(self.num_experts, self.per_expert, -1)
-        logit_RM = grouped_gemm(x_RD.to(dtype), router_EMD, rows_E, transposed=True, backend=self.backend)
+        logit_RM = grouped_gemm(x_RD, router_EMD, rows_E, transposed=True, backend=self.backend)
         routed = route(logit_RM, self.selection, rows_E, allow_nan=True, backend=self.route_backend)
         routing = LoreRouting(routed.choice_NK, routed.weight_NK, routed.probability_NC, logit_RM, routed.order.rows_G, routed.total_PC)
         return LoreChoice(routed.weight_NK, routed.order), routing

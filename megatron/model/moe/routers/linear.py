@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from megatron.kernels.precision import float32_linear
 from megatron.model.initialization import Fill
 
 
@@ -29,8 +30,7 @@ class RouterLinear(nn.Module):
 
 def logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """logit_TE = x W^T, in float32 (float64 for float64)."""
-    dtype = torch.promote_types(x_TD.dtype, torch.float32)
-    return nn.functional.linear(x_TD.to(dtype), weight_ED.to(dtype))
+    return float32_linear(x_TD, weight_ED)
 
 
 class Jitter(nn.Module):
