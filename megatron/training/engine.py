@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ from megatron.mpu.deepspeed import DeepSpeedMpu, tell_deepspeed
 from megatron.mpu.gradients import marks_of, sum_shared_gradients
 from megatron.mpu.groups import ALONE, Group, current_groups
 from megatron.training.optimizer import build_optimizer
+from megatron.training.process import return_freed_memory
 from megatron.training.schedule import schedule_of
 from megatron.training.schedule_record import ScheduleRecord
 from megatron.training.skipping import Skipping
@@ -63,6 +65,21 @@ def own_engines(*, sum_in_fp32: bool, divides_experts: bool) -> Iterator[None]:
         def has_moe_layers(self, found: bool) -> None:
             assert not found
 
+        weights: list[torch.nn.Parameter] | None = None
+        has_stepped = False
+
+        def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
+            super()._take_model_step(lr_kwargs)  # type: ignore[misc]  # DeepSpeed's, which follows in the class that is made below
+            if not self.has_stepped:
+                return_freed_memory()  # the optimizer's state is there now, the gradients are gone
+                self.has_stepped = True
+
+        def zero_grad(self: Any) -> None:
+            """As DeepSpeed's, which goes through all modules to find the weights, in every step."""
+            self.weights = list(self.module.parameters()) if self.weights is None else self.weights
+            for weight in self.weights:
+                weight.grad = None
+
         def _configure_fp16_optimizer(self: Any, optimizer: Skipping, low_precision_dtype: torch.dtype) -> MasterWeights:
             arguments = self.loss_scale(), self.dynamic_loss_scale(), self.dynamic_loss_scale_args()
             return MasterWeights(optimizer, scaler=CreateLossScaler(low_precision_dtype, *arguments), sum_in_fp32=sum_in_fp32)
@@ -74,6 +91,19 @@ def own_engines(*, sum_in_fp32: bool, divides_experts: bool) -> Iterator[None]:
         yield
     finally:
         deepspeed.DeepSpeedEngine, deepspeed.PipelineEngine = theirs
+
+
+@contextmanager
+def without_triton() -> Iterator[None]:
+    """Inside this context DeepSpeed finds no Triton if there is no GPU. It would load it, 70 MiB, and not use it (0.19.8: `ops/triton_ops`)."""
+    hidden = os.environ["DS_ACCELERATOR"] == "cpu" and "triton" not in sys.modules
+    if hidden:
+        sys.modules["triton"] = None  # type: ignore[assignment]  # Python's way to say that a module cannot be imported
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["triton"]
 
 
 def build_engine(config: NeoXConfig, model: GPT, *, world_size: int) -> Any:
@@ -96,7 +126,7 @@ def build_engine(config: NeoXConfig, model: GPT, *, world_size: int) -> Any:
     if isinstance(optimizer, Skipping):
         settings["gradient_clipping"] = 0.0  # the optimizer clips while it steps
     divides_experts = any(not marks_of(parameter).allreduce for parameter in model.parameters())
-    with own_engines(sum_in_fp32=config.sums_in_fp32, divides_experts=divides_experts):
+    with own_engines(sum_in_fp32=config.sums_in_fp32, divides_experts=divides_experts), without_triton():
         mpu = DeepSpeedMpu(groups) if groups.model.size > 1 and groups.pipe.size == 1 else None  # a pipeline module brings it along
         module = StageModule(model) if isinstance(model, Stage) else model
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False)
@@ -106,6 +136,7 @@ def build_engine(config: NeoXConfig, model: GPT, *, world_size: int) -> Any:
         # a sum over one process: DeepSpeed would copy all gradients together and back for it
         engine.enable_backward_allreduce = engine.pipeline_enable_backward_allreduce = False
     engine.lr_scheduler = ScheduleRecord(schedule_of(config))
+    return_freed_memory()
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # `max_nonfinite_steps` decides when a streak ends the run, with a sentence
