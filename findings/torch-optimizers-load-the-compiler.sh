@@ -3,7 +3,7 @@
 # A good engineer guesses: a program that never compiles does not load PyTorch's compiler; an optimizer over one parameter costs nothing.
 # What happens: the first optimizer that is made loads `torch._dynamo`, and with it sympy, `torch._inductor` and `torch.onnx` (Triton too, where it is
 # installed; not tested here). `add_param_group`, which every optimizer calls, is marked "not to be compiled", and the mark imports the compiler at its
-# first call (torch/_compile.py). Every rank grows by more than 50 MiB, for good, and training starts seconds later.
+# first call (torch/_compile.py). Every rank grows by more than 50 MiB, for good, and training starts about a second later.
 set -euo pipefail
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"

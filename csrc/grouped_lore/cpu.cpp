@@ -31,7 +31,6 @@ class Forward {
         if (layer.projections[p].a == nullptr) continue;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t t = 0; t < int64_t(lore_tasks.size()); t++) shrink(p, lore_tasks[t]);
-        if (y[p] == nullptr) continue;
 #pragma omp for schedule(dynamic, 4)
         for (int64_t t = 0; t < int64_t(grow_tasks.size()); t++) grow(p, grow_tasks[t]);
       }
@@ -81,7 +80,7 @@ class Forward {
         by.strips(e, by.first_choice(e), by.starts[e + 1] * layer.L, [&](int64_t g, int64_t from, int64_t to) {
           for (int64_t n = from; n < to; n += TASK_ROWS) lore_tasks.push_back({g, n, std::min(to, n + TASK_ROWS), 0, 0});
         });
-    if (by.several) return;
+    if (by.several || beside) return;
     stretch = std::min(LONGEST_STRETCH, padded());
     while (stretch > P::NR && int64_t(lore_tasks.size()) * ((layer.F + stretch - 1) / stretch) < 4 * layer.threads) stretch = round_up(stretch / 2, P::NR);
     for (const RowTask& lore : lore_tasks)
@@ -114,9 +113,9 @@ class Forward {
     const Left* left = z[p].get() + task.first * rank[p];
     Sum* to = y[p].get() + task.first * ldy + task.begin;
     const bool past = layer.R * ldy * int64_t(sizeof(Sum)) > STREAM_BYTES;
+    Sum* sums = scratch<Sum, 19>(std::max(P::FEW_ROWS * stretch, ROW_BLOCK * MAX_COLUMNS));
     if constexpr (P::THIN) {
       if (m <= P::FEW_ROWS) {
-        Sum* sums = scratch<Sum, 18>(P::FEW_ROWS * stretch);
         P::thin(left, rank[p], m, b, layer.F, Q, n, sums, stretch);
         put_rows(to, ldy, sums, stretch, m, n, past);
         if (past) streamed();
@@ -124,7 +123,6 @@ class Forward {
       }
     }
     Right* panel = scratch<Right, 18>(P::right_size(Q, stretch));
-    Sum* sums = scratch<Sum, 19>(ROW_BLOCK * MAX_COLUMNS);
     P::pack(panel, b, layer.F, Q, n);
     for (int64_t i = 0; i < m; i += ROW_BLOCK)
       for (int64_t j = 0; j < n; j += MAX_COLUMNS) {

@@ -65,7 +65,6 @@ def own_engines(*, sum_in_fp32: bool, divides_experts: bool) -> Iterator[None]:
         def has_moe_layers(self, found: bool) -> None:
             assert not found
 
-        weights: list[torch.nn.Parameter] | None = None
         has_stepped = False
 
         def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
@@ -73,12 +72,6 @@ def own_engines(*, sum_in_fp32: bool, divides_experts: bool) -> Iterator[None]:
             if not self.has_stepped:
                 return_freed_memory()  # the optimizer's state is there now, the gradients are gone
                 self.has_stepped = True
-
-        def zero_grad(self: Any) -> None:
-            """As DeepSpeed's, which goes through all modules to find the weights, in every step."""
-            self.weights = list(self.module.parameters()) if self.weights is None else self.weights
-            for weight in self.weights:
-                weight.grad = None
 
         def _configure_fp16_optimizer(self: Any, optimizer: Skipping, low_precision_dtype: torch.dtype) -> MasterWeights:
             arguments = self.loss_scale(), self.dynamic_loss_scale(), self.dynamic_loss_scale_args()
@@ -136,7 +129,6 @@ def build_engine(config: NeoXConfig, model: GPT, *, world_size: int) -> Any:
         # a sum over one process: DeepSpeed would copy all gradients together and back for it
         engine.enable_backward_allreduce = engine.pipeline_enable_backward_allreduce = False
     engine.lr_scheduler = ScheduleRecord(schedule_of(config))
-    return_freed_memory()
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # `max_nonfinite_steps` decides when a streak ends the run, with a sentence

@@ -22,6 +22,8 @@ from megatron.mpu.topology import ONE, Layout, Topology, current_topology
 # grows by this much more than is needed.
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD = -3, -1, -2
 KEPT_BYTES = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 1 << 26}
+TOLD = "__dynamo_disable"
+"""The attribute of a function where PyTorch keeps what it calls in its place."""
 
 
 def start_process(*, backend: str | None, threads: int | None, layout: Layout = ONE) -> Topology:
@@ -77,10 +79,8 @@ def keep_freed_memory() -> None:
 
     This saves a sixth of the step time of a small model on a CPU. Does nothing if the C library is not glibc.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for setting in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD):
-            mallopt(setting, KEPT_BYTES[setting])
+    for setting, value in KEPT_BYTES.items():
+        _glibc("mallopt", setting, value)
 
 
 def return_freed_memory() -> None:
@@ -88,9 +88,13 @@ def return_freed_memory() -> None:
 
     Does nothing if the C library is not glibc.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(name: str, *numbers: int) -> None:
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:
+        function(*numbers)
 
 
 def leave_out_compiler() -> None:
@@ -103,10 +107,6 @@ def leave_out_compiler() -> None:
         function = getattr(method, "__wrapped__", None)
         if function is not None and not hasattr(function, TOLD):
             setattr(function, TOLD, told_later(function))
-
-
-TOLD = "__dynamo_disable"
-"""The attribute of a function where PyTorch keeps what it calls in its place."""
 
 
 def told_later(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -88,12 +88,7 @@ def _grouped_gemm(x_RD: Tensor, weight_EDF: Tensor, rows_E: Tensor, transposed: 
 
 @torch_operator("neox::grouped_gemm_outer")
 def _outer(x_RD: Tensor, y_RF: Tensor, rows_E: Tensor, backend: str) -> Tensor:
-    return OP.resolve(backend, x_RD.device.type).outer(*_of_one_dtype(x_RD, y_RF), rows_E)
-
-
-def _of_one_dtype(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(x.dtype, y.dtype)
-    return x.to(dtype), y.to(dtype)
+    return OP.resolve(backend, x_RD.device.type).outer(x_RD, y_RF, rows_E)
 
 
 @torch.library.register_fake("neox::grouped_gemm")
@@ -103,8 +98,7 @@ def _(x_RD: Tensor, weight_EDF: Tensor, rows_E: Tensor, transposed: bool, backen
 
 @torch.library.register_fake("neox::grouped_gemm_outer")
 def _(x_RD: Tensor, y_RF: Tensor, rows_E: Tensor, backend: str) -> Tensor:
-    dtype = torch.promote_types(x_RD.dtype, y_RF.dtype)
-    return x_RD.new_empty(rows_E.shape[0], x_RD.shape[1], y_RF.shape[1], dtype=dtype)
+    return x_RD.new_empty(rows_E.shape[0], x_RD.shape[1], y_RF.shape[1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -118,7 +112,8 @@ def _backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         grad_x = _grouped_gemm(grad_RF, weight_EDF, rows_E, not ctx.transposed, ctx.backend).to(x_RD.dtype)
     if ctx.needs_input_grad[1]:
-        left, right = (grad_RF, x_RD) if ctx.transposed else (x_RD, grad_RF)
+        wide_RD = x_RD.to(weight_EDF.dtype)
+        left, right = (grad_RF, wide_RD) if ctx.transposed else (wide_RD, grad_RF)
         grad_weight = _outer(left, right, rows_E, ctx.backend)
     return grad_x, grad_weight, None, None, None
 
