@@ -17,6 +17,9 @@ from megatron.checkpoint.errors import RunLockError
 from megatron.config import disk
 from megatron.data.folders import broken_link
 
+PATIENCE = 5.0
+"""Seconds that a lock may outlive its holder: a worker forked in the last moment has not closed its handle yet."""
+
 
 class RunLock:
     """Context manager that holds <directory>/.lock. Raises RunLockError, naming the holder, when another run has it."""
@@ -34,7 +37,7 @@ class RunLock:
             why = broken_link(self.directory) or disk.sentence(error, self.directory)
             raise RunLockError(f"Cannot write into {self.directory}: {why}. Set `save` to a directory that you may write to.") from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor)
             self._write_holder(descriptor)
         except OSError as error:
             holder = os.pread(descriptor, 4096, 0)
@@ -66,12 +69,43 @@ class RunLock:
             return (
                 f"Cannot lock {self.directory / layout.LOCK}: {why}. Set `save` to a directory on a disk that has free space and supports file locks."
             )
-        try:
-            facts = json.loads(holder)
-            who = f"process {facts['pid']} on {facts['host']}, started {facts['started']}"
-        except (ValueError, KeyError, TypeError):
-            who = "another process"
+        facts = _facts(holder)
+        who = f"process {facts['pid']} on {facts['host']}, started {facts['started']}" if facts else "another process"
         return f"{self.directory} is in use by another run ({who}). Wait for it to end or stop it, or set `save` to another directory."
+
+
+def _lock(descriptor: int) -> None:
+    """Locks the file at once, or within PATIENCE where its holder is dead. Raises OSError."""
+    last = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > last or not _dead(_facts(os.pread(descriptor, 4096, 0))):
+                raise
+            time.sleep(0.02)
+
+
+def _facts(holder: bytes) -> dict[str, object] | None:
+    """What the holder wrote about itself; None where that is not readable."""
+    try:
+        facts = json.loads(holder)
+        return {name: facts[name] for name in ("pid", "host", "started")}
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _dead(facts: dict[str, object] | None) -> bool:
+    """True where the holder was a process of this machine and is none any more."""
+    if facts is None or facts["host"] != socket.gethostname() or not isinstance(facts["pid"], int) or facts["pid"] < 1:
+        return False
+    try:
+        os.kill(facts["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        pass
+    return False
 
 
 def _close_in_children(lock: RunLock) -> None:

@@ -7,13 +7,17 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from megatron.checkpoint import lock
 from megatron.checkpoint.errors import RunLockError
 from megatron.checkpoint.lock import RunLock
 
@@ -55,6 +59,46 @@ def test_a_second_run_is_refused_until_the_first_dies(tmp_path: Path, holder: tu
     with RunLock(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
     assert (tmp_path / ".lock").read_text() == ""
+
+
+def test_a_worker_forked_in_the_last_moment_lets_go_a_little_later(tmp_path: Path) -> None:
+    late = _held_by(tmp_path, pid=_gone())
+    threading.Timer(0.3, os.close, [late]).start()
+    with RunLock(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_worker_that_never_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.3)
+    late = _held_by(tmp_path, pid=_gone())
+    with pytest.raises(RunLockError, match="in use by another run"), RunLock(tmp_path):
+        pass
+    os.close(late)
+
+
+@pytest.mark.parametrize("facts", [{}, {"host": "elsewhere", "pid": 2**22 + 1}, {"pid": "1"}, {"pid": 0}, {"pid": -1}, {"pid": 10**30}])
+def test_a_holder_that_may_live_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, facts: dict[str, object]) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waited"))
+    held = _held_by(tmp_path, **facts)
+    with pytest.raises(RunLockError, match="in use by another run"), RunLock(tmp_path):
+        pass
+    os.close(held)
+
+
+def _held_by(directory: Path, **facts: object) -> int:
+    """A handle that has the lock in the name of this process, or of the one that `facts` describe."""
+    file = directory / ".lock"
+    file.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": "then", **facts}))
+    handle = os.open(file, os.O_RDWR)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return handle
+
+
+def _gone() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
 
 
 def test_a_lock_can_be_taken_again(tmp_path: Path) -> None:
