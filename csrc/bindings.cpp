@@ -13,6 +13,7 @@
 #include "decode_bindings.h"
 #include "include/operations.h"
 #include "include/processor.h"
+#include "memory/heap.h"
 #include "self_check/self_check.h"
 
 namespace py = pybind11;
@@ -288,6 +289,10 @@ PYBIND11_MODULE(built, m) {
   m.def("refused_sets", [] { return refused; });
   m.def("refuse_instruction_set", &refuse, "It is not used in this process again.");
   m.def("difference", &difference, "What a set computes differently from `generic`, tried in a process of its own; empty: nothing.");
+  m.def("use_heap", &heap::use, "Whether large blocks from now on come from the heap for them; returns whether they did before.");
+  m.def("trim_heap", &heap::trim, "Returns the memory of its free blocks to the system.");
+  m.def("heap_used", &heap::used, "Bytes of its blocks that were not put back.");
+  m.def("heap_functions", [] { return std::pair<uintptr_t, uintptr_t>(uintptr_t(&heap::get), uintptr_t(&heap::put)); }, "The addresses of `get` and `put`.");
   using Free = py::call_guard<py::gil_scoped_release>;
   m.def("attention_forward", &attend, Free());
   m.def("attention_backward", &attend, Free());

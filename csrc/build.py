@@ -11,6 +11,8 @@ are not, and why was said.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import shlex
@@ -84,6 +86,9 @@ for name in built.instruction_sets():
 DISAGREES = "what was compiled does not agree with the definition in Python"
 
 
+TORCH_ALLOCATOR = "libneox_torch.so"
+
+
 class NotBuilt(Exception):
     """Why something could not be compiled."""
 
@@ -132,10 +137,25 @@ def build(product: Product, options: argparse.Namespace) -> str:
         if product is KERNELS and not options.sanitize:
             write_verdict(compiler, folder, *check_sets(product, folder))
             link()
+            build_torch_allocator(compiler, Path(folder), product.folder)
         elif not options.sanitize:
             run([sys.executable, "-c", product.check, folder, str(ROOT)], DISAGREES)
         os.replace(output, product.folder / name)
     return shlex.join(compiler)
+
+
+def build_torch_allocator(compiler: list[str], folder: Path, target: Path) -> None:
+    """What lets PyTorch take large blocks from our heap. Without it training only needs more memory, so this raises nothing."""
+    if sys.platform != "linux" or (found := importlib.util.find_spec("torch")) is None or found.origin is None:
+        return
+    torch, source, output = Path(found.origin).parent, SOURCES / "memory/torch_allocator.cpp", folder / TORCH_ALLOCATOR
+    version = f'-DTORCH_VERSION="{importlib.metadata.version("torch")}"'
+    flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-shared", version, f"-I{torch / 'include'}", f"-L{torch / 'lib'}"]
+    try:
+        run([*compiler, *flags, str(source), "-lc10", "-o", str(output)], "the compiler failed")
+        os.replace(output, target / TORCH_ALLOCATOR)
+    except NotBuilt as reason:
+        print(f"kernels: PyTorch keeps its own way to find memory, and training needs up to a tenth more of it: {reason}")
 
 
 def compile_all(compiler: list[str], commands: list[list[str]]) -> None:
@@ -217,7 +237,8 @@ def operation_commands(compiler: list[str], folder: Path, options: argparse.Name
         for source in sorted(SOURCES.glob("*/cpu.cpp"), key=lambda path: -path.stat().st_size)
         for name, extra in sets.items()
     ]
-    return [*operations, *check], flags
+    heap = [*BASE, "-O2", *flags, "-c", str(SOURCES / "memory/heap.cpp"), "-o", str(folder / "heap.o")]
+    return [*operations, *check, heap], flags
 
 
 def chosen_sets(options: argparse.Namespace) -> tuple[dict[str, list[str]], str]:

@@ -16,11 +16,15 @@ void matmul(const GroupedMatmul& op) {
   const S* x = static_cast<const S*>(op.x);
   const S* weight = static_cast<const S*>(op.weight);
   S* y = static_cast<S*>(op.y);
-  const int64_t block = column_block(round_up(op.K, P::K_ALIGN) * sizeof(typename P::Right), op.N, P::NR, op.threads, op.E);
+  // A row of [out, in] is read in one go, whatever the block. Of [in, out] a block has a piece of every row: wide blocks then, packed a part of K at a time.
+  const int64_t widest = op.transposed ? op.K : std::min(op.K, PANEL_BYTES / int64_t(MAX_COLUMNS * sizeof(typename P::Right)));
+  const int64_t block = column_block(round_up(widest, P::K_ALIGN) * sizeof(typename P::Right), op.N, P::NR, op.threads, op.E);
+  const int64_t depth = op.transposed ? op.K : std::min(op.K, PANEL_BYTES / int64_t(block * sizeof(typename P::Right)) / P::K_ALIGN * P::K_ALIGN);
+  const int64_t together = depth < op.K ? SUM_ROWS : ROW_BLOCK;  // rows for which a part of the weight is packed
   const std::vector<Task> tasks = column_tasks(op.rows, op.E, op.N, block, false);
   const std::vector<int64_t> starts = starts_of(op.rows, op.E);
   Rows<P> left;
-  left.prepare(x, op.R, op.K, nullptr);
+  left.prepare(x, op.R, op.K, nullptr, op.N);
   const int64_t copies = left.copied ? op.R : 0, width = round_up(block, P::NR);
   const bool far = op.R * op.N * int64_t(sizeof(S)) > STREAM_BYTES;
 
@@ -29,21 +33,22 @@ void matmul(const GroupedMatmul& op) {
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < copies; r++) left.fill(x, op.K, nullptr, 1, r);
 
-    auto* panel = scratch<typename P::Right, 0>(P::right_size(op.K, block));
-    auto* sums = scratch<Sum, 1>(ROW_BLOCK * width);
+    auto* panel = scratch<typename P::Right, 0>(P::right_size(depth, block));
+    auto* sums = scratch<Sum, 1>(together * width);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < int64_t(tasks.size()); t++) {
       const auto [e, begin, end] = tasks[t];
       const S* w = weight + e * op.K * op.N;
       if (op.transposed) {
         P::pack_transposed(panel, w + begin * op.K, op.K, op.K, end - begin);
-      } else {
+      } else if (depth == op.K) {
         P::pack(panel, w + begin, op.N, op.K, end - begin);
       }
-      for (int64_t r = starts[e]; r < starts[e + 1]; r += ROW_BLOCK) {
-        const int64_t m = std::min(ROW_BLOCK, starts[e + 1] - r);
+      for (int64_t r = starts[e]; r < starts[e + 1]; r += together) {
+        const int64_t m = std::min(together, starts[e + 1] - r);
         if (op.K == 0) clear(sums, m * width);
-        P::product(left.at + r * left.ld, left.ld, m, panel, op.K, end - begin, sums, width, true);
+        if (depth == op.K) P::product(left.at + r * left.ld, left.ld, m, panel, op.K, end - begin, sums, width, true);
+        else product_in_parts<P>(left.at + r * left.ld, left.ld, m, w + begin, op.N, op.K, end - begin, panel, depth, sums, width, true);
         put_rows(y + r * op.N + begin, op.N, sums, width, m, end - begin, far);
       }
       if (far) streamed();

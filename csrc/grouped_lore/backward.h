@@ -75,14 +75,13 @@ class Backward {
   Buffer<Right> packed;
   int64_t block = 0, width = 0;
 
-  static constexpr int64_t FACTOR_COLUMNS = 512, X_COLUMNS = 256, X_ROWS = 512, X_DEPTH = 256;
+  static constexpr int64_t FACTOR_COLUMNS = 512, X_DEPTH = 256;
 
   void prepare() {
     const S* x = static_cast<const S*>(op.x);
-    rows.prepare(x, layer.R, layer.D, by.place);
-    if (by.several) lore_rows.prepare(x, by.choices, layer.D, layer.order);
-    ld = round_up(layer.F, P::K_ALIGN);
-    if (ld * int64_t(sizeof(Left)) % 2048 == 0) ld += 64 / sizeof(Left);  // rows that lie 4096 bytes apart share eight places of the first cache
+    rows.prepare(x, layer.R, layer.D, by.place, 0);
+    if (by.several) lore_rows.prepare(x, by.choices, layer.D, layer.order, 0);
+    ld = spread<P>(layer.F);
     for (int p = 0; p < 1 + layer.gated; p++) {
       const LoreProjection& projection = layer.projections[p];
       before[p] = allocate<Left>(layer.R * ld);
@@ -95,10 +94,10 @@ class Backward {
     }
     if (op.grad_pi != nullptr) std::memset(op.grad_pi, 0, by.choices * (layer.pi_is_double ? 8 : 4));
     if (by.has_lores) plan_lores();
-    block = std::min<int64_t>(X_COLUMNS, round_up(layer.D, P::NR));
+    block = std::min<int64_t>(MAX_COLUMNS, round_up(layer.D, P::NR));
     while (block > P::NR && layer.E * ((layer.D + block - 1) / block) < 4 * layer.threads) block = round_up(block / 2, P::NR);
     width = block;
-    x_tasks = row_tasks(by, layer.D, block, X_ROWS);
+    x_tasks = row_tasks(by, layer.D, block, SUM_ROWS);
     if (!has_weights) return;
     panels.assign(layer.E + 1, 0);
     for (int64_t e = 0; e < layer.E; e++) panels[e + 1] = panels[e] + P::right_size(layer.rows[e], layer.D);
@@ -216,20 +215,15 @@ class Backward {
   void x_gradient(const RowTask& task) {
     const int64_t m = task.last - task.first, n = task.end - task.begin;
     Right* panel = scratch<Right, 26>(P::right_size(X_DEPTH, block));
-    Sum* sums = scratch<Sum, 27>(X_ROWS * width);
+    Sum* sums = scratch<Sum, 27>(SUM_ROWS * width);
     bool fresh = layer.projections[0].weight != nullptr && layer.F > 0;
     if (!fresh) clear(sums, m * width);
     for (int p = 0; p < 1 + layer.gated; p++) {
       const LoreProjection& projection = layer.projections[p];
       if (projection.weight != nullptr) {
         const S* w = static_cast<const S*>(projection.weight) + task.expert * layer.F * layer.D + task.begin;
-        for (int64_t k = 0; k < layer.F; k += X_DEPTH) {
-          const int64_t depth = std::min(X_DEPTH, layer.F - k);
-          P::pack(panel, w + k * layer.D, layer.D, depth, n);
-          for (int64_t i = 0; i < m; i += ROW_BLOCK)
-            P::product(before[p].get() + (task.first + i) * ld + k, ld, std::min(ROW_BLOCK, m - i), panel, depth, n, sums + i * width, width, fresh);
-          fresh = false;
-        }
+        product_in_parts<P>(before[p].get() + task.first * ld, ld, m, w, layer.D, layer.F, n, panel, X_DEPTH, sums, width, fresh);
+        fresh &= layer.F == 0;
       }
       if (projection.a != nullptr) add_inner(p, task, sums);
     }

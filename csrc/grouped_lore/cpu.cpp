@@ -59,8 +59,8 @@ class Forward {
 
   void prepare() {
     const S* x = static_cast<const S*>(op.x);
-    rows.prepare(x, layer.R, layer.D, by.place);
-    if (by.several) lore_rows.prepare(x, by.choices, layer.D, layer.order);
+    rows.prepare(x, layer.R, layer.D, by.place, layer.F);
+    if (by.several) lore_rows.prepare(x, by.choices, layer.D, layer.order, 0);
     beside = by.has_lores && !by.several && layer.R >= BESIDE_ROWS * layer.G;
     int weights = 0;
     for (int p = 0; p < 2; p++) {

@@ -11,6 +11,7 @@ namespace NEOX_ISA {
 constexpr int64_t ROW_BLOCK = 96;             // rows whose sums stay in the cache; a multiple of every MR and of 32
 constexpr int64_t PANEL_BYTES = 256 * 1024;   // of packed weights: half of a second cache
 constexpr int64_t MAX_COLUMNS = 256;          // of a task
+constexpr int64_t SUM_ROWS = 512;             // of MAX_COLUMNS sums: half of a second cache
 constexpr int64_t SUM_COLUMNS = 1024;         // of ROW_BLOCK rows of sums that stay in a second cache
 constexpr int64_t STREAM_BYTES = 1 << 20;     // larger results are written past the caches: their lines need not be read before, and push nothing out
 
@@ -26,6 +27,17 @@ inline void product_transposed(const typename P::Left* a, int64_t lda, int64_t m
     P::pack_transposed(panel, w + k, ldw, depth, n);
     for (int64_t i = 0; i < m; i += ROW_BLOCK)
       P::product(a + i * lda + k, lda, std::min(ROW_BLOCK, m - i), panel, depth, n, c + i * ldc, ldc, k == 0);
+  }
+}
+
+// c (+)= a w, where w[K, n] is a weight as it lies in memory. `panel` has room for right_size(depth, n).
+template <class P, class S>
+inline void product_in_parts(const typename P::Left* a, int64_t lda, int64_t m, const S* w, int64_t ldw, int64_t K, int64_t n, typename P::Right* panel,
+                             int64_t depth, typename P::Sum* c, int64_t ldc, bool fresh) {
+  for (int64_t k = 0; k < K; k += depth) {
+    P::pack(panel, w + k * ldw, ldw, std::min(depth, K - k), n);
+    for (int64_t i = 0; i < m; i += ROW_BLOCK)
+      P::product(a + i * lda + k, lda, std::min(ROW_BLOCK, m - i), panel, std::min(depth, K - k), n, c + i * ldc, ldc, fresh && k == 0);
   }
 }
 
@@ -55,27 +67,41 @@ inline std::vector<int64_t> starts_of(const int64_t* rows, int64_t groups) {
   return starts;
 }
 
-// Rows as an operand of a product: themselves where they can be read as they are, else a copy in the operand's type, with K rounded up by zeros.
+// Rows that lie a multiple of 4096 bytes apart share eight places of a first cache; 2048 bytes, sixteen.
+template <class T>
+inline bool collide(int64_t length, int64_t bytes) {
+  return length > 0 && length * int64_t(sizeof(T)) % bytes == 0;
+}
+// The distance of rows of K numbers, as a product needs them, that do not collide.
+template <class P>
+inline int64_t spread(int64_t K) {
+  const int64_t length = round_up(K, P::K_ALIGN);
+  return length + (collide<typename P::Left>(length, 2048) ? 64 / sizeof(typename P::Left) : 0);
+}
+
+// Rows as an operand of a product: themselves where they can be read as they are and do not collide, else a copy in the operand's type, with K rounded up by
+// zeros.
 template <class P>
 struct Rows {
   using Left = typename P::Left;
+  static constexpr int64_t COPY_COLUMNS = 512;
   const Left* at = nullptr;
   int64_t ld = 0;
   Buffer<Left> copied;
 
-  // `place` is nullptr, or says which row of x stands where.
+  // `place` is nullptr, or says which row of x stands where. `columns`: of the products' results; for few of them rows may collide.
   template <class S>
-  static bool needs_copy(const S*, int64_t K, const int64_t* place) {
-    return place != nullptr || K % P::K_ALIGN != 0 || !std::is_same<S, Left>::value;
+  static bool needs_copy(const S*, int64_t K, const int64_t* place, int64_t columns) {
+    return place != nullptr || K % P::K_ALIGN != 0 || !std::is_same<S, Left>::value || (columns >= COPY_COLUMNS && collide<Left>(K, 4096));
   }
   template <class S>
-  void prepare(const S* x, int64_t R, int64_t K, const int64_t* place) {
-    if (!needs_copy(x, K, place)) {
+  void prepare(const S* x, int64_t R, int64_t K, const int64_t* place, int64_t columns) {
+    if (!needs_copy(x, K, place, columns)) {
       at = reinterpret_cast<const Left*>(x);
       ld = K;
       return;
     }
-    ld = round_up(K, P::K_ALIGN);
+    ld = spread<P>(K);
     copied = allocate<Left>(R * ld);
     at = copied.get();
   }

@@ -6,10 +6,14 @@
 #include <memory>
 #include <new>
 
+#include "../memory/heap.h"
+
 namespace NEOX_ISA {
 
 struct Release {
-  void operator()(void* memory) const { std::free(memory); }
+  void operator()(void* memory) const {
+    if (!heap::put(memory)) std::free(memory);
+  }
 };
 template <class T>
 using Buffer = std::unique_ptr<T[], Release>;
@@ -17,7 +21,9 @@ using Buffer = std::unique_ptr<T[], Release>;
 // Uninitialised memory at a cache line's border. Throws std::bad_alloc.
 template <class T>
 inline Buffer<T> allocate(int64_t n) {
-  void* memory = std::aligned_alloc(64, (size_t(n > 0 ? n : 1) * sizeof(T) + 63) / 64 * 64);
+  const size_t size = (size_t(n > 0 ? n : 1) * sizeof(T) + 63) / 64 * 64;
+  void* memory = heap::get(size);
+  if (memory == nullptr) memory = std::aligned_alloc(64, size);
   if (memory == nullptr) throw std::bad_alloc();
   return Buffer<T>(static_cast<T*>(memory));
 }

@@ -59,7 +59,7 @@ class Loss {
   }
 
   void prepare() {
-    hidden.prepare(static_cast<const S*>(op.hidden), op.T, op.D, nullptr);
+    hidden.prepare(static_cast<const S*>(op.hidden), op.T, op.D, nullptr, op.V);
     block = std::min(LARGEST_BLOCK, round_up((op.V + SMALLEST_SHARE - 1) / SMALLEST_SHARE, P::NR));
     blocks = (op.V + block - 1) / block;
     wide = round_up(op.D, P::NR);

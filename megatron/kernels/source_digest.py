@@ -9,7 +9,10 @@ from pathlib import Path
 
 def source_digest(folder: Path) -> str:
     """The digest of csrc's files that the compiled kernels are made of."""
-    return _digest(folder, [folder / "bindings.cpp", *folder.glob("*/cpu.cpp"), *folder.glob("self_check/*.cpp"), *folder.glob("*/*.h")])
+    return _digest(
+        folder,
+        [folder / "bindings.cpp", *folder.glob("*/cpu.cpp"), *folder.glob("self_check/*.cpp"), folder / "memory/heap.cpp", *folder.glob("*/*.h")],
+    )
 
 
 def cuda_source_digest(folder: Path) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron.config.machine import usable_cores
+from megatron.kernels.heap import trim_heap, use_heap
 from megatron.mpu.environment import LaunchError, complete_environment
 from megatron.mpu.groups import make_groups
 from megatron.mpu.topology import ONE, Layout, Topology, current_topology
@@ -31,10 +32,13 @@ def start_process(*, backend: str | None, threads: int | None, layout: Layout = 
 
     `backend` None: nccl where there is a GPU, else gloo; nccl without a GPU becomes gloo.
     `threads` None: OMP_NUM_THREADS (deepy.py sets it), else this machine's cores divided by its processes.
-    Raises LaunchError if the environment does not say the rank of this process, TopologyError if `layout` does not fit the number of processes.
+    Raises LaunchError if the environment does not say the rank of this process, TopologyError if `layout` does not fit the number of processes,
+    KernelUnavailable for an instruction set or a heap that is not known.
     """
     choose_accelerator()
     keep_freed_memory()
+    if os.environ["DS_ACCELERATOR"] == "cpu":
+        use_heap()
     leave_out_compiler()
     complete_environment(os.environ)
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:
@@ -84,11 +88,12 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Returns to the system what is free inside the heap. For the moment after something was built that stays: holes in between fit no later block.
+    """Returns to the system what is free inside the heaps. For the moment after something was built that stays: holes in between fit no later block.
 
-    Does nothing if the C library is not glibc.
+    Of the two heaps, malloc's is left as it is if the C library is not glibc.
     """
     _glibc("malloc_trim", 0)
+    trim_heap()
 
 
 def _glibc(name: str, *numbers: int) -> None:

@@ -56,6 +56,19 @@ def test_grouped_gemm(backend: str, rows: list[int], transposed: bool, dtype: to
     check(lambda x, w: gemm.grouped_gemm(x, w, counts, transposed=transposed, backend=backend), gemm_definition(rows, transposed), inputs, TOLERANCE)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("deep", "wide"), [(1024, 520), (2048, 70), (1101, 520), (512, 512)])
+@pytest.mark.parametrize("backend", implementations("grouped_gemm"))
+def test_grouped_gemm_of_long_rows(backend: str, deep: int, wide: int, dtype: torch.dtype) -> None:
+    """Rows that collide in the cache are copied; a weight with many rows is packed a part at a time."""
+    skip_unless_it_runs("grouped_gemm", backend)
+    draw, counts = Draw(dtype, "cpu", scale=0.1), torch.tensor([0, 601, 3])
+    for transposed in (False, True):
+        inputs = draw(604, deep), draw(3, *((wide, deep) if transposed else (deep, wide)))
+        ours, right = (partial(gemm.grouped_gemm, rows_E=counts, transposed=transposed, backend=name) for name in (backend, "reference"))
+        check(ours, right, inputs, TOLERANCE)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("backend", implementations("grouped_gemm"))
 def test_grouped_gemm_of_narrow_rows(backend: str, transposed: bool) -> None:
@@ -180,6 +193,19 @@ def test_numbers_of_rows_where_a_kernel_goes_another_way(backend: str, rows: lis
         return lore.grouped_lore(x, HiddenLayer(torch.tensor(rows), "silu", Projection(None, a, b)), backend=backend)
 
     inputs = draw(sum(rows), 12), draw(len(rows), 9, 12), draw(len(rows), 9, width)
+    check(partial(compute, backend=backend), partial(compute, backend="reference"), inputs, TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("backend", implementations("grouped_lore"))
+def test_a_hidden_layer_of_long_rows(backend: str, dtype: torch.dtype) -> None:
+    skip_unless_it_runs("grouped_lore", backend)
+    draw, counts = Draw(dtype, "cpu", scale=0.1), torch.tensor([0, 101, 3])
+
+    def compute(x: Tensor, up: Tensor, gate: Tensor, *, backend: str) -> Tensor:
+        return lore.grouped_lore(x, HiddenLayer(counts, "silu", Projection(up), Projection(gate)), backend=backend)
+
+    inputs = draw(104, 2048), draw(3, 520, 2048), draw(3, 520, 2048)
     check(partial(compute, backend=backend), partial(compute, backend="reference"), inputs, TOLERANCE)
 
 

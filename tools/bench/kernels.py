@@ -22,6 +22,7 @@ from moe_bench.layer_cost import layer_costs
 from moe_bench.machine import Meter, Watch, this_machine
 from moe_bench.shapes import DTYPES, FULL, QUICK, TINY
 
+from megatron.kernels.heap import use_heap
 from megatron.training.process import keep_freed_memory
 
 TINY_STREAMS = {"size": 256, "stream_bytes": 1 << 22}
@@ -41,6 +42,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print JSON and no table")
     given = parser.parse_args()
     keep_freed_memory()
+    if not given.gpu:
+        use_heap()
     small = given.quick or given.tiny
     rounds, budget = given.rounds or (3 if small else 5), given.budget or (0.5 if small else 10.0)
     known = TINY if given.tiny else QUICK if given.quick else FULL

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.kernels.backends import OPS
+from megatron.kernels.heap import systems_heap
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OURS = {"fp32": "fp32", "bf16": "bfloat16"}
@@ -132,6 +133,7 @@ class HuggingFace:
     def side(self, implementation: str, *, autocast: bool = False) -> Side:
         """With one of its implementations of the experts. `autocast`: products in bf16 with weights as they are."""
 
+        @systems_heap()
         def step(text: Tensor) -> float:
             self.model.set_experts_implementation(implementation)
             tokens = text[:, :-1]
@@ -159,9 +161,10 @@ Not here: `batched_mm` copies an expert's weights for every row (8 GB a layer at
 
 
 def huggingface_side(shape: Shape, precision: str, name: str, models: dict[str, HuggingFace]) -> Side:
-    """`models` keeps the models by their precision: the implementations share them."""
+    """`models` keeps the models by their precision: the implementations share them. Its memory is malloc's, as in a process of its own."""
     implementation, autocast, _ = HUGGING_FACE[name]
     weights = "fp32" if autocast else precision
     if weights not in models:
-        models[weights] = HuggingFace(shape, weights)
+        with systems_heap():
+            models[weights] = HuggingFace(shape, weights)
     return models[weights].side(implementation, autocast=autocast)
