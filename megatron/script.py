@@ -14,6 +14,8 @@ INTERRUPTED_STATUS = 130
 OUT_OF_MEMORY = "There is not enough memory: use a smaller model, a smaller micro-batch or a shorter seq_length"
 NO_MEMORY = re.compile(r"((?:you t|T)ried to allocate [\d.]+ \w+)")
 """What PyTorch says when the system, or a GPU, has no memory left."""
+SPINS = "7000"
+"""How often a thread looks for work before it sleeps: for about 0.2 ms, where OpenMP's own 300,000 times are 7 ms (libgomp, 2 cores of a Zen 4)."""
 LOST = re.compile(r"gloo.*Connection (?:reset|closed) by peer", re.DOTALL)
 """What PyTorch says when the other end of a collective operation is gone."""
 
@@ -25,6 +27,7 @@ def exit_status(work: Callable[[], int | None]) -> int:
     An exception whose class this package defines explains itself to the user, so its message alone goes to standard error; so does what the system
     refused (a full disk, a missing permission). Any other exception is a bug and leaves its traceback.
     """
+    share_cores()
     try:
         return work() or 0
     except KeyboardInterrupt:
@@ -56,6 +59,16 @@ def exit_status(work: Callable[[], int | None]) -> int:
         if str(error):  # another process of the run, or another thread, has said it already
             sys.stderr.write(f"{_speaker()}{error}\n")
         return CONFIGURATION_STATUS if _is_about_configuration(error) else FAILURE_STATUS
+
+
+def share_cores() -> None:
+    """Lets threads that wait for work sleep soon, so that they do not take the cores from other programs. Before PyTorch is loaded.
+
+    A thread that waits in a loop keeps its core while the thread it waits for has none. Next to two busy programs, 30 tokens that could take 14 s
+    take at most 0.4 s, and two trainings on the same cores take 0.85 of the time. What the user says (OMP_WAIT_POLICY, GOMP_SPINCOUNT) stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def at_least_one(text: str) -> int:

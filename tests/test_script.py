@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,41 @@ def failing(error: BaseException) -> int:
         raise error
 
     return exit_status(work)
+
+
+@pytest.mark.parametrize(
+    ("said", "spins"), [({}, "7000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "passive"}, None), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_threads_that_wait_leave_the_cores_to_others(monkeypatch: pytest.MonkeyPatch, said: dict[str, str], spins: str | None) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is as before when the test ends
+        monkeypatch.delenv(name)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    seen: list[str | None] = []
+    exit_status(lambda: seen.append(os.environ.get("GOMP_SPINCOUNT")))
+    assert seen == [spins]
+
+
+@pytest.mark.parametrize("command", ["train.py", "generate.py", "eval.py", "tools/serve.py"])
+def test_a_command_says_so_before_pytorch_is_loaded(command: str, repository: Path) -> None:
+    """OpenMP asks once, when PyTorch loads it."""
+    program = f"""
+import builtins, os, runpy, sys
+loaded = builtins.__import__
+def watch(name, *rest, **more):
+    if name.split(".")[0] == "torch":
+        print("torch", os.environ.get("GOMP_SPINCOUNT"))
+        os._exit(0)
+    return loaded(name, *rest, **more)
+builtins.__import__ = watch
+sys.argv = ["{command}", "-d", "configs", "quickstart.yml"]
+sys.path.insert(0, os.path.dirname("{command}") or ".")
+runpy.run_path("{command}", run_name="__main__")
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, cwd=repository, env=environment)
+    assert done.stdout.splitlines()[-1:] == ["torch 7000"], done.stderr
 
 
 def test_success_is_0() -> None:
