@@ -84,8 +84,6 @@ for name in built.instruction_sets():
         print("good", name, flush=True)
 """
 DISAGREES = "what was compiled does not agree with the definition in Python"
-
-
 TORCH_ALLOCATOR = "libneox_torch.so"
 
 
