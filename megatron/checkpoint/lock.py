@@ -1,4 +1,8 @@
-"""One run per directory: a file lock that the system frees when its holder dies, however it dies."""
+"""One run per directory: a file lock that the system frees when its holder dies, however it dies.
+
+It is `flock` and no record lock as in `data/locking.py`: a record lock keeps no second run of the same process out, and it is lost as soon as this
+process closes any handle of the file. The price is that a forked worker has a handle, too, until it closes it.
+"""
 
 from __future__ import annotations
 

@@ -9,10 +9,8 @@ from pathlib import Path
 
 def source_digest(folder: Path) -> str:
     """The digest of csrc's files that the compiled kernels are made of."""
-    return _digest(
-        folder,
-        [folder / "bindings.cpp", *folder.glob("*/cpu.cpp"), *folder.glob("self_check/*.cpp"), folder / "memory/heap.cpp", *folder.glob("*/*.h")],
-    )
+    parts = "*/cpu.cpp", "self_check/*.cpp", "memory/*.cpp", "*/*.h"
+    return _digest(folder, [folder / "bindings.cpp", *(file for part in parts for file in folder.glob(part))])
 
 
 def cuda_source_digest(folder: Path) -> str:
