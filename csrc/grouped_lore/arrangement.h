@@ -60,4 +60,20 @@ inline std::vector<RowTask> row_tasks(const Arrangement& by, int64_t N, int64_t 
   return tasks;
 }
 
+// Tasks of two kinds, evenly spread over each other. While one core waits for memory, another one multiplies.
+struct MixedTask {
+  bool of_memory;
+  int64_t index;
+};
+inline std::vector<MixedTask> mixed(int64_t of_memory, int64_t of_products) {
+  std::vector<MixedTask> tasks;
+  int64_t next = 0;
+  for (int64_t i = 0; i < of_products; i++) {
+    tasks.push_back({false, i});
+    for (; next * of_products < (i + 1) * of_memory && next < of_memory; next++) tasks.push_back({true, next});
+  }
+  for (; next < of_memory; next++) tasks.push_back({true, next});
+  return tasks;
+}
+
 }  // namespace NEOX_ISA

@@ -35,27 +35,24 @@ class Backward {
 #pragma omp for schedule(static)
           for (int64_t e = 0; e < layer.E; e++) bias_gradient(p, e);
         }
-        if (layer.projections[p].a != nullptr) {
-          if (by.several) {
+        if (layer.projections[p].a != nullptr && by.several) {
 #pragma omp for schedule(static)
-            for (int64_t n = 0; n < by.choices; n++) copy(chosen[p].get() + n * ld, before[p].get() + layer.order[n] / layer.L * ld, ld);
-          }
-#pragma omp for schedule(dynamic, 1)
-          for (int64_t t = 0; t < int64_t(lore_tasks.size()); t++) inner_gradient(p, lore_tasks[t]);
-#pragma omp for schedule(dynamic, 1)
-          for (int64_t t = 0; t < int64_t(factor_tasks.size()); t++) factor_gradient(p, factor_tasks[t]);
+          for (int64_t n = 0; n < by.choices; n++) copy(chosen[p].get() + n * ld, before[p].get() + layer.order[n] / layer.L * ld, ld);
         }
       }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t t = 0; t < int64_t(x_tasks.size()); t++) x_gradient(x_tasks[t]);
-      if (has_weights) {
 #pragma omp for schedule(dynamic, 4)
-        for (int64_t t = 0; t < int64_t(packs.size()); t++) pack_x(packs[t]);
-        for (int p = 0; p < 1 + layer.gated; p++) {
-          if (layer.projections[p].weight == nullptr) continue;
+      for (int64_t t = 0; t < int64_t(packs.size()); t++) pack_x(packs[t]);
 #pragma omp for schedule(dynamic, 1)
-          for (int64_t t = 0; t < int64_t(weight_tasks.size()); t++) weight_gradient(p, weight_tasks[t]);
-        }
+      for (int64_t t = 0; t < int64_t(first_tasks.size()); t++) {
+        const MixedTask task = first_tasks[t];
+        if (task.of_memory) inner_gradients(lore_tasks[task.index]);
+        else weight_gradient(weighted[task.index / weight_tasks.size()], weight_tasks[task.index % weight_tasks.size()]);
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t t = 0; t < int64_t(second_tasks.size()); t++) {
+        const MixedTask task = second_tasks[t];
+        if (task.of_memory) factor_gradient(entangled[task.index / factor_tasks.size()], factor_tasks[task.index % factor_tasks.size()]);
+        else x_gradient(x_tasks[task.index]);
       }
     }
   }
@@ -64,18 +61,19 @@ class Backward {
   const LoreBackward& op;
   const LoreLayer& layer;
   const Arrangement by;
-  Rows<P> rows, lore_rows;             // x by place, and by LoRE row
+  Rows<P> rows, lore_rows;               // x by place, and by LoRE row
   int64_t ld = 0, rank[2] = {0, 0};
-  Buffer<Left> before[2], chosen[2];   // gradients of the projections by place; the same by LoRE row where a row has several
-  Buffer<Left> z[2], dz[2];            // pi u, and the gradient of u, by LoRE row
-  bool has_weights = false;
+  Buffer<Left> before[2], chosen[2];     // gradients of the projections by place; the same by LoRE row where a row has several
+  Buffer<Left> z[2], dz[2];              // pi u, and the gradient of u, by LoRE row
+  std::vector<int> weighted, entangled;  // the projections that have weights, and those that have LoREs
   std::vector<RowTask> lore_tasks, factor_tasks, x_tasks;
   std::vector<Task> packs, weight_tasks;
-  std::vector<int64_t> panels;         // where an expert's packed rows of x begin
+  std::vector<MixedTask> first_tasks, second_tasks;  // the LoREs' among the weights' and among the rows'
+  std::vector<int64_t> panels;           // where an expert's packed rows of x begin
   Buffer<Right> packed;
   int64_t block = 0, width = 0;
 
-  static constexpr int64_t FACTOR_COLUMNS = 512, X_DEPTH = 256;
+  static constexpr int64_t FACTOR_COLUMNS = 512, X_DEPTH = 256, AHEAD = 512;
 
   void prepare() {
     const S* x = static_cast<const S*>(op.x);
@@ -85,8 +83,9 @@ class Backward {
     for (int p = 0; p < 1 + layer.gated; p++) {
       const LoreProjection& projection = layer.projections[p];
       before[p] = allocate<Left>(layer.R * ld);
-      has_weights |= projection.weight != nullptr;
+      if (projection.weight != nullptr) weighted.push_back(p);
       if (projection.a == nullptr) continue;
+      entangled.push_back(p);
       rank[p] = round_up(projection.Q, P::K_ALIGN);
       z[p] = allocate<Left>(by.choices * rank[p]);
       dz[p] = allocate<Left>(by.choices * rank[p]);
@@ -98,7 +97,12 @@ class Backward {
     while (block > P::NR && layer.E * ((layer.D + block - 1) / block) < 4 * layer.threads) block = round_up(block / 2, P::NR);
     width = block;
     x_tasks = row_tasks(by, layer.D, block, SUM_ROWS);
-    if (!has_weights) return;
+    if (!weighted.empty()) plan_weights();
+    first_tasks = mixed(entangled.empty() ? 0 : lore_tasks.size(), weighted.size() * weight_tasks.size());
+    second_tasks = mixed(entangled.size() * factor_tasks.size(), x_tasks.size());
+  }
+
+  void plan_weights() {
     panels.assign(layer.E + 1, 0);
     for (int64_t e = 0; e < layer.E; e++) panels[e + 1] = panels[e] + P::right_size(layer.rows[e], layer.D);
     packed = allocate<Right>(panels[layer.E]);
@@ -121,8 +125,15 @@ class Backward {
     const S* grad = static_cast<const S*>(op.grad) + at;
     const S *up = static_cast<const S*>(op.saved[0]), *gate = static_cast<const S*>(op.saved[1]);
     Left *dup = before[0].get() + place * ld, *dgate = layer.gated ? before[1].get() + place * ld : nullptr;
+    const int64_t gap = (by.row_at(std::min(place + 1, layer.R - 1)) - by.row_at(place) - 1) * n;  // between this row and the next one
     with_activation<Sum>(layer.activation, [&](auto act) {
       for (int64_t j = 0; j < n; j += Stride<Sum>::width) {
+        const int64_t later = j + AHEAD + (j + AHEAD < n ? 0 : gap);
+        __builtin_prefetch(grad + later);
+        if (up != nullptr) __builtin_prefetch(up + at + later);
+        if (layer.gated) __builtin_prefetch(gate + at + later);
+        __builtin_prefetch(dup + j + AHEAD, 1);
+        if (layer.gated) __builtin_prefetch(dgate + j + AHEAD, 1);
         const auto g = take(grad + j, n - j);
         if (!layer.gated) {
           put(dup + j, up == nullptr ? g : g * act.slope(take(up + at + j, n - j)), n - j);
@@ -151,6 +162,10 @@ class Backward {
 
   const Left* by_choice(int p) const { return by.several ? chosen[p].get() : before[p].get(); }
   const Rows<P>& x_by_choice() const { return by.several ? lore_rows : rows; }
+
+  void inner_gradients(const RowTask& task) {
+    for (int p : entangled) inner_gradient(p, task);
+  }
 
   // dzr = dprojection B^T of one LoRE's rows; dpi = <dzr, u>; dz = pi dzr.
   void inner_gradient(int p, const RowTask& task) {

@@ -113,14 +113,15 @@ class Forward {
     const Left* left = z[p].get() + task.first * rank[p];
     Sum* to = y[p].get() + task.first * ldy + task.begin;
     const bool past = layer.R * ldy * int64_t(sizeof(Sum)) > STREAM_BYTES;
-    Sum* sums = scratch<Sum, 19>(std::max(P::FEW_ROWS * stretch, ROW_BLOCK * MAX_COLUMNS));
-    if constexpr (P::THIN) {
-      if (m <= P::FEW_ROWS) {
-        P::thin(left, rank[p], m, b, layer.F, Q, n, sums, stretch);
-        put_rows(to, ldy, sums, stretch, m, n, past);
-        if (past) streamed();
-        return;
+    Sum* sums = scratch<Sum, 19>(std::max(P::THIN_ROWS * stretch, ROW_BLOCK * MAX_COLUMNS));
+    if (m <= P::THIN_ROWS) {
+      for (int64_t j = 0; j < n; j += std::min(stretch, P::THIN_COLUMNS)) {
+        const int64_t columns = std::min(n - j, P::THIN_COLUMNS);
+        P::thin(left, rank[p], m, b + j, layer.F, Q, columns, sums, stretch);
+        put_rows(to + j, ldy, sums, stretch, m, columns, past);
       }
+      if (past) streamed();
+      return;
     }
     Right* panel = scratch<Right, 18>(P::right_size(Q, stretch));
     P::pack(panel, b, layer.F, Q, n);

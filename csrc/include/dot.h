@@ -60,6 +60,18 @@ inline Sums load_sums(const float* from) {
   return s;
 }
 inline void store_sums(float* to, const Sums& s) { std::memcpy(to, s.at, sizeof s.at); }
+// Two rows of DOT_COLUMNS numbers, interleaved as a panel has them.
+struct TwoRows {
+  bf16 low[2 * DOT_LANES], high[2 * DOT_LANES];
+};
+inline TwoRows two_rows(const bf16* first, const bf16* second) {
+  TwoRows rows;
+  for (int n = 0; n < DOT_LANES; n++) {
+    rows.low[2 * n] = first[n], rows.low[2 * n + 1] = second[n];
+    rows.high[2 * n] = first[DOT_LANES + n], rows.high[2 * n + 1] = second[DOT_LANES + n];
+  }
+  return rows;
+}
 // VDPBF16PS with one pair of a for all lanes.
 inline void add_pairs(Sums& sum, const bf16* a, const bf16* b) {
   for (int n = 0; n < DOT_LANES; n++) sum.at[n] += widen(a[0]) * widen(b[2 * n]) + widen(a[1]) * widen(b[2 * n + 1]);
@@ -69,10 +81,20 @@ constexpr int DOT_ROWS = 12, DOT_LANES = 16;
 typedef __m512 Sums;
 inline Sums load_sums(const float* from) { return _mm512_loadu_ps(from); }
 inline void store_sums(float* to, Sums s) { _mm512_storeu_ps(to, s); }
-inline void add_pairs(Sums& sum, const bf16* a, const bf16* b) {
+inline void add_pairs(Sums& sum, const bf16* a, __m512i b) {
   int32_t pair;
   std::memcpy(&pair, a, 4);
-  sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(b));
+  sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)b);
+}
+inline void add_pairs(Sums& sum, const bf16* a, const bf16* b) { add_pairs(sum, a, _mm512_loadu_si512(b)); }
+struct TwoRows {
+  __m512i low, high;
+};
+inline TwoRows two_rows(const bf16* first, const bf16* second) {
+  typedef uint16_t Words __attribute__((vector_size(64)));
+  const Words low = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+  return {_mm512_permutex2var_epi16(a, (__m512i)low, b), _mm512_permutex2var_epi16(a, (__m512i)(low + 16), b)};
 }
 #endif
 
@@ -94,6 +116,30 @@ inline void dot_tile_of(int64_t m, const bf16* a, int64_t lda, const bf16* b, in
     dot_tile<M>(a, lda, b, K, c, ldc, fresh);
   } else if constexpr (M > 1) {
     dot_tile_of<M - 1>(m, a, lda, b, K, c, ldc, fresh);
+  }
+}
+
+// The tile of few rows of a with K rows of b as they lie in memory, `ldb` numbers apart. The columns `ahead` of these are asked for.
+template <int M>
+inline void thin_pairs(const bf16* a, int64_t lda, const bf16* b, int64_t ldb, int64_t K, int64_t ahead, float* c, int64_t ldc) {
+  static constexpr bf16 NOTHING[DOT_COLUMNS] = {};
+  Sums sum[M][2];
+  NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < 2; j++) sum[i][j] = Sums{};
+  for (int64_t k = 0; k < K; k += 2) {
+    const bf16 *first = b + k * ldb, *second = k + 1 < K ? first + ldb : NOTHING;
+    __builtin_prefetch(first + ahead, 0, 2);
+    __builtin_prefetch(first + ldb + ahead, 0, 2);
+    const TwoRows rows = two_rows(first, second);
+    NEOX_UNROLL for (int i = 0; i < M; i++) add_pairs(sum[i][0], a + i * lda + k, rows.low), add_pairs(sum[i][1], a + i * lda + k, rows.high);
+  }
+  NEOX_UNROLL for (int i = 0; i < M; i++) NEOX_UNROLL for (int j = 0; j < 2; j++) store_sums(c + i * ldc + j * DOT_LANES, sum[i][j]);
+}
+template <int M = DOT_ROWS>
+inline void thin_pairs_of(int64_t m, const bf16* a, int64_t lda, const bf16* b, int64_t ldb, int64_t K, int64_t ahead, float* c, int64_t ldc) {
+  if (m >= M) {
+    thin_pairs<M>(a, lda, b, ldb, K, ahead, c, ldc);
+  } else if constexpr (M > 1) {
+    thin_pairs_of<M - 1>(m, a, lda, b, ldb, K, ahead, c, ldc);
   }
 }
 

@@ -14,6 +14,7 @@
 
 #include "../grouped_gemm/op.h"
 #include "numbers.h"
+#include "threads.h"
 #ifdef NEOX_DOT
 #include "dot.h"
 #endif
@@ -157,6 +158,14 @@ inline void dots_of(int64_t m, const A* a, int64_t lda, const B* b, int64_t ldb,
     dots_of<P, N, M - 1>(m, a, lda, b, ldb, K, c, ldc, fresh);
   }
 }
+// Asks for memory that is needed soon: part `i` of `parts`.
+template <class T>
+inline void ask_for(const T* from, int64_t n, int64_t i, int64_t parts) {
+  constexpr int64_t LINE = 64 / sizeof(T);
+  const int64_t each = ((n + LINE - 1) / LINE + parts - 1) / parts * LINE;
+  for (int64_t k = i * each; k < std::min(n, (i + 1) * each); k += LINE) __builtin_prefetch(from + k, 0, 2);
+}
+
 // c[m, n] = a[m, K] b[n, K]^T where a has so few rows that packing b costs more than the product.
 template <class P, class A, class B>
 inline void dots(const A* a, int64_t lda, int64_t m, const B* b, int64_t ldb, int64_t K, int64_t n, SumOf<B>* c, int64_t ldc) {
@@ -166,6 +175,7 @@ inline void dots(const A* a, int64_t lda, int64_t m, const B* b, int64_t ldb, in
     for (int64_t j = 0; j < n;) {
       const bool three = n - j >= 3;
       for (int64_t i = 0; i < m; i += 4) {
+        for (int64_t next = j + 3; next < std::min(n, j + 6); next++) ask_for(b + next * ldb + k, depth, i / 4, (m + 3) / 4);
         if (three) dots_of<P, 3>(m - i, a + i * lda + k, lda, b + j * ldb + k, ldb, depth, c + i * ldc + j, ldc, k == 0);
         else dots_of<P, 1>(m - i, a + i * lda + k, lda, b + j * ldb + k, ldb, depth, c + i * ldc + j, ldc, k == 0);
       }
@@ -214,14 +224,6 @@ inline void thin_tile_of(int64_t m, const T* a, int64_t lda, const From* b, int6
   }
 }
 
-// Asks for memory that is needed soon: part `i` of `parts`.
-template <class T>
-inline void ask_for(const T* from, int64_t n, int64_t i, int64_t parts) {
-  constexpr int64_t LINE = 64 / sizeof(T);
-  const int64_t each = ((n + LINE - 1) / LINE + parts - 1) / parts * LINE;
-  for (int64_t k = i * each; k < std::min(n, (i + 1) * each); k += LINE) __builtin_prefetch(from + k, 0, 2);
-}
-
 constexpr int64_t TURNED_DEPTH = 1024;  // rows of a turned operand that are packed at a time
 constexpr int64_t K_BLOCK = 256;  // a panel of b of this depth stays in the first cache
 
@@ -236,7 +238,7 @@ struct Wide {
   static constexpr int64_t NR = NV * LANES<Sum>;
   static constexpr int64_t K_ALIGN = 1;
   static constexpr int64_t FEW_ROWS = 24;  // up to so many, packing a weight costs more than it saves
-  static constexpr bool THIN = true;       // `thin` exists
+  static constexpr int64_t THIN_ROWS = FEW_ROWS, THIN_COLUMNS = INT64_MAX;  // up to so many in one call of `thin`
   static int64_t right_size(int64_t K, int64_t n) { return round_up(n, NR) * K; }
   static int64_t turned_size(int64_t K, int64_t m) { return round_up(m, MR) * K; }
 
@@ -379,7 +381,7 @@ struct Dot {
   static constexpr int64_t NR = 32;
   static constexpr int64_t K_ALIGN = NEOX_DOT == 2 ? 32 : 2;  // a tile of AMX, or a pair
   static constexpr int64_t FEW_ROWS = 12;
-  static constexpr bool THIN = false;
+  static constexpr int64_t THIN_ROWS = NEOX_DOT == 2 ? 0 : 24, THIN_COLUMNS = 256;
   static int64_t right_size(int64_t K, int64_t n) { return round_up(n, NR) * round_up(K, K_ALIGN); }
   static int64_t turned_size(int64_t K, int64_t m) { return m * round_up(K, K_ALIGN); }
 
@@ -477,6 +479,16 @@ struct Dot {
   static Sum total(const Lanes& sum) { return total_of(sum); }
   static void product(const Left* a, int64_t lda, int64_t m, const Right* b, int64_t K, int64_t n, Sum* c, int64_t ldc, bool fresh) {
     dot_product(a, lda, m, b, round_up(K, K_ALIGN), round_up(K, K_ALIGN), n, c, ldc, fresh);
+  }
+  // As Wide's: two rows of b are interleaved in registers.
+  static void thin(const Left* a, int64_t lda, int64_t m, const bf16* b, int64_t ldb, int64_t K, int64_t n, Sum* c, int64_t ldc) {
+    const int64_t whole = n / NR * NR, tiles = (m + DOT_ROWS - 1) / DOT_ROWS, even = (m + tiles - 1) / tiles;
+    for (int64_t j = 0; j < whole; j += NR)
+      for (int64_t i = 0; i < m; i += even) thin_pairs_of(std::min(even, m - i), a + i * lda, lda, b + j, ldb, K, THIN_COLUMNS, c + i * ldc + j, ldc);
+    if (whole == n) return;
+    Right* last = scratch<Right, 34>(right_size(K, NR));
+    pack(last, b + whole, ldb, K, n - whole);
+    product(a, lda, m, last, K, n - whole, c + whole, ldc, true);
   }
   // k0 is a multiple of K_ALIGN.
   static void turned(const Left* a, int64_t m, const Right* b, int64_t deep, int64_t k0, int64_t K, int64_t n, Sum* c, int64_t ldc, bool fresh) {

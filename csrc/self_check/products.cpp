@@ -146,6 +146,7 @@ void layer(const InstructionSet& right, const InstructionSet& ours, const Format
 void layers(const InstructionSet& right, const InstructionSet& ours, const Format& f, bool quick, Tally& tally) {
   const Counts odd{37, 0, 150, 5}, round{32, 0, 160, 48};
   int activation = 1;
+  layer(right, ours, f, {{9, 0, 41, 90, 2, 31}, 40, 330, 9, Lores::one_a_row, true, true, false, 4}, tally);  // LoREs of few rows, many columns
   if (quick) return layer(right, ours, f, {{17, 0, 35}, 72, 100, 9, Lores::two_a_row, true, true, true, 4}, tally);
   for (const Lores lores : {Lores::none, Lores::one_an_expert, Lores::one_a_row, Lores::two_a_row})
     for (const bool gated : {false, true}) {
