@@ -181,7 +181,7 @@ def test_grouped_lore(backend: str, rows: list[int], choices: int, dtype: torch.
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
-    ("rows", "width"), [([1100, 16, 17, 0, 256, 257, 512, 513, 1], 70), ([30, 0, 5, 0, 0, 0, 0, 0, 1], 300)], ids=["many", "few"]
+    ("rows", "width"), [([1100, 16, 17, 0, 256, 257, 512, 513, 1], 70), ([30, 24, 5, 13, 0, 12, 0, 25, 1], 300)], ids=["many", "few"]
 )
 @pytest.mark.parametrize("backend", implementations("grouped_lore"))
 def test_numbers_of_rows_where_a_kernel_goes_another_way(backend: str, rows: list[int], width: int, dtype: torch.dtype) -> None:
