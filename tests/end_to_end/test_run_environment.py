@@ -1,5 +1,5 @@
 """What the environment of `make train` offers works in that environment: one is built of requirements/requirements.txt alone, without packages that
-only tests or single options need (no protobuf, no tiktoken, no pyarrow)."""
+only tests or single options need (no protobuf, no tiktoken, no wandb). lm_eval, which is in it, brings datasets and pyarrow."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from megatron.testing.tiny import TINY_DENSE, TINY_STRUCTMOE
+from tests.training.runs import outer_environment
 
 pytestmark = pytest.mark.slow
 READY = "STRUCTMOE_RUN_ENVIRONMENT"
@@ -47,7 +48,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / "texts" / f"{number}.txt").write_text(text)
     (place / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (place / "chats.jsonl").write_text("".join(json.dumps({"conversation": CHAT}) + "\n" for _ in range(20)))
-    (place / "table.parquet").write_bytes(b"PAR1" + bytes(64) + b"PAR1")
     return place
 
 
@@ -57,7 +57,7 @@ def run(python: Path, place: Path, repository: Path) -> Run:
 
     def run(script: str, *words: object, status: int = 0) -> subprocess.CompletedProcess[str]:
         hidden = {"PYTHONPATH", "VIRTUAL_ENV"}
-        environment = {key: value for key, value in os.environ.items() if key not in hidden}
+        environment = {key: value for key, value in outer_environment().items() if key not in hidden}
         command = [str(python), str(repository / script), *map(str, words)]
         done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         output = done.stdout + done.stderr
@@ -113,7 +113,7 @@ def trained(run: Run, place: Path, repository: Path, data: Path, pieces: dict[st
 
 
 def test_the_environment_lacks_what_it_is_meant_to_lack(python: Path) -> None:
-    find = "import importlib.util as u; print([name for name in ('google', 'tiktoken', 'pyarrow', 'wandb') if u.find_spec(name)])"
+    find = "import importlib.util as u; print([name for name in ('google', 'tiktoken', 'ftfy', 'wandb') if u.find_spec(name)])"
     assert subprocess.run([str(python), "-c", find], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
@@ -167,8 +167,6 @@ def test_a_folder_with_a_sentence_piece_model_alone(run: Run, place: Path, train
 @pytest.mark.parametrize(
     ("script", "words", "package"),
     [
-        ("prepare_data.py", ["fineweb-edu", "--max-bytes", "1MB"], "datasets"),
-        ("prepare_data.py", ["table.parquet", "--name", "table"], "pyarrow"),
         ("prepare_data.py", ["texts.jsonl", "--name", "ranks", "-t", "TiktokenTokenizer", "--tokenizer-file", "cl100k_base"], "tiktoken"),
         (
             "tools/datasets/preprocess_data.py",

@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from tests.test_readme_commands import SHELL_BLOCK, commands_in
+from tests.training.runs import outer_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNBOOK = ROOT / "docs/runbook-64gpu.md"
@@ -137,7 +138,9 @@ def test_every_command_runs(checkout: Path) -> None:
     for command in commands():
         if "cosmoes" in command and not (ROOT.parent / "shared/data/eval").is_dir():
             continue  # the tasks' data are not part of this repository
-        done = subprocess.run(toy(command), shell=True, cwd=checkout, capture_output=True, text=True, timeout=900, check=False)
+        done = subprocess.run(
+            toy(command), shell=True, cwd=checkout, env=outer_environment(), capture_output=True, text=True, timeout=900, check=False
+        )
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         said[command] = done.stdout + done.stderr
     check(checkout, said)
